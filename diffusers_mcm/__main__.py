@@ -1,0 +1,5 @@
+import sys
+
+from diffusers_mcm.cli import main
+
+sys.exit(main())

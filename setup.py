@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["accelerate>=1.0", "datasets>=4.0", "tensorboard>=2.14"]
+EVAL = ["scipy>=1.11"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]
+
+setup(
+    name="diffusers-mcm",
+    version="0.1.0.dev0",
+    description="Motion consistency models for diffusers: text to video in one to eight steps",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["diffusers_mcm", "diffusers_mcm.*"]),
+    package_data={"diffusers_mcm": ["py.typed", "shapes/weights/**"]},
+    install_requires=[
+        "av>=14",
+        "diffusers>=0.42",
+        "huggingface_hub>=1.0",
+        "numpy>=1.26",
+        "peft>=0.17",
+        "Pillow>=10.1",
+        "safetensors>=0.5",
+        "torch>=2.4",
+        "tqdm>=4.60",
+        "transformers>=5.0",
+    ],
+    extras_require={"train": TRAIN, "eval": EVAL, "test": [*TRAIN, *EVAL, *TEST]},
+    entry_points={"console_scripts": ["diffusers-mcm=diffusers_mcm.cli:main"]},
+)
