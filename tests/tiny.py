@@ -1,0 +1,120 @@
+"""Tiny random components with ModelScope's architecture: a whole base model that runs in milliseconds."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+LATENT_CHANNELS = 4
+TEXT_LENGTH = 24  # tokens
+TEXT_DIM = 16
+VAE_FACTOR = 2
+SIZE = 16  # pixels; latents are 8 x 8
+NUM_FRAMES = 4
+# What the scheduler configuration of a ModelScope repository says.
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon")
+
+_WORDS = """a red green blue yellow purple orange circle square triangle ring moving left right up down growing
+shrinking on black white gray cyan background""".split()
+
+
+def tiny_unet(seed: int = 0, **overrides) -> UNet3DConditionModel:
+    """Two levels, one layer each, every kind of module a LoRA is put on (0.1 M parameters)."""
+    config = dict(
+        sample_size=SIZE // VAE_FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_DIM,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet3DConditionModel(**(config | overrides))
+        # The temporal layers start at zero, as identities; random ones make a mistake in them visible.
+        for parameter in unet.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.05)
+    return unet.eval()
+
+
+def tiny_vae(seed: int = 0, **overrides) -> AutoencoderKL:
+    config = dict(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        scaling_factor=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(**(config | overrides)).eval()
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Letters, digits and the words of the shapes world's captions."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
+    merges = {}
+    for word in _WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(pieces)):
+            merges.setdefault(("".join(pieces[:i]), pieces[i]))
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=TEXT_LENGTH)
+
+
+def tiny_text_encoder(seed: int = 0, **overrides) -> CLIPTextModel:
+    tokenizer = tiny_tokenizer()
+    config = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPTextModel(CLIPTextConfig(**(config | overrides))).eval()
+
+
+def tiny_components(seed: int = 0) -> dict:
+    """The five components under the names a ModelScope repository gives them."""
+    return dict(
+        unet=tiny_unet(seed),
+        vae=tiny_vae(seed),
+        text_encoder=tiny_text_encoder(seed),
+        tokenizer=tiny_tokenizer(),
+        scheduler=DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    )
+
+
+def save_tiny_base(folder: str | Path, seed: int = 0, **components) -> Path:
+    """A repository folder of a base model, laid out as the ModelScope one on the Hub."""
+    folder = Path(folder)
+    components = tiny_components(seed) | components
+    for name, component in components.items():
+        component.save_pretrained(folder / name)
+    index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"}
+    for name, component in components.items():
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = [library, type(component).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
