@@ -1,0 +1,277 @@
+"""The noise path and the consistency function on it (section 2 of the paper).
+
+A *path* says how a clean latent becomes noise, x_t = α_t x_0 + σ_t ε, and how the network's output is read along it.
+Everything that depends on the kind of path is here; teacher, trajectory and losses only ask the path.
+Latents are (B, C, T, H, W), timesteps are (B,) integers. Coefficients and arithmetic are float32 whatever the latents'
+type; results come back in the type of the latents.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+TIMESTEP_SCALING = 4.0
+SIGMA_DATA = 0.5
+
+
+def boundary_scalings(timestep, timestep_scaling: float = TIMESTEP_SCALING, sigma_data: float = SIGMA_DATA):
+    """c_skip and c_out of eq. 1, such that f(x, 0) = x. `timestep` is a number or a tensor; so are the results."""
+    scaled = timestep * timestep_scaling
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2) ** 0.5
+    return c_skip, c_out
+
+
+class PredictionType(NamedTuple):
+    """How x̂_0 and ε̂ are read off a network's output at x_t = α x_0 + σ ε. Each is `f(output, x_t, alpha, sigma)`."""
+
+    x0: Callable[..., torch.Tensor]
+    noise: Callable[..., torch.Tensor]
+
+
+PREDICTION_TYPES: dict[str, PredictionType] = {
+    "epsilon": PredictionType(
+        x0=lambda output, x_t, alpha, sigma: (x_t - sigma * output) / alpha,
+        noise=lambda output, x_t, alpha, sigma: output,
+    ),
+    "v_prediction": PredictionType(
+        x0=lambda output, x_t, alpha, sigma: alpha * x_t - sigma * output,
+        noise=lambda output, x_t, alpha, sigma: sigma * x_t + alpha * output,
+    ),
+    "sample": PredictionType(
+        x0=lambda output, x_t, alpha, sigma: output,
+        noise=lambda output, x_t, alpha, sigma: (x_t - alpha * output) / sigma,
+    ),
+}
+
+
+def get_prediction_type(name: str) -> PredictionType:
+    """The row of `PREDICTION_TYPES` called `name`."""
+    if name not in PREDICTION_TYPES:
+        raise ValueError(f"Unknown prediction_type {name!r}; valid values are {sorted(PREDICTION_TYPES)}.")
+    return PREDICTION_TYPES[name]
+
+
+def _linear_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
+    return torch.linspace(beta_start, beta_end, num, dtype=torch.float32)
+
+
+def _scaled_linear_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
+    return torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float32) ** 2
+
+
+def _squaredcos_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
+    """The cosine schedule of Nichol and Dhariwal, capped at 0.999; it has no use for `beta_start` and `beta_end`."""
+    alpha_bar = [math.cos((i / num + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in zip(alpha_bar[:-1], alpha_bar[1:], strict=True)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], torch.Tensor]] = {
+    "linear": _linear_betas,
+    "scaled_linear": _scaled_linear_betas,
+    "squaredcos_cap_v2": _squaredcos_betas,
+}
+
+
+def _with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas whose last √ᾱ is exactly 0 and whose first is kept (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    alpha_bar = root**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def make_betas(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    trained_betas: Sequence[float] | None = None,
+    rescale_betas_zero_snr: bool = False,
+) -> torch.Tensor:
+    """The betas, float32 (num_train_timesteps,), that diffusers makes from the same scheduler configuration."""
+    if trained_betas is not None:
+        betas = torch.as_tensor(trained_betas, dtype=torch.float32).clone()
+    elif beta_schedule in BETA_SCHEDULES:
+        betas = BETA_SCHEDULES[beta_schedule](beta_start, beta_end, num_train_timesteps)
+    else:
+        raise ValueError(f"Unknown beta_schedule {beta_schedule!r}; valid values are {sorted(BETA_SCHEDULES)}.")
+    return _with_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+
+
+def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) or (1,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _working(x: torch.Tensor) -> torch.Tensor:
+    """float32, or wider if `x` is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class NoisePath(ABC):
+    """What a trajectory needs to know of a diffusion (or flow) model; a subclass supplies the coefficients.
+
+    `timestep_scaling` and `sigma_data` are those of eq. 1.
+    """
+
+    num_train_timesteps: int
+    prediction_type: str
+    timestep_scaling: float
+    sigma_data: float
+
+    @abstractmethod
+    def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α_t and σ_t, float32, one of each per timestep (B,)."""
+
+    @abstractmethod
+    def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x̂_0 from the network's output at (x_t, t)."""
+
+    @abstractmethod
+    def predict_noise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """ε̂ from the network's output at (x_t, t)."""
+
+    @property
+    def terminal_timestep(self) -> int:
+        """Where sampling starts, from pure noise."""
+        return self.num_train_timesteps - 1
+
+    def _solver_stride(self, num_solver_steps: int) -> int:
+        if not 1 <= num_solver_steps <= self.num_train_timesteps or self.num_train_timesteps % num_solver_steps:
+            raise ValueError(
+                f"num_solver_steps must be a divisor of the {self.num_train_timesteps} training timesteps, so that the"
+                f" grid ends where sampling starts; got {num_solver_steps}."
+            )
+        return self.num_train_timesteps // num_solver_steps
+
+    def solver_timesteps(self, num_solver_steps: int = 50) -> torch.Tensor:
+        """The teacher's grid, ascending, int64 (num_solver_steps,): 19, 39, …, 999 for 50 steps of 1000."""
+        stride = self._solver_stride(num_solver_steps)
+        return torch.arange(1, num_solver_steps + 1) * stride - 1
+
+    def previous_timestep(self, t: torch.Tensor, num_solver_steps: int = 50) -> torch.Tensor:
+        """Where one step of the solver lands: one grid interval nearer the data, at least 0."""
+        return (t - self._solver_stride(num_solver_steps)).clamp(min=0)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = α_t x_0 + σ_t ε, in the type of `x0`."""
+        alpha, sigma = self._coefficients_like(x0, t)
+        return (alpha * _working(x0) + sigma * _working(noise)).to(x0.dtype)
+
+    def step(self, x0: torch.Tensor, noise: torch.Tensor, t_prev: torch.Tensor) -> torch.Tensor:
+        """The deterministic (DDIM, η = 0) transfer of an estimate (x̂_0, ε̂) to `t_prev`."""
+        return self.add_noise(x0, noise, t_prev)
+
+    def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 (eq. 1), in the type of `x_t`."""
+        x_t_working = _working(x_t)
+        x0 = self.predict_x0(output, x_t_working, t)
+        c_skip, c_out = boundary_scalings(t.to(x_t_working.dtype), self.timestep_scaling, self.sigma_data)
+        return (expand_like(c_skip, x_t) * x_t_working + expand_like(c_out, x_t) * x0).to(x_t.dtype)
+
+    def _coefficients_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
+        if t.shape != x.shape[:1] or t.is_floating_point():
+            raise ValueError(
+                f"Timesteps must be integers of shape ({x.shape[0]},), one for each sample of the latents; got shape"
+                f" {tuple(t.shape)} and {t.dtype}."
+            )
+        # Reading values off an accelerator would make it wait, so only timesteps already at hand are checked.
+        if t.device.type == "cpu" and t.numel() and not 0 <= t.min() <= t.max() < self.num_train_timesteps:
+            raise ValueError(f"Timesteps must lie in 0..{self.num_train_timesteps - 1}; got {t.tolist()}.")
+        alpha, sigma = self.coefficients(t)
+        return expand_like(alpha, x), expand_like(sigma, x)
+
+
+_SCHEDULE_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+}
+_SCHEDULE_KEYS = (*_SCHEDULE_DEFAULTS, "beta_start", "beta_end", "beta_schedule")
+
+
+class VariancePreservingPath(NoisePath):
+    """The path of DDPM-trained models: α_t = √ᾱ_t and σ_t = √(1 − ᾱ_t), float32 (num_train_timesteps,) each."""
+
+    def __init__(
+        self,
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str = "epsilon",
+        timestep_scaling: float = TIMESTEP_SCALING,
+        sigma_data: float = SIGMA_DATA,
+    ):
+        if alphas_cumprod.ndim != 1 or alphas_cumprod.numel() == 0:
+            raise ValueError(f"alphas_cumprod must be a vector, one value per timestep; got {alphas_cumprod.shape}.")
+        if timestep_scaling <= 0 or sigma_data <= 0:
+            raise ValueError(
+                f"timestep_scaling and sigma_data must be positive; got {timestep_scaling} and {sigma_data}."
+            )
+        self._prediction = get_prediction_type(prediction_type)
+        if prediction_type == "epsilon" and not torch.all(alphas_cumprod > 0):
+            raise ValueError(
+                "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
+                " says nothing of x_0; use 'v_prediction' or 'sample', or rescale_betas_zero_snr=False."
+            )
+        self.num_train_timesteps = alphas_cumprod.numel()
+        self.prediction_type = prediction_type
+        self.timestep_scaling = timestep_scaling
+        self.sigma_data = sigma_data
+        alphas_cumprod = alphas_cumprod.detach().to(torch.float32)
+        self.alphas = alphas_cumprod.sqrt()
+        self.sigmas = (1 - alphas_cumprod).sqrt()
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any], **overrides: Any) -> VariancePreservingPath:
+        """The path a diffusers DDPM-family scheduler configuration describes.
+
+        Args:
+            config: The scheduler's configuration, as `scheduler.config` or read from `scheduler_config.json`. Keys
+                that do not describe the noise schedule are ignored, `timestep_scaling` too: the boundary belongs to
+                the student, not to the model it starts from.
+            overrides: Values that win over `config`, and `timestep_scaling`, `sigma_data`.
+        """
+        valid = {*_SCHEDULE_KEYS, "timestep_scaling", "sigma_data"}
+        if unknown := sorted(set(overrides) - valid):
+            raise ValueError(f"Unknown overrides {unknown}; valid ones are {sorted(valid)}.")
+        boundary = {key: overrides[key] for key in ("timestep_scaling", "sigma_data") if key in overrides}
+        settings = {**_SCHEDULE_DEFAULTS, **config, **overrides}
+        if settings["trained_betas"] is not None:
+            settings = {"beta_start": None, "beta_end": None, "beta_schedule": None, **settings}
+        if missing := [key for key in _SCHEDULE_KEYS if key not in settings]:
+            raise ValueError(f"The scheduler configuration does not describe a noise schedule: it lacks {missing}.")
+        prediction_type = settings["prediction_type"]
+        betas = make_betas(**{key: settings[key] for key in _SCHEDULE_KEYS if key != "prediction_type"})
+        if len(betas) != settings["num_train_timesteps"]:
+            raise ValueError(
+                f"trained_betas has {len(betas)} values, but num_train_timesteps is {settings['num_train_timesteps']}."
+            )
+        return cls(torch.cumprod(1.0 - betas, dim=0), prediction_type, **boundary)
+
+    def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.alphas.device != t.device:
+            self.alphas, self.sigmas = self.alphas.to(t.device), self.sigmas.to(t.device)
+        return self.alphas[t], self.sigmas[t]
+
+    def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self._read(self._prediction.x0, output, x_t, t)
+
+    def predict_noise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self._read(self._prediction.noise, output, x_t, t)
+
+    def _read(self, formula: Callable[..., torch.Tensor], output, x_t, t) -> torch.Tensor:
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"The network's output must have the latents' shape {tuple(x_t.shape)}; got {tuple(output.shape)}."
+            )
+        alpha, sigma = self._coefficients_like(x_t, t)
+        return formula(_working(output), _working(x_t), alpha, sigma).to(x_t.dtype)
