@@ -1,0 +1,80 @@
+"""The teacher: the base model with classifier-free guidance, taken one DDIM step along its path (eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from diffusers_mcm.consistency import NoisePath, expand_like
+
+Text = dict[str, torch.Tensor]
+Denoise = Callable[[torch.Tensor, torch.Tensor, Text], torch.Tensor]
+
+
+@torch.no_grad()
+def guided_prediction(
+    denoise: Denoise,
+    path: NoisePath,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    text: Text,
+    negative_text: Text,
+    w: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x̂_0 and ε̂, each guided as cond + w (cond − uncond), from one call of `denoise` on 2B latents.
+
+    Args:
+        denoise: `denoise(latents, timesteps (B,), text)`, the network's output in the latents' shape.
+        path: The noise path of the network.
+        x_t: Noisy latents (B, C, T, H, W).
+        t: Their timesteps, int64 (B,).
+        text: The prompts' encoding; every value has the batch first.
+        negative_text: What guidance leads away from (usually the empty prompt), in the same shapes.
+        w: The guidance strength, a number or (B,); 0 is the conditional prediction alone. The guidance scale of
+            diffusers' pipelines is w + 1.
+
+    Returns:
+        x̂_0 and ε̂ in the shape of `x_t`, float32.
+    """
+    w = torch.as_tensor(w, dtype=torch.float32, device=x_t.device)
+    if w.ndim > 1 or w.ndim == 1 and len(w) != len(x_t):
+        raise ValueError(f"The guidance strength w must be a number or of shape ({len(x_t)},); got {tuple(w.shape)}.")
+    t_both, x_both = torch.cat([t, t]), torch.cat([x_t, x_t])
+    output = denoise(x_both, t_both, _concatenate(negative_text, text))
+    x_both = x_both.to(torch.promote_types(x_both.dtype, torch.float32))
+
+    def guide(both: torch.Tensor) -> torch.Tensor:
+        unconditional, conditional = both.chunk(2)
+        return conditional + expand_like(w, x_t) * (conditional - unconditional)
+
+    x0 = guide(path.predict_x0(output, x_both, t_both))
+    noise = guide(path.predict_noise(output, x_both, t_both))
+    return x0, noise
+
+
+@torch.no_grad()
+def teacher_step(
+    denoise: Denoise,
+    path: NoisePath,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    t_prev: torch.Tensor,
+    text: Text,
+    negative_text: Text,
+    w: torch.Tensor | float,
+) -> torch.Tensor:
+    """x̂_{t_prev} = x_t − s Φ(x_t, t; φ) (eq. 2): one guided DDIM step from `t` to `t_prev`, in the type of `x_t`."""
+    x0, noise = guided_prediction(denoise, path, x_t, t, text, negative_text, w)
+    return path.step(x0, noise, t_prev).to(x_t.dtype)
+
+
+def _concatenate(first: Text, second: Text) -> Text:
+    """Both texts in one batch."""
+    shapes = [{key: tuple(value.shape) for key, value in text.items()} for text in (second, first)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The negative text must have the keys and shapes of the text, {shapes[0]}, since both go through the"
+            f" network in one call; got {shapes[1]}."
+        )
+    return {key: torch.cat([first[key], second[key]]) for key in first}

@@ -1,0 +1,79 @@
+"""Where a distillation trajectory starts: mixed trajectories (section 3.3), noising, and the frames to decode."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_mcm.consistency import NoisePath, expand_like
+from diffusers_mcm.teacher import Denoise, Text
+
+
+def noisy_start(path: NoisePath, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = α_t x_0 + σ_t ε, but pure noise at the terminal timestep (zero terminal SNR): sampling starts there."""
+    x_t = path.add_noise(x0, noise, t)
+    return torch.where(expand_like(t == path.terminal_timestep, x0), noise.to(x_t.dtype), x_t)
+
+
+@torch.no_grad()
+def one_step_sample(denoise: Denoise, path: NoisePath, noise: torch.Tensor, text: Text) -> torch.Tensor:
+    """x̂_0^θ = f_θ(x_T, T) with x_T pure noise (eq. 7): the student's own one-step sample, without gradients."""
+    terminal = torch.full((len(noise),), path.terminal_timestep, device=noise.device)
+    return path.consistency_function(denoise(noise, terminal, text), noise, terminal)
+
+
+def mixed_start(
+    denoise: Denoise,
+    path: NoisePath,
+    x0: torch.Tensor,
+    start_noise: torch.Tensor,
+    uniforms: torch.Tensor,
+    lambda_real: float,
+    text: Text,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents to start trajectories from: the real video with probability λ_real, else the student's own sample.
+
+    One coin per sample has the expectation of eq. 9's weighted sum. The network runs on the samples that need it only.
+
+    Args:
+        denoise: The student, `denoise(latents, timesteps (B,), text)`.
+        path: The noise path.
+        x0: Latents of the real videos (B, C, T, H, W).
+        start_noise: Pure noise x_T of the same shape, independent of the noise added later.
+        uniforms: One draw from [0, 1) per sample, (B,).
+        lambda_real: λ_real in [0, 1].
+        text: The prompts' encoding; every value has the batch first.
+
+    Returns:
+        The latents, in the shape and type of `x0`, and which of them are real, bool (B,).
+    """
+    if not 0 <= lambda_real <= 1:
+        raise ValueError(f"lambda_real must be between 0 and 1; got {lambda_real}.")
+    if uniforms.shape != x0.shape[:1]:
+        raise ValueError(f"There must be one uniform draw per sample, ({len(x0)},); got {tuple(uniforms.shape)}.")
+    real = uniforms < lambda_real
+    own = (~real).nonzero().flatten().to(x0.device)
+    if len(own) == 0:
+        return x0, real
+    own_text = {key: value[own.to(value.device)] for key, value in text.items()}
+    samples = one_step_sample(denoise, path, start_noise[own], own_text)
+    return x0.index_copy(0, own, samples.to(x0.dtype)), real
+
+
+def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:
+    """Sparse frames (section 3.1): one from each of l segments of the clip, as equal as they can be.
+
+    Args:
+        num_frames: Frames of the clip.
+        uniforms: Draws from [0, 1), (B, l).
+
+    Returns:
+        Frame indices, ascending, int64 (B, l).
+    """
+    if uniforms.ndim != 2 or not 1 <= uniforms.shape[1] <= num_frames:
+        raise ValueError(
+            f"uniforms must be (B, l) with l from 1 to the clip's {num_frames} frames; got {tuple(uniforms.shape)}."
+        )
+    l = uniforms.shape[1]  # noqa: E741 (the paper's symbol)
+    edges = torch.arange(l + 1, device=uniforms.device) * num_frames // l
+    offsets = (uniforms * edges.diff()).long()
+    return torch.minimum(edges[:-1] + offsets, edges[1:] - 1)
