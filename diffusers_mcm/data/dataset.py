@@ -1,0 +1,205 @@
+"""Map-style data sets keyed by the global sample index, so that any split over processes reads the same items."""
+
+import hashlib
+import logging
+import math
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .images import UnusableItem, read_image
+from .sources import IMAGES, VIDEOS, MediaRows, open_rows
+from .video import read_clip
+
+
+logger = logging.getLogger(__name__)
+
+#: After so many different items in a row that cannot be used, the data set gives up.
+MAX_REPLACEMENTS = 1000
+
+
+def _draw_bits(seed: int, purpose: str, index: int) -> int:
+    """53 random bits that depend on nothing but the arguments."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()[:8], "big") >> 11
+
+
+def draw_uniform(seed: int, purpose: str, index: int) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments."""
+    return _draw_bits(seed, purpose, index) / 2**53
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_rows: int, seed: int, purpose: str, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(_draw_bits(seed, f"{purpose} order", epoch))
+    return torch.randperm(num_rows, generator=generator)
+
+
+def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int):
+    """The row of a global index, then its replacements: every row once, in an order of the index's own."""
+    epoch, position = divmod(index, num_rows)
+    first = int(_epoch_order(num_rows, seed, purpose, epoch)[position])
+    stride = 1 + _draw_bits(seed, f"{purpose} replacement", index) % max(num_rows - 1, 1)
+    while math.gcd(stride, num_rows) != 1:
+        stride += 1
+    for attempt in range(num_rows):
+        yield (first + attempt * stride) % num_rows
+
+
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+class KeyedDataset(Dataset):
+    """Items of `rows`, in a new order each epoch, keyed by the global sample index.
+
+    Index `i` may be any number from 0 on: epoch `i // len(self)`. An item that cannot be used is replaced by another
+    one; which one depends on the seed and the index only. `skipped` maps the name of each such item to the reason.
+    """
+
+    def __init__(self, rows: MediaRows, seed: int, purpose: str):
+        self.rows, self.seed, self.purpose = rows, seed, purpose
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read_pixels(self, media: dict, index: int) -> np.ndarray:
+        """Decode one item for one global index: uint8, channels last."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[dict, dict[str, str]]:
+        """The item of a global index, with uint8 pixels, and what was skipped on the way (name: reason).
+
+        Raises:
+            ValueError: if nothing can be used.
+        """
+        if index < 0:
+            raise IndexError(f"A global sample index is 0 or more, not {index}.")
+        skipped = {}
+        for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
+            item = self.rows[row]
+            try:
+                caption = self.rows.caption(item)
+                pixels = self.read_pixels(self.rows.media(item), index)
+            except UnusableItem as reason:
+                skipped[self.rows.name(row, item)] = str(reason)
+                if len(skipped) >= MAX_REPLACEMENTS:
+                    break
+                continue
+            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+            return {"pixels": pixels, "caption": caption}, skipped
+        examples = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ValueError(
+            f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
+            f"tried in a row can be used, for example{examples}"
+        )
+
+    def record_skipped(self, skipped: dict[str, str]) -> None:
+        """Count what was skipped, and warn of each item once, by its name."""
+        for name, reason in skipped.items():
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                logger.warning("Skipped %s: %s (%d skipped so far).", name, reason, len(self.skipped))
+
+    def __getitem__(self, index: int) -> dict:
+        item, skipped = self.read(index)
+        self.record_skipped(skipped)
+        return {**item, "pixels": to_unit_range(item["pixels"])}
+
+
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, not {value}.")
+
+
+class VideoDataset(KeyedDataset):
+    """Clips with captions.
+
+    `dataset[i]` is `{"pixels": float32 (3, T, H, W) in [-1, 1], "caption": str}`. The clip starts where the seed and
+    `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced.
+
+    Args:
+        source: a folder with `metadata.csv` or `.jsonl`, WebDataset tars (folder or glob), or a Hub data set id.
+        num_frames: frames per clip.
+        frame_interval: every how many frames one is taken; shrinks to fit a short video.
+        height, width: size of the clips: the shortest side is scaled, then the centre cropped.
+        seed: keys the order and the starts.
+        split: of the Hub data set, or a subfolder.
+        caption_column, video_column: if they are not to be detected.
+        config_name, revision: of a Hub data set.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        num_frames: int = 16,
+        frame_interval: int = 8,
+        height: int = 256,
+        width: int = 256,
+        seed: int = 0,
+        split: str = "train",
+        caption_column: str | None = None,
+        video_column: str | None = None,
+        config_name: str | None = None,
+        revision: str | None = None,
+    ):
+        _check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
+        rows = open_rows(source, VIDEOS, split, video_column, caption_column, config_name, revision)
+        super().__init__(rows, seed, "videos")
+        self.num_frames, self.frame_interval = num_frames, frame_interval
+        self.height, self.width = height, width
+
+    def read_pixels(self, media: dict, index: int) -> np.ndarray:
+        start = draw_uniform(self.seed, "clip start", index)
+        return read_clip(media, self.num_frames, self.frame_interval, self.height, self.width, start)
+
+
+class ImageDataset(KeyedDataset):
+    """Images, with captions if there are any.
+
+    `dataset[i]` is `{"pixels": float32 (3, H, W) in [-1, 1], "caption": str}`, the caption "" where there is none.
+
+    Args:
+        source: a folder of images (with or without metadata), WebDataset tars, or a Hub data set id.
+        size: side of the square images, or `(height, width)`.
+        seed, split, caption_column, image_column, config_name, revision: as in `VideoDataset`.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        size: int | tuple[int, int] = 256,
+        seed: int = 0,
+        split: str = "train",
+        caption_column: str | None = None,
+        image_column: str | None = None,
+        config_name: str | None = None,
+        revision: str | None = None,
+    ):
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        _check_at_least_one(height=self.height, width=self.width)
+        rows = open_rows(source, IMAGES, split, image_column, caption_column, config_name, revision)
+        super().__init__(rows, seed, "images")
+
+    def read_pixels(self, media: dict, index: int) -> np.ndarray:
+        return read_image(media, self.height, self.width)
+
+
+class FrameDataset(KeyedDataset):
+    """Frames of a video data set as images, each with its clip's caption, in an order of their own.
+
+    `dataset[i]` is `{"pixels": float32 (3, H, W) in [-1, 1], "caption": str}`; only that frame is decoded for use.
+    """
+
+    def __init__(self, videos: VideoDataset):
+        super().__init__(videos.rows, videos.seed, "frames")
+        self.height, self.width = videos.height, videos.width
+
+    def read_pixels(self, media: dict, index: int) -> np.ndarray:
+        start = draw_uniform(self.seed, "frame", index)
+        return read_clip(media, 1, 1, self.height, self.width, start)[0]

@@ -1,0 +1,140 @@
+"""Which process reads which items, and the loader: resuming means starting at a later step."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .dataset import KeyedDataset, to_unit_range
+
+
+class StepSampler(Sampler[list[int]]):
+    """Global sample indices of one process's micro-batches, step by step.
+
+    With R processes, micro-batch B and accumulation A, step s uses the samples from s·RBA to (s + 1)·RBA whatever
+    R, B and A are. Micro-batch a of process r takes the B samples from s·RBA + (a·R + r)·B on. Each is yielded as a
+    list, so A lists make a step.
+
+    Args:
+        batch_size: B.
+        rank, num_processes: r and R.
+        accumulation: A.
+        start_step: the step to begin with; a resumed run gives the one it stopped before.
+        end_step: the step to stop before; None goes on for ever.
+        items_per_sample: for data read l times per sample (images for l frames): sample g has items g·l … g·l + l − 1.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        accumulation: int = 1,
+        start_step: int = 0,
+        end_step: int | None = None,
+        items_per_sample: int = 1,
+    ):
+        sizes = {"batch_size": batch_size, "num_processes": num_processes, "accumulation": accumulation}
+        for name, value in {**sizes, "items_per_sample": items_per_sample}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, not {value}.")
+        if not 0 <= rank < num_processes:
+            raise ValueError(f"rank must be from 0 to {num_processes - 1}, not {rank}.")
+        if start_step < 0:
+            raise ValueError(f"start_step must be 0 or more, not {start_step}.")
+        self.batch_size, self.rank, self.num_processes, self.accumulation = (
+            batch_size,
+            rank,
+            num_processes,
+            accumulation,
+        )
+        self.start_step, self.end_step, self.items_per_sample = start_step, end_step, items_per_sample
+
+    def micro_batch(self, step: int, micro_step: int) -> list[int]:
+        """The global indices of one micro-batch of this process."""
+        group = step * self.accumulation + micro_step
+        first = (group * self.num_processes + self.rank) * self.batch_size * self.items_per_sample
+        return list(range(first, first + self.batch_size * self.items_per_sample))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while self.end_step is None or step < self.end_step:
+            for micro_step in range(self.accumulation):
+                yield self.micro_batch(step, micro_step)
+            step += 1
+
+
+class _ReadWithReport(Dataset):
+    """A worker's view of a data set: what it skipped travels with the item, to be counted in the main process."""
+
+    def __init__(self, dataset: KeyedDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, dict, dict[str, str]]:
+        return index, *self.dataset.read(index)
+
+
+def _collate(reads: list[tuple[int, dict, dict[str, str]]]) -> tuple[dict, dict[str, str]]:
+    indices, items, reports = zip(*reads, strict=True)
+    batch = {
+        "pixels": torch.stack([item["pixels"] for item in items]),
+        "caption": [item["caption"] for item in items],
+        "index": torch.tensor(indices, dtype=torch.long),
+    }
+    return batch, {name: reason for report in reports for name, reason in report.items()}
+
+
+class StepLoader:
+    """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
+
+    Yields `{"pixels": float32 (B, …) in [-1, 1], "caption": list of B strings, "index": int64 (B,)}`. Items skipped
+    in the workers are counted and warned of here, in `dataset.skipped`.
+
+    Args:
+        dataset: a `VideoDataset`, `ImageDataset` or `FrameDataset`.
+        sampler: which indices, in which order.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin_memory: page-locked batches, for copies to a GPU.
+        multiprocessing_context: how workers start ("fork", "spawn", "forkserver"); None is the platform's way.
+    """
+
+    def __init__(
+        self,
+        dataset: KeyedDataset,
+        sampler: StepSampler,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        multiprocessing_context: str | None = None,
+    ):
+        self.dataset, self.sampler = dataset, sampler
+        self._loader = DataLoader(
+            _ReadWithReport(dataset),
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            multiprocessing_context=multiprocessing_context,
+            generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch, skipped in self._loader:
+            self.dataset.record_skipped(skipped)
+            yield {**batch, "pixels": to_unit_range(batch["pixels"])}
+
+
+def build_loader(
+    dataset: KeyedDataset,
+    batch_size: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    accumulation: int = 1,
+    start_step: int = 0,
+    end_step: int | None = None,
+    items_per_sample: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> StepLoader:
+    """The loader of one process; the arguments are those of `StepSampler` and `StepLoader`."""
+    sampler = StepSampler(batch_size, rank, num_processes, accumulation, start_step, end_step, items_per_sample)
+    return StepLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
