@@ -1,0 +1,114 @@
+"""The frozen networks of the discriminator: DINOv2 patch tokens for images, CLIP embeddings for text."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .augment import check_images
+
+MAX_INPUT_SIZE = 224
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class _Frozen(nn.Module):
+    """Never trained and never in training mode, whatever the module that owns it does."""
+
+    def train(self, mode: bool = True) -> "_Frozen":
+        return super().train(False)
+
+
+class PatchFeatures(_Frozen):
+    """Patch tokens of a frozen DINOv2 after the given blocks. Gradients pass through to the images.
+
+    Args:
+        model: a `transformers.Dinov2Model`.
+        blocks: indices of the blocks, counted from 0.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[int] = (2, 5, 8, 11)):
+        super().__init__()
+        config = model.config
+        if not blocks or not all(0 <= block < config.num_hidden_layers for block in blocks):
+            raise ValueError(f"Expected blocks within 0..{config.num_hidden_layers - 1}, got {tuple(blocks)}.")
+        self.blocks = tuple(blocks)
+        self.input_size = min(config.image_size, MAX_INPUT_SIZE)
+        self.feature_dim = config.hidden_size
+        if self.input_size % config.patch_size:
+            raise ValueError(
+                f"The input size {self.input_size} is not a multiple of the network's patch size {config.patch_size}."
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, blocks: Sequence[int] = (2, 5, 8, 11), dtype: torch.dtype | None = None
+    ) -> "PatchFeatures":
+        """Load from a folder or a Hub repository that holds a DINOv2 without registers."""
+        from transformers import Dinov2Config, Dinov2Model
+
+        model_type = Dinov2Config.get_config_dict(name)[0].get("model_type")
+        if model_type != "dinov2":
+            raise ValueError(f"Expected a model of type 'dinov2' in {name!r}, got {model_type!r}.")
+        return cls(Dinov2Model.from_pretrained(name, dtype=dtype or torch.float32), blocks)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images `(N, 3, H, W)` in [-1, 1] → one `(N, P, C)` float32 per block."""
+        check_images(images)
+        size = (self.input_size, self.input_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="area")
+        images = ((images.float() + 1) / 2 - self.mean.float()) / self.std.float()
+        hidden = self.model(images.to(self.model.dtype), output_hidden_states=True).hidden_states
+        # hidden[0] is the embedding; token 0 is the class token.
+        return [self.model.layernorm(hidden[block + 1])[:, 1:].float() for block in self.blocks]
+
+
+class TextFeatures(_Frozen):
+    """Projected CLIP embeddings of prompts, frozen.
+
+    Args:
+        model: a `transformers.CLIPTextModelWithProjection`.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.text_dim = model.config.projection_dim
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: torch.dtype | None = None) -> "TextFeatures":
+        """Load from a folder or a Hub repository that holds a CLIP, or its text half, and the tokenizer."""
+        from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in ("clip", "clip_text_model"):
+            raise ValueError(
+                f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {config.model_type!r}."
+            )
+        if config.model_type == "clip":
+            # The text half of many CLIP configurations keeps the default width, not the model's.
+            config.text_config.projection_dim = config.projection_dim
+            config = config.text_config
+        model = CLIPTextModelWithProjection.from_pretrained(name, config=config, dtype=dtype or torch.float32)
+        return cls(model, AutoTokenizer.from_pretrained(name))
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts → `(N, D)` float32."""
+        if isinstance(prompts, str):
+            raise ValueError(f"Expected a list of prompts, got the single string {prompts!r}.")
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",  # a fixed length, or an embedding would depend on its neighbours in rounding
+            truncation=True,
+            max_length=self.model.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        return self.model(tokens.input_ids.to(self.model.device)).text_embeds.float()

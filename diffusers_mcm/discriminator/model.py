@@ -1,0 +1,129 @@
+"""The projected discriminator: frozen features, trainable heads, and what a training step asks of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .augment import AugmentationDraws, augment, crop_and_resize
+from .features import PatchFeatures, TextFeatures
+from .heads import DiscriminatorHeads
+from .penalty import gradient_penalty, interpolate
+
+DEFAULT_FEATURES = "facebook/dinov2-small"
+DEFAULT_TEXT = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
+
+
+class ImageFeatures(NamedTuple):
+    """What the discriminator knows of a batch of images.
+
+    pixels: augmented, at the frozen network's size, `(N, 3, S, S)` float32, nominally in [-1, 1].
+    blocks: patch tokens, `(N, P, C)` float32 per block.
+    """
+
+    pixels: torch.Tensor
+    blocks: list[torch.Tensor]
+
+    def detach(self) -> "ImageFeatures":
+        return ImageFeatures(self.pixels.detach(), [tokens.detach() for tokens in self.blocks])
+
+
+class DiscriminatorOutput(NamedTuple):
+    """Logits `(N, blocks · P)` and the gradient penalty `(N,)` per image, or None if it was not asked for."""
+
+    fake_logits: torch.Tensor
+    real_logits: torch.Tensor
+    penalty: torch.Tensor | None
+
+
+class Discriminator(nn.Module):
+    """One training step runs the frozen network three times: on generated, real and interpolated images.
+
+    ```
+    fake = discriminator.extract(frames, fake_draws)                # gradients reach the frames
+    fake_logits = discriminator.generator_logits(fake, text)        # ... and nothing else
+    real = discriminator.extract(images, real_draws)
+    output = discriminator(fake, text, real, image_text, weights)   # gradients reach the heads only
+    ...
+    discriminator.update_spectral_norm()                            # once after the optimiser's step
+    ```
+
+    Args:
+        features: the frozen image network.
+        heads: the trainable part, the only one whose weights need saving.
+        text: the frozen text encoder; may be left out if embeddings come from elsewhere.
+    """
+
+    def __init__(self, features: PatchFeatures, heads: DiscriminatorHeads, text: TextFeatures | None = None):
+        super().__init__()
+        self.features = features
+        self.heads = heads
+        self.text = text
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        features: str = DEFAULT_FEATURES,
+        text: str = DEFAULT_TEXT,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Discriminator":
+        """Frozen networks by name (folder, packaged name or Hub repository), heads freshly drawn from `generator`.
+
+        `dtype` is that of the frozen networks (default float32); the heads are float32 always.
+        """
+        from ..hub import resolve
+
+        image_network = PatchFeatures.from_pretrained(str(resolve(features)), dtype=dtype)
+        text_network = TextFeatures.from_pretrained(str(resolve(text)), dtype=dtype)
+        heads = DiscriminatorHeads(
+            len(image_network.blocks), image_network.feature_dim, text_network.text_dim, generator=generator
+        )
+        return cls(image_network, heads, text_network)
+
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts → `(N, D)` float32."""
+        if self.text is None:
+            raise ValueError("This discriminator has no text encoder; pass `text` when making it.")
+        return self.text(prompts)
+
+    def extract(self, images: torch.Tensor, draws: AugmentationDraws) -> ImageFeatures:
+        """Images `(N, 3, H, W)` in [-1, 1], augmented, through the frozen network. Differentiable in the images."""
+        pixels = crop_and_resize(augment(images, draws), draws, self.features.input_size)
+        return ImageFeatures(pixels, self.features(pixels))
+
+    def generator_logits(self, fake: ImageFeatures, text: torch.Tensor) -> torch.Tensor:
+        """Logits for the generator's loss: the heads' weights enter as constants, so they collect no gradient."""
+        constants = {name: parameter.detach() for name, parameter in self.heads.named_parameters()}
+        return torch.func.functional_call(self.heads, constants, (fake.blocks, text))
+
+    def forward(
+        self,
+        fake: ImageFeatures,
+        fake_text: torch.Tensor,
+        real: ImageFeatures,
+        real_text: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> DiscriminatorOutput:
+        """All of the discriminator's own step in one call, as a data-parallel wrapper wants it.
+
+        Args:
+            fake, fake_text: generated images as `generator_logits` saw them, and their text `(N, D)`.
+            real, real_text: real images and their own text.
+            weights: `(N,)` interpolation draws for the gradient penalty, which is left out without them.
+        """
+        fake, real = fake.detach(), real.detach()
+        penalty = None
+        if weights is not None:
+            # A point between a real pair (image, text) and a generated one.
+            pixels = interpolate(real.pixels, fake.pixels, weights)
+            text = interpolate(real_text, fake_text, weights)
+            with torch.no_grad():
+                blocks = self.features(pixels)
+            penalty = gradient_penalty(self.heads, blocks, text)
+        return DiscriminatorOutput(self.heads(fake.blocks, fake_text), self.heads(real.blocks, real_text), penalty)
+
+    def update_spectral_norm(self) -> None:
+        """One power iteration of every spectral norm; call it once after each optimiser step."""
+        self.heads.update_spectral_norm()

@@ -1,0 +1,40 @@
+"""The discriminator's gradient penalty, in the WGAN-GP form, on the features of interpolated images."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def draw_interpolation(generator: torch.Generator, num_images: int = 1) -> torch.Tensor:
+    """Weights `(num_images,)` uniform in [0, 1) for the images of one sample, from that sample's own generator."""
+    return torch.rand(num_images, generator=generator, device=generator.device, dtype=torch.float32).cpu()
+
+
+def interpolate(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """u · real + (1 − u) · fake with one u per sample; any shape `(N, …)`, `weights` `(N,)`."""
+    if real.shape != fake.shape:
+        raise ValueError(
+            f"Expected real and generated tensors of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}."
+        )
+    if weights.shape != real.shape[:1]:
+        raise ValueError(f"Expected interpolation weights of shape ({len(real)},), got {tuple(weights.shape)}.")
+    weights = weights.to(real).reshape(-1, *[1] * (real.ndim - 1))
+    return weights * real + (1 - weights) * fake
+
+
+def gradient_penalty(
+    heads: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor],
+    features: Sequence[torch.Tensor],
+    text: torch.Tensor,
+) -> torch.Tensor:
+    """(‖∇ Σ logits‖₂ − 1)² per image, `(N,)` float32; the gradient is over the features of all blocks together.
+
+    Features, `(N, P, C)` per block, enter as constants: the second derivative goes through the heads only. Always in
+    float32, for a gradient of a gradient does not survive half precision.
+    """
+    features = [tokens.detach().float().requires_grad_() for tokens in features]
+    with torch.autocast(text.device.type, enabled=False):
+        logits = heads(features, text.detach().float())
+        gradients = torch.autograd.grad(logits.sum(), features, create_graph=True)
+        norms = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).norm(dim=1)
+    return (norms - 1) ** 2
