@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 SHAPES_COMMANDS = {
-    "build": ("diffusers_mcm.shapes.build", "write the shapes world: H.264 videos with captions, and the image sets"),
-    "demo": ("diffusers_mcm.shapes.demo", "sample held-out prompts with the teacher and with MCM, side by side"),
-    "figures": ("diffusers_mcm.shapes.figures", "measure teacher, MCM and LCM on every held-out caption"),
+    "build": (".shapes.build", "write the shapes world: H.264 videos with captions, and the image sets"),
+    "demo": (".shapes.demo", "sample held-out prompts with the teacher and with MCM, side by side"),
+    "figures": (".shapes.figures", "measure teacher, MCM and LCM on every held-out caption"),
 }
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = (parser := build_parser()).parse_known_args(argv)
     try:
         if arguments.command == "shapes":
-            module = import_module(SHAPES_COMMANDS[arguments.shapes_command][0])
+            module = import_module(SHAPES_COMMANDS[arguments.shapes_command][0], __package__)
             module.main(rest)
         else:
             if rest:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Sample every prompt and write one file each."""
-    from diffusers_mcm.video_io import write_video, writer_for
+    from .video_io import write_video, writer_for
 
     writer_for(arguments.output)  # a wrong extension is told before the work, not after it
     if arguments.fps <= 0:
@@ -76,7 +76,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from diffusers_mcm import MCMPipeline
+    from . import MCMPipeline
+    from .devices import choose_device
 
     device = choose_device(arguments.device)
     seed = torch.seed() % 2**32 if arguments.seed is None else arguments.seed
@@ -95,22 +96,6 @@ def generate(arguments: argparse.Namespace) -> None:
         video = pipeline(prompt, generator=generator, output_type="np", **options).frames[0]
         write_video(path, video, fps=arguments.fps)
         print(f"{path}  ({len(video)} frames, seed {seed}): {prompt}")
-
-
-def choose_device(name: str | None = None) -> str:
-    """The named device if this machine has it, else an error that says what it has; the best one if none is named."""
-    import torch
-
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if name is None:
-        return available[0]
-    if name.split(":")[0] not in available:
-        raise ValueError(f"expected --device to be one of {', '.join(available)}, got {name!r}")
-    return name
 
 
 def numbered(path: Path, count: int) -> list[Path]:

@@ -1,0 +1,115 @@
+"""Samples held-out prompts with the teacher and with MCM from the same seeds, and shows both side by side."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..video_io import comparison, write_image, write_mp4
+from .captions import Caption, held_out_captions
+from .methods import MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
+from .scores import METRICS, outcomes, read, replace_section, table, write_text
+
+FPS = 8
+SHOWN = 3  # prompts in the picture
+COLUMNS = ("all_right", "colour", "shape", "motion", "background", "watermark_seen", "sharpness")
+
+
+def sample_all(
+    networks: Networks, methods: Sequence[Method], prompts: Sequence[Caption], seed: int
+) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
+    """Per method the videos uint8 (T, H, W, 3) of all prompts, and the median seconds of one."""
+    videos, seconds = {}, {}
+    for method in methods:
+        networks.timed_sample(method._replace(steps=1), prompts[0], seed)  # the first call of all is slower
+        timed = [networks.timed_sample(method, prompt, seed) for prompt in prompts]
+        videos[method.name] = [video for video, _ in timed]
+        seconds[method.name] = statistics.median(spent for _, spent in timed)
+        print(f"{method.label}: {len(prompts)} videos, {seconds[method.name]:.2f} s each", flush=True)
+    return videos, seconds
+
+
+def score(videos: Sequence[np.ndarray], prompts: Sequence[Caption]) -> dict[str, float]:
+    """The oracle's mean scores of one method."""
+    found = outcomes([[read(video)] for video in videos], prompts)
+    return {name: float(np.nanmean(found[name])) for name in COLUMNS if not np.isnan(found[name]).all()}
+
+
+def write_videos(folder: Path, videos: dict[str, list[np.ndarray]], prompts: Sequence[Caption]) -> None:
+    """One mp4 per method and prompt."""
+    for name, of_method in videos.items():
+        for index, (video, prompt) in enumerate(zip(of_method, prompts), start=1):
+            write_mp4(folder / name / f"{index:02d}-{str(prompt).replace(' ', '-')}.mp4", video, fps=FPS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `diffusers-mcm shapes demo`."""
+    parser = argparse.ArgumentParser(prog="diffusers-mcm shapes demo", description=__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo"), help="folder for videos, picture and table")
+    add("--prompts", type=int, default=12, help="how many of the held-out captions")
+    add("--seed", type=int, default=0, help="every method and prompt starts from it")
+    add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
+    add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
+    add("--device", default=None, help="cpu, cuda … (default: the best there is)")
+    add(
+        "--readme",
+        type=Path,
+        help="file whose <!-- demo --> section takes table and picture (docs/demo.png beside it)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`diffusers-mcm shapes demo`."""
+    from ..devices import choose_device
+
+    arguments = build_parser().parse_args(argv)
+    captions = held_out_captions()
+    if not 1 <= arguments.prompts <= len(captions):
+        raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {arguments.prompts}")
+    spaced = np.linspace(0, len(captions) - 1, arguments.prompts).round().astype(int)
+    prompts = [captions[index] for index in spaced]
+    device = choose_device(arguments.device)
+    methods = [*TEACHER_METHODS, *MCM_METHODS]
+
+    networks = Networks({"teacher": arguments.teacher, "mcm": arguments.mcm}, device)
+    videos, seconds = sample_all(networks, methods, prompts, arguments.seed)
+    scores = {method.name: score(videos[method.name], prompts) for method in methods}
+
+    rows = []
+    for method in methods:
+        cells = {METRICS[name].title: METRICS[name].format(value) for name, value in scores[method.name].items()}
+        rows.append((method.label, cells | {"seconds": f"{seconds[method.name]:.2f}"}))
+    text = table(rows, [*(METRICS[name].title for name in COLUMNS), "seconds"])
+    where = f"seconds per video, one at a time, on {machine(device)}"
+    note = f"{len(prompts)} held-out prompts, seed {arguments.seed}; {where}."
+    picture = comparison(
+        {f"{method.label} · {seconds[method.name]:.2f} s": videos[method.name][:SHOWN] for method in methods},
+        [str(prompt) for prompt in prompts[:SHOWN]],
+    )
+
+    output = arguments.output
+    write_videos(output, videos, prompts)
+    write_image(output / "comparison.png", picture)
+    results = {
+        "prompts": [str(prompt) for prompt in prompts],
+        "seed": arguments.seed,
+        "machine": machine(device),
+        "methods": {m.name: m._asdict() | scores[m.name] | {"seconds": seconds[m.name]} for m in methods},
+    }
+    write_text(output / "table.md", f"{note}\n\n{text}\n")
+    write_text(output / "table.json", json.dumps(results, indent=2) + "\n")
+    if arguments.readme:
+        write_image(arguments.readme.parent / "docs" / "demo.png", picture)
+        image = "![The same prompts and seeds, teacher and MCM](docs/demo.png)"
+        replace_section(arguments.readme, "demo", f"{image}\n\n{note}\n\n{text}")
+
+    print(f"\n{note}\n\n{text}\n")
+    print(f"Videos:  {output}/<method>/*.mp4")
+    print(f"Picture: {output / 'comparison.png'}")
+    print(f"Table:   {output / 'table.md'} and table.json")
+    print('Your own: diffusers-mcm generate "a red circle moving left on a black background" -o out.mp4')

@@ -1,0 +1,314 @@
+"""Measures teacher, MCM and LCM on every held-out caption, paired, and says which targets are reached."""
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .captions import Caption, held_out_captions, training_captions
+from .methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
+from .render import render_video
+from .scores import (
+    ATTRIBUTES,
+    METRICS,
+    Metric,
+    estimates,
+    interval,
+    outcomes,
+    read,
+    replace_section,
+    resampled_captions,
+    table,
+    write_text,
+)
+
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SEARCH_SEED = 1000  # none of the seeds that are measured
+TRUTH = {"truth-video": "video", "truth-clean": "clean"}
+_WITH_INTERVAL = ("all_right", "watermark_seen", "sharpness", "displacement", "spread")
+
+
+class Check(NamedTuple):
+    """A target beside what was measured; `reached` is None where nothing was."""
+
+    name: str
+    target: str
+    measured: str
+    reached: bool | None
+
+
+class Study:
+    """Samples and reads methods, keeping every finished one in `folder`.
+
+    What is kept serves again only if the weights, the method, the captions, the seeds and the oracle are the same.
+    """
+
+    def __init__(self, networks: Networks, folder: Path, batch_size: int = 16):
+        self.networks = networks
+        self.folder = folder
+        self.batch_size = batch_size
+        self._digests: dict[str, str] = {}
+
+    def readings(self, method: Method, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
+        """Per caption and seed what the oracle reads off the method's video."""
+
+        def sample(prompts: Sequence[Caption], prompt_seeds: Sequence[int]) -> np.ndarray:
+            return self.networks.sample(method, prompts, prompt_seeds)
+
+        name = f"{method.name}-guidance-{method.guidance:g}"
+        return self._kept(name, [*method[3:], self._digest(method.network)], sample, captions, seeds)
+
+    def truth(self, name: str, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
+        """The same of what the renderer draws."""
+
+        def render(prompts: Sequence[Caption], prompt_seeds: Sequence[int]) -> list[np.ndarray]:
+            return [render_video(prompt, seed, TRUTH[name]) for prompt, seed in zip(prompts, prompt_seeds)]
+
+        return self._kept(name, [name, _source_digest("render")], render, captions, seeds)
+
+    def best_guidance(
+        self, method: Method, guidances: Sequence[float], captions: Sequence[Caption]
+    ) -> tuple[float, dict[float, float]]:
+        """The guidance with most all right (then most attributes right, then the smaller), and each one's share."""
+        scores = {}
+        for guidance in guidances:
+            candidate = method._replace(name=f"search-{method.name}", guidance=guidance)
+            found = outcomes(self.readings(candidate, captions, [SEARCH_SEED]), captions)
+            attributes = float(np.mean([found[attribute] for attribute in ATTRIBUTES]))
+            scores[guidance] = (float(found["all_right"].mean()), attributes, -guidance)
+        return max(scores, key=scores.get), {guidance: score[0] for guidance, score in scores.items()}
+
+    def _kept(
+        self, name: str, recipe: list, make: Callable, captions: Sequence[Caption], seeds: Sequence[int]
+    ) -> list[list[dict]]:
+        pairs = [(caption, seed) for caption in captions for seed in seeds]
+        recipe = [*recipe, _source_digest("oracle"), [[str(caption), seed] for caption, seed in pairs]]
+        key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+        path = self.folder / f"{name}-{key[:12]}.json"
+        if path.exists():
+            flat = json.loads(path.read_text())["readings"]
+        else:
+            flat = []
+            for start in range(0, len(pairs), self.batch_size):
+                prompts, prompt_seeds = zip(*pairs[start : start + self.batch_size])
+                flat += [read(video) for video in make(prompts, prompt_seeds)]
+                print(f"\r{name}: {len(flat)} of {len(pairs)}", end="", flush=True)
+            print()
+            write_text(path, json.dumps({"recipe": recipe, "readings": flat}))
+        return [flat[start : start + len(seeds)] for start in range(0, len(flat), len(seeds))]
+
+    def _digest(self, network: str) -> str:
+        """What the loaded weights hash to."""
+        if network not in self._digests:
+            digest = hashlib.sha256(str(self.networks.pipeline(network).scheduler.config).encode())
+            for name, part in sorted(self.networks.pipeline(network).components.items()):
+                for key, tensor in getattr(part, "state_dict", dict)().items():
+                    digest.update(f"{name}.{key}".encode())
+                    digest.update(tensor.detach().float().cpu().numpy().tobytes())
+            self._digests[network] = digest.hexdigest()
+        return self._digests[network]
+
+
+def _source_digest(module: str) -> str:
+    return hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).hexdigest()
+
+
+def time_methods(networks: Networks, methods: Sequence[Method], captions: Sequence[Caption], runs: int) -> dict:
+    """Median seconds per video, prompt to pixels, one at a time; the methods take turns so that load falls on all."""
+    for method in methods:
+        networks.timed_sample(method._replace(steps=min(method.steps, 4)), captions[0], 0)  # warms up
+    seconds = {method.name: [] for method in methods}
+    for turn in range(runs):
+        for method in methods:
+            seconds[method.name].append(networks.timed_sample(method, captions[turn % len(captions)], turn)[1])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def checks(draws: Callable[[str, str], np.ndarray], seconds: Mapping[str, float], with_lcm: bool) -> list[Check]:
+    """Every target of the project beside what was measured; ratios and differences are taken within each resample.
+
+    Args:
+        draws: (method, metric) -> `estimates`.
+        seconds: method -> seconds per video.
+    """
+    teacher, worst = "teacher-ddim-50", "worst of 1, 2, 4, 8 steps"
+
+    def mcm(metric: str, reference: str | None = None) -> np.ndarray:
+        """(4, 1 + resamples): one row per number of steps, divided by the reference's if there is one."""
+        values = np.stack([draws(method.name, metric) for method in MCM_METHODS])
+        return values if reference is None else values / draws(reference, metric)
+
+    of_teacher = draws(teacher, "all_right")
+    few = 1 - np.maximum(draws("teacher-ddim-4", "all_right"), draws("teacher-dpm-4", "all_right"))
+    failures = 1 - draws("mcm-4", "all_right")
+    off_clean = np.abs(mcm("sharpness", "truth-clean") - 1).max(0)
+    percent, ratio = Metric("", percent=True), Metric("")
+
+    def row(name: str, target: str, reached: Callable[[float], bool], values: np.ndarray, metric: Metric) -> Check:
+        estimate, low, high = interval(values)
+        text = f"{metric.format(estimate)} ({metric.format(low)} to {metric.format(high)})"
+        return Check(name, target, text, None if math.isnan(estimate) else bool(reached(round(estimate, 9))))
+
+    def against_lcm(steps: int) -> Check:
+        name, target = f"MCM {steps} less LCM {steps}: all right, points", "≥ 0"
+        if not with_lcm:
+            return Check(name, target, "not measured (no --lcm)", None)
+        difference = draws(f"mcm-{steps}", "all_right") - draws(f"lcm-{steps}", "all_right")
+        return row(name, target, lambda x: x >= 0, difference, percent)
+
+    def less_teacher(steps: int) -> np.ndarray:
+        return draws(f"mcm-{steps}", "all_right") - of_teacher
+
+    faster = seconds[teacher] / seconds["mcm-4"]
+    return [
+        row("teacher, DDIM 50: all right, %", "≥ 85", lambda x: x >= 0.85, of_teacher, percent),
+        row("MCM 4 less teacher: all right, points", "≥ −5", lambda x: x >= -0.05, less_teacher(4), percent),
+        Check(
+            "MCM 4: failures against the better of DDIM 4 and DPM++ 4, %",
+            "at most half",
+            f"{100 * failures[0]:.1f} against {100 * few[0]:.1f}",
+            bool(round(failures[0] - few[0] / 2, 9) <= 0),
+        ),
+        row("MCM 1 less teacher: all right, points", "≥ −15", lambda x: x >= -0.15, less_teacher(1), percent),
+        *(against_lcm(method.steps) for method in LCM_METHODS),
+        row("teacher: watermark seen, %", "≥ 80", lambda x: x >= 0.8, draws(teacher, "watermark_seen"), percent),
+        row(f"MCM: watermark seen, %, {worst}", "≤ 10", lambda x: x <= 0.1, mcm("watermark_seen").max(0), percent),
+        row(f"MCM: sharpness / teacher's, {worst}", "> 1", lambda x: x > 1, mcm("sharpness", teacher).min(0), ratio),
+        row(f"MCM: sharpness off clean frames', %, {worst}", "≤ 20", lambda x: x <= 0.2, off_clean, percent),
+        row(f"MCM: flicker / teacher's, {worst}", "≤ 1", lambda x: x <= 1, mcm("flicker", teacher).max(0), ratio),
+        row(
+            f"MCM: displacement per frame / teacher's, {worst}",
+            "≥ 0.8",
+            lambda x: x >= 0.8,
+            mcm("displacement", teacher).min(0),
+            ratio,
+        ),
+        row(
+            f"MCM: spread of positions / teacher's, {worst}",
+            "≥ 0.7",
+            lambda x: x >= 0.7,
+            mcm("spread", teacher).min(0),
+            ratio,
+        ),
+        Check("MCM 4 against teacher DDIM 50: times faster", "≥ 12", f"{faster:.1f}", faster >= 12),
+    ]
+
+
+def report(results: Mapping) -> tuple[str, str]:
+    """`figures.json` -> the table of methods and the table of checks, in markdown."""
+    rows = []
+    for method in results["methods"].values():
+        cells = {"guidance": "–" if method["guidance"] is None else f"{method['guidance']:g}"}
+        for name, metric in METRICS.items():
+            estimate, low, high = (math.nan if value is None else value for value in method[name])
+            cells[metric.title] = metric.format(estimate)
+            if name in _WITH_INTERVAL and not math.isnan(estimate):
+                cells[metric.title] += f" ({metric.format(low)} to {metric.format(high)})"
+        cells["seconds"] = "–" if method["seconds"] is None else f"{method['seconds']:.2f}"
+        rows.append((method["label"], cells))
+    columns = ["guidance", *(metric.title for metric in METRICS.values()), "seconds"]
+    words = {True: "yes", False: "**no**", None: "–"}
+    checked = [(c["name"], {**c, "reached": words[c["reached"]]}) for c in results["checks"]]
+    return table(rows, columns), table(checked, ["target", "measured", "reached"])
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Sample, read, time and compare; what `figures.json` holds."""
+    captions = held_out_captions()[: arguments.captions]
+    spaced = np.linspace(0, len(training_captions()) - 1, arguments.search_captions).round().astype(int)
+    search_captions = [training_captions()[index] for index in spaced]
+    seeds = list(range(arguments.seeds))
+    sources = {"teacher": arguments.teacher, "mcm": arguments.mcm, "lcm": arguments.lcm}
+    networks = Networks(sources, arguments.device)
+    study = Study(networks, arguments.output / "readings", arguments.batch_size)
+
+    methods, searches = [], {}
+    for method in TEACHER_METHODS:
+        best, searches[method.name] = study.best_guidance(method, arguments.guidances, search_captions)
+        methods.append(method._replace(guidance=best))
+    methods += [*MCM_METHODS, *(LCM_METHODS if arguments.lcm else ())]
+
+    rows = resampled_captions(len(captions))
+    readings = {method.name: study.readings(method, captions, seeds) for method in methods}
+    readings |= {name: study.truth(name, captions, seeds) for name in TRUTH}
+    draws = {
+        name: {metric: estimates(values, rows) for metric, values in outcomes(found, captions).items()}
+        for name, found in readings.items()
+    }
+    seconds = time_methods(networks, methods, captions, arguments.timing_runs)
+    labels = {name: f"rendered truth, {domain}" for name, domain in TRUTH.items()} | {m.name: m.label for m in methods}
+    guidances = {method.name: method.guidance for method in methods}
+    return {
+        "captions": [str(caption) for caption in captions],
+        "seeds": seeds,
+        "sources": {name: source for name, source in sources.items() if source},
+        "machine": machine(arguments.device),
+        "guidance_search": {name: {f"{g:g}": _plain(s) for g, s in found.items()} for name, found in searches.items()},
+        "methods": {
+            name: {
+                "label": labels[name],
+                "guidance": guidances.get(name),
+                "seconds": seconds.get(name),
+                **{metric: [_plain(value) for value in interval(values)] for metric, values in found.items()},
+            }
+            for name, found in draws.items()
+        },
+        "checks": [
+            check._asdict() for check in checks(lambda name, metric: draws[name][metric], seconds, bool(arguments.lcm))
+        ],
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `diffusers-mcm shapes figures`."""
+    parser = argparse.ArgumentParser(prog="diffusers-mcm shapes figures", description=__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("figures"), help="folder for figures.json, figures.md and the readings")
+    add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
+    add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
+    add("--lcm", help="plain LCM LoRA of the same data and steps, the control")
+    add("--captions", type=int, default=None, help="only the first of the held-out captions (default: all)")
+    add("--seeds", type=int, default=4, help="seeds 0, 1, … per caption")
+    add("--guidances", type=float, nargs="+", default=GUIDANCES, help="among which the teacher's best is sought")
+    add("--search_captions", type=int, default=40, help="training captions on which it is sought")
+    add("--batch_size", type=int, default=16, help="videos at a time; timing always takes one")
+    add("--timing_runs", type=int, default=5, help="videos per method that are timed")
+    add("--device", default=None, help="cpu, cuda … (default: the best there is)")
+    add("--checks", action="store_true", help="print only the table of targets, measured and reached")
+    add("--readme", type=Path, help="file whose <!-- figures --> section takes the tables")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`diffusers-mcm shapes figures`."""
+    from ..devices import choose_device
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    for name in ("captions", "seeds", "search_captions", "batch_size", "timing_runs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"expected --{name} of at least 1, got {value}")
+    arguments.device = choose_device(arguments.device)
+    results = measure(arguments)
+    methods, checked = report(results)
+    text = (
+        f"{len(results['captions'])} held-out captions × {len(results['seeds'])} seeds; seconds per video, one at a "
+        f"time, on {results['machine']}.\n\n{methods}\n\n{checked}\n"
+    )
+    write_text(arguments.output / "figures.json", json.dumps(results, indent=2) + "\n")
+    write_text(arguments.output / "figures.md", text)
+    if arguments.readme:
+        replace_section(arguments.readme, "figures", text)
+    print(checked if arguments.checks else text)
+    print(f"Written to {arguments.output / 'figures.json'} and {arguments.output / 'figures.md'}")

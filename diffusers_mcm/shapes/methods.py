@@ -1,0 +1,121 @@
+"""The sampling methods that the demo shows and the figures measure: each is a row of one table."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# what a scheduler must take over from the teacher; everything else belongs to the sampler
+_NOISE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
+
+
+class Method(NamedTuple):
+    """One way to make a video. `guidance` above 1 calls the network twice a step."""
+
+    name: str
+    label: str
+    network: str
+    sampler: str
+    steps: int
+    guidance: float = 1.0
+
+
+# the teacher's guidance is what `diffusers-mcm shapes figures` found best on training captions
+TEACHER_METHODS = (
+    Method("teacher-ddim-50", "teacher, DDIM, 50 steps", "teacher", "ddim", 50, 4.0),
+    Method("teacher-ddim-4", "teacher, DDIM, 4 steps", "teacher", "ddim", 4, 4.0),
+    Method("teacher-dpm-4", "teacher, DPM++, 4 steps", "teacher", "dpm++", 4, 4.0),
+)
+MCM_METHODS = tuple(
+    Method(f"mcm-{steps}", f"MCM, {steps} step{'s'[: steps > 1]}", "mcm", "mcm", steps) for steps in (1, 2, 4, 8)
+)
+LCM_METHODS = tuple(
+    Method(f"lcm-{steps}", f"LCM, {steps} step{'s'[: steps > 1]}", "lcm", "mcm", steps) for steps in (1, 2, 4)
+)
+
+
+class Networks:
+    """The pipelines of the methods, each loaded when first asked for.
+
+    Args:
+        sources: network ("teacher", "mcm", "lcm") -> what `MCMPipeline.from_pretrained` takes.
+        device: where they run.
+    """
+
+    def __init__(self, sources: Mapping[str, str], device: str = "cpu"):
+        self.sources = dict(sources)
+        self.device = device
+        self._pipelines = {}
+        self._schedulers = {}
+
+    def pipeline(self, network: str):
+        """The pipeline with the scheduler it came with."""
+        if network not in self._pipelines:
+            from .. import MCMPipeline
+
+            pipeline = MCMPipeline.from_pretrained(self.sources[network]).to(self.device)
+            pipeline.set_progress_bar_config(disable=True)
+            self._pipelines[network] = pipeline
+            self._schedulers[network] = pipeline.scheduler
+        self._pipelines[network].scheduler = self._schedulers[network]
+        return self._pipelines[network]
+
+    def sample(self, method: Method, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """One video per prompt and seed -> uint8 (N, T, H, W, 3). A seed means the same start for every method."""
+        import torch
+
+        from ..video_io import to_uint8
+
+        pipeline = self.pipeline(method.network)
+        pipeline.scheduler = make_scheduler(method.sampler, pipeline.scheduler)
+        videos = pipeline(
+            [str(prompt) for prompt in prompts],
+            num_inference_steps=method.steps,
+            guidance_scale=method.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+        ).frames
+        return np.stack([to_uint8(video) for video in videos])
+
+    def timed_sample(self, method: Method, prompt: str, seed: int) -> tuple[np.ndarray, float]:
+        """One video uint8 (T, H, W, 3), and the seconds from prompt to pixels."""
+        self.pipeline(method.network)  # loading is not sampling
+        start = time.perf_counter()
+        video = self.sample(method, [prompt], [seed])[0]
+        return video, time.perf_counter() - start
+
+
+def make_scheduler(sampler: str, own):
+    """The scheduler of a sampler on the noise schedule and prediction type of `own`, the pipeline's scheduler.
+
+    Both of the teacher's samplers space their steps backwards from the last timestep ("trailing"): they start where
+    the noise is pure, on the grid that the distillation uses.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    noise = {name: own.config[name] for name in _NOISE_FIELDS if name in own.config}
+    samplers = {
+        "mcm": lambda: own,
+        "ddim": lambda: DDIMScheduler(**noise, timestep_spacing="trailing", clip_sample=False),
+        "dpm++": lambda: DPMSolverMultistepScheduler(
+            **noise, timestep_spacing="trailing", algorithm_type="dpmsolver++"
+        ),
+    }
+    if sampler not in samplers:
+        raise ValueError(f"expected a sampler out of {', '.join(samplers)}, got {sampler!r}")
+    return samplers[sampler]()
+
+
+def machine(device: str) -> str:
+    """What the seconds were measured on."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, {device}"

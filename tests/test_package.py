@@ -1,0 +1,137 @@
+"""The frame: what imports what, what a bare import pulls in, and what a wheel holds."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffusers_mcm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# unit -> the units it may import; "" is the package itself
+ALGORITHM = {"teacher", "motion", "trajectory", "losses", "discriminator"}
+SAMPLING = {"pipelines", "base_models", "scheduler", "lora", "hub", "consistency"}
+MAY_IMPORT = {
+    "consistency": set(),
+    "hub": set(),
+    "devices": set(),
+    "video_io": set(),
+    "scheduler": {"consistency"},
+    "lora": {"consistency", "hub"},
+    **{unit: ALGORITHM | {"consistency", "hub"} for unit in ALGORITHM},
+    "pipelines": SAMPLING,
+    "base_models": SAMPLING,
+    "data": {"hub", "video_io"},
+    "evaluation": {"hub", "video_io"},
+    "shapes": {"video_io"},
+    "training": ALGORITHM | SAMPLING | {"data", "devices", "video_io"},
+    "cli": {"", "devices", "shapes", "video_io"},
+    "": {"pipelines", "scheduler", "hub", "base_models", "lora"},
+    "__main__": {"cli"},
+}
+# the two commands of the shapes world that sample do so inside their functions
+SAMPLES_LAZILY = {"shapes/demo.py", "shapes/figures.py", "shapes/methods.py"}
+
+
+def unit(module: str) -> str:
+    """`diffusers_mcm.training.step` -> `training`; the package itself -> ``."""
+    return (module.split(".") + [""])[1]
+
+
+def imported_modules(path: Path, node: ast.AST) -> list[str]:
+    """Full names of the package's modules that one import statement names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        package = ["diffusers_mcm", *path.relative_to(PACKAGE).parts[:-1]]
+        base = package[: len(package) - node.level + 1] if node.level else []
+        module = ".".join(base + ([node.module] if node.module else []))
+        # `from .. import hub` names a module, `from .. import MCMPipeline` does not
+        names = [f"{module}.{a.name}" if is_module(f"{module}.{a.name}") else module for a in node.names]
+    else:
+        return []
+    return [name for name in names if name.split(".")[0] == "diffusers_mcm"]
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path):
+    relative = path.relative_to(PACKAGE)
+    own = "" if relative.as_posix() == "__init__.py" else relative.parts[0].removesuffix(".py")
+    assert own in MAY_IMPORT, f"a new unit {own!r}: say here what it may import"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    allowed = MAY_IMPORT[own] | {own}
+    if relative.as_posix() in SAMPLES_LAZILY:
+        inside_functions = {
+            node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+        }
+    for node in ast.walk(tree):
+        for module in imported_modules(path, node):
+            lazily = relative.as_posix() in SAMPLES_LAZILY and node in inside_functions
+            assert unit(module) in allowed | ({"", "devices"} if lazily else set()), f"line {node.lineno}: {module}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & {"tests", "examples"}, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_assert_in_the_package(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
+
+
+def modules_after(statement: str) -> set[str]:
+    """What is in `sys.modules` after a statement in a fresh interpreter."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = ("diffusers_mcm.training", "diffusers_mcm.data", "diffusers_mcm.evaluation", "datasets", "av", "tensorboard")
+
+
+def test_inference_pulls_in_neither_training_nor_data_nor_evaluation():
+    loaded = modules_after("import diffusers_mcm\ndiffusers_mcm.MCMPipeline, diffusers_mcm.MCMScheduler")
+    assert "diffusers_mcm.pipelines" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_the_command_line_parses_without_torch():
+    loaded = modules_after("from diffusers_mcm.cli import build_parser\nbuild_parser()")
+    assert not loaded & {"torch", "diffusers", "transformers", *HEAVY}
+
+
+def test_a_wheel_holds_weights_types_and_every_module(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(PACKAGE, copy / "diffusers_mcm", ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    weights = [
+        "mcm-shapes/pytorch_lora_weights.safetensors",
+        "mcm-shapes/README.md",
+        "mcm-shapes-teacher/model_index.json",
+        "mcm-shapes-teacher/unet/diffusion_pytorch_model.safetensors",
+    ]
+    for name in weights:
+        path = copy / "diffusers_mcm" / "shapes" / "weights" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "wheel")]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    built = {path.relative_to(tmp_path / "wheel").as_posix() for path in (tmp_path / "wheel").rglob("*.*")}
+    assert {f"diffusers_mcm/shapes/weights/{name}" for name in weights} <= built
+    assert "diffusers_mcm/py.typed" in built
+    assert {path.relative_to(ROOT).as_posix() for path in FILES} <= built
+
+
+def test_the_code_is_clean():
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,86 @@
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_mcm.video_io import comparison, contact_sheet, to_uint8, whole_file, write_video
+
+
+@pytest.fixture
+def video():
+    """A gradient that moves: uint8 (6, 32, 48, 3)."""
+    t, y, x = np.meshgrid(np.arange(6), np.arange(32), np.arange(48), indexing="ij")
+    return np.stack([x * 4 + t * 8, y * 6, 128 + 0 * x], axis=-1).astype(np.uint8)
+
+
+def test_mp4_holds_the_frames_and_their_rate(tmp_path, video):
+    write_video(tmp_path / "new" / "v.mp4", video, fps=12)
+    with av.open(str(tmp_path / "new" / "v.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate) == ("h264", 12)
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert frames.shape == video.shape
+    assert np.abs(frames.astype(int) - video).mean() < 4
+
+
+def test_same_frames_give_the_same_bytes(tmp_path, video):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, video)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_mp4_pads_odd_sizes_to_even(tmp_path, video):
+    write_video(tmp_path / "v.mp4", video[:, :31, :47])
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert (container.streams.video[0].height, container.streams.video[0].width) == (32, 48)
+
+
+def test_gif_holds_the_frames_and_their_rate(tmp_path, video):
+    write_video(tmp_path / "v.gif", video, fps=8)
+    with Image.open(tmp_path / "v.gif") as image:
+        assert (image.n_frames, image.size, image.info["duration"]) == (6, (48, 32), 120)
+
+
+def test_contact_sheet_shows_every_frame_in_reading_order(video):
+    sheet = np.asarray(contact_sheet(video, columns=4))
+    assert sheet.shape == (2 * 36 + 4, 4 * 52 + 4, 3)
+    for index, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]):
+        tile = sheet[4 + row * 36 :, 4 + column * 52 :][:32, :48]
+        np.testing.assert_array_equal(tile, video[index])
+
+
+def test_comparison_shows_first_and_last_frames_of_every_method(video):
+    picture = np.asarray(comparison({"one": [video], "two": [video[::-1]]}, ["a prompt"], frames_per_video=2))
+    rows = [picture[-2 * 36 - 4 : -36 - 4], picture[-36 - 4 : -4]]
+    for row, (first, last) in zip(rows, [(0, -1), (-1, 0)]):
+        np.testing.assert_array_equal(row[:32, 190:][:, :48], video[first])
+        np.testing.assert_array_equal(row[:32, 190 + 49 :][:, :48], video[last])
+    with pytest.raises(ValueError, match=r"expected 2 videos .* in every row, got \{'one': 1\}"):
+        comparison({"one": [video]}, ["a", "b"])
+
+
+def test_float_frames_are_clipped_and_rounded():
+    frames = np.full((1, 2, 2, 3), 0.5)
+    frames[0, 0, 0] = (-1, 2, 0.999)
+    np.testing.assert_array_equal(to_uint8(frames)[0, 0], [[0, 255, 255], [128, 128, 128]])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 4, 4, 1), (0, 4, 4, 3)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected frames of shape \(T, H, W, 3\)"):
+        to_uint8(np.zeros(shape))
+
+
+def test_unknown_extension_lists_the_known_ones(video):
+    with pytest.raises(ValueError, match=r"ending in .mp4, .gif, .png, got 'v.avi'"):
+        write_video("v.avi", video)
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+    assert path.read_text() == "old"
