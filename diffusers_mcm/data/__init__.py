@@ -3,7 +3,6 @@
 from .dataset import FrameDataset, ImageDataset, KeyedDataset, VideoDataset, to_unit_range
 from .loading import StepLoader, StepSampler, build_loader
 
-
 __all__ = [
     "FrameDataset",
     "ImageDataset",

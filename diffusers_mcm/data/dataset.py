@@ -14,7 +14,6 @@ from .images import UnusableItem, read_image
 from .sources import IMAGES, VIDEOS, MediaRows, open_rows
 from .video import read_clip
 
-
 logger = logging.getLogger(__name__)
 
 #: After so many different items in a row that cannot be used, the data set gives up.

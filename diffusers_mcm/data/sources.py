@@ -1,12 +1,13 @@
 """Where training data comes from: a folder, WebDataset tars or the Hub, all through `datasets`."""
 
 import glob
+import itertools
 import os
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .images import UnusableItem
-
 
 #: Names under which captions are looked for, in this order, first among the columns, then inside `json`.
 CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
@@ -131,7 +132,7 @@ def open_rows(
     media_column = _find_media_column(datasets, table.features, source, kind, media_column)
     feature = getattr(datasets, kind.feature)(decode=False)
     table = table.cast_column(media_column, feature)
-    caption_path = _find_caption(datasets, table.features, source, kind, caption_column)
+    caption_path = _find_caption(datasets, _features_with_json_keys(datasets, table), source, kind, caption_column)
     if is_folder:
         table = _sorted_by_path(table, media_column, caption_path)
     if not len(table):
@@ -145,7 +146,7 @@ def _load(datasets, source: str, kind: MediaKind, split: str, config_name: str |
         folder = _split_folder(source, kind, split)
         tars = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.tar"), recursive=True))
         if tars:
-            return datasets.load_dataset("webdataset", data_files={split: tars}, split=split), False
+            return _load_tars(datasets, tars, source, kind, split), False
         _check_folder(folder, source, kind)
         files = {split: os.path.join(folder, "**")}  # by hand: `datasets` would put `test_1.mp4` into a test split
         return datasets.load_dataset(kind.builder, data_files=files, split=split), True
@@ -153,7 +154,7 @@ def _load(datasets, source: str, kind: MediaKind, split: str, config_name: str |
         tars = sorted(path for path in glob.glob(source, recursive=True) if path.endswith(".tar"))
         if not tars:
             raise ValueError(f"No .tar file matches {source!r}.")
-        return datasets.load_dataset("webdataset", data_files={split: tars}, split=split), False
+        return _load_tars(datasets, tars, source, kind, split), False
     message = f"The {kind.name} data {source!r} is neither a local folder, nor .tar files, nor a Hub data set id"
     if os.path.exists(source) or os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
         raise ValueError(f"{message} (owner/name).")
@@ -161,6 +162,25 @@ def _load(datasets, source: str, kind: MediaKind, split: str, config_name: str |
         return datasets.load_dataset(source, config_name, split=split, revision=revision), False
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(f"{message} that can be reached: {error}") from error
+
+
+def _load_tars(datasets, tars: list[str], source: str, kind: MediaKind, split: str):
+    """WebDataset tars: the files of the kind, json and txt.
+
+    The types are given instead of guessed by `datasets` from the first samples: the json of a later one may differ.
+    """
+    with tarfile.open(tars[0]) as tar:
+        names = [os.path.basename(member.name) for member in itertools.islice(tar, 100) if member.isfile()]
+    fields = sorted({name.split(".", 1)[1] for name in names if "." in name.lstrip(".")})
+    types = {"json": datasets.Json(), "txt": datasets.Value("string")}
+    types |= {extension[1:]: getattr(datasets, kind.feature)(decode=False) for extension in kind.extensions}
+    features = {name: types.get(name.rsplit(".", 1)[-1].lower()) for name in fields}
+    features = {name: feature for name, feature in features.items() if feature is not None}
+    if not any(isinstance(feature, getattr(datasets, kind.feature)) for feature in features.values()):
+        raise ValueError(f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.")
+    keys = {"__key__": datasets.Value("string"), "__url__": datasets.Value("string")}
+    features = datasets.Features({**features, **keys})
+    return datasets.load_dataset("webdataset", data_files={split: tars}, split=split, features=features)
 
 
 def _split_folder(source: str, kind: MediaKind, split: str) -> str:
@@ -189,6 +209,17 @@ def _check_folder(folder: str, source: str, kind: MediaKind) -> None:
             f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
             "with the columns file_name and text."
         )
+
+
+def _features_with_json_keys(datasets, table) -> dict:
+    """The table's features, with a json column opened up into the keys that its first rows have."""
+    features = dict(table.features)
+    for name in [name for name, feature in features.items() if isinstance(feature, datasets.Json)]:
+        values = [value for value in table.select_columns([name])[:100][name] if isinstance(value, Mapping)]
+        texts = {key for value in values for key, entry in value.items() if isinstance(entry, str)}
+        keys = sorted({key for value in values for key in value})
+        features[name] = {key: datasets.Value("string") if key in texts else datasets.Json() for key in keys}
+    return features
 
 
 def _describe_columns(features: Mapping) -> list[str]:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from .images import UnusableItem, fit, media_file
 
-
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 

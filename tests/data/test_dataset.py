@@ -1,0 +1,115 @@
+"""Items keyed by the global index: order, starts, replacements, and what is counted."""
+
+import logging
+import pickle
+
+import pytest
+import torch
+
+from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
+from diffusers_mcm.data.dataset import _candidate_rows, draw_uniform
+
+from .conftest import flat_frames, frame_numbers, image_bytes
+
+
+def open_videos(source, seed=0, num_frames=4):
+    return VideoDataset(source, num_frames=num_frames, frame_interval=2, height=16, width=16, seed=seed)
+
+
+def test_item_has_the_layout_and_the_frames(video_folder):
+    item = open_videos(video_folder)[0]
+    assert item["pixels"].shape == (3, 4, 16, 16)
+    assert item["pixels"].dtype == torch.float32
+    assert item["pixels"].abs().max() <= 1
+    numbers = frame_numbers(item["pixels"])
+    assert [b - a for a, b in zip(numbers, numbers[1:], strict=False)] == [2, 2, 2]
+
+
+def test_interval_shrinks_to_a_short_clip(video_folder):
+    dataset = VideoDataset(video_folder, num_frames=8, frame_interval=100, height=8, width=8)
+    numbers = frame_numbers(dataset[0]["pixels"])
+    assert [b - a for a, b in zip(numbers, numbers[1:], strict=False)] == [3] * 7  # 24 frames hold 8 at interval 3
+
+
+def test_each_epoch_holds_every_row_once_in_a_new_order():
+    epochs = [[next(_candidate_rows(50, 0, "videos", e * 50 + i)) for i in range(50)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [next(_candidate_rows(50, 1, "videos", i)) for i in range(50)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 12])
+def test_replacements_reach_every_row_once(num_rows):
+    for index in range(20):
+        assert sorted(_candidate_rows(num_rows, 3, "videos", index)) == list(range(num_rows))
+
+
+def test_draws_are_uniform_and_keyed():
+    draws = torch.tensor([draw_uniform(0, "a", i) for i in range(4000)], dtype=torch.float64)
+    assert abs(float(draws.mean()) - 0.5) < 0.02
+    assert abs(float(draws.var()) - 1 / 12) < 0.005
+    assert len({draw_uniform(s, p, i) for s in (0, 1) for p in "ab" for i in (0, 1)}) == 8
+
+
+def test_items_depend_on_seed_and_index_only(video_folder):
+    first, second, other = open_videos(video_folder), open_videos(video_folder), open_videos(video_folder, seed=1)
+    items = [first[i] for i in range(8)]
+    for i in reversed(range(8)):
+        assert torch.equal(items[i]["pixels"], second[i]["pixels"])
+        assert items[i]["caption"] == second[i]["caption"]
+    assert any(not torch.equal(items[i]["pixels"], other[i]["pixels"]) for i in range(8))
+
+
+def test_unusable_clips_are_replaced_counted_and_named(mixed_folder, caplog):
+    dataset = open_videos(mixed_folder)
+    with caplog.at_level(logging.WARNING):
+        items = [dataset[i] for i in range(12)]
+    assert {item["caption"] for item in items} == {"one", "two"}
+    reasons = {name.rsplit("/", 1)[-1]: reason for name, reason in dataset.skipped.items()}
+    assert set(reasons) == {"short.mp4", "broken.mp4", "missing.mp4", "silent.mp4"}
+    assert reasons["short.mp4"] == "it has 3 frames, fewer than the 4 asked for"
+    assert reasons["silent.mp4"] == "it has no caption"
+    assert "No such file" in reasons["missing.mp4"]
+    for name in reasons:
+        assert sum(name in message for message in caplog.messages) == 1  # named, and once only
+    assert "(4 skipped so far)" in caplog.messages[-1]
+    fresh = open_videos(mixed_folder)
+    for i in (11, 5, 0):  # replacements do not depend on what was read before
+        assert torch.equal(fresh[i]["pixels"], items[i]["pixels"])
+
+
+def test_nothing_usable_is_an_error(video_folder):
+    dataset = open_videos(video_folder, num_frames=25)
+    with pytest.raises(ValueError, match=r"(?s)yields nothing: none of the 5 items .*24 frames, fewer than the 25"):
+        dataset[0]
+
+
+def test_wrong_numbers_are_refused(video_folder):
+    with pytest.raises(ValueError, match="num_frames must be 1 or more, not 0"):
+        open_videos(video_folder, num_frames=0)
+    with pytest.raises(IndexError, match="0 or more, not -1"):
+        open_videos(video_folder)[-1]
+
+
+def test_frames_of_videos_as_images(video_folder):
+    frames = FrameDataset(open_videos(video_folder))
+    items = [frames[i] for i in range(10)]
+    assert all(item["pixels"].shape == (3, 16, 16) for item in items)
+    assert {item["caption"] for item in items} == {f"clip {i}" for i in range(5)}
+    numbers = [frame_numbers(item["pixels"][:, None])[0] for item in items]
+    assert set(numbers) <= set(range(len(flat_frames(24))))
+    assert len(set(numbers)) > 4
+
+
+def test_broken_image_is_replaced(tmp_path):
+    (tmp_path / "good.png").write_bytes(image_bytes(100))
+    (tmp_path / "bad.png").write_bytes(image_bytes(100)[:40])
+    dataset = ImageDataset(tmp_path, size=8)
+    assert all(round(float((dataset[i]["pixels"].mean() + 1) * 127.5)) == 100 for i in range(4))
+    assert [name.rsplit("/", 1)[-1] for name in dataset.skipped] == ["bad.png"]
+
+
+def test_pickled_data_set_reads_the_same(video_folder):
+    dataset = open_videos(video_folder)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[3]["pixels"], dataset[3]["pixels"])

@@ -1,0 +1,123 @@
+"""Decoding a clip: the right frames, no others, and clear reasons when it cannot be done."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mcm.data import video
+from diffusers_mcm.data.images import UnusableItem, fit
+from diffusers_mcm.data.video import clip_positions, read_clip
+
+from .conftest import encode_mp4, flat_frames, frame_numbers
+
+
+def read_numbers(data, num_frames, frame_interval, uniform):
+    frames = read_clip({"path": None, "bytes": data}, num_frames, frame_interval, 24, 32, uniform)
+    return frame_numbers(torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ("available", "frames", "interval", "uniform", "expected"),
+    [
+        (100, 4, 8, 0.0, [0, 8, 16, 24]),
+        (100, 4, 8, 0.9999, [75, 83, 91, 99]),
+        (25, 4, 8, 0.9999, [0, 8, 16, 24]),
+        (24, 4, 8, 0.0, [0, 7, 14, 21]),  # 24 frames hold 4 at interval 7
+        (24, 4, 8, 0.9999, [2, 9, 16, 23]),
+        (4, 4, 8, 0.5, [0, 1, 2, 3]),
+        (5, 1, 8, 0.5, [2]),
+    ],
+)
+def test_clip_positions(available, frames, interval, uniform, expected):
+    assert clip_positions(available, frames, interval, uniform) == expected
+
+
+def test_every_start_is_reached_equally_often():
+    starts = [clip_positions(20, 4, 4, (k + 0.5) / 800)[0] for k in range(800)]
+    assert np.bincount(starts).tolist() == [100] * 8
+
+
+def test_too_few_frames_says_both_numbers():
+    with pytest.raises(UnusableItem, match="it has 15 frames, fewer than the 16 asked for"):
+        clip_positions(15, 16, 1, 0.0)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_frames_are_the_ones_asked_for(container, b_frames):
+    data = encode_mp4(flat_frames(24), b_frames=b_frames, container=container)
+    for uniform in (0.0, 0.4, 0.7, 0.9999):
+        assert read_numbers(data, 3, 2, uniform) == clip_positions(24, 3, 2, uniform)
+
+
+def test_seeks_to_the_keyframe_and_stops_after_the_last_frame(clip, monkeypatch):
+    decoded = []
+    decode = av.container.InputContainer.decode
+
+    class Counting:
+        def __init__(self, container):
+            self.container = container
+
+        def seek(self, *args, **kwargs):
+            return self.container.seek(*args, **kwargs)
+
+        def decode(self, stream):
+            for frame in decode(self.container, stream):
+                decoded.append(int(frame.time * 8))
+                yield frame
+
+    original = video._decode
+    monkeypatch.setattr(video, "_decode", lambda container, *rest: original(Counting(container), *rest))
+    assert read_numbers(clip, 2, 2, 0.999) == [21, 23]
+    assert decoded == list(range(16, 24))  # from the keyframe at 16
+    decoded.clear()
+    assert read_numbers(clip, 2, 2, 0.0) == [0, 2]
+    assert decoded == [0, 1, 2]
+
+
+def test_inexact_seek_falls_back_to_the_beginning(clip, monkeypatch):
+    original = video._decode
+
+    def lands_too_late(container, stream, wanted, seek_to):
+        return {} if seek_to else original(container, stream, wanted, seek_to)
+
+    monkeypatch.setattr(video, "_decode", lands_too_late)
+    assert read_numbers(clip, 2, 2, 0.999) == [21, 23]
+
+
+@pytest.mark.parametrize(
+    ("media", "reason"),
+    [
+        ({"path": "/nowhere/clip.mp4", "bytes": None}, "cannot be read .*No such file"),
+        ({"path": None, "bytes": b"not a video"}, "cannot be read .*Invalid data"),
+        ({"path": None, "bytes": None}, "neither a file nor its bytes"),
+        (None, "neither a file nor its bytes"),
+    ],
+)
+def test_unreadable_video_gives_its_reason(media, reason):
+    with pytest.raises(UnusableItem, match=reason):
+        read_clip(media, 2, 1, 8, 8, 0.0)
+
+
+def test_damaged_stream_is_unusable(clip):
+    damaged = bytearray(clip)
+    start = damaged.index(b"mdat") + 4
+    damaged[start : start + 4000] = bytes(4000)
+    with pytest.raises(UnusableItem):
+        read_clip({"path": None, "bytes": bytes(damaged)}, 24, 1, 8, 8, 0.0)
+
+
+def test_fit_is_scaling_then_centre_crop():
+    noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    scaled = image.resize((64, 32), Image.Resampling.BICUBIC)
+    expected = np.asarray(scaled)[:, 16:48].astype(int)
+    assert np.abs(np.asarray(fit(image, 32, 32)).astype(int) - expected).max() <= 1
+    assert np.array_equal(np.asarray(fit(image, 48, 96)), noise)  # nothing to do
+
+
+@pytest.mark.parametrize("size", [(368, 240), (241, 367), (1, 1), (31, 33)])
+def test_fit_takes_any_size(size):
+    assert fit(Image.new("RGB", size, (9, 9, 9)), 64, 48).size == (48, 64)
