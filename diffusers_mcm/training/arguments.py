@@ -1,0 +1,75 @@
+"""The command line of the training script, generated from `TrainingConfig`."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+
+from .config import TrainingConfig
+
+
+def _scalar_type(annotation) -> type:
+    """`int | None` -> int, `tuple[str, ...]` -> str."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    if typing.get_origin(annotation) is tuple:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def _describe(entry: dataclasses.Field, required: bool) -> str:
+    text = entry.metadata["help"].replace("%", "%%")
+    if required:
+        return f"{text} Required."
+    return text if entry.default in (None, ()) else f"{text} (default: {entry.default})"
+
+
+class _Toggle(argparse.Action):
+    """`--name` and `--no_name`, the underscored twin of argparse's BooleanOptionalAction."""
+
+    def __init__(self, option_strings, dest, default=None, help=None):
+        names = [*option_strings, *(f"--no_{name.removeprefix('--')}" for name in option_strings)]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One documented flag per field of `TrainingConfig`."""
+    parser = argparse.ArgumentParser(
+        description="Distil a text-to-video diffusion model into a few-step LoRA (motion consistency model). "
+        "Plain LCM distillation: --motion raw --lambda_real 1 --lambda_adv 0.",
+        allow_abbrev=False,
+    )
+    hints, entries = typing.get_type_hints(TrainingConfig), dataclasses.fields(TrainingConfig)
+    titles = dict.fromkeys(entry.metadata["group"] for entry in entries)
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for entry in entries:
+        group = groups[entry.metadata["group"]]
+        required = entry.default is dataclasses.MISSING
+        options = {"help": _describe(entry, required)}
+        if hints[entry.name] is bool:
+            group.add_argument(f"--{entry.name}", action=_Toggle, default=entry.default, **options)
+            continue
+        if entry.metadata["many"]:
+            options["nargs"] = "*"
+        if entry.metadata["choices"]:
+            options["choices"] = entry.metadata["choices"]
+        if required:
+            options["required"] = True
+        else:
+            options["default"] = entry.default
+        group.add_argument(f"--{entry.name}", type=_scalar_type(hints[entry.name]), **options)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """Read the command line; a value that makes no sense ends with the parser's usual message and exit code 2."""
+    parser = build_parser()
+    namespace = parser.parse_args(arguments)
+    try:
+        return TrainingConfig(**vars(namespace))
+    except ValueError as error:
+        parser.error(str(error))

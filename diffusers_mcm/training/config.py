@@ -1,0 +1,280 @@
+"""The training configuration: one frozen, validated dataclass from which the script's flags are generated."""
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..losses import DISCRIMINATOR_LOSSES
+from ..motion import MOTION_REPRESENTATIONS
+
+REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+MIXED_PRECISION = ("no", "fp16", "bf16")
+SAVE_DTYPES = ("fp16", "fp32")
+
+
+def _flag(
+    default: Any = dataclasses.MISSING, *, help: str, group: str, choices: tuple | None = None, many: bool = False
+):
+    """A dataclass field that carries what its command-line flag needs."""
+    metadata = {"help": help, "group": group, "choices": choices, "many": many}
+    return field(metadata=metadata) if default is dataclasses.MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Everything that decides a distillation run. Defaults are the paper's (ModelScope); saved beside the weights."""
+
+    # -- models
+    pretrained_teacher_model: str = _flag(
+        help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'.",
+        group="models",
+    )
+    base_model: str | None = _flag(
+        None, help="Architecture of the teacher, e.g. 'modelscope'. Read from its files if not given.", group="models"
+    )
+    revision: str | None = _flag(None, help="Revision of the teacher on the Hub.", group="models")
+    discriminator_features: str = _flag(
+        "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", group="models"
+    )
+    discriminator_text: str = _flag(
+        "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
+        help="CLIP text model (with projection) that conditions the discriminator.",
+        group="models",
+    )
+    lora_rank: int = _flag(64, help="Rank of the LoRA that is trained.", group="models")
+    lora_alpha: float = _flag(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", group="models")
+
+    # -- data
+    video_data: str = _flag(
+        help="Videos with captions: a VideoFolder with metadata.csv or .jsonl, a directory or glob of WebDataset tars "
+        "(mp4 + json), or a Hub data set id.",
+        group="data",
+    )
+    image_data: str | None = _flag(
+        None,
+        help="Images that set the looks (captions optional): an ImageFolder, WebDataset tars or a Hub data set id. "
+        "Without it the discriminator sees frames of the videos.",
+        group="data",
+    )
+    caption_column: str | None = _flag(
+        None, help="Column of the video captions, if not found by itself.", group="data"
+    )
+    image_caption_column: str | None = _flag(
+        None, help="Column of the image captions, if not found by itself.", group="data"
+    )
+    num_frames: int | None = _flag(None, help="Frames per clip. Default: the base model's.", group="data")
+    frame_interval: int = _flag(8, help="Take every n-th frame; shrinks to fit a short clip.", group="data")
+    height: int | None = _flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
+    width: int | None = _flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
+    dataloader_num_workers: int = _flag(0, help="Processes that load data; 0 loads in the main one.", group="data")
+
+    # -- method
+    motion: str = _flag(
+        "learnable",
+        help="Motion representation in which the consistency distance is taken (paper, Table 5).",
+        group="method",
+        choices=tuple(MOTION_REPRESENTATIONS),
+    )
+    motion_ema_decay: float = _flag(0.95, help="Decay of the learnable head's EMA target.", group="method")
+    lambda_real: float = _flag(
+        0.5,
+        help="Share of samples that start from the encoded real video; the others start from the student's own "
+        "one-step sample (eq. 7, 9). 1 switches the mixed trajectory off.",
+        group="method",
+    )
+    lambda_adv: float = _flag(
+        1.0, help="Weight of the adversarial loss (eq. 4, 9). 0 trains without a discriminator.", group="method"
+    )
+    discriminator_loss: str = _flag(
+        "hinge",
+        help="'hinge' is per patch logit, 'hinge_mean' takes the mean over frames inside the maximum (eq. 5).",
+        group="method",
+        choices=tuple(DISCRIMINATOR_LOSSES),
+    )
+    num_adversarial_frames: int = _flag(
+        2, help="Frames per clip that are decoded and judged, one from each of as many equal segments.", group="method"
+    )
+    gradient_penalty_weight: float = _flag(
+        1e-5, help="Weight of the discriminator's gradient penalty.", group="method"
+    )
+    guidance_min: float | None = _flag(
+        None, help="Lower end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
+    )
+    guidance_max: float | None = _flag(
+        None, help="Upper end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
+    )
+    num_solver_steps: int = _flag(50, help="DDIM steps of the teacher's solver grid.", group="method")
+    timestep_scaling: float = _flag(4.0, help="Timestep scaling s in the boundary scalings (eq. 1).", group="method")
+    sigma_data: float = _flag(0.5, help="Data deviation in the boundary scalings (eq. 1).", group="method")
+    huber_c: float = _flag(0.001, help="c of the pseudo-Huber distance (eq. 3).", group="method")
+
+    # -- optimisation
+    seed: int = _flag(0, help="Seed of everything random, data order included.", group="optimisation")
+    train_batch_size: int = _flag(1, help="Clips per process and micro-batch.", group="optimisation")
+    gradient_accumulation_steps: int = _flag(1, help="Micro-batches per optimiser step.", group="optimisation")
+    max_train_steps: int = _flag(30_000, help="Optimiser steps.", group="optimisation")
+    learning_rate: float = _flag(
+        5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", group="optimisation"
+    )
+    discriminator_learning_rate: float = _flag(
+        5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", group="optimisation"
+    )
+    scale_lr: bool = _flag(
+        True,
+        help=f"Multiply the rates by total batch / {REFERENCE_BATCH}, the discriminator's also by "
+        "--num_adversarial_frames. With --no_scale_lr they are used as given.",
+        group="optimisation",
+    )
+    lr_scheduler: str = _flag(
+        "cosine", help="Learning-rate schedule, for both optimisers.", group="optimisation", choices=LR_SCHEDULERS
+    )
+    lr_warmup_steps: int = _flag(500, help="Steps over which the rates rise from zero.", group="optimisation")
+    adam_beta1: float = _flag(0.9, help="AdamW beta 1.", group="optimisation")
+    adam_beta2: float = _flag(0.999, help="AdamW beta 2.", group="optimisation")
+    adam_weight_decay: float = _flag(0.0, help="AdamW weight decay.", group="optimisation")
+    adam_epsilon: float = _flag(1e-8, help="AdamW epsilon.", group="optimisation")
+    max_grad_norm: float = _flag(
+        10.0, help="Gradient norm above which gradients are scaled down.", group="optimisation"
+    )
+    mixed_precision: str = _flag(
+        "no",
+        help="Precision of the frozen networks and of autocast; what is trained stays in fp32.",
+        group="optimisation",
+        choices=MIXED_PRECISION,
+    )
+    gradient_checkpointing: bool = _flag(
+        False,
+        help="Recompute the denoiser's blocks in the backward pass: less memory, more time.",
+        group="optimisation",
+    )
+    allow_tf32: bool = _flag(False, help="Allow TF32 matrix products on Ampere GPUs and later.", group="optimisation")
+
+    # -- output
+    output_dir: str = _flag("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", group="output")
+    save_dtype: str = _flag("fp32", help="Type in which the LoRA is saved.", group="output", choices=SAVE_DTYPES)
+    checkpointing_steps: int = _flag(500, help="Write a checkpoint every so many steps; 0 for none.", group="output")
+    checkpoints_total_limit: int | None = _flag(
+        None, help="Keep only so many checkpoints, the newest ones. Default: all.", group="output"
+    )
+    resume_from_checkpoint: str | None = _flag(
+        None, help="A checkpoint folder to go on from, or 'latest' for the newest one in --output_dir.", group="output"
+    )
+    logging_steps: int = _flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
+    logging_dir: str = _flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
+    report_to: str = _flag(
+        "tensorboard", help="Tracker: 'tensorboard', 'wandb', 'comet_ml', 'all' or 'none'.", group="output"
+    )
+    validation_prompts: tuple[str, ...] = _flag(
+        (), help="Prompts for validation clips, one argument each.", group="output", many=True
+    )
+    validation_steps: int = _flag(500, help="Sample the validation prompts every so many steps.", group="output")
+    num_inference_steps: int = _flag(
+        4, help="Sampling steps for validation clips, and the default saved with the LoRA.", group="output"
+    )
+    fps: int = _flag(8, help="Frame rate of the validation clips.", group="output")
+    license: str | None = _flag(
+        None, help="License named in the model card. Default: that of the base model, if known.", group="output"
+    )
+    push_to_hub: bool = _flag(False, help="Upload the output folder to the Hub when training ends.", group="output")
+    hub_model_id: str | None = _flag(
+        None, help="Repository to push to. Default: the name of --output_dir in your namespace.", group="output"
+    )
+    hub_token: str | None = _flag(None, help="Token for the Hub, if not logged in. Never saved.", group="output")
+    hub_private_repo: bool = _flag(False, help="Create the repository as a private one.", group="output")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+        _check_choices(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def adversarial(self) -> bool:
+        return self.lambda_adv > 0
+
+    def learning_rates(self, total_batch: int) -> tuple[float, float]:
+        """Rates of student and discriminator, scaled by the batch unless that is switched off."""
+        if not self.scale_lr:
+            return self.learning_rate, self.discriminator_learning_rate
+        scale = total_batch / REFERENCE_BATCH
+        return self.learning_rate * scale, self.discriminator_learning_rate * scale * self.num_adversarial_frames
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file; the Hub token is left out."""
+        values = dataclasses.asdict(self)
+        values.pop("hub_token")
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _check_choices(config: TrainingConfig) -> None:
+    for entry in dataclasses.fields(config):
+        choices, value = entry.metadata["choices"], getattr(config, entry.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{entry.name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+
+
+_POSITIVE = (
+    "lora_rank lora_alpha num_frames frame_interval height width num_adversarial_frames num_solver_steps "
+    "timestep_scaling sigma_data huber_c train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
+    "discriminator_learning_rate adam_epsilon max_grad_norm checkpoints_total_limit logging_steps validation_steps "
+    "num_inference_steps fps"
+).split()
+_NOT_NEGATIVE = (
+    "dataloader_num_workers lambda_adv gradient_penalty_weight guidance_min guidance_max seed lr_warmup_steps "
+    "adam_weight_decay checkpointing_steps"
+).split()
+_UNIT = "lambda_real motion_ema_decay adam_beta1 adam_beta2".split()
+
+
+def _check_ranges(config: TrainingConfig) -> None:
+    for names, holds, wanted in (
+        (_POSITIVE, lambda value: value > 0, "greater than 0"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_UNIT, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"--{name} must be {wanted}, not {value}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(config, name) == 1:
+            raise ValueError(f"--{name} must be below 1.")
+    for name in ("pretrained_teacher_model", "video_data", "output_dir"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} must not be empty.")
+
+
+def _check_combinations(config: TrainingConfig) -> None:
+    if (config.guidance_min is None) != (config.guidance_max is None):
+        raise ValueError("--guidance_min and --guidance_max belong together: give both or neither.")
+    if config.guidance_min is not None and config.guidance_min > config.guidance_max:
+        raise ValueError(
+            f"--guidance_min must not exceed --guidance_max, but {config.guidance_min} > {config.guidance_max}."
+        )
+    if config.num_frames is not None:
+        if config.adversarial and config.num_adversarial_frames > config.num_frames:
+            raise ValueError(
+                f"--num_adversarial_frames ({config.num_adversarial_frames}) must not exceed "
+                f"--num_frames ({config.num_frames})."
+            )
+        if config.num_frames < 2 and config.motion in ("diff", "corr"):
+            raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+    if not config.adversarial and config.image_data is not None:
+        warnings.warn(
+            "--image_data is not read with --lambda_adv 0: only the discriminator sees images.", stacklevel=4
+        )
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_train_steps:
+        warnings.warn(
+            f"--lr_warmup_steps {config.lr_warmup_steps} is not below --max_train_steps {config.max_train_steps}: "
+            "the learning rates never reach their full values.",
+            stacklevel=4,
+        )
+    if config.report_to == "wandb" and config.hub_token is not None:
+        raise ValueError("--report_to wandb would record --hub_token; log in with `hf auth login` instead.")
+    if not config.push_to_hub:
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(config, name):
+                raise ValueError(f"--{name} has no effect without --push_to_hub.")

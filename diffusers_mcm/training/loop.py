@@ -1,0 +1,382 @@
+"""The training loop, from a configuration to a LoRA folder."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..lora import lora_state_dict, set_lora_state_dict
+from ..motion import update_ema
+from .batches import Batch, build_batches
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, whole_files
+from .config import TrainingConfig
+from .networks import build_networks, describe
+from .output import push_to_hub, write_lora_folder
+from .randomness import draw_adversarial, draw_step
+from .step import Judge
+from .tracking import LossLog, check_finite
+from .validation import sample_clip, write_validation
+
+logger = logging.getLogger(__name__)
+TRACKER_PROJECT = "mcm"
+# A checkpoint of another run with one of these changed would not be the same run gone on with.
+_FIXED_ON_RESUME = (
+    "seed motion lambda_real lambda_adv discriminator_loss num_adversarial_frames lora_rank lora_alpha "
+    "num_solver_steps timestep_scaling sigma_data total_batch clip_size base_model"
+).split()
+
+
+class TrainedPart:
+    """One of the two things that are trained: its wrapped module, parameters, optimiser and schedule."""
+
+    def __init__(self, name: str, module: nn.Module, rate: float, config: TrainingConfig, accelerator: Accelerator):
+        self.name = name
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.module = accelerator.prepare_model(module)
+        # Not prepared by accelerate: its wrapper updates the fp16 scale once per optimiser, and there are two.
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+
+    @property
+    def rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
+        """Scale the gradients down to `max_norm`; the norm they had."""
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def update(self, scaler: Any) -> None:
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+class Trainer:
+    """A run: `Trainer(config).train()`."""
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = build_accelerator(config)
+        self.device = self.accelerator.device
+        self.networks = build_networks(config, self.device)
+        self.total_batch = (
+            config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+        rates = config.learning_rates(self.total_batch)
+        self.student = TrainedPart("student", self.networks.student, rates[0], config, self.accelerator)
+        self.parts = [self.student]
+        self.critic = None
+        if self.networks.discriminator is not None:
+            self.critic = TrainedPart("discriminator", self.networks.discriminator, rates[1], config, self.accelerator)
+            self.parts.append(self.critic)
+        self.solver_timesteps = self.networks.student.path.solver_timesteps(config.num_solver_steps)
+        self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
+        self.sums: dict[str, torch.Tensor] = {}
+        self.resume()
+
+    # --- the algorithm -----------------------------------------------------------------------------------------------
+    def train(self) -> Path:
+        """Run to `max_train_steps` and write the LoRA folder; its path."""
+        batches = self.open_batches()
+        log = self.open_log()
+        bar = tqdm(
+            total=self.config.max_train_steps,
+            initial=self.step,
+            desc="distilling",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        started = time.perf_counter()
+        for batch in batches:
+            with self.accelerator.accumulate(*(part.module for part in self.parts)):
+                self.backward(batch)
+                if not self.accelerator.sync_gradients:
+                    continue
+                losses = self.update()
+            self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
+            self.step += 1
+            self.report(losses, log, bar)
+            self.save_and_validate()
+        bar.close()
+        self.finish(batches.skipped)
+        return self.output_dir
+
+    def backward(self, batch: Batch) -> None:
+        """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
+        captions, networks = batch.captions, self.networks
+        text, negative_text = networks.text(captions), networks.text([""] * len(captions))
+        draws = self.draw(batch)
+        judge = self.judge(batch)
+        losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, judge)
+        self.accelerator.backward(losses.total)
+        self.record(loss=losses.total, consistency=losses.consistency)
+        if judge is None:
+            return
+        with self.accelerator.autocast():
+            hinge, penalty = judge.discriminator_loss(self.critic.module, losses.judgement.features)
+        weight = self.config.gradient_penalty_weight
+        self.accelerator.backward(hinge if penalty is None else hinge + weight * penalty)
+        self.record(adversarial=losses.judgement.loss, discriminator=hinge, gradient_penalty=penalty)
+
+    def update(self) -> dict[str, float]:
+        """One step of both optimisers, unless something is not finite; the losses of the whole batch."""
+        scaler = self.accelerator.scaler
+        norms = {f"{part.name}_grad_norm": part.clip(self.config.max_grad_norm, scaler) for part in self.parts}
+        losses = self.mean_losses()
+        gradients = {name: norm.item() for name, norm in norms.items()}
+        # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
+        check_finite(losses if scaler is not None else {**losses, **gradients}, self.step + 1, self.last_checkpoint)
+        for part in self.parts:
+            part.update(scaler)
+        if scaler is not None:
+            scaler.update()
+        update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
+        if self.critic is not None:
+            self.networks.discriminator.update_spectral_norm()
+        return {**losses, **gradients}
+
+    # --- its inputs --------------------------------------------------------------------------------------------------
+    def draw(self, batch: Batch):
+        networks = self.networks
+        draws = draw_step(
+            self.config.seed,
+            batch.indices,
+            networks.latent_shape,
+            self.solver_timesteps,
+            networks.guidance_range,
+            self.config.num_adversarial_frames,
+        )
+        return draws.to(self.device)
+
+    def judge(self, batch: Batch) -> Judge | None:
+        """The discriminator with what it compares against; None if there is none."""
+        if self.critic is None:
+            return None
+        frames, networks = self.config.num_adversarial_frames, self.networks
+        text = networks.judge_text([caption for caption in batch.captions for _ in range(frames)])["embedding"]
+        return Judge(
+            networks.discriminator,
+            self.config,
+            draw_adversarial(self.config.seed, batch.indices, frames),
+            text,
+            batch.images.to(self.device),
+            networks.judge_text(batch.image_captions)["embedding"],
+        )
+
+    def open_batches(self):
+        return build_batches(
+            self.config,
+            self.networks.clip_size,
+            self.step,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    # --- what it tells -----------------------------------------------------------------------------------------------
+    def record(self, **losses: torch.Tensor | None) -> None:
+        """Add one micro-batch's losses to the step's means."""
+        share = 1 / self.config.gradient_accumulation_steps
+        for name, value in losses.items():
+            if value is not None:
+                self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
+
+    def mean_losses(self) -> dict[str, float]:
+        """The step's losses over all processes; the sums start anew."""
+        names, values = list(self.sums), torch.stack(list(self.sums.values()))
+        self.sums = {}
+        return dict(zip(names, self.accelerator.reduce(values, "mean").tolist()))
+
+    def open_log(self) -> LossLog | None:
+        if not self.accelerator.is_main_process:
+            return None
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        logger.info("%s; total batch %d", describe(self.networks), self.total_batch)
+        return LossLog(self.output_dir, self.step)
+
+    def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
+        if log is None:
+            return
+        bar.update()
+        shown = ("loss", "consistency", "adversarial", "discriminator")
+        bar.set_postfix({name: f"{losses[name]:.4g}" for name in shown if name in losses}, refresh=False)
+        if self.step % self.config.logging_steps == 0 or self.step == self.config.max_train_steps:
+            row = {**losses, **{f"{part.name}_learning_rate": part.rate for part in self.parts}}
+            log.write({"step": self.step, **row, "seconds": round(self.seconds, 3)})
+            self.accelerator.log(row, step=self.step)
+
+    # --- what it writes ----------------------------------------------------------------------------------------------
+    def save_and_validate(self) -> None:
+        config, last = self.config, self.step == self.config.max_train_steps
+        if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+            self.save()
+        if config.validation_prompts and (last or self.step % config.validation_steps == 0):
+            self.validate()
+
+    def validate(self) -> None:
+        if self.accelerator.is_main_process:
+            config, networks = self.config, self.networks
+            with self.accelerator.autocast():
+                clips = {
+                    prompt: sample_clip(
+                        networks.student,
+                        networks.scheduler,
+                        networks.text([prompt]),
+                        networks.latent_shape,
+                        config.num_inference_steps,
+                        config.seed,
+                        index,
+                    )
+                    for index, prompt in enumerate(config.validation_prompts)
+                }
+            picture = write_validation(self.validation_folder(self.step), clips, config.fps)
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"validation": picture[None]}, step=self.step, dataformats="NHWC")
+        self.accelerator.wait_for_everyone()
+
+    def validation_folder(self, step: int) -> Path:
+        return self.output_dir / "validation" / f"step-{step:06d}"
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        values = {**self.config.to_dict(), "total_batch": self.total_batch, "clip_size": list(self.networks.clip_size)}
+        values["base_model"] = self.networks.base.name
+        return {name: values[name] for name in _FIXED_ON_RESUME}
+
+    def state(self) -> dict[str, Any]:
+        student = self.networks.student
+        discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "identity": json.dumps(self.identity()),
+            "lora": lora_state_dict(student.denoiser),
+            "motion": student.motion.state_dict(),
+            "target_motion": student.target_motion.state_dict(),
+            "heads": None if discriminator is None else discriminator.heads.state_dict(),
+            "parts": {part.name: part.state() for part in self.parts},
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            self.last_checkpoint = save_checkpoint(
+                self.output_dir, self.step, self.state(), self.write_folder, self.config.checkpoints_total_limit
+            )
+        self.accelerator.wait_for_everyone()
+
+    def write_folder(self, folder: Path, overview: str | None = None) -> None:
+        rates = self.config.learning_rates(self.total_batch)
+        progress = {
+            "steps": self.step,
+            "total_batch": self.total_batch,
+            "effective_learning_rate": rates[0],
+            "effective_discriminator_learning_rate": rates[1] if self.critic else None,
+            "hours": round(self.seconds / 3600, 3),
+        }
+        name = self.output_dir.resolve().name
+        repository = self.config.hub_model_id or name
+        write_lora_folder(folder, self.config, self.networks, progress, name, repository, overview)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that is asked for, if there is one."""
+        wanted = self.config.resume_from_checkpoint
+        folder = find_checkpoint(self.output_dir, wanted) if wanted else None
+        if folder is None:
+            if wanted:
+                logger.warning("There is no checkpoint in %s yet: training starts anew.", self.output_dir)
+            return
+        state, student = load_checkpoint(folder), self.networks.student
+        then, now = json.loads(state["identity"]), self.identity()
+        changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name]]
+        if changed:
+            raise ValueError(f"The run in {folder} cannot be gone on with other settings: {'; '.join(changed)}.")
+        self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
+        set_lora_state_dict(student.denoiser, state["lora"])
+        student.motion.load_state_dict(state["motion"])
+        student.target_motion.load_state_dict(state["target_motion"])
+        if self.networks.discriminator is not None:
+            self.networks.discriminator.heads.load_state_dict(state["heads"])
+        for part in self.parts:
+            part.load(state["parts"][part.name])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        logger.info("Resumed from %s at step %d.", folder, self.step)
+
+    def finish(self, skipped: int) -> None:
+        if self.accelerator.is_main_process:
+            picture = self.validation_folder(self.step) / "overview.png"
+            overview = picture.relative_to(self.output_dir).as_posix() if picture.is_file() else None
+            with whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder:
+                self.write_folder(folder, overview)
+            if skipped:
+                logger.warning("%d items of the data could not be used.", skipped)
+            if self.config.push_to_hub:
+                logger.info("Pushed to %s", push_to_hub(self.output_dir, self.config))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """One process or many; DDP is the only kind of parallelism whose results the tests vouch for."""
+    report_to = None if config.report_to == "none" else config.report_to
+    output_dir = Path(config.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
+        # The buffers (spectral norms) are the same in every process; sending them about would only cost time.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (DDP).")
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if report_to is not None:
+        values = {
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in config.to_dict().items()
+        }
+        accelerator.init_trackers(TRACKER_PROJECT, config=values)
+    return accelerator
+
+
+def train(config: TrainingConfig) -> Path:
+    """Distil as the configuration says; the folder with the LoRA."""
+    return Trainer(config).train()

@@ -1,0 +1,154 @@
+"""Everything a run computes with, made from its configuration."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import hub
+from ..base_models import BaseModel, get_base_model, infer_base_model
+from ..discriminator import Discriminator
+from ..lora import add_lora
+from ..motion import build_motion
+from ..scheduler import MCMScheduler
+from .config import TrainingConfig
+from .randomness import sample_generator
+from .step import Student
+from .text import CachedTextEncoder
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Networks:
+    """What is trained, what it is trained with, and the sizes they work at."""
+
+    base: BaseModel
+    student: Student
+    text: CachedTextEncoder
+    discriminator: Discriminator | None
+    judge_text: CachedTextEncoder | None
+    scheduler: MCMScheduler
+    guidance_range: tuple[float, float]
+    clip_size: tuple[int, int, int]  # frames, height, width in pixels
+    latent_shape: tuple[int, int, int, int]  # C, T, h, w
+
+
+def find_base_model(config: TrainingConfig) -> BaseModel:
+    """The row of `BASE_MODELS` for the teacher: as named, or as its `model_index.json` says."""
+    if config.base_model is not None:
+        return get_base_model(config.base_model)
+    source = hub.resolve(config.pretrained_teacher_model)
+    index = hub.read_json(source, "model_index.json", revision=config.revision)
+    if index is None:
+        raise ValueError(
+            f"--pretrained_teacher_model {config.pretrained_teacher_model!r} has no model_index.json; "
+            "expected the folder or repository of a text-to-video pipeline."
+        )
+    return infer_base_model(model_index=index)
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Key torch's global generator too, for libraries that initialise weights from it; restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sample_generator(seed, purpose, 0).initial_seed())
+        yield
+
+
+def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
+    base = find_base_model(config)
+    dtype = WEIGHT_DTYPES[config.mixed_precision]
+    parts = base.load(config.pretrained_teacher_model, revision=config.revision, dtype=dtype)
+    clip_size = tuple(
+        getattr(config, name) or parts.sampling.get(name) or getattr(base, name)
+        for name in ("num_frames", "height", "width")
+    )
+    latent_shape = tuple(base.latent_shape(parts.denoiser, parts.vae, *clip_size))
+
+    add_lora(
+        parts.denoiser,
+        base.lora_target_modules(parts.denoiser),
+        config.lora_rank,
+        config.lora_alpha,
+        generator=sample_generator(config.seed, "lora", 0),
+    )
+    with seeded(config.seed, "motion"):
+        motion = build_motion(config.motion, latent_shape[0])
+    if config.gradient_checkpointing:
+        checkpoint_blocks(parts.denoiser)
+    path = base.noise_path(
+        parts.scheduler_config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
+    )
+    # Evaluation mode throughout: dropout would be noise that belongs to no sample.
+    student = Student(base, parts.denoiser, parts.vae, path, motion, config).eval().to(device)
+    text_encoder = parts.text_encoder.to(device)
+
+    discriminator = judge_text = None
+    if config.adversarial:
+        discriminator = Discriminator.from_pretrained(
+            config.discriminator_features,
+            config.discriminator_text,
+            generator=sample_generator(config.seed, "discriminator", 0),
+            dtype=dtype,
+        ).to(device)
+        judge_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
+    return Networks(
+        base=base,
+        student=student,
+        text=CachedTextEncoder(lambda prompts: base.encode_text(parts.tokenizer, text_encoder, prompts)),
+        discriminator=discriminator,
+        judge_text=judge_text,
+        scheduler=build_scheduler(parts.scheduler_config, config),
+        guidance_range=guidance_range(base, config),
+        clip_size=clip_size,
+        latent_shape=latent_shape,
+    )
+
+
+def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, float]:
+    return base.guidance_range if config.guidance_min is None else (config.guidance_min, config.guidance_max)
+
+
+def build_scheduler(scheduler_config: dict[str, Any], config: TrainingConfig) -> MCMScheduler:
+    """The sampler that fits this training: the teacher's noise schedule, the student's grid and boundary."""
+    return MCMScheduler.from_config(
+        scheduler_config,
+        timestep_scaling=config.timestep_scaling,
+        original_inference_steps=config.num_solver_steps,
+        clip_sample=False,
+        thresholding=False,
+    )
+
+
+def checkpoint_blocks(denoiser: nn.Module) -> None:
+    """Recompute each block in the backward pass. UNet3D refuses diffusers' own switch, so its blocks are wrapped."""
+    if getattr(denoiser, "_supports_gradient_checkpointing", False):
+        denoiser.enable_gradient_checkpointing()
+        return
+    names = ("down_blocks", "mid_block", "up_blocks")
+    blocks = [getattr(denoiser, name, None) for name in names]
+    if None in blocks:
+        raise ValueError(
+            f"--gradient_checkpointing: {type(denoiser).__name__} neither supports it nor has {', '.join(names)}."
+        )
+    for block in (*blocks[0], blocks[1], *blocks[2]):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def describe(networks: Networks) -> str:
+    """A line or two for the log: what is trained, at which size."""
+    trained = {"LoRA and motion head": networks.student, "discriminator": networks.discriminator}
+    counts = {
+        name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+        for name, module in trained.items()
+        if module is not None
+    }
+    sizes = dict(zip(("frames", "height", "width"), networks.clip_size))
+    return f"base model {networks.base.name}, clips {json.dumps(sizes)}, trained parameters {json.dumps(counts)}"

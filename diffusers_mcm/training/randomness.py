@@ -1,0 +1,93 @@
+"""Random draws keyed by seed, purpose and global sample index, so that they do not depend on how a batch is split."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..discriminator import AugmentationDraws, draw_augmentation
+
+
+def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A CPU generator of its own for each (seed, purpose, global sample index)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_normal(seed: int, purpose: str, indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal, (B, *shape)."""
+    return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, purpose, i)) for i in indices])
+
+
+def draw_uniform(seed: int, purpose: str, indices: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
+    """Uniform in [0, 1), (B, *shape)."""
+    return torch.stack([torch.rand(tuple(shape), generator=sample_generator(seed, purpose, i)) for i in indices])
+
+
+def draw_integer(seed: int, purpose: str, indices: Sequence[int], high: int) -> torch.Tensor:
+    """Uniform in 0 … high - 1, (B,) long."""
+    draws = [torch.randint(high, (), generator=sample_generator(seed, purpose, i)) for i in indices]
+    return torch.stack(draws)
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """Everything random in the student's part of a step, one row per sample."""
+
+    timestep: torch.Tensor  # (B,) long, a point of the solver grid
+    guidance: torch.Tensor  # (B,) w in [w_min, w_max]
+    noise: torch.Tensor  # (B, C, T, h, w) added to the trajectory's start
+    start_noise: torch.Tensor  # (B, C, T, h, w) for the one-step sample (eq. 7)
+    encoder_noise: torch.Tensor  # (B, C, T, h, w) for the VAE's posterior
+    coin: torch.Tensor  # (B,) uniform; generated where it is not below lambda_real
+    frames: torch.Tensor  # (B, l) uniforms, one per segment of the clip
+
+    def to(self, device: torch.device) -> "StepDraws":
+        """On the device, but for the coin: it decides shapes, and reading it back would make the device wait."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "coin"}
+        return StepDraws(coin=self.coin, **moved)
+
+
+def draw_step(
+    seed: int,
+    indices: Sequence[int],
+    latent_shape: Sequence[int],
+    solver_timesteps: torch.Tensor,
+    guidance_range: tuple[float, float],
+    num_adversarial_frames: int,
+) -> StepDraws:
+    """The draws of the samples with these global indices; `latent_shape` is (C, T, h, w)."""
+    low, high = guidance_range
+    return StepDraws(
+        timestep=solver_timesteps[draw_integer(seed, "timestep", indices, len(solver_timesteps))],
+        guidance=low + (high - low) * draw_uniform(seed, "guidance", indices),
+        noise=draw_normal(seed, "noise", indices, latent_shape),
+        start_noise=draw_normal(seed, "start noise", indices, latent_shape),
+        encoder_noise=draw_normal(seed, "encoder noise", indices, latent_shape),
+        coin=draw_uniform(seed, "coin", indices),
+        frames=draw_uniform(seed, "frames", indices, (num_adversarial_frames,)),
+    )
+
+
+@dataclass(frozen=True)
+class AdversarialDraws:
+    """Everything random in what the discriminator sees, one row per image (B * l)."""
+
+    fake: AugmentationDraws
+    real: AugmentationDraws
+    interpolation: torch.Tensor  # (B * l,) uniform, for the gradient penalty
+
+
+def draw_adversarial(seed: int, indices: Sequence[int], images_per_sample: int) -> AdversarialDraws:
+    """The draws for `images_per_sample` generated and as many real images of each of these samples."""
+
+    def augmentation(purpose: str) -> AugmentationDraws:
+        draws = [draw_augmentation(sample_generator(seed, purpose, i), images_per_sample) for i in indices]
+        return AugmentationDraws.cat(draws)
+
+    return AdversarialDraws(
+        fake=augmentation("fake augmentation"),
+        real=augmentation("real augmentation"),
+        interpolation=draw_uniform(seed, "interpolation", indices, (images_per_sample,)).flatten(),
+    )

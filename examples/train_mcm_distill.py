@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"""Distil a text-to-video diffusion model into a motion consistency LoRA.
+
+    accelerate launch examples/train_mcm_distill.py \
+        --pretrained_teacher_model ali-vilab/text-to-video-ms-1.7b \
+        --video_data path/to/videos --image_data path/to/images --output_dir mcm-lora
+
+Every flag is described by --help.
+"""
+
+import logging
+
+from diffusers_mcm.training.arguments import parse_config
+
+
+def main() -> None:
+    config = parse_config()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    from diffusers_mcm.training.loop import train  # after the flags, so that --help answers at once
+
+    print(f"The LoRA is in {train(config)}")
+
+
+if __name__ == "__main__":
+    main()
