@@ -1,0 +1,237 @@
+"""Writes the shapes world as data sets: poor H.264 videos with captions, and good images."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .captions import Caption, held_out_captions, training_captions
+from .render import DOMAINS, render_image, render_video
+
+FPS = 8
+CRF = 29  # of x264: visibly compressed
+SHARD = 256  # samples per tar
+IMAGE_DOMAINS = tuple(domain for domain in DOMAINS if domain != "video")
+SPLITS: dict[str, Callable[[], list[Caption]]] = {"train": training_captions, "held_out": held_out_captions}
+
+
+class Sample(NamedTuple):
+    """One item of a data set: its caption, and its file as bytes."""
+
+    caption: str
+    data: bytes
+
+
+def encode(frames: np.ndarray, crf: int = CRF) -> bytes:
+    """An H.264 mp4 of uint8 frames (T, H, W, 3), H and W even; the same frames always give the same bytes."""
+    import av
+
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"expected frames (T, H, W, 3) of even height and width, got {frames.shape}")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1  # with more, the bytes differ from run to run
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """All frames of an mp4: uint8 (T, H, W, 3)."""
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def compress(frames: np.ndarray, crf: int = CRF) -> np.ndarray:
+    """What H.264 leaves of uint8 frames (T, H, W, 3): encoded and decoded in memory, the same shape."""
+    return decode(encode(frames, crf))
+
+
+def videos(count: int, split: str = "train", seed: int = 0, size: int = 64, num_frames: int = 16) -> Iterator[Sample]:
+    """`count` poor videos as mp4; every caption of the split comes once before any comes again."""
+    for caption, number in _schedule(count, split, seed, "video"):
+        yield Sample(str(caption), encode(render_video(caption, number, "video", size, num_frames)))
+
+
+def images(count: int, domain: str, split: str = "train", seed: int = 0, size: int = 64) -> Iterator[Sample]:
+    """`count` images of a domain as PNG; every caption of the split comes once before any comes again."""
+    for caption, number in _schedule(count, split, seed, domain):
+        buffer = io.BytesIO()
+        Image.fromarray(render_image(caption, number, domain, size)).save(buffer, format="PNG")
+        yield Sample(str(caption), buffer.getvalue())
+
+
+def build(
+    directory: str | os.PathLike,
+    *,
+    num_videos: int = 2064,
+    num_images: int = 2064,
+    image_domains: Sequence[str] = IMAGE_DOMAINS,
+    split: str = "train",
+    format: str = "folder",
+    seed: int = 0,
+    size: int = 64,
+    num_frames: int = 16,
+) -> Path:
+    """Write `videos` and `images/<domain>` below a directory, completely or not at all.
+
+    Args:
+        directory: must not exist, or be empty.
+        num_videos: number of videos; 0 for none.
+        num_images: number of images of each domain; 0 for none.
+        image_domains: some of `clean`, `cartoon` and `pastel`.
+        split: `train` uses the 516 captions that training may read and no other, `held_out` the other 60.
+        format: `folder` (files and `metadata.csv`, as `datasets` reads them) or `tars` (WebDataset).
+        seed: the same seed gives the same bytes; a larger number of videos begins with the same ones.
+        size: width and height in pixels, even.
+        num_frames: length of a video.
+
+    Returns:
+        The directory.
+    """
+    directory = Path(directory)
+    _check("split", split, SPLITS)
+    _check("format", format, WRITERS)
+    for domain in image_domains:
+        _check("image domain", domain, IMAGE_DOMAINS)
+    for name, value, least in (("videos", num_videos, 0), ("images", num_images, 0), ("frames", num_frames, 1)):
+        if value < least:
+            raise ValueError(f"the number of {name} must be at least {least}, got {value}")
+    if size < 32 or size % 2:
+        raise ValueError(f"size must be even and at least 32, got {size}")
+    settings = dict(split=split, seed=seed, size=size)
+    with _whole_directory(directory) as temporary:
+        if num_videos:
+            samples = videos(num_videos, num_frames=num_frames, **settings)
+            WRITERS[format](temporary / "videos", samples, "mp4")
+        for domain in image_domains if num_images else ():
+            WRITERS[format](temporary / "images" / domain, images(num_images, domain, **settings), "png")
+        record = dict(
+            num_videos=num_videos,
+            num_images=num_images,
+            image_domains=list(image_domains),
+            format=format,
+            num_frames=num_frames,
+            **settings,
+        )
+        (temporary / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `diffusers-mcm shapes build`."""
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="where to write; must not exist, or be empty")
+    add("--format", choices=tuple(WRITERS), default="folder", help="files and metadata.csv, or WebDataset tars")
+    add("--videos", type=int, default=2064, metavar="N", help="number of videos (default: %(default)s, 4 per caption)")
+    add("--images", type=int, default=2064, metavar="N", help="number of images per domain (default: %(default)s)")
+    add("--image_domains", nargs="*", choices=IMAGE_DOMAINS, default=IMAGE_DOMAINS, help="looks of the images")
+    add("--split", choices=tuple(SPLITS), default="train", help="captions to use; train never contains a held-out one")
+    add("--seed", type=int, default=0, help="same seed, same bytes")
+    add("--size", type=int, default=64, help="width and height in pixels (default: %(default)s)")
+    add("--num_frames", type=int, default=16, help="frames per video (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build what the flags say, and say what was built."""
+    directory = build(
+        arguments.directory,
+        num_videos=arguments.videos,
+        num_images=arguments.images,
+        image_domains=arguments.image_domains,
+        split=arguments.split,
+        format=arguments.format,
+        seed=arguments.seed,
+        size=arguments.size,
+        num_frames=arguments.num_frames,
+    )
+    if arguments.videos:
+        print(f"{directory / 'videos'}: {arguments.videos} videos")
+    for domain in arguments.image_domains if arguments.images else ():
+        print(f"{directory / 'images' / domain}: {arguments.images} images")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`diffusers-mcm shapes build`."""
+    parser = argparse.ArgumentParser(prog="diffusers-mcm shapes build", description=__doc__)
+    add_arguments(parser)
+    run(parser.parse_args(argv))
+
+
+def _schedule(count: int, split: str, seed: int, domain: str) -> Iterator[tuple[Caption, int]]:
+    """Captions in shuffled rounds, each with a render seed that no other domain or item has."""
+    captions = SPLITS[split]()
+    rng = np.random.default_rng([seed, DOMAINS.index(domain)])
+    order = []
+    for item in range(count):
+        if not order:
+            order = rng.permutation(len(captions)).tolist()
+        yield captions[order.pop()], (seed * len(DOMAINS) + DOMAINS.index(domain)) * 10**7 + item
+
+
+def _write_folder(directory: Path, samples: Iterator[Sample], extension: str) -> None:
+    directory.mkdir(parents=True)
+    with open(directory / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["file_name", "caption"])
+        for number, sample in enumerate(samples):
+            name = f"{number:06d}.{extension}"
+            (directory / name).write_bytes(sample.data)
+            rows.writerow([name, sample.caption])
+
+
+def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> None:
+    directory.mkdir(parents=True)
+    tar = None
+    try:
+        for number, sample in enumerate(samples):
+            if number % SHARD == 0:
+                if tar:
+                    tar.close()
+                tar = tarfile.open(directory / f"{number // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT)
+            label = json.dumps({"caption": sample.caption}).encode()
+            for suffix, data in ((extension, sample.data), ("json", label)):
+                entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    finally:
+        if tar:
+            tar.close()
+
+
+WRITERS: dict[str, Callable[[Path, Iterator[Sample], str], None]] = {"folder": _write_folder, "tars": _write_tars}
+
+
+def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+
+
+@contextmanager
+def _whole_directory(directory: Path) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its place when the block ends, and vanishes if it raises."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
