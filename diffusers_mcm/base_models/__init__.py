@@ -1,0 +1,44 @@
+"""The base models this package can distil and sample: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .base import BaseModel, Components, Text
+from .modelscope import ModelScope
+
+BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(),)}
+
+
+def get_base_model(name: str) -> BaseModel:
+    if name not in BASE_MODELS:
+        raise ValueError(f"Unknown base model {name!r}. Known base models: {', '.join(sorted(BASE_MODELS))}.")
+    return BASE_MODELS[name]
+
+
+def infer_base_model(
+    *, model_index: Mapping[str, Any] | None = None, lora_modules: Iterable[str] | None = None
+) -> BaseModel:
+    """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to."""
+    if model_index is not None:
+        for model in BASE_MODELS.values():
+            if (model_index.get(model.denoiser_name) or [None, None])[1] == model.denoiser_class:
+                return model
+        found = {name: value[1] for name, value in model_index.items() if name in ("unet", "transformer")}
+        expected = ", ".join(f"{m.name} ({m.denoiser_name}: {m.denoiser_class})" for m in BASE_MODELS.values())
+        raise ValueError(
+            f"This is not a text-to-video model that MCM supports: {model_index.get('_class_name')} with denoiser"
+            f" {found or 'none'}. Supported: {expected}."
+        )
+    names = list(lora_modules or ())
+    for model in BASE_MODELS.values():
+        if model.recognises(names):
+            return model
+    raise ValueError(
+        f"No supported base model ({', '.join(sorted(BASE_MODELS))}) has the modules this LoRA names, such as"
+        f" {names[0] if names else 'none at all'!r}."
+    )
+
+
+__all__ = ["BASE_MODELS", "BaseModel", "Components", "Text", "get_base_model", "infer_base_model"]

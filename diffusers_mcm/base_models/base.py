@@ -1,0 +1,116 @@
+"""What the package needs to know about a text-to-video model, and nothing more.
+
+Everything particular to one model lives in one file of this folder: a subclass of `BaseModel` and its pipeline. The
+algorithm's files only ever see this interface, so a model with another denoiser, another autoencoder or another noise
+path is a new file and a new row in `BASE_MODELS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import hub
+
+if TYPE_CHECKING:
+    from ..consistency import NoisePath
+
+# What the network is conditioned on: tensors whose first dimension is the batch. `prompt_embeds` is always there.
+Text = dict[str, torch.Tensor]
+
+
+@dataclass
+class Components:
+    """A loaded base model."""
+
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    scheduler_config: dict[str, Any]
+    # What the repository itself says about sizes; the class attributes of `BaseModel` fill the gaps.
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+class BaseModel(ABC):
+    """Loads a base model, encodes video and text with it, calls its denoiser and decodes frames.
+
+    Shapes: latents `(B, C, T, H, W)`, pixels `(B, 3, T, H, W)` in [-1, 1], images `(N, 3, H, W)` in [-1, 1].
+    """
+
+    name: str
+    default_repository: str
+    denoiser_name: str = "unet"  # the component's name in a repository, and the prefix of its LoRA keys
+    denoiser_class: str  # what `model_index.json` calls the class of that component
+    guidance_range: tuple[float, float]  # of the teacher, w ~ U[w_min, w_max]
+    height: int
+    width: int
+    num_frames: int
+    fps: int = 8
+    scheduler_defaults: Mapping[str, Any] = {}
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def load(
+        self,
+        repository: str | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        dtype: torch.dtype = torch.float32,
+        **hub_options,
+    ) -> Components:
+        """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode."""
+
+    def read_sampling(self, repository: str, **options) -> dict[str, Any]:
+        """Sizes that the repository's own `model_index.json` gives (`height`, `width`, `num_frames`, `fps`)."""
+        index = hub.read_json(repository, "model_index.json", **options) or {}
+        return {key: index[key] for key in ("height", "width", "num_frames", "fps") if index.get(key) is not None}
+
+    def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The repository's scheduler configuration, completed (never overruled) by this model's defaults."""
+        return {**self.scheduler_defaults, **(config or {})}
+
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **overrides) -> NoisePath:
+        """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it."""
+        from ..consistency import VariancePreservingPath
+
+        return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **overrides)
+
+    @abstractmethod
+    def recognises(self, module_names: Iterable[str]) -> bool:
+        """Whether LoRA keys with these module names belong to this architecture."""
+
+    @abstractmethod
+    def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
+        """Full names of the modules that get a LoRA, sorted."""
+
+    # --- the tensors -------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
+        """`(C, T, H, W)` of the latents of a clip; `ValueError` for a size that has none."""
+
+    @abstractmethod
+    def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels to scaled latents, a sample of the posterior with `noise` (latents' shape), or its mode without."""
+
+    @abstractmethod
+    def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
+        """Scaled latents to pixels, at most `chunk_size` frames at a time."""
+
+    @abstractmethod
+    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor:
+        """The frames `frame_indices (B, l)` as `(B * l, 3, H, W)`, sample by sample; differentiable."""
+
+    @abstractmethod
+    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Text:
+        """The condition of the denoiser for each prompt; no gradients."""
+
+    @abstractmethod
+    def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+        """The network's output (of the latents' shape) at `timesteps (B,)`."""

@@ -1,0 +1,107 @@
+"""From a name to files: a local folder or file, a packaged model, or a repository on the Hub, in that order."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PACKAGED_FOLDER = Path(__file__).parent / "shapes" / "weights"
+PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "mcm-shapes-clip")
+
+
+def resolve(name: str | os.PathLike) -> str:
+    """A path that exists, or else a Hub id, unchanged. Something on disk wins over a packaged model of that name."""
+    name = os.fspath(name)
+    if os.path.exists(name):
+        return name
+    if name in PACKAGED_MODELS:
+        folder = PACKAGED_FOLDER / name
+        if not folder.is_dir():
+            raise FileNotFoundError(f"The packaged model {name!r} is not in this installation ({folder} is missing).")
+        return str(folder)
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"{name!r} is not a file or folder here, not a packaged model ({', '.join(PACKAGED_MODELS)}), and not a"
+            " Hub repository (those look like 'owner/name')."
+        )
+    return name
+
+
+def is_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith((".", "~"))
+
+
+def resolve_recorded(name: str, folder: str | os.PathLike | None) -> str:
+    """Like `resolve`, for a name read from a configuration in `folder`: './' and '../' are relative to that folder,
+    and a packaged model is never shadowed by a folder that happens to lie in the working directory."""
+    if name.startswith(("./", "../")):
+        if folder is None:
+            raise FileNotFoundError(f"The base model is recorded as {name!r}, beside the LoRA, which is remote.")
+        path = Path(os.path.normpath(Path(folder, name)))
+        if not path.exists():
+            raise FileNotFoundError(f"The base model is recorded as {name!r}, but {path} does not exist.")
+        return str(path)
+    if name in PACKAGED_MODELS and (PACKAGED_FOLDER / name).is_dir():
+        return str(PACKAGED_FOLDER / name)
+    return resolve(name)
+
+
+def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """How a configuration in `folder` names a model: the id, or for a local folder its path relative to `folder`."""
+    name = os.fspath(name)
+    packaged = Path(name).resolve()
+    if packaged.parent == PACKAGED_FOLDER.resolve() and packaged.name in PACKAGED_MODELS:
+        return packaged.name
+    if not os.path.exists(name):
+        return name
+    relative = Path(os.path.relpath(packaged, Path(folder).resolve())).as_posix()
+    return relative if relative.startswith("../") else f"./{relative}"
+
+
+def find_file(
+    name: str | os.PathLike,
+    filename: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **hub_options,
+) -> Path | None:
+    """The local path of a file in a folder or repository, downloaded if need be; `None` if there is no such file.
+
+    `hub_options` are those of `hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `force_download`, ...
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        path = Path(name, subfolder or "", filename)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, filename, subfolder=subfolder or None, revision=revision, **hub_options))
+    except LocalEntryNotFoundError:
+        # Not "the repository lacks it" but "it cannot be asked".
+        if not hub_options.get("local_files_only"):
+            raise
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def read_json(name: str | os.PathLike, filename: str, **options) -> dict[str, Any] | None:
+    """The content of a JSON file in a folder or repository (`find_file`'s options); `None` if there is none."""
+    path = find_file(name, filename, **options)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,390 @@
+"""LoRA for a denoiser: files, checks, injection.
+
+In memory a LoRA is a dict `module.lora_A.weight -> tensor`, `module.lora_B.weight -> tensor`, with the module's full
+name in the denoiser. On disk the keys have a prefix: the denoiser's name (`unet.`, what diffusers writes and reads) or
+`base_model.model.` (what PEFT writes). Both are read; the first is written.
+
+A LoRA fits wholly or not at all: a key without a module, a module with half a pair, a tensor of another shape is an
+error before anything in the denoiser has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hub
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = "mcm_config.json"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
+PREFIXES = ("base_model.model.", "unet.", "transformer.")
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass
+class LoRA:
+    """A LoRA that was read from disk, or is about to be written."""
+
+    tensors: dict[str, torch.Tensor]
+    alpha: float | None = None  # None: the rank, that is a scale of one
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # mcm_config.json
+    scheduler_config: dict[str, Any] | None = None
+    source: str = "the LoRA"
+    folder: Path | None = None  # where `config` was read from, for paths relative to it
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted({split_key(key)[0] for key in self.tensors})
+
+    def ranks(self) -> dict[str, int]:
+        return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
+
+    def peft_config(self):
+        """peft's `LoraConfig`, with the ranks the tensors really have."""
+        from peft import LoraConfig
+
+        ranks = self.ranks()
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        different = {f"^{module}": r for module, r in ranks.items() if r != rank}
+        # Without an alpha every module has scale one, whatever its rank.
+        alpha_pattern = different if self.alpha is None else self.alpha_pattern
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank if self.alpha is None else self.alpha,
+            rank_pattern=different,
+            alpha_pattern=alpha_pattern,
+            target_modules=self.modules,
+            use_rslora=self.use_rslora,
+        )
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """`a.b.lora_A.weight` to (`a.b`, `lora_A.weight`)."""
+    module, separator, rest = key.rpartition(".lora_")
+    return module, f"lora_{rest}" if separator else key
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+def read_lora(
+    source: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    **hub_options,
+) -> LoRA:
+    """Read a LoRA from a folder, a `.safetensors` file, a packaged model or a Hub repository."""
+    source = hub.resolve(source)
+    if os.path.isfile(source):
+        source, weight_name, subfolder = os.path.dirname(source) or ".", os.path.basename(source), None
+    where = dict(subfolder=subfolder, revision=revision, **hub_options)
+    path = find_lora_file(source, weight_name=weight_name, **where)
+    if path is None:
+        wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
+        place = f"{source} (subfolder {subfolder!r})" if subfolder else source
+        raise FileNotFoundError(f"No LoRA in {place}: there is no {wanted}.")
+    tensors, header = _read_safetensors(path)
+    lora = LoRA(tensors=_strip_prefixes(tensors, path), source=str(path))
+    _read_alpha(lora, header, hub.read_json(source, PEFT_CONFIG_NAME, **where))
+    lora.config = hub.read_json(source, CONFIG_NAME, **where) or {}
+    inside = f"{subfolder}/scheduler" if subfolder else "scheduler"
+    lora.scheduler_config = hub.read_json(source, "scheduler_config.json", **(where | dict(subfolder=inside)))
+    lora.folder = path.parent if os.path.isdir(source) else None
+    return lora
+
+
+def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> Path | None:
+    for name in (weight_name,) if weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
+        path = hub.find_file(source, name, **where)
+        if path is not None:
+            return path
+    return None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file; pickled weights are not read, for they can run code.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}). Was the download cut short? Fetch it again."
+        ) from error
+
+
+def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    stripped = {}
+    for key, tensor in tensors.items():
+        for prefix in PREFIXES:
+            if key.startswith(prefix):
+                key = key.removeprefix(prefix)
+                break
+        stripped[key] = tensor
+    strange = [key for key in stripped if split_key(key)[1] not in ("lora_A.weight", "lora_B.weight")]
+    if strange or not stripped:
+        raise ValueError(
+            f"{path} is not a LoRA in diffusers' (unet.*) or PEFT's (base_model.model.*) layout:"
+            f" {len(strange)} of its {len(stripped)} keys are not lora_A/lora_B weights"
+            + (f", such as {strange[0]!r}." if strange else ".")
+        )
+    return stripped
+
+
+def _read_alpha(lora: LoRA, header: Mapping[str, str], peft_config: Mapping[str, Any] | None) -> None:
+    """The scale's numerator, from diffusers' metadata or PEFT's configuration file."""
+    config = dict(peft_config or {})
+    if METADATA_KEY in header:
+        packed = json.loads(header[METADATA_KEY])
+        config = {key.split(".", 1)[1] if key.startswith(PREFIXES) else key: value for key, value in packed.items()}
+    if config.get("use_dora"):
+        raise ValueError(f"{lora.source} is a DoRA; only plain LoRA is supported.")
+    lora.alpha = config.get("lora_alpha")
+    lora.alpha_pattern = dict(config.get("alpha_pattern") or {})
+    lora.use_rslora = bool(config.get("use_rslora", False))
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
+    """`ValueError` unless every tensor of the LoRA has its place in the denoiser."""
+    modules = {name: _base_layer(module) for name, module in denoiser.named_modules()}
+    unknown = [module for module in lora.modules if module not in modules]
+    if unknown:
+        raise ValueError(
+            f"{lora.source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(lora.modules)} modules"
+            f" do not exist there, such as {unknown[0]!r}. It was made for another base model."
+        )
+    problems = []
+    for name in lora.modules:
+        down, up = (lora.tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
+        if down is None or up is None:
+            problems.append(f"{name} has only one of lora_A and lora_B")
+            continue
+        weight = getattr(modules[name], "weight", None)
+        if not isinstance(modules[name], (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            problems.append(f"{name} is a {type(modules[name]).__name__}, which takes no LoRA")
+        elif (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            problems.append(
+                f"{name} has a weight of shape {tuple(weight.shape)}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}"
+            )
+    if problems:
+        raise ValueError(
+            f"{lora.source} does not fit this {type(denoiser).__name__}: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)." if len(problems) > 1 else ".")
+            + " It was made for another base model, or the file is incomplete."
+        )
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+# --- in the denoiser -------------------------------------------------------------------------------------------------
+def lora_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """peft's layers by the names of the modules they stand in for."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def add_lora(
+    denoiser: nn.Module,
+    target_modules: list[str],
+    rank: int = 64,
+    alpha: float = 64,
+    *,
+    generator: torch.Generator | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> None:
+    """Put a fresh trainable LoRA in float32 on the named modules, and freeze everything else."""
+    lora = fresh_lora(denoiser, target_modules, rank, alpha, generator=generator)
+    denoiser.requires_grad_(False)
+    load_lora_into(denoiser, lora, adapter_name, dtype=torch.float32, trainable=True)
+
+
+def fresh_lora(
+    denoiser: nn.Module,
+    target_modules: list[str],
+    rank: int = 64,
+    alpha: float = 64,
+    *,
+    generator: torch.Generator | None = None,
+) -> LoRA:
+    """A LoRA that does nothing yet: A random (Kaiming), B zero."""
+    modules = dict(denoiser.named_modules())
+    missing = [name for name in target_modules if name not in modules]
+    if missing or not target_modules:
+        raise ValueError(f"Cannot put a LoRA on modules that do not exist: {missing[:3] or 'none were named'}.")
+    tensors = {}
+    for name in target_modules:
+        shape = _base_layer(modules[name]).weight.shape
+        down = torch.empty(rank, *shape[1:])
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        tensors[f"{name}.lora_A.weight"] = down
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(shape[0], rank, *[1] * (len(shape) - 2))
+    return LoRA(tensors, alpha=alpha)
+
+
+def load_lora_into(
+    denoiser: nn.Module,
+    lora: LoRA,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+) -> None:
+    """Put a LoRA in the denoiser, wholly or not at all, in `dtype` (default: that of each weight it is added to)."""
+    from peft import inject_adapter_in_model
+
+    if "." in adapter_name or not adapter_name:
+        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    if adapter_name in getattr(denoiser, "peft_config", {}):
+        raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
+    check_fits(denoiser, lora)
+    # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
+    trainable_before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
+    # On the meta device: nothing is drawn from the global generator, and nothing is allocated twice.
+    inject_adapter_in_model(
+        lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
+    )
+    for parameter, requires_grad in trainable_before.items():
+        parameter.requires_grad_(requires_grad)
+    for name, layer in lora_layers(denoiser).items():
+        if adapter_name not in layer.lora_A:
+            continue
+        weight = layer.get_base_layer().weight
+        for half, part in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
+            tensor = lora.tensors[f"{name}.lora_{half}.weight"]
+            # A copy: the caller's tensor must not change when this one is trained.
+            tensor = tensor.to(device=weight.device, dtype=dtype or weight.dtype, copy=True).contiguous()
+            part.weight = nn.Parameter(tensor, requires_grad=trainable)
+
+
+def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, torch.Tensor]:
+    """`module.lora_A.weight -> tensor`, and B: the denoiser's own tensors, detached."""
+    tensors = {}
+    for name, layer in lora_layers(denoiser).items():
+        if adapter_name in layer.lora_A:
+            tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
+            tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
+    if not tensors:
+        known = ", ".join(sorted(getattr(denoiser, "peft_config", {}))) or "none"
+        raise ValueError(f"There is no adapter named {adapter_name!r} in the denoiser. Loaded: {known}.")
+    return tensors
+
+
+def extract_lora(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> LoRA:
+    """A LoRA that is in the denoiser, as it would be read from disk; shares its tensors."""
+    tensors = lora_state_dict(denoiser, adapter_name)
+    config = denoiser.peft_config[adapter_name]
+    return LoRA(tensors, config.lora_alpha, dict(config.alpha_pattern), config.use_rslora)
+
+
+def set_lora_state_dict(
+    denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
+) -> None:
+    """Overwrite a LoRA that is in the denoiser, in place; the keys and shapes must be exactly its own."""
+    current = lora_state_dict(denoiser, adapter_name)
+    different = sorted(current.keys() ^ tensors.keys())
+    different += [key for key in current.keys() & tensors.keys() if current[key].shape != tensors[key].shape]
+    if different:
+        raise ValueError(f"{len(different)} LoRA tensors differ in name or shape, such as {different[0]!r}.")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            current[key].copy_(tensor)
+
+
+@contextmanager
+def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """The base model, bit for bit, while the context is open."""
+    layers = list(lora_layers(denoiser).values())
+    if any(layer.merged for layer in layers):
+        raise ValueError("The LoRA is fused into the base weights; `unfuse_lora()` before switching it off.")
+    # Not `enable_adapters(False)`: that one also changes `requires_grad`, in the middle of a training step.
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield denoiser
+    finally:
+        for layer, value in zip(layers, before):
+            layer._disable_adapters = value
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+def write_lora_weights(
+    path: str | os.PathLike, lora: LoRA, prefix: str = "unet", dtype: torch.dtype | None = None
+) -> None:
+    """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads."""
+    from safetensors.torch import save_file
+
+    config = lora.peft_config()
+    metadata = dict(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=lora.modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        use_rslora=config.use_rslora,
+    )
+    metadata = {f"{prefix}.{key}": value for key, value in metadata.items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    tensors = {
+        f"{prefix}.{key}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for key, tensor in sorted(lora.tensors.items())
+    }
+    save_file(tensors, path, metadata=header)
+
+
+def save_lora(
+    folder: str | os.PathLike,
+    denoiser: nn.Module,
+    base_model,
+    *,
+    repository: str | os.PathLike | None = None,
+    revision: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    scheduler=None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the LoRA folder that `MCMPipeline.from_pretrained` reads.
+
+    `base_model` is a `BaseModel`; `repository` and `revision` say where its weights came from (a local folder is
+    recorded relative to `folder`); `sampling` holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`;
+    `scheduler` is the `MCMScheduler` to sample with.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = extract_lora(denoiser, adapter_name)
+    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
+    config = {
+        "base_model": base_model.name,
+        "base_model_repository": hub.recordable(repository or base_model.default_repository, folder),
+        "base_model_revision": revision,
+        "sampling": dict(sampling or {}),
+        "training": dict(training or {}),
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+    return folder
