@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?= -n 2
+TESTS ?= tests
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -12,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m diffusers_mcm shapes demo
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_FLAGS) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_FLAGS) $(TESTS)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

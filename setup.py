@@ -1,16 +1,19 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "diffusers_mcm" / "__init__.py").read_text(encoding="utf-8"))
 TRAIN = ["accelerate>=1.0", "datasets>=4.0", "tensorboard>=2.14"]
 EVAL = ["scipy>=1.11"]
 TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]
 
 setup(
     name="diffusers-mcm",
-    version="0.1.0.dev0",
+    version=VERSION.group(1),
     description="Motion consistency models for diffusers: text to video in one to eight steps",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
