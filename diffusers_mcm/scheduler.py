@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_mcm.consistency import boundary_scalings, expand_like, get_prediction_type, make_betas
+from .consistency import boundary_scalings, expand_like, get_prediction_type, make_betas
 
 logger = logging.get_logger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from diffusers_mcm.consistency import NoisePath, expand_like
+from .consistency import NoisePath, expand_like
 
 Text = dict[str, torch.Tensor]
 Denoise = Callable[[torch.Tensor, torch.Tensor, Text], torch.Tensor]

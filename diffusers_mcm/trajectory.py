@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_mcm.consistency import NoisePath, expand_like
-from diffusers_mcm.teacher import Denoise, Text
+from .consistency import NoisePath, expand_like
+from .teacher import Denoise, Text
 
 
 def noisy_start(path: NoisePath, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
