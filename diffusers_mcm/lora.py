@@ -253,8 +253,8 @@ def load_lora_into(
     """Put a LoRA in the denoiser, wholly or not at all, in `dtype` (default: that of each weight it is added to)."""
     from peft import inject_adapter_in_model
 
-    if "." in adapter_name or not adapter_name:
-        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    if not adapter_name or set(adapter_name) & set("./\\"):
+        raise ValueError(f"An adapter's name must not be empty or contain a dot or slash, got {adapter_name!r}.")
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
     check_fits(denoiser, lora)

@@ -90,6 +90,15 @@ class BaseModel(ABC):
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         """Full names of the modules that get a LoRA, sorted."""
 
+    @property
+    @abstractmethod
+    def pipeline_class(self) -> type:
+        """The subclass of `MCMPipeline` that samples this model."""
+
+    def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
+        """`num_frames`, `height`, `width`, `fps` or `num_inference_steps` where no configuration says otherwise."""
+        return 4 if name == "num_inference_steps" else getattr(self, name)
+
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:

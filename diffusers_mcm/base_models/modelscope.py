@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
-from diffusers import AutoencoderKL, UNet3DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import hub
+from ..pipelines.mcm import MCMPipeline
 from .base import BaseModel, Components, Text
 
 logger = logging.getLogger(__name__)
@@ -87,16 +89,27 @@ class ModelScope(BaseModel):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
         )
 
+    @property
+    def pipeline_class(self) -> type:
+        return ModelScopeMCMPipeline
+
+    def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
+        size = denoiser.config.sample_size
+        if name in ("height", "width") and size is not None:
+            size = size if isinstance(size, int) else size[name == "width"]
+            return size * self.vae_scale_factor(vae)
+        return super().sampling_default(name, denoiser, vae)
+
     # --- the tensors -------------------------------------------------------------------------------------------------
     def vae_scale_factor(self, vae: nn.Module) -> int:
         return 2 ** (len(vae.config.block_out_channels) - 1)
 
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
         factor = self.vae_scale_factor(vae)
-        if not isinstance(num_frames, int) or num_frames < 1:
+        if not isinstance(num_frames, Integral) or num_frames < 1:
             raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}.")
         for side, size in (("height", height), ("width", width)):
-            if not isinstance(size, int) or size < factor or size % factor:
+            if not isinstance(size, Integral) or size < factor or size % factor:
                 raise ValueError(f"`{side}` must be a positive multiple of {factor}, got {size!r}.")
         return denoiser.config.in_channels, num_frames, height // factor, width // factor
 
@@ -134,6 +147,41 @@ class ModelScope(BaseModel):
 
     def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
         return denoiser(latents, timesteps, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[0]
+
+
+class ModelScopeMCMPipeline(MCMPipeline):
+    """
+    Few-step text to video with ModelScope.
+
+    Args:
+        vae ([`AutoencoderKL`]): Encodes and decodes single frames.
+        text_encoder ([`CLIPTextModel`]), tokenizer ([`CLIPTokenizer`]): Encode the prompt.
+        unet ([`UNet3DConditionModel`]): The denoiser.
+        scheduler ([`MCMScheduler`]): Any scheduler of diffusers works too, for comparison.
+        height, width, num_frames, num_inference_steps, fps (`int`, *optional*): What a call defaults to.
+    """
+
+    base_model = ModelScope()
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet3DConditionModel,
+        scheduler: SchedulerMixin,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        fps: float | None = None,
+    ):
+        super().__init__()
+        sampling = dict(
+            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
+        )
+        self._set_up(sampling, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
 
 
 def _frames(videos: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,42 @@
+"""Motion consistency models: text to video in one to eight steps."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0.dev0"
+
+# Imported when first used, so that `import diffusers_mcm` costs nothing.
+_EXPORTS = {
+    "MCMPipeline": ".pipelines",
+    "MCMPipelineOutput": ".pipelines",
+    "MCMScheduler": ".scheduler",
+    "ModelScopeMCMPipeline": ".base_models.modelscope",
+    "BASE_MODELS": ".base_models",
+    "get_base_model": ".base_models",
+}
+
+if TYPE_CHECKING:
+    from .base_models import BASE_MODELS, get_base_model
+    from .base_models.modelscope import ModelScopeMCMPipeline
+    from .pipelines import MCMPipeline, MCMPipelineOutput
+    from .scheduler import MCMScheduler
+
+__all__ = [
+    "BASE_MODELS",
+    "MCMPipeline",
+    "MCMPipelineOutput",
+    "MCMScheduler",
+    "ModelScopeMCMPipeline",
+    "__version__",
+    "get_base_model",
+]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

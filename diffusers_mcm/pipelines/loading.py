@@ -1,0 +1,69 @@
+"""What `MCMPipeline.from_pretrained` was given, and how to make a pipeline of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import hub
+from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, find_lora_file
+from ..scheduler import MCMScheduler
+
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+# The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
+NOISE_SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
+
+
+def read_model_index(source: str, **where) -> dict[str, Any] | None:
+    """`model_index.json` of a pipeline; `None` if `source` is a LoRA; an error if it is neither."""
+    if os.path.isfile(source):
+        return None
+    index = hub.read_json(source, "model_index.json", **where)
+    if index is None and find_lora_file(source, **where) is None:
+        place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
+        raise ValueError(
+            f"{place} holds neither a pipeline (model_index.json) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
+        )
+    return index
+
+
+def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
+    return str(model_index.get("_class_name")).endswith("MCMPipeline")
+
+
+def mcm_scheduler(base_model, scheduler) -> MCMScheduler:
+    """The few-step scheduler on the noise schedule that the base model was trained with."""
+    if isinstance(scheduler, MCMScheduler):
+        return scheduler
+    config = {key: scheduler.config[key] for key in NOISE_SCHEDULE_KEYS if scheduler.config.get(key) is not None}
+    config = base_model.scheduler_config(config)
+    return MCMScheduler.from_config({key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
+
+
+def forget_local_paths(folder: Path) -> None:
+    """Remove the paths of this machine that the libraries note down in the configurations they save."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            continue
+        local = [
+            key
+            for key in ("_name_or_path", "name_or_path")
+            if isinstance(content.get(key), str) and (os.path.isabs(content[key]) or os.path.exists(content[key]))
+        ]
+        if local:
+            for key in local:
+                del content[key]
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
