@@ -18,7 +18,7 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     from diffusers_mcm.training.loop import train  # after the flags, so that --help answers at once
 
-    print(f"The LoRA is in {train(config)}")
+    train(config)
 
 
 if __name__ == "__main__":

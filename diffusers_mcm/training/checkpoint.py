@@ -20,9 +20,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary = _temporary_beside(folder)
     try:
         yield temporary
+        old = temporary.with_suffix(".old")
         if folder.exists():  # a rename cannot replace a folder that is not empty
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,6 +13,7 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "none")
 
 
 def _flag(
@@ -69,7 +70,9 @@ class TrainingConfig:
     frame_interval: int = _flag(8, help="Take every n-th frame; shrinks to fit a short clip.", group="data")
     height: int | None = _flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
     width: int | None = _flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
-    dataloader_num_workers: int = _flag(0, help="Processes that load data; 0 loads in the main one.", group="data")
+    dataloader_num_workers: int = _flag(
+        0, help="Processes that load data, for videos and images each; 0 loads in the main one.", group="data"
+    )
 
     # -- method
     motion: str = _flag(
@@ -164,9 +167,7 @@ class TrainingConfig:
     )
     logging_steps: int = _flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
     logging_dir: str = _flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
-    report_to: str = _flag(
-        "tensorboard", help="Tracker: 'tensorboard', 'wandb', 'comet_ml', 'all' or 'none'.", group="output"
-    )
+    report_to: str = _flag("tensorboard", help="Where losses are sent.", group="output", choices=TRACKERS)
     validation_prompts: tuple[str, ...] = _flag(
         (), help="Prompts for validation clips, one argument each.", group="output", many=True
     )
@@ -175,9 +176,7 @@ class TrainingConfig:
         4, help="Sampling steps for validation clips, and the default saved with the LoRA.", group="output"
     )
     fps: int = _flag(8, help="Frame rate of the validation clips.", group="output")
-    license: str | None = _flag(
-        None, help="License named in the model card. Default: that of the base model, if known.", group="output"
-    )
+    license: str | None = _flag(None, help="License named in the model card. Default: none is named.", group="output")
     push_to_hub: bool = _flag(False, help="Upload the output folder to the Hub when training ends.", group="output")
     hub_model_id: str | None = _flag(
         None, help="Repository to push to. Default: the name of --output_dir in your namespace.", group="output"

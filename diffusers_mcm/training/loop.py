@@ -1,5 +1,6 @@
 """The training loop, from a configuration to a LoRA folder."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -7,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,12 +24,18 @@ from .step import Judge
 from .tracking import LossLog, check_finite
 from .validation import sample_clip, write_validation
 
+try:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+    from accelerate.utils import ProjectConfiguration, is_tensorboard_available
+except ImportError as error:
+    raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
+
 logger = logging.getLogger(__name__)
 TRACKER_PROJECT = "mcm"
-# A checkpoint of another run with one of these changed would not be the same run gone on with.
+# With one of these changed, or a flag of the method, it would not be the same run that goes on.
 _FIXED_ON_RESUME = (
-    "seed motion lambda_real lambda_adv discriminator_loss num_adversarial_frames lora_rank lora_alpha "
-    "num_solver_steps timestep_scaling sigma_data total_batch clip_size base_model"
+    "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
+    "lr_scheduler lr_warmup_steps"
 ).split()
 
 
@@ -157,7 +162,10 @@ class Trainer:
         losses = self.mean_losses()
         gradients = {name: norm.item() for name, norm in norms.items()}
         # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
-        check_finite(losses if scaler is not None else {**losses, **gradients}, self.step + 1, self.last_checkpoint)
+        samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
+        checked = losses if scaler is not None else {**losses, **gradients}
+        check_finite(checked, self.step + 1, samples, self.last_checkpoint)
+        rates = {f"{part.name}_learning_rate": part.rate for part in self.parts}
         for part in self.parts:
             part.update(scaler)
         if scaler is not None:
@@ -165,7 +173,7 @@ class Trainer:
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.critic is not None:
             self.networks.discriminator.update_spectral_norm()
-        return {**losses, **gradients}
+        return {**losses, **gradients, **rates}
 
     # --- its inputs --------------------------------------------------------------------------------------------------
     def draw(self, batch: Batch):
@@ -233,9 +241,8 @@ class Trainer:
         shown = ("loss", "consistency", "adversarial", "discriminator")
         bar.set_postfix({name: f"{losses[name]:.4g}" for name in shown if name in losses}, refresh=False)
         if self.step % self.config.logging_steps == 0 or self.step == self.config.max_train_steps:
-            row = {**losses, **{f"{part.name}_learning_rate": part.rate for part in self.parts}}
-            log.write({"step": self.step, **row, "seconds": round(self.seconds, 3)})
-            self.accelerator.log(row, step=self.step)
+            log.write({"step": self.step, **losses, "seconds": round(self.seconds, 3)})
+            self.accelerator.log(losses, step=self.step)
 
     # --- what it writes ----------------------------------------------------------------------------------------------
     def save_and_validate(self) -> None:
@@ -263,8 +270,8 @@ class Trainer:
                 }
             picture = write_validation(self.validation_folder(self.step), clips, config.fps)
             for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    tracker.log_images({"validation": picture[None]}, step=self.step, dataformats="NHWC")
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": picture[None]}, step=self.step, **options)
         self.accelerator.wait_for_everyone()
 
     def validation_folder(self, step: int) -> Path:
@@ -274,7 +281,8 @@ class Trainer:
         """What must not change between the parts of one run."""
         values = {**self.config.to_dict(), "total_batch": self.total_batch, "clip_size": list(self.networks.clip_size)}
         values["base_model"] = self.networks.base.name
-        return {name: values[name] for name in _FIXED_ON_RESUME}
+        method = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata["group"] == "method"]
+        return {name: values[name] for name in (*_FIXED_ON_RESUME, *method)}
 
     def state(self) -> dict[str, Any]:
         student = self.networks.student
@@ -334,7 +342,8 @@ class Trainer:
             part.load(state["parts"][part.name])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        logger.info("Resumed from %s at step %d.", folder, self.step)
+        if self.accelerator.is_main_process:
+            logger.info("Resumed from %s at step %d.", folder, self.step)
 
     def finish(self, skipped: int) -> None:
         if self.accelerator.is_main_process:
@@ -344,6 +353,7 @@ class Trainer:
                 self.write_folder(folder, overview)
             if skipped:
                 logger.warning("%d items of the data could not be used.", skipped)
+            logger.info("The LoRA is in %s", self.output_dir)
             if self.config.push_to_hub:
                 logger.info("Pushed to %s", push_to_hub(self.output_dir, self.config))
         self.accelerator.wait_for_everyone()
@@ -373,6 +383,10 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
             key: value if isinstance(value, int | float | str) else str(value)
             for key, value in config.to_dict().items()
         }
+        if report_to == "tensorboard" and not is_tensorboard_available():
+            raise ImportError(
+                "--report_to tensorboard needs it: pip install 'diffusers-mcm[train]', or --report_to none"
+            )
         accelerator.init_trackers(TRACKER_PROJECT, config=values)
     return accelerator
 

@@ -13,7 +13,7 @@ class NonFiniteLoss(FloatingPointError):
     """A loss or gradient became NaN or infinite; the weights are those of the step before."""
 
 
-def check_finite(values: dict[str, float], step: int, last_checkpoint: Path | None) -> None:
+def check_finite(values: dict[str, float], step: int, samples: range, last_checkpoint: Path | None) -> None:
     """Stop the run, with the cause, before a bad gradient reaches the weights."""
     bad = {name: value for name, value in values.items() if not torch.isfinite(torch.tensor(value))}
     if not bad:
@@ -21,7 +21,8 @@ def check_finite(values: dict[str, float], step: int, last_checkpoint: Path | No
     listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
     saved = f"The newest checkpoint is {last_checkpoint}." if last_checkpoint else "There is no checkpoint yet."
     raise NonFiniteLoss(
-        f"Training stopped at step {step}: {listed} (all: {json.dumps(values)}). The weights were not changed by this "
+        f"Training stopped at step {step}, samples {samples.start} to {samples.stop - 1}: {listed} (all: "
+        f"{json.dumps(values)}). The weights were not changed by this "
         f"step and nothing was overwritten. {saved} Lower the learning rates or --max_grad_norm, or use "
         "--mixed_precision bf16 or no."
     )

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from diffusers_mcm.training.checkpoint import (
+    STATE_FILE,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    whole_files,
+)
+
+
+def save(folder, step, **options):
+    return save_checkpoint(folder, step, {"step": step}, lambda path: (path / "more").write_text("x"), **options)
+
+
+def test_latest_is_the_highest_step_and_the_limit_drops_the_oldest(tmp_path):
+    for step in (2, 9, 10):
+        save(tmp_path, step, total_limit=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    latest = find_checkpoint(tmp_path, "latest")
+    assert latest.name == "checkpoint-10" and (latest / "more").is_file()
+    assert load_checkpoint(latest) == {"step": 10}
+    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    save(tmp_path, 11, total_limit=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-11"]
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    def fail(path):
+        (path / "half").write_text("x")
+        raise OSError("disk full")
+
+    save(tmp_path, 1)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(tmp_path, step, {}, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert load_checkpoint(tmp_path / "checkpoint-1") == {"step": 1}
+    (tmp_path / "checkpoint-7").mkdir()  # what another program left; no state in it
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+
+
+def test_what_cannot_be_resumed_says_so(tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+    save(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"'checkpoint-4' is not a checkpoint .* Checkpoints in .*: checkpoint-3\."):
+        find_checkpoint(tmp_path, "checkpoint-4")
+    (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="checkpoint-3 cannot be read"):
+        load_checkpoint(tmp_path / "checkpoint-3")
+
+
+def test_output_files_arrive_together_and_leave_the_rest_alone(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "train_log.jsonl").write_text("kept")
+    (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError), whole_files(folder, last="weights") as temporary:
+        (temporary / "weights").write_text("half")
+        raise RuntimeError
+    assert (folder / "weights").read_text() == "old"
+    with whole_files(folder, last="weights") as temporary:
+        (temporary / "weights").write_text("new")
+        (temporary / "scheduler").mkdir()
+        (temporary / "scheduler" / "config").write_text("new")
+        assert temporary.parent == folder.parent
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert (folder / "weights").read_text() == (folder / "scheduler" / "config").read_text() == "new"
+    assert (folder / "train_log.jsonl").read_text() == "kept"
+
+
+def test_state_holds_tensors_bit_for_bit(tmp_path):
+    state = {"weights": {"a": torch.randn(3)}, "step": 1}
+    folder = save_checkpoint(tmp_path, 1, state, lambda path: None)
+    assert torch.equal(load_checkpoint(folder)["weights"]["a"], state["weights"]["a"])

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.lora import add_lora, lora_disabled, lora_state_dict
+from diffusers_mcm.motion import build_motion
+from diffusers_mcm.training.randomness import draw_adversarial, draw_step
+from diffusers_mcm.training.step import Judge, Student
+from tests.discriminator.tiny import random_tensor, tiny_discriminator
+from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+
+from .world import CAPTIONS, tiny_config
+
+BASE = get_base_model("modelscope")
+SHAPE = (4, NUM_FRAMES, SIZE // 2, SIZE // 2)
+INDICES = [0, 1]
+
+
+def make_student(**overrides) -> Student:
+    config = tiny_config(dict(pretrained_teacher_model="teacher", video_data="videos"), "out", **overrides)
+    denoiser, vae = tiny_unet().requires_grad_(False), tiny_vae().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    add_lora(denoiser, BASE.lora_target_modules(denoiser), 2, 2, generator=generator)
+    for name, tensor in lora_state_dict(denoiser).items():
+        if "lora_B" in name:  # as after some training: the student is not the teacher
+            tensor.normal_(std=0.05, generator=generator)
+    return Student(BASE, denoiser, vae, BASE.noise_path(SCHEDULER), build_motion(config.motion, 4), config).eval()
+
+
+def make_draws(student, timestep: int | None = None, indices=INDICES):
+    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2)
+    if timestep is not None:
+        draws.timestep.fill_(timestep)
+    return draws
+
+
+def encode(captions):
+    return BASE.encode_text(tiny_tokenizer(), tiny_text_encoder(), list(captions))
+
+
+PIXELS = random_tensor(2, 3, NUM_FRAMES, SIZE, SIZE)
+TEXT, NEGATIVE = encode(CAPTIONS[:2]), encode(["", ""])
+
+
+def make_judge(student):
+    discriminator = tiny_discriminator()
+    text, real_text = discriminator.encode_text(CAPTIONS[:2]).repeat_interleave(2, 0), random_tensor(4, 12)
+    draws = draw_adversarial(0, INDICES, 2)
+    return Judge(discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text)
+
+
+def test_plain_lcm_is_the_distance_to_diffusers_ddim_step():
+    student = make_student(motion="raw", lambda_real=1.0, lambda_adv=0.0)
+    draws = make_draws(student)
+    draws.timestep.copy_(torch.tensor([499, 19]))
+    loss = student(PIXELS, TEXT, NEGATIVE, draws).total
+
+    ddim = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(50)  # its step lands on t - 20; below 0 it takes the first alpha, timestep 0's
+    with torch.no_grad():
+        x_0 = BASE.encode_video(student.vae, PIXELS, draws.encoder_noise)
+        x_t = ddim.add_noise(x_0, draws.noise, draws.timestep)
+        with lora_disabled(student.denoiser):
+            conditional = student.denoise(x_t, draws.timestep, TEXT)
+            unconditional = student.denoise(x_t, draws.timestep, NEGATIVE)
+        guided = conditional + draws.guidance.reshape(-1, 1, 1, 1, 1) * (conditional - unconditional)
+        steps = [ddim.step(guided[i], int(draws.timestep[i]), x_t[i]).prev_sample for i in range(2)]
+        target = student.consistency(torch.stack(steps), torch.tensor([479, 0]), TEXT)
+        difference = student.consistency(x_t, draws.timestep, TEXT) - target
+    expected = ((difference**2 + 0.001**2).sqrt() - 0.001).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_reach_the_lora_and_the_head_and_then_the_discriminator_only():
+    student = make_student()
+    judge = make_judge(student)
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), judge)
+    losses.total.backward()
+    reached = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in student.named_parameters() if "lora_" in name or name.startswith("motion.")}
+    assert all(parameter.grad is None for parameter in judge.discriminator.parameters())
+
+    before = {name: parameter.grad.clone() for name, parameter in student.named_parameters() if name in reached}
+    hinge, penalty = judge.discriminator_loss(judge.discriminator, losses.judgement.features)
+    (hinge + penalty).backward()
+    reached = {name for name, parameter in judge.discriminator.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in judge.discriminator.named_parameters() if name.startswith("heads.")}
+    assert all(torch.equal(before[name], dict(student.named_parameters())[name].grad) for name in before)
+
+
+def test_the_adversarial_loss_alone_reaches_the_lora():
+    student = make_student()
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_judge(student))
+    losses.judgement.loss.backward()
+    gradients = [parameter.grad for name, parameter in student.denoiser.named_parameters() if "lora_A" in name]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+    assert student.motion.conv_in.weight.grad is None  # the head is judged by the distance only
+
+
+def test_total_is_the_weighted_sum():
+    student = make_student(lambda_adv=0.25)
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_judge(student))
+    torch.testing.assert_close(losses.total, losses.consistency + 0.25 * losses.judgement.loss)
+
+
+@pytest.mark.parametrize("timestep, depends", [(999, False), (979, True)])
+def test_a_trajectory_from_the_terminal_timestep_knows_nothing_of_the_video(timestep, depends):
+    student = make_student(lambda_real=1.0, lambda_adv=0.0)
+    draws = make_draws(student, timestep)
+    with torch.no_grad():
+        losses = [student(pixels, TEXT, NEGATIVE, draws).total for pixels in (PIXELS, -PIXELS)]
+    assert torch.equal(*losses) != depends
+
+
+def test_a_generated_trajectory_is_the_students_own_and_its_video_is_not_read():
+    student = make_student(lambda_real=0.5, lambda_adv=0.0)
+    draws = make_draws(student, 499)
+    draws.coin.copy_(torch.tensor([0.9, 0.1]))  # generated, real
+    with torch.no_grad():
+        loss = student(PIXELS, TEXT, NEGATIVE, draws).total
+        unread = torch.stack([-PIXELS[0], PIXELS[1]])
+        assert torch.equal(loss, student(unread, TEXT, NEGATIVE, draws).total)
+        read = torch.stack([PIXELS[0], -PIXELS[1]])
+        assert not torch.equal(loss, student(read, TEXT, NEGATIVE, draws).total)
+        draws.start_noise[0] *= -1
+        assert not torch.equal(loss, student(PIXELS, TEXT, NEGATIVE, draws).total)
+
+
+def test_the_target_head_is_the_moving_average_and_gets_no_gradient():
+    student = make_student(lambda_adv=0.0)
+    draws = make_draws(student)
+    with torch.no_grad():
+        loss = student(PIXELS, TEXT, NEGATIVE, draws).total
+        student.target_motion.conv_out.weight.fill_(0.1)
+        assert not torch.equal(loss, student(PIXELS, TEXT, NEGATIVE, draws).total)
+    assert not any(parameter.requires_grad for parameter in student.target_motion.parameters())
