@@ -21,11 +21,11 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/.created
-	@echo "Installing into $(VENV)"
+	@echo "Installing into $(VENV), this takes a few minutes the first time"
 	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/.created
-	@echo "Installing into $(VENV)"
+	@echo "Installing into $(VENV), this takes a few minutes the first time"
 	$(INSTALL) -e '.[test]'
 	@touch $@

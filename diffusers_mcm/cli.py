@@ -34,12 +34,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("prompts", nargs="+", metavar="PROMPT", help="what to show; several prompts give numbered files")
     add("-o", "--output", default="out.mp4", type=Path, help=".mp4, .gif or .png (all frames in one picture)")
     add("--model", default="mcm-shapes", help="packaged model, folder or Hub id: an MCM LoRA or a base model")
-    add("--steps", type=int, default=4, help="denoising steps, 1 to 8 as a rule")
+    add("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
     add("--seed", type=int, help="same seed, same video; every prompt starts from it (default: a new one, printed)")
     add("--frames", type=int, help="number of frames (default: the model's)")
     add("--height", type=int, help="in pixels (default: the model's)")
     add("--width", type=int, help="in pixels (default: the model's)")
-    add("--fps", type=float, default=8, help="frames per second of the file")
+    add("--fps", type=float, help="frames per second of the file (default: the model's)")
     add("--guidance_scale", type=float, help="above 1 calls the network twice a step (default: off)")
     add("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
@@ -71,7 +71,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from .video_io import write_video, writer_for
 
     writer_for(arguments.output)  # a wrong extension is told before the work, not after it
-    if arguments.fps <= 0:
+    if arguments.fps is not None and arguments.fps <= 0:
         raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
 
     import torch
@@ -91,10 +91,11 @@ def generate(arguments: argparse.Namespace) -> None:
         "negative_prompt": arguments.negative_prompt,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    fps = arguments.fps or pipeline.sampling_default("fps")
     for prompt, path in zip(arguments.prompts, numbered(arguments.output, len(arguments.prompts))):
         generator = torch.Generator().manual_seed(seed)
         video = pipeline(prompt, generator=generator, output_type="np", **options).frames[0]
-        write_video(path, video, fps=arguments.fps)
+        write_video(path, video, fps=fps)
         print(f"{path}  ({len(video)} frames, seed {seed}): {prompt}")
 
 

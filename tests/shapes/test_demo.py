@@ -6,17 +6,15 @@ from PIL import Image
 from diffusers_mcm.shapes import demo
 from diffusers_mcm.shapes.captions import held_out
 from diffusers_mcm.shapes.methods import MCM_METHODS, TEACHER_METHODS
-from tests.tiny import save_tiny_base
 
 
-def test_demo_writes_videos_picture_and_tables(tmp_path, monkeypatch, capsys):
-    base = str(save_tiny_base(tmp_path / "base"))
+def test_demo_writes_videos_picture_and_tables(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TEACHER_METHODS", tuple(m._replace(steps=2) for m in TEACHER_METHODS))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- demo -->\n<!-- /demo -->\n")
     output = tmp_path / "demo"
     demo.main(
-        ["--teacher", base, "--mcm", base, "--prompts", "2", "--output", str(output), "--device", "cpu"]
+        ["--teacher", tiny_base, "--mcm", tiny_base, "--prompts", "2", "--output", str(output), "--device", "cpu"]
         + ["--readme", str(readme)]
     )
     results = json.loads((output / "table.json").read_text())

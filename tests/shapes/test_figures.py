@@ -8,7 +8,6 @@ from diffusers_mcm.shapes import figures
 from diffusers_mcm.shapes.captions import held_out_captions
 from diffusers_mcm.shapes.figures import Study, checks
 from diffusers_mcm.shapes.methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Networks, make_scheduler
-from tests.tiny import save_tiny_base
 
 GOOD = {  # every target exactly met, or just so
     "teacher-ddim-50": {"all_right": 0.85, "watermark_seen": 0.8, "sharpness": 0.3, "flicker": 0.02}
@@ -112,13 +111,8 @@ def test_unknown_sampler_lists_the_known_ones():
         make_scheduler("euler", Own())
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
-
-
-def test_every_method_starts_a_seed_from_the_same_noise(base):
-    networks = Networks({"teacher": base, "mcm": base})
+def test_every_method_starts_a_seed_from_the_same_noise(tiny_base):
+    networks = Networks({"teacher": tiny_base, "mcm": tiny_base})
     starts = {}
     for method in (TEACHER_METHODS[1], TEACHER_METHODS[2], MCM_METHODS[0]):
         pipeline = networks.pipeline(method.network)
@@ -133,20 +127,21 @@ def test_every_method_starts_a_seed_from_the_same_noise(base):
         np.testing.assert_allclose(other, first, rtol=1e-5)
 
 
-def test_batches_and_single_videos_agree(base):
-    networks = Networks({"mcm": base})
+def test_batches_and_single_videos_agree(tiny_base):
+    networks = Networks({"mcm": tiny_base})
     both = networks.sample(MCM_METHODS[1], ["a red ring", "a blue circle"], [3, 4])
     alone, seconds = networks.timed_sample(MCM_METHODS[1], "a blue circle", 4)
     assert both.dtype == np.uint8 and both.shape[0] == 2 and seconds > 0
     assert np.abs(both[1].astype(int) - alone).max() <= 1
 
 
-def test_a_tiny_run_end_to_end_and_again_from_what_it_kept(base, tmp_path, monkeypatch, capsys):
+def test_a_tiny_run_end_to_end_and_again_from_what_it_kept(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "TEACHER_METHODS", tuple(m._replace(steps=2) for m in TEACHER_METHODS))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- figures -->\n<!-- /figures -->\n")
-    command = ["--teacher", base, "--mcm", base, "--lcm", base, "--output", str(tmp_path / "out"), "--captions", "2"]
-    command += ["--seeds", "2", "--guidances", "1", "3", "--search_captions", "1", "--timing_runs", "1"]
+    command = ["--teacher", tiny_base, "--mcm", tiny_base, "--lcm", tiny_base, "--output", str(tmp_path / "out")]
+    command += ["--captions", "2", "--seeds", "2", "--guidances", "1", "3", "--search_captions", "1"]
+    command += ["--timing_runs", "1"]
     command += ["--device", "cpu", "--readme", str(readme)]
     figures.main(command)
     results = json.loads((tmp_path / "out" / "figures.json").read_text())
