@@ -40,9 +40,11 @@ def encode(frames: np.ndarray, crf: int = CRF) -> bytes:
         raise ValueError(f"expected frames (T, H, W, 3) of even height and width, got {frames.shape}")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": str(crf)})
+        # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
+        options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1  # with more, the bytes differ from run to run
+        stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

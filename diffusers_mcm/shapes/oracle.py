@@ -18,6 +18,9 @@ MAX_COLOUR_DISTANCE = 80.0  # from the nearest colour of a palette, grey levels
 MAX_BACKGROUND_DISTANCE = 50.0
 MIN_FIT = 0.72  # intersection over union of a frame's shape and its ideal
 MIN_HOLE = 0.3  # inner over outer radius from which a disc is a ring
+MAX_STRAY = 0.2  # share of a shape that may have a colour other than its own, its outline's or the background's
+    0.2  # share of a shape's pixels that may have a colour other than its own, its outline's or the background's
+)
 MIN_PATH = 0.15  # of the width, over the clip: half the shortest true path
 MIN_GROWTH = np.log(1.2)  # of radii, over the clip: half the smallest true growth
 MIN_STRAIGHTNESS = 0.8  # share of the variance in time that a constant speed explains
@@ -93,7 +96,8 @@ def read_video(frames: np.ndarray) -> Reading:
         deviation = np.where(_watermark_zone(size), coverage, deviation)
     mask = (deviation > 0.5) & present[:, None, None]
     shapes, fits, centres, radii = _fit_shapes(mask)
-    named = [_nearest_colour(colour) if there else None for colour, there in zip(foreground, present)]
+    own = present & (_stray_share(frames, background, foreground, mask, strength) <= MAX_STRAY)
+    named = [_nearest_colour(colour) if one else None for colour, one in zip(foreground, own)]
     motion, displacement = _read_motion(centres, radii)
     return Reading(
         colour=_agreed(named),
@@ -148,6 +152,19 @@ def _chromatic_coverage(difference: np.ndarray, contrast: np.ndarray) -> np.ndar
     direction = _chroma(contrast)
     square = np.maximum((direction**2).sum(axis=-1), MIN_CHROMA**2)
     return np.einsum("thwc,tc->thw", difference, direction / square[:, None])
+
+
+def _stray_share(frames, background, foreground, mask, strength) -> np.ndarray:
+    """Share of each frame's shape (T,) that no mixture of its colour, the background and black explains."""
+    gram = np.stack([background, foreground], axis=1)  # (T, 2, 3)
+    inverse = np.linalg.pinv(gram.astype(np.float64)).astype(np.float32)  # (T, 3, 2)
+    parts = np.einsum("thwc,tcp->thwp", frames, inverse)
+    residual = _norm(frames - np.einsum("thwp,tpc->thwc", parts, gram))
+    limit = 0.35 * np.maximum(_norm(_chroma(foreground - background)), MIN_CHROMA)
+    stray = (residual > limit[:, None, None]) | (parts[..., 1] < -0.3)
+    if strength >= WATERMARK_SEEN:
+        stray &= ~_watermark_zone(frames.shape[1])
+    return (stray & mask).sum(axis=(1, 2)) / np.maximum(mask.sum(axis=(1, 2)), 1)
 
 
 @lru_cache(maxsize=4)
