@@ -19,8 +19,6 @@ MAX_BACKGROUND_DISTANCE = 50.0
 MIN_FIT = 0.72  # intersection over union of a frame's shape and its ideal
 MIN_HOLE = 0.3  # inner over outer radius from which a disc is a ring
 MAX_STRAY = 0.2  # share of a shape that may have a colour other than its own, its outline's or the background's
-    0.2  # share of a shape's pixels that may have a colour other than its own, its outline's or the background's
-)
 MIN_PATH = 0.15  # of the width, over the clip: half the shortest true path
 MIN_GROWTH = np.log(1.2)  # of radii, over the clip: half the smallest true growth
 MIN_STRAIGHTNESS = 0.8  # share of the variance in time that a constant speed explains

@@ -69,8 +69,6 @@ IMPERFECT = {
     "unsteady light": lambda v, rng: v + rng.normal(0, 8, (len(v), 1, 1, 1)),
     "shaking": lambda v, rng: np.stack([np.roll(f, rng.integers(-1, 2, 2), (0, 1)) for f in v]),
     "torn": lambda v, rng: np.stack([(np.roll(f, k % 2, 0) + np.roll(f, k % 3, 1)) / 2 for k, f in enumerate(v)]),
-        [np.roll(f, k % 2, 0) * 0.5 + np.roll(f, k % 3, 1) * 0.5 for k, f in enumerate(v)]
-    ),
 }
 
 
