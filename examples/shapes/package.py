@@ -1,0 +1,55 @@
+"""Lays the trained components out as the package carries them: teacher, feature network and CLIP, all in float16.
+
+The teacher becomes a pipeline folder as its kind has on the Hub (vae, text_encoder, tokenizer, unet, scheduler).
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers_mcm.hub import PACKAGED_FOLDER
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
+
+from train_teacher import SCHEDULE
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--models", type=Path, required=True, help="folder with vae, clip, features and unet")
+    p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
+    args = p.parse_args()
+    half = {"dtype": torch.float16}
+    tokenizer = CLIPTokenizer.from_pretrained(args.models / "clip")
+    teacher = args.output / "mcm-shapes-teacher"
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(args.models / "vae", torch_dtype=torch.float16),
+        "text_encoder": CLIPTextModel.from_pretrained(args.models / "clip", **half),
+        "tokenizer": tokenizer,
+        "unet": UNet3DConditionModel.from_pretrained(args.models / "unet", torch_dtype=torch.float16),
+        "scheduler": DDIMScheduler(**SCHEDULE),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(teacher / name)
+    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
+    index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"} | index
+    (teacher / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    Dinov2Model.from_pretrained(args.models / "features", **half).save_pretrained(args.output / "mcm-shapes-features")
+    CLIPModel.from_pretrained(args.models / "clip", **half).save_pretrained(args.output / "mcm-shapes-clip")
+    tokenizer.save_pretrained(args.output / "mcm-shapes-clip")
+    for file in args.output.rglob("*.json"):  # no trace of where the components lay
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None):
+            file.write_text(json.dumps(content, indent=2) + "\n")
+    lora = args.models / "lora"
+    if lora.exists():
+        keep = shutil.ignore_patterns("checkpoint-*", "logs", "validation*", "*.jsonl")
+        shutil.copytree(lora, args.output / "mcm-shapes", dirs_exist_ok=True, ignore=keep)
+    total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+    print(f"{args.output}: {total / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
