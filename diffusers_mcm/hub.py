@@ -60,7 +60,7 @@ def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
     packaged = Path(name).resolve()
     if packaged.parent == PACKAGED_FOLDER.resolve() and packaged.name in PACKAGED_MODELS:
         return packaged.name
-    if not os.path.exists(name):
+    if not os.path.exists(name) and not os.path.isabs(name):
         return name
     relative = Path(os.path.relpath(packaged, Path(folder).resolve())).as_posix()
     return relative if relative.startswith("../") else f"./{relative}"

@@ -164,7 +164,7 @@ def _read_alpha(lora: LoRA, header: Mapping[str, str], peft_config: Mapping[str,
 # --- checking --------------------------------------------------------------------------------------------------------
 def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
     """`ValueError` unless every tensor of the LoRA has its place in the denoiser."""
-    modules = {name: _base_layer(module) for name, module in denoiser.named_modules()}
+    modules = {name: base_layer(module) for name, module in denoiser.named_modules()}
     unknown = [module for module in lora.modules if module not in modules]
     if unknown:
         raise ValueError(
@@ -192,7 +192,8 @@ def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
         )
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def base_layer(module: nn.Module) -> nn.Module:
+    """What is behind a LoRA; the module itself where there is none."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
@@ -234,7 +235,7 @@ def fresh_lora(
         raise ValueError(f"Cannot put a LoRA on modules that do not exist: {missing[:3] or 'none were named'}.")
     tensors = {}
     for name in target_modules:
-        shape = _base_layer(modules[name]).weight.shape
+        shape = base_layer(modules[name]).weight.shape
         down = torch.empty(rank, *shape[1:])
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         tensors[f"{name}.lora_A.weight"] = down

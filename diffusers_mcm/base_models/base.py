@@ -33,8 +33,7 @@ class Components:
     text_encoder: nn.Module
     tokenizer: Any
     scheduler_config: dict[str, Any]
-    # What the repository itself says about sizes; the class attributes of `BaseModel` fill the gaps.
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)  # height, width, num_frames and fps
 
 
 class BaseModel(ABC):
@@ -67,10 +66,11 @@ class BaseModel(ABC):
     ) -> Components:
         """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode."""
 
-    def read_sampling(self, repository: str, **options) -> dict[str, Any]:
-        """Sizes that the repository's own `model_index.json` gives (`height`, `width`, `num_frames`, `fps`)."""
+    def read_sampling(self, repository: str, denoiser: nn.Module, vae: nn.Module, **options) -> dict[str, Any]:
+        """The size of the model's videos: from `model_index.json`, or the networks, or this model's defaults."""
         index = hub.read_json(repository, "model_index.json", **options) or {}
-        return {key: index[key] for key in ("height", "width", "num_frames", "fps") if index.get(key) is not None}
+        names = ("height", "width", "num_frames", "fps")
+        return {name: index.get(name) or self.sampling_default(name, denoiser, vae) for name in names}
 
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """The repository's scheduler configuration, completed (never overruled) by this model's defaults."""

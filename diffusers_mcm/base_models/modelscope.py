@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import hub
+from ..lora import base_layer
 from ..pipelines.mcm import MCMPipeline
 from .base import BaseModel, Components, Text
 
@@ -75,7 +76,7 @@ class ModelScope(BaseModel):
             text_encoder=text_encoder,
             tokenizer=CLIPTokenizer.from_pretrained(source, **part("tokenizer")),
             scheduler_config=self.scheduler_config(scheduler),
-            sampling=self.read_sampling(source, subfolder=subfolder, **where),
+            sampling=self.read_sampling(source, denoiser, vae, subfolder=subfolder, **where),
         )
 
     def recognises(self, module_names: Iterable[str]) -> bool:
@@ -86,7 +87,7 @@ class ModelScope(BaseModel):
         return sorted(
             name
             for name, module in denoiser.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
+            if isinstance(base_layer(module), (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
         )
 
     @property

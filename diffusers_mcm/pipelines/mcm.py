@@ -50,6 +50,42 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
     Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
 
     A subclass names its components in `__init__` (their names are a file format) and its `base_model`.
+
+    Arguments of a call:
+        prompt (`str` or `list[str]`, *optional*):
+            What to show. Either this or `prompt_embeds`.
+        height, width, num_frames (`int`, *optional*):
+            The size of the videos. Default to what the LoRA was trained on, or else the base model.
+        num_inference_steps (`int`, *optional*):
+            1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
+        guidance_scale (`float`, defaults to 1):
+            Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
+        negative_prompt (`str` or `list[str]`, *optional*):
+            What to avoid. Only with `guidance_scale > 1`.
+        num_videos_per_prompt (`int`, defaults to 1):
+            The videos of one prompt follow each other in the output.
+        generator (`torch.Generator` or a list of them, *optional*):
+            One for all videos or one for each.
+        latents (`torch.Tensor`, *optional*):
+            The noise to start from, `(B, C, T, H, W)`.
+        prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
+            Encoded prompts, `(B, length, features)`.
+        timesteps (`list[int]`, *optional*):
+            Descending timesteps to visit, instead of `num_inference_steps`.
+        output_type (`str`, defaults to `"np"`):
+            `"np"`, `"pt"`, `"pil"` or `"latent"`.
+        return_dict (`bool`, defaults to `True`):
+            Whether to return an [`MCMPipelineOutput`] or a tuple.
+        callback_on_step_end (`Callable`, *optional*):
+            Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors.
+        callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+            Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets.
+        decode_chunk_size (`int`, *optional*, defaults to 16):
+            How many frames the VAE decodes at a time; `None` for all at once.
+        lora_scale (`float`, *optional*):
+            Strength of the active LoRAs during this call, times their weights.
+        cross_attention_kwargs (`dict`, *optional*):
+            `{"scale": s}` is another way to give `lora_scale`.
     """
 
     base_model: Any  # a `BaseModel`
@@ -259,47 +295,10 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         lora_scale: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> MCMPipelineOutput | tuple:
-        """
-        Make videos.
-
-        Args:
-            prompt (`str` or `list[str]`, *optional*):
-                What to show. Either this or `prompt_embeds`.
-            height, width, num_frames (`int`, *optional*):
-                The size of the videos. Default to what the LoRA was trained on, or else the base model.
-            num_inference_steps (`int`, *optional*):
-                1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
-            guidance_scale (`float`, defaults to 1):
-                Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to avoid. Only with `guidance_scale > 1`.
-            num_videos_per_prompt (`int`, defaults to 1):
-                The videos of one prompt follow each other in the output.
-            generator (`torch.Generator` or a list of them, *optional*):
-                One for all videos or one for each.
-            latents (`torch.Tensor`, *optional*):
-                The noise to start from, `(B, C, T, H, W)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Encoded prompts, `(B, length, features)`.
-            timesteps (`list[int]`, *optional*):
-                Descending timesteps to visit, instead of `num_inference_steps`.
-            output_type (`str`, defaults to `"np"`):
-                `"np"`, `"pt"`, `"pil"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`MCMPipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets.
-            decode_chunk_size (`int`, *optional*, defaults to 16):
-                How many frames the VAE decodes at a time; `None` for all at once.
-            lora_scale (`float`, *optional*):
-                Strength of the active LoRAs during this call, times their weights.
-            cross_attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` is another way to give `lora_scale`.
+        """Make videos. See [`MCMPipeline`] for the arguments; only `prompt` (or `prompt_embeds`) is needed.
 
         Returns:
-            [`MCMPipelineOutput`] or a `tuple` whose first element is the videos.
+            [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
         """
         num_frames = self.sampling_default("num_frames") if num_frames is None else num_frames
         height = self.sampling_default("height") if height is None else height
