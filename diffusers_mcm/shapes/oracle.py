@@ -134,14 +134,13 @@ def _foreground_colour(frames: np.ndarray, difference: np.ndarray) -> tuple[np.n
     foreground = np.zeros((len(frames), 3), dtype=np.float32)
     present = np.zeros(len(frames), dtype=bool)
     fewest = max(4, frames.shape[1] ** 2 // 400)
-    for t, (frame, far) in enumerate(zip(frames, distance)):
-        strongest = np.partition(far, -fewest, axis=None)[-fewest]
-        if strongest < MIN_CHROMA:
-            continue
-        core = far > 0.85 * strongest
+    strongest = np.partition(distance.reshape(len(frames), -1), -fewest, axis=1)[:, -fewest]
+    for t in np.flatnonzero(strongest >= MIN_CHROMA):
+        core = distance[t] > 0.85 * strongest[t]
         if (core & outside).sum() >= fewest:
             core &= outside
-        foreground[t], present[t] = np.median(frame[core], axis=0), True
+        middle = np.count_nonzero(core) // 2
+        foreground[t], present[t] = np.sort(frames[t][core], axis=0)[middle], True
     return foreground, present
 
 
@@ -154,12 +153,16 @@ def _chromatic_coverage(difference: np.ndarray, contrast: np.ndarray) -> np.ndar
 
 def _stray_share(frames, background, foreground, mask, strength) -> np.ndarray:
     """Share of each frame's shape (T,) that no mixture of its colour, the background and black explains."""
-    gram = np.stack([background, foreground], axis=1)  # (T, 2, 3)
-    inverse = np.linalg.pinv(gram.astype(np.float64)).astype(np.float32)  # (T, 3, 2)
-    parts = np.einsum("thwc,tcp->thwp", frames, inverse)
-    residual = _norm(frames - np.einsum("thwp,tpc->thwc", parts, gram))
+    normal = np.cross(background, foreground)
+    normal /= np.maximum(_norm(normal), 1e-6)[:, None]
+    across = (
+        foreground - background * ((foreground * background).sum(axis=1) / (background**2 + 1e-6).sum(axis=1))[:, None]
+    )
+    across /= np.maximum((across**2).sum(axis=1), 1e-6)[:, None]
+    flat = frames.reshape(len(frames), -1, 3)
+    residual, part = np.moveaxis(flat @ np.stack([normal, across], axis=2), -1, 0).reshape(2, *mask.shape)
     limit = 0.35 * np.maximum(_norm(_chroma(foreground - background)), MIN_CHROMA)
-    stray = (residual > limit[:, None, None]) | (parts[..., 1] < -0.3)
+    stray = (np.abs(residual) > limit[:, None, None]) | (part < -0.3)
     if strength >= WATERMARK_SEEN:
         stray &= ~_watermark_zone(frames.shape[1])
     return (stray & mask).sum(axis=(1, 2)) / np.maximum(mask.sum(axis=(1, 2)), 1)

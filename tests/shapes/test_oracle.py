@@ -152,7 +152,7 @@ def test_the_watermark_is_measured_in_shares_of_a_full_one(background):
 
 def test_sharpness_tells_sharp_from_blurred_whatever_is_shown():
     sharp, poor = [], []
-    for seed, caption in SAMPLE:
+    for seed, caption in SAMPLE[::2]:
         sharp += [read_video(render_video(caption, seed, domain)).sharpness for domain in ("clean", "pastel")]
         poor.append(read_video(render_video(caption, seed)).sharpness)
     assert min(sharp) > 1.15 * max(poor)
