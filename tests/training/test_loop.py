@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from diffusers_mcm.losses import pseudo_huber
 from diffusers_mcm.training.loop import Trainer, train
+from diffusers_mcm.training.output import push_to_hub
 from diffusers_mcm.training.tracking import NonFiniteLoss
 
 from .world import CAPTIONS, SPLIT, assert_same_training, flatten, tiny_config
@@ -157,3 +159,36 @@ def test_precision_that_the_machine_lacks_is_refused(world, tmp_path):
 def test_a_folder_that_is_no_pipeline_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="has no model_index.json"):
         Trainer(tiny_config(world | dict(pretrained_teacher_model=str(tmp_path)), tmp_path / "out"))
+
+
+def test_half_precision_keeps_what_is_trained_in_fp32_and_video_frames_stand_in_for_images(world, tmp_path):
+    options = dict(image_data=None, mixed_precision="bf16", max_train_steps=1, validation_prompts=(CAPTIONS[0],))
+    trainer = Trainer(tiny_config(world | options, tmp_path, push_to_hub=False))
+    trainer.train()
+    student = trainer.networks.student
+    assert student.vae.dtype == student.denoiser.conv_in.weight.dtype == torch.bfloat16
+    trained = [parameter for part in trainer.parts for parameter in part.parameters]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert read_log(tmp_path)[0]["discriminator"] > 0
+
+
+def test_only_what_belongs_to_the_model_is_pushed(world, tmp_path, monkeypatch):
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, name, **options):
+            calls.update(name=name, **options)
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **options):
+            calls.update(options)
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    config = tiny_config(world, tmp_path / "lora", push_to_hub=True, hub_token="hf_x", hub_private_repo=True)
+    assert push_to_hub(tmp_path / "lora", config) == "https://hub/commit"
+    assert calls["name"] == "lora" and calls["repo_id"] == "me/lora" and calls["private"] and calls["token"] == "hf_x"
+    assert {"checkpoint-*/**", "logs/**"} <= set(calls["ignore_patterns"])
