@@ -1,5 +1,6 @@
 """Writing what was sampled: H.264, GIF, contact sheets and labelled comparisons. Whole files or none."""
 
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,20 +37,30 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
     return (video.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16) -> None:
-    """Write frames (T, H, W, 3) as H.264; the same frames always give the same bytes."""
+def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16) -> bytes:
+    """Frames (T, H, W, 3) as an H.264 mp4; the same frames always give the same bytes."""
     import av
 
     video = to_uint8(video)
     # yuv420p holds even sizes only
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
-    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
+        options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1  # with more, the bytes differ from run to run
+        stream.codec_context.thread_count = 1
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16) -> None:
+    """Write frames (T, H, W, 3) as H.264; the same frames always give the same bytes."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(encode_mp4(video, fps, crf))
 
 
 def write_gif(path: str | Path, video: np.ndarray, fps: float = 8) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..video_io import encode_mp4
 from .captions import Caption, held_out_captions, training_captions
 from .render import DOMAINS, render_image, render_video
 
@@ -34,21 +35,9 @@ class Sample(NamedTuple):
 
 def encode(frames: np.ndarray, crf: int = CRF) -> bytes:
     """An H.264 mp4 of uint8 frames (T, H, W, 3), H and W even; the same frames always give the same bytes."""
-    import av
-
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"expected frames (T, H, W, 3) of even height and width, got {frames.shape}")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
-        options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    return encode_mp4(frames, FPS, crf)
 
 
 def decode(data: bytes) -> np.ndarray:

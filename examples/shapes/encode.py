@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-
 from common import Frames, to_pixels
+from diffusers import AutoencoderKL
 
 
 def main() -> None:

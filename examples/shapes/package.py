@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
-from diffusers_mcm.hub import PACKAGED_FOLDER
+from train_teacher import SCHEDULE
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
 
-from train_teacher import SCHEDULE
+from diffusers_mcm.hub import PACKAGED_FOLDER
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from diffusers_mcm.shapes.build import IMAGE_DOMAINS, decode
 from diffusers_mcm.shapes.captions import held_out
-from PIL import Image
 
 
 def rows(folder: Path) -> tuple[list[Path], list[str]]:

@@ -8,12 +8,12 @@ import json
 
 import numpy as np
 import torch
-from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, all_captions, parse
+from common import Frames, parser, save_half, to_pixels, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from common import Frames, parser, save_half, to_pixels, train
+from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, all_captions, parse
 
 LENGTH = 16
 WIDTH = 96

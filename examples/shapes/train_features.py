@@ -6,12 +6,12 @@ good images, so that its patch tokens know edges, texture and watermark as well 
 
 import numpy as np
 import torch
-from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, SHAPES, parse
+from common import Frames, parser, save_half, to_pixels, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
-from common import Frames, parser, save_half, to_pixels, train
+from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, SHAPES, parse
 
 WIDTH, PATCH, SIZE = 64, 8, 64
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

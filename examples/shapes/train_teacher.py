@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import parser, save_half, train
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
-from diffusers_mcm.shapes.captions import Caption, parse, training_captions
-from diffusers_mcm.shapes.oracle import all_right, read_video
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from common import parser, save_half, train
+from diffusers_mcm.shapes.captions import Caption, parse, training_captions
+from diffusers_mcm.shapes.oracle import all_right, read_video
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -134,9 +134,7 @@ def main() -> None:
         shares["all_right"] = np.mean([all_right(reading, caption) for reading, caption in pairs])
         return {part: round(float(share), 3) for part, share in shares.items()}
 
-    unet = build(
-        vae.config.latent_channels, text_encoder.config.hidden_size
-    ).eval()
+    unet = build(vae.config.latent_channels, text_encoder.config.hidden_size).eval()
     frames_first = Namespace(**{**vars(args), "steps": args.frame_steps})
     unet = train("teacher_frames", unet, loss_of(unet, 1, args.frame_batch), frames_first, decay=0.998)
     latents.refresh()

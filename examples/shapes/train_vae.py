@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import Frames, parser, save_half, to_pixels, train
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
-
-from common import Frames, parser, save_half, to_pixels, train
 
 LATENT_CHANNELS = 16
 NOISE = 0.05  # deviation of the posterior; it is fixed, since a learned one starts at 1 and drowns what is learned
