@@ -82,16 +82,19 @@ def find_file(
     if os.path.isdir(name):
         path = Path(name, subfolder or "", filename)
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
+    where = dict(revision=revision, subfolder=subfolder or None)
     try:
-        return Path(hf_hub_download(name, filename, subfolder=subfolder or None, revision=revision, **hub_options))
+        return Path(hf_hub_download(name, filename, **where, **hub_options))
     except LocalEntryNotFoundError:
-        # Not "the repository lacks it" but "it cannot be asked".
-        if not hub_options.get("local_files_only"):
-            raise
-        return None
+        # The Hub could not be asked. The cache may know that the file does not exist.
+        inside = f"{subfolder}/{filename}" if subfolder else filename
+        cached = try_to_load_from_cache(name, inside, hub_options.get("cache_dir"), revision)
+        if cached is _CACHED_NO_EXIST or hub_options.get("local_files_only"):
+            return None
+        raise
     except EntryNotFoundError:
         return None
 

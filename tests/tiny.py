@@ -7,6 +7,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.lora import add_lora, lora_state_dict, save_lora
+from diffusers_mcm.scheduler import MCMScheduler
+
 LATENT_CHANNELS = 4
 TEXT_LENGTH = 24  # tokens
 TEXT_DIM = 16
@@ -118,3 +122,23 @@ def save_tiny_base(folder: str | Path, seed: int = 0, **components) -> Path:
         index[name] = [library, type(component).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def randomise_lora(denoiser: UNet3DConditionModel, seed: int = 0, adapter_name: str = "default") -> None:
+    """Give a fresh LoRA, which does nothing, random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, tensor in lora_state_dict(denoiser, adapter_name).items():
+        if ".lora_B." in key:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+
+
+def save_tiny_lora(folder: str | Path, base: str | Path, seed: int = 0, rank: int = 4, **options) -> Path:
+    """An MCM LoRA folder for the base model in `base`."""
+    model = get_base_model("modelscope")
+    unet = tiny_unet()
+    generator = torch.Generator().manual_seed(seed)
+    add_lora(unet, model.lora_target_modules(unet), rank=rank, alpha=rank, generator=generator)
+    randomise_lora(unet, seed)
+    sampling = dict(num_inference_steps=2, num_frames=NUM_FRAMES, height=SIZE, width=SIZE, fps=8)
+    options = dict(repository=base, sampling=sampling, scheduler=MCMScheduler(**SCHEDULER)) | options
+    return save_lora(folder, unet, model, **options)

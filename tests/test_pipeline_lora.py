@@ -1,0 +1,279 @@
+"""The LoRA verbs of a pipeline."""
+
+import pytest
+import torch
+
+from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
+from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
+from tests.tiny import NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
+
+# The rounding that fusing costs in float32: W + BA applied at once, instead of Wx + BAx.
+FUSE_TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+SOME = [
+    "transformer_in.proj_in",
+    "transformer_in.proj_out",
+    "mid_block.resnets.0.conv1",
+    "up_blocks.1.resnets.0.conv2",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_lora(tmp_path_factory.mktemp("lora"), base="owner/base")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The base model's own video."""
+    return sample(make_pipe())
+
+
+@pytest.fixture
+def pipe():
+    return make_pipe()
+
+
+def make_pipe():
+    pipe = ModelScopeMCMPipeline(
+        **tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER)), num_frames=NUM_FRAMES
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def some_lora(pipe, seed=0, rank=2, alpha=2.0, scale=0.5):
+    """A LoRA on a few modules, with an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = fresh_lora(pipe.unet, SOME, rank=rank, alpha=alpha, generator=generator)
+    for key, tensor in lora.tensors.items():
+        if ".lora_B." in key:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    return lora
+
+
+def sample(pipe, **options):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red ring", num_inference_steps=1, generator=generator, output_type="latent", **options).frames
+
+
+def scaled(lora, factor):
+    """The same LoRA with its B times `factor`: what a strength should amount to."""
+    for key in lora.tensors:
+        if ".lora_B." in key:
+            lora.tensors[key] = lora.tensors[key] * factor
+    return lora
+
+
+# --- strength --------------------------------------------------------------------------------------------------------
+def test_every_way_to_give_a_strength_has_the_same_effect(pipe):
+    pipe.load_lora_weights(scaled(some_lora(pipe), 0.3))
+    expected = sample(pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    full = sample(pipe)
+    assert not torch.allclose(full, expected, rtol=1e-2)
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sample(pipe, lora_scale=0.3), expected, **close)
+    torch.testing.assert_close(sample(pipe, cross_attention_kwargs={"scale": 0.3}), expected, **close)
+    assert torch.equal(sample(pipe), full)
+    pipe.set_adapters("a", 0.3)
+    torch.testing.assert_close(sample(pipe), expected, **close)
+    pipe.set_adapters("a", 0.6)
+    torch.testing.assert_close(sample(pipe, lora_scale=0.5), expected, **close)
+
+
+def test_strength_zero_is_the_base(pipe, plain):
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    assert torch.equal(sample(pipe, lora_scale=0.0), plain)
+    pipe.set_adapters("a", 0.7)
+    weighted = sample(pipe)
+    assert torch.equal(sample(pipe, lora_scale=0), plain)
+    assert torch.equal(sample(pipe), weighted)  # the weight survived the zero
+
+
+def test_the_scale_is_put_back_after_an_error(pipe):
+    pipe.load_lora_weights(some_lora(pipe))
+    before = sample(pipe)
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(pipe, lora_scale=0.1, callback_on_step_end=fail)
+    assert torch.equal(sample(pipe), before)
+
+
+def test_two_adapters_add_up(pipe):
+    first, second = some_lora(pipe, 1), some_lora(pipe, 2, rank=3, alpha=3.0)
+    both = {name: second.tensors[name] for name in second.tensors}
+    for name in SOME:
+        a, b = (f"{name}.lora_{half}.weight" for half in "AB")
+        both[a] = torch.cat([first.tensors[a] * 0.5, second.tensors[a] * 2.0])
+        both[b] = torch.cat([first.tensors[b], second.tensors[b]], dim=1)
+    sum_of_both = some_lora(pipe)
+    sum_of_both.tensors, sum_of_both.alpha = both, 5.0
+    pipe.load_lora_weights(sum_of_both)
+    expected = sample(pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(first, "first")
+    pipe.load_lora_weights(second, "second")
+    assert pipe.get_active_adapters() == ["first", "second"]
+    assert pipe.get_list_adapters() == {"unet": ["first", "second"]}
+    pipe.set_adapters(["first", "second"], [0.5, 2.0])
+    torch.testing.assert_close(sample(pipe), expected, rtol=1e-4, atol=1e-5)
+    pipe.set_adapters("second")
+    assert pipe.get_active_adapters() == ["second"]
+    alone = sample(pipe)
+    pipe.delete_adapters("first")
+    assert pipe.get_list_adapters() == {"unet": ["second"]}
+    assert torch.equal(sample(pipe), alone)
+
+
+def test_disable_and_enable(pipe, plain):
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    adapted = sample(pipe)
+    pipe.disable_lora()
+    assert pipe.get_active_adapters() == []
+    assert torch.equal(sample(pipe), plain)
+    with pytest.raises(ValueError, match="scale of 0.5 was given, but no LoRA is active"):
+        sample(pipe, lora_scale=0.5)
+    pipe.load_lora_weights(some_lora(pipe, 1), "b")  # switched off means off, for newcomers too
+    assert torch.equal(sample(pipe), plain)
+    pipe.delete_adapters("b")
+    pipe.enable_lora()
+    assert torch.equal(sample(pipe), adapted)
+
+
+# --- unload, fuse, unfuse --------------------------------------------------------------------------------------------
+def test_unload_restores_the_base_bit_for_bit(pipe, plain, folder):
+    weights = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(folder)
+    assert not torch.allclose(sample(pipe), plain)
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+    assert not lora_layers(pipe.unet) and pipe.get_list_adapters() == {}
+    after = pipe.unet.state_dict()
+    assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
+    pipe.unload_lora_weights()  # nothing left, nothing happens
+
+
+@pytest.mark.parametrize("lora_scale", [1.0, 0.4])
+def test_fusing_is_the_lora_to_rounding_and_unfusing_is_exact(pipe, plain, lora_scale):
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    pipe.set_adapters("a", 0.8)
+    adapted = sample(pipe)
+    pipe.fuse_lora(lora_scale=lora_scale)
+    calls = []
+    handles = [
+        m.register_forward_hook(lambda *_: calls.append(1)) for n, m in pipe.unet.named_modules() if "lora_A." in n
+    ]
+    fused = sample(pipe)
+    assert not calls  # the point of fusing
+    for handle in handles:
+        handle.remove()
+    pipe.unfuse_lora()
+    assert torch.equal(sample(pipe), adapted)
+    torch.testing.assert_close(fused, sample(pipe, lora_scale=lora_scale), **FUSE_TOLERANCE)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_fusing_one_of_two(pipe):
+    pipe.load_lora_weights(some_lora(pipe, 1), "a")
+    pipe.load_lora_weights(some_lora(pipe, 2), "b")
+    pipe.set_adapters("b")
+    expected = sample(pipe)
+    pipe.set_adapters("a")
+    adapted = sample(pipe)
+    pipe.fuse_lora("b")
+    assert pipe.get_active_adapters() == ["b"]
+    torch.testing.assert_close(sample(pipe), expected, **FUSE_TOLERANCE)
+    pipe.unfuse_lora()
+    assert torch.equal(sample(pipe), adapted)
+
+
+def test_unfusing_in_half_precision_is_exact_too(pipe):
+    pipe.to(dtype=torch.bfloat16)
+    weight = pipe.unet.transformer_in.proj_in.weight.clone()
+    pipe.load_lora_weights(some_lora(pipe))
+    pipe.fuse_lora()
+    assert not torch.equal(pipe.unet.transformer_in.proj_in.base_layer.weight, weight)
+    pipe.unfuse_lora()
+    assert torch.equal(pipe.unet.transformer_in.proj_in.base_layer.weight, weight)
+
+
+def test_while_fused_nothing_is_silently_ignored(pipe):
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    pipe.fuse_lora()
+    for change in (
+        lambda: sample(pipe, lora_scale=0.5),
+        lambda: pipe.set_adapters("a", 0.5),
+        lambda: pipe.load_lora_weights(some_lora(pipe), "b"),
+        lambda: pipe.delete_adapters("a"),
+        pipe.disable_lora,
+        pipe.fuse_lora,
+    ):
+        with pytest.raises(ValueError, match=r"while a LoRA \(a\) is fused into the weights; `unfuse_lora\(\)` first"):
+            change()
+
+
+def test_a_broken_lora_is_not_fused(pipe, plain):
+    lora = some_lora(pipe)
+    lora.tensors[f"{SOME[-1]}.lora_B.weight"].fill_(float("nan"))
+    pipe.load_lora_weights(lora, "a")
+    with pytest.raises(ValueError, match="NaNs detected.*a seems to be broken"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+def test_unknown_adapters(pipe):
+    with pytest.raises(ValueError, match="No adapter named 'x' is loaded. Loaded adapters: none"):
+        pipe.set_adapters("x")
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    for verb in (pipe.set_adapters, pipe.fuse_lora, pipe.delete_adapters):
+        with pytest.raises(ValueError, match="No adapter named 'x' is loaded. Loaded adapters: a"):
+            verb(["a", "x"])
+    with pytest.raises(ValueError, match="named twice"):
+        pipe.set_adapters(["a", "a"])
+    with pytest.raises(ValueError, match="1 adapters were named, but 2 weights given"):
+        pipe.set_adapters(["a"], [1.0, 2.0])
+
+
+def test_nothing_to_fuse(pipe):
+    with pytest.raises(ValueError, match="no active LoRA to fuse"):
+        pipe.fuse_lora()
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match="no active LoRA to fuse"):
+        pipe.fuse_lora("a")
+
+
+def test_a_lora_for_another_base_model(pipe, folder, plain):
+    lora = read_lora(folder)
+    lora.config = dict(lora.config, base_model="animatediff")
+    with pytest.raises(ValueError, match="made for base model 'animatediff'; this is 'modelscope'"):
+        pipe.load_lora_weights(lora)
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_offloaded_weights(pipe):
+    pipe.unet.conv_in.to("meta")
+    with pytest.raises(ValueError, match="load the LoRA before enabling the offload"):
+        pipe.load_lora_weights(some_lora(pipe))
+
+
+def test_a_student_in_training_stays_trainable():
+    """A pipeline around it, for validation, neither freezes the LoRA nor forgets its strength."""
+    components = tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER))
+    add_lora(components["unet"], SOME, rank=2, alpha=2)
+    randomise_lora(components["unet"])
+    pipe = ModelScopeMCMPipeline(**components, num_frames=NUM_FRAMES)
+    trainable = [name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * len(SOME) and all(".lora_" in name for name in trainable)
+    assert pipe.get_active_adapters() == ["default"]
+    assert not torch.equal(sample(pipe), sample(pipe, lora_scale=0.5))
+    pipe.set_adapters("default", 0.5)
+    assert len([p for p in pipe.unet.parameters() if p.requires_grad]) == len(trainable)
