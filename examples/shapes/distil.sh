@@ -1,5 +1,5 @@
 #!/bin/sh
-# Distils the packaged teacher: sh distil.sh mcm|lcm WORLD OUTPUT [more flags of examples/train_mcm_distill.py]
+# Distils the packaged teacher: [PROCESSES=2] sh distil.sh mcm|lcm WORLD OUTPUT [more flags of train_mcm_distill.py]
 set -e
 method=$1 world=$2 output=$3
 shift 3
@@ -8,7 +8,7 @@ case $method in
   lcm) set -- --motion raw --lambda_real 1 --lambda_adv 0 "$@" ;;
   *) echo "the method must be mcm or lcm, not $method" >&2; exit 2 ;;
 esac
-exec accelerate launch "$(dirname "$0")/../train_mcm_distill.py" \
+exec torchrun --nproc_per_node "${PROCESSES:-1}" "$(dirname "$0")/../train_mcm_distill.py" \
   --pretrained_teacher_model mcm-shapes-teacher --video_data "$world/videos" --output_dir "$output" \
   --discriminator_features mcm-shapes-features --discriminator_text mcm-shapes-clip \
   --frame_interval 1 --train_batch_size 8 --max_train_steps 1000 --lr_warmup_steps 50 --lora_rank 32 --lora_alpha 32 \

@@ -15,10 +15,18 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
 
 from diffusers_mcm.hub import PACKAGED_FOLDER
 
+CARDS = Path(__file__).parents[2] / "model_cards"
+LOGS = {
+    "mcm-shapes-teacher": ("vae", "decoder", "teacher_frames", "teacher"),
+    "mcm-shapes-features": ("features",),
+    "mcm-shapes-clip": ("clip",),
+}
+
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", type=Path, required=True, help="folder with vae, clip, features and unet")
+    p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
     p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
     args = p.parse_args()
     half = {"dtype": torch.float16}
@@ -43,9 +51,16 @@ def main() -> None:
         content = json.loads(file.read_text())
         if isinstance(content, dict) and content.pop("_name_or_path", None):
             file.write_text(json.dumps(content, indent=2) + "\n")
+    for name, logs in LOGS.items():
+        if (args.output / name).exists():
+            shutil.copy(CARDS / f"{name}.md", args.output / name / "README.md")
+        for log in logs:
+            if (args.work / f"{log}.jsonl").exists():
+                (args.output / name / "logs").mkdir(exist_ok=True)
+                shutil.copy(args.work / f"{log}.jsonl", args.output / name / "logs")
     lora = args.models / "lora"
     if lora.exists():
-        keep = shutil.ignore_patterns("checkpoint-*", "logs", "validation*", "*.jsonl")
+        keep = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
         shutil.copytree(lora, args.output / "mcm-shapes", dirs_exist_ok=True, ignore=keep)
     total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {total / 2**20:.1f} MiB")
