@@ -88,13 +88,13 @@ def find_file(
     where = dict(revision=revision, subfolder=subfolder or None)
     try:
         return Path(hf_hub_download(name, filename, **where, **hub_options))
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         # The Hub could not be asked. The cache may know that the file does not exist.
         inside = f"{subfolder}/{filename}" if subfolder else filename
         cached = try_to_load_from_cache(name, inside, hub_options.get("cache_dir"), revision)
         if cached is _CACHED_NO_EXIST or hub_options.get("local_files_only"):
             return None
-        raise
+        raise OSError(f"{inside} of {name} is not in the cache, and the Hub cannot be asked: {error}") from error
     except EntryNotFoundError:
         return None
 

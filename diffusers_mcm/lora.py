@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -262,9 +263,11 @@ def load_lora_into(
     # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
     trainable_before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     # On the meta device: nothing is drawn from the global generator, and nothing is allocated twice.
-    inject_adapter_in_model(
-        lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+        inject_adapter_in_model(
+            lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
+        )
     for parameter, requires_grad in trainable_before.items():
         parameter.requires_grad_(requires_grad)
     for name, layer in lora_layers(denoiser).items():

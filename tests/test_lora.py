@@ -28,11 +28,9 @@ from diffusers_mcm.lora import (
     set_lora_state_dict,
     write_lora_weights,
 )
-from tests.tiny import TEXT_DIM, randomise_lora, save_tiny_lora, tiny_unet
+from tests.tiny import FEW_MODULES, TEXT_DIM, randomise_lora, save_tiny_lora, tiny_unet
 
 MODELSCOPE = get_base_model("modelscope")
-# Enough for tests that are not about which modules get a LoRA: injecting takes its time.
-SOME = ["transformer_in.proj_in", "transformer_in.proj_out", "mid_block.resnets.0.conv1"]
 
 
 @pytest.fixture
@@ -42,7 +40,8 @@ def unet():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_tiny_lora(tmp_path_factory.mktemp("lora"), base="owner/base", revision="abc")
+    modules = MODELSCOPE.lora_target_modules(tiny_unet())
+    return save_tiny_lora(tmp_path_factory.mktemp("lora"), base="owner/base", revision="abc", modules=modules)
 
 
 @torch.no_grad()
@@ -66,11 +65,11 @@ def test_a_fresh_lora_changes_nothing_and_alone_is_trainable(unet):
 
 def test_fresh_lora_depends_on_its_generator_and_on_nothing_else(unet):
     def draw(seed):
-        return fresh_lora(unet, SOME, rank=2, generator=torch.Generator().manual_seed(seed)).tensors
+        return fresh_lora(unet, FEW_MODULES, rank=2, generator=torch.Generator().manual_seed(seed)).tensors
 
     state = torch.get_rng_state()
     first, again, other = draw(0), draw(0), draw(1)
-    add_lora(unet, SOME, rank=2, generator=torch.Generator().manual_seed(0))
+    add_lora(unet, FEW_MODULES, rank=2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert all(torch.equal(first[key], tensor) for key, tensor in lora_state_dict(unet).items())
@@ -79,7 +78,7 @@ def test_fresh_lora_depends_on_its_generator_and_on_nothing_else(unet):
 
 def test_lora_is_w_plus_scaled_b_a(unet):
     """Against the definition, on a linear layer and on a convolution."""
-    add_lora(unet, SOME, rank=3, alpha=6)
+    add_lora(unet, FEW_MODULES, rank=3, alpha=6)
     randomise_lora(unet)
     tensors = lora_state_dict(unet)
     for name, x in (
@@ -100,7 +99,7 @@ def test_lora_is_w_plus_scaled_b_a(unet):
 
 def test_lora_disabled_is_the_base_bit_for_bit(unet):
     before = output(unet)
-    add_lora(unet, SOME, rank=2, alpha=2)
+    add_lora(unet, FEW_MODULES, rank=2, alpha=2)
     randomise_lora(unet)
     adapted = output(unet)
     assert not torch.allclose(adapted, before)
@@ -113,7 +112,7 @@ def test_lora_disabled_is_the_base_bit_for_bit(unet):
 
 
 def test_set_lora_state_dict_takes_exactly_its_own_keys(unet):
-    add_lora(unet, SOME, rank=2, alpha=2)
+    add_lora(unet, FEW_MODULES, rank=2, alpha=2)
     saved = {key: torch.randn_like(tensor) for key, tensor in lora_state_dict(unet).items()}
     set_lora_state_dict(unet, saved)
     assert all(torch.equal(saved[key], tensor) for key, tensor in lora_state_dict(unet).items())
@@ -144,7 +143,7 @@ def test_what_is_saved(folder):
 
 
 def test_saving_and_loading_is_exact(tmp_path, unet):
-    add_lora(unet, SOME, rank=2, alpha=5)
+    add_lora(unet, FEW_MODULES, rank=2, alpha=5)
     randomise_lora(unet)
     for parameter in unet.parameters():
         parameter.requires_grad_(False)
@@ -156,7 +155,7 @@ def test_saving_and_loading_is_exact(tmp_path, unet):
 
 
 def test_saving_in_half_precision(tmp_path, unet):
-    add_lora(unet, SOME, rank=2, alpha=2)
+    add_lora(unet, FEW_MODULES, rank=2, alpha=2)
     save_lora(tmp_path, unet, MODELSCOPE, dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float16}
     other = tiny_unet()
@@ -199,16 +198,13 @@ def test_peft_layout_is_read_to_the_same_effect(folder, tmp_path, alpha):
 
 
 def test_ranks_may_differ_and_without_alpha_the_scale_is_one(unet, tmp_path):
-    tensors = fresh_lora(unet, SOME[:2], rank=2).tensors | fresh_lora(unet, SOME[2:], rank=3).tensors
+    tensors = fresh_lora(unet, FEW_MODULES[:2], rank=2).tensors | fresh_lora(unet, FEW_MODULES[2:], rank=3).tensors
     write_lora_weights(tmp_path / "x.safetensors", LoRA(tensors))
     load_lora_into(unet, read_lora(tmp_path / "x.safetensors"))
     layers = lora_layers(unet)
-    assert {name: (layers[name].r["default"], layers[name].scaling["default"]) for name in SOME} == {
-        SOME[0]: (2, 1.0),
-        SOME[1]: (2, 1.0),
-        SOME[2]: (3, 1.0),
-    }
-    assert extract_lora(unet).ranks() == dict(zip(SOME, (2, 2, 3)))
+    assert [layers[name].r["default"] for name in FEW_MODULES] == [2, 2, 3, 3]
+    assert [layers[name].scaling["default"] for name in FEW_MODULES] == [1.0] * 4
+    assert extract_lora(unet).ranks() == dict(zip(FEW_MODULES, (2, 2, 3, 3)))
 
 
 def test_a_loaded_lora_is_a_copy(unet):

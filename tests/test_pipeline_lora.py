@@ -5,16 +5,10 @@ import torch
 
 from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
-from tests.tiny import NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
+from tests.tiny import FEW_MODULES, NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
 
 # The rounding that fusing costs in float32: W + BA applied at once, instead of Wx + BAx.
 FUSE_TOLERANCE = dict(rtol=1e-4, atol=1e-5)
-SOME = [
-    "transformer_in.proj_in",
-    "transformer_in.proj_out",
-    "mid_block.resnets.0.conv1",
-    "up_blocks.1.resnets.0.conv2",
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def make_pipe():
 def some_lora(pipe, seed=0, rank=2, alpha=2.0, scale=0.5):
     """A LoRA on a few modules, with an effect."""
     generator = torch.Generator().manual_seed(seed)
-    lora = fresh_lora(pipe.unet, SOME, rank=rank, alpha=alpha, generator=generator)
+    lora = fresh_lora(pipe.unet, FEW_MODULES, rank=rank, alpha=alpha, generator=generator)
     for key, tensor in lora.tensors.items():
         if ".lora_B." in key:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
@@ -106,7 +100,7 @@ def test_the_scale_is_put_back_after_an_error(pipe):
 def test_two_adapters_add_up(pipe):
     first, second = some_lora(pipe, 1), some_lora(pipe, 2, rank=3, alpha=3.0)
     both = {name: second.tensors[name] for name in second.tensors}
-    for name in SOME:
+    for name in FEW_MODULES:
         a, b = (f"{name}.lora_{half}.weight" for half in "AB")
         both[a] = torch.cat([first.tensors[a] * 0.5, second.tensors[a] * 2.0])
         both[b] = torch.cat([first.tensors[b], second.tensors[b]], dim=1)
@@ -220,7 +214,7 @@ def test_while_fused_nothing_is_silently_ignored(pipe):
 
 def test_a_broken_lora_is_not_fused(pipe, plain):
     lora = some_lora(pipe)
-    lora.tensors[f"{SOME[-1]}.lora_B.weight"].fill_(float("nan"))
+    lora.tensors[f"{FEW_MODULES[-1]}.lora_B.weight"].fill_(float("nan"))
     pipe.load_lora_weights(lora, "a")
     with pytest.raises(ValueError, match="NaNs detected.*a seems to be broken"):
         pipe.fuse_lora()
@@ -268,11 +262,11 @@ def test_offloaded_weights(pipe):
 def test_a_student_in_training_stays_trainable():
     """A pipeline around it, for validation, neither freezes the LoRA nor forgets its strength."""
     components = tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER))
-    add_lora(components["unet"], SOME, rank=2, alpha=2)
+    add_lora(components["unet"], FEW_MODULES, rank=2, alpha=2)
     randomise_lora(components["unet"])
     pipe = ModelScopeMCMPipeline(**components, num_frames=NUM_FRAMES)
     trainable = [name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad]
-    assert len(trainable) == 2 * len(SOME) and all(".lora_" in name for name in trainable)
+    assert len(trainable) == 2 * len(FEW_MODULES) and all(".lora_" in name for name in trainable)
     assert pipe.get_active_adapters() == ["default"]
     assert not torch.equal(sample(pipe), sample(pipe, lora_scale=0.5))
     pipe.set_adapters("default", 0.5)
