@@ -238,6 +238,18 @@ def test_offload_hooks_run_for_every_component(pipe):
     assert order == pipe.model_cpu_offload_seq.replace("unet", "unet->unet").split("->")
 
 
+def test_sequential_offload_makes_the_same_video():
+    """With every weight away until its layer runs, as `enable_sequential_cpu_offload` has it."""
+    from accelerate import cpu_offload
+
+    pipe = ModelScopeMCMPipeline(**tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER)), num_frames=1)
+    expected = sample(pipe, num_inference_steps=1, output_type="pt")
+    for name in ("text_encoder", "unet", "vae"):
+        cpu_offload(getattr(pipe, name), "cpu")
+    assert all(parameter.is_meta for parameter in pipe.unet.parameters())
+    assert torch.equal(sample(pipe, num_inference_steps=1, output_type="pt"), expected)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options, message",

@@ -257,6 +257,11 @@ def test_offloaded_weights(pipe):
     pipe.unet.conv_in.to("meta")
     with pytest.raises(ValueError, match="load the LoRA before enabling the offload"):
         pipe.load_lora_weights(some_lora(pipe))
+    pipe = make_pipe()
+    pipe.load_lora_weights(some_lora(pipe))
+    pipe.unet.conv_in.to("meta")
+    with pytest.raises(ValueError, match="fuse the LoRA before enabling the offload"):
+        pipe.fuse_lora()
 
 
 def test_a_student_in_training_stays_trainable():

@@ -144,7 +144,9 @@ class ModelScope(BaseModel):
             if len(full) > limit:
                 lost = tokenizer.decode(full[limit - 1 : -1])
                 logger.warning("The text encoder reads %d tokens; of %r it will not see %r.", limit, prompt, lost)
-        return {"prompt_embeds": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
+        # Where weights are offloaded one by one the encoder is nowhere, and accelerate's hook moves what it is given.
+        device = torch.device("cpu") if text_encoder.device.type == "meta" else text_encoder.device
+        return {"prompt_embeds": text_encoder(tokens.input_ids.to(device))[0]}
 
     def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
         return denoiser(latents, timesteps, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[0]

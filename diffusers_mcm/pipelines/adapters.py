@@ -113,9 +113,12 @@ class LoRAVerbs:
             raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}.")
         self._put_in(lora, adapter_name or _free_name("default", self._loaded))
 
-    def _put_in(self, lora: LoRA, adapter_name: str) -> None:
+    def _require_at_hand(self, what: str) -> None:
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):
-            raise ValueError("The denoiser's weights are offloaded; load the LoRA before enabling the offload.")
+            raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
+
+    def _put_in(self, lora: LoRA, adapter_name: str) -> None:
+        self._require_at_hand("load")
         enabled = self._lora_enabled
         active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
         load_lora_into(self.denoiser, lora, adapter_name)
@@ -218,6 +221,7 @@ class LoRAVerbs:
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
+        self._require_at_hand("fuse")
         originals = {}
         with self._weighted(names, lora_scale):
             for module, layer in lora_layers(self.denoiser).items():
