@@ -65,6 +65,16 @@ def test_a_base_model_with_a_lora_does_the_same(world, video):
     assert pipe.config.num_inference_steps == 2
 
 
+def test_a_lora_in_a_subfolder(world, tmp_path, video):
+    shutil.copytree(world / "lora", tmp_path / "loras" / "webvid")
+    options = dict(subfolder="webvid", base_model_repository=world / "base")
+    assert torch.equal(sample(MCMPipeline.from_pretrained(tmp_path / "loras", **options)), video)
+    pipe = MCMPipeline.from_pretrained(world / "base", lora=tmp_path / "loras", subfolder="webvid")
+    assert torch.equal(sample(pipe), video)
+    with pytest.raises(ValueError, match=r"loras \(subfolder 'laion'\) holds neither"):
+        MCMPipeline.from_pretrained(tmp_path / "loras", subfolder="laion")
+
+
 def test_a_base_model_alone(world, video):
     pipe = MCMPipeline.from_pretrained(world / "base")
     assert isinstance(pipe, ModelScopeMCMPipeline) and pipe.get_list_adapters() == {}

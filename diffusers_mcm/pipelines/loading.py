@@ -12,7 +12,7 @@ from .. import hub
 from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, find_lora_file
 from ..scheduler import MCMScheduler
 
-HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
 NOISE_SCHEDULE_KEYS = (
     "num_train_timesteps",

@@ -137,7 +137,7 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             adapter_name (`str`, defaults to `"mcm"`):
                 What the LoRA verbs will call it.
             subfolder (`str`, *optional*), weight_name (`str`, *optional*):
-                Where in its folder or repository the LoRA is.
+                Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision (`str`, *optional*):
                 Of `pretrained_model_name_or_path`, on the Hub.
             base_model_repository (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
@@ -145,25 +145,27 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 The type of all weights.
             kwargs:
-                `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`; and for the base model
+                `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model
                 `variant`, `device_map`, components by name, and whatever else diffusers takes.
         """
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = dtype or torch_dtype or torch.float32
         options = {key: kwargs[key] for key in loading.HUB_OPTIONS if key in kwargs}
         source = hub.resolve(pretrained_model_name_or_path)
+        lora_options = dict(options, subfolder=subfolder, weight_name=weight_name)
+        if lora is not None:
+            subfolder = None
         index = loading.read_model_index(source, subfolder=subfolder, revision=revision, **options)
         if index is not None:
             if subfolder:
                 source = _local_subfolder(source, subfolder)
             pipeline = cls._load_pipeline(source, revision, options, kwargs, with_adapters=True)
             if lora is not None:
-                lora_options = dict(options, weight_name=weight_name)
                 pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **lora_options)
             return pipeline
         if lora is not None:
             raise ValueError(f"`lora` goes with a base model, but {source} is itself a LoRA.")
-        where = dict(options, subfolder=subfolder, weight_name=weight_name, revision=revision)
+        where = dict(lora_options, revision=revision)
         read = _as_lora(source, where)
         base, base_revision = cls._base_for(read, base_model_repository, base_model_revision)
         pipeline = cls._load_pipeline(base, base_revision, options, kwargs, with_adapters=False)
@@ -393,8 +395,7 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             steps = (
                 self.sampling_default("num_inference_steps") if num_inference_steps is None else num_inference_steps
             )
-            if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"`num_inference_steps` must be a whole number of at least 1, got {steps!r}.")
+            _check_positive("num_inference_steps", steps)
             self.scheduler.set_timesteps(steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
         return self.scheduler.timesteps
@@ -429,12 +430,9 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             logger.warning(
                 "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1.", guidance_scale
             )
-        for name, value in (
-            ("num_videos_per_prompt", num_videos_per_prompt),
-            ("decode_chunk_size", decode_chunk_size),
-        ):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        _check_positive("num_videos_per_prompt", num_videos_per_prompt)
+        if decode_chunk_size is not None:
+            _check_positive("decode_chunk_size", decode_chunk_size)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"Unknown output_type {output_type!r}; valid values are {', '.join(OUTPUT_TYPES)}.")
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
