@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from prepare import rows
 from train_teacher import SCHEDULE
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
 
@@ -23,10 +24,20 @@ LOGS = {
 }
 
 
+def record_data(world: Path, file: Path) -> None:
+    """Say what distillation could read; `rows` refuses held-out captions."""
+    record = {"build": json.loads((world / "build.json").read_text())}
+    for part in ("videos", "images/clean"):
+        _, captions = rows(world / part)
+        record[part] = {"items": len(captions), "captions": len(set(captions)), "held_out_captions": 0}
+    file.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", type=Path, required=True, help="folder with vae, clip, features and unet")
     p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
+    p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
     p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
     args = p.parse_args()
     half = {"dtype": torch.float16}
@@ -60,8 +71,10 @@ def main() -> None:
                 shutil.copy(args.work / f"{log}.jsonl", args.output / name / "logs")
     lora = args.models / "lora"
     if lora.exists():
-        keep = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
-        shutil.copytree(lora, args.output / "mcm-shapes", dirs_exist_ok=True, ignore=keep)
+        target = args.output / "mcm-shapes"
+        leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
+        shutil.copytree(lora, target, dirs_exist_ok=True, ignore=leave)
+        record_data(args.world, target / "data.json")
     total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {total / 2**20:.1f} MiB")
 

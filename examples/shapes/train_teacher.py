@@ -83,6 +83,7 @@ def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=6000, batch=8, lr=1e-3)
     p.add_argument("--vae", type=Path, required=True)
     p.add_argument("--text", type=Path, required=True, help="folder written by train_clip.py")
+    p.add_argument("--init", type=Path, help="go on from this teacher, with new rates, instead of from frames first")
     p.add_argument("--frame_steps", type=int, default=1500, help="of single frames, before the clips")
     p.add_argument("--frame_batch", type=int, default=64)
     p.add_argument("--watch_every", type=int, default=500)
@@ -134,9 +135,14 @@ def main() -> None:
         shares["all_right"] = np.mean([all_right(reading, caption) for reading, caption in pairs])
         return {part: round(float(share), 3) for part, share in shares.items()}
 
-    unet = build(vae.config.latent_channels, text_encoder.config.hidden_size).eval()
-    frames_first = Namespace(**{**vars(args), "steps": args.frame_steps})
-    unet = train("teacher_frames", unet, loss_of(unet, 1, args.frame_batch), frames_first, decay=0.998)
+    if args.init:
+        unet = UNet3DConditionModel.from_pretrained(args.init)
+    else:
+        unet = build(vae.config.latent_channels, text_encoder.config.hidden_size)
+    unet.eval()  # its dropout would only slow so small a network
+    if not args.init:
+        frames_first = Namespace(**{**vars(args), "steps": args.frame_steps})
+        unet = train("teacher_frames", unet, loss_of(unet, 1, args.frame_batch), frames_first, decay=0.998)
     latents.refresh()
     loss_step = loss_of(unet, 16, args.batch)
     unet = train("teacher", unet, loss_step, args, decay=0.998, watch=watch, watch_every=args.watch_every)

@@ -43,7 +43,7 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path):
     run("train_features", **common, output=models / "features")
     run("encode", data=data, vae=models / "vae", blocks=2)
     run("train_teacher", **common, output=models / "unet", vae=models / "vae", text=models / "clip", frame_steps=1)
-    run("package", models=models, work=work, output=tmp_path / "weights")
+    run("package", models=models, work=work, world=built, output=tmp_path / "weights")
 
     logs = {file.stem: [json.loads(line) for line in file.open()] for file in work.glob("*.jsonl")}
     assert {"vae", "decoder", "clip", "features", "teacher_frames", "teacher"} == set(logs)
