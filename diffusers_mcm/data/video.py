@@ -108,6 +108,8 @@ def read_clip(
             if not container.streams.video:
                 raise UnusableItem("it has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnusableItem("its codec is unknown, or its header is damaged")
             stream.codec_context.thread_count = 1  # the workers of the loader are the parallelism
             index = _frame_times(container, stream)
             positions = clip_positions(len(index.times), num_frames, frame_interval, uniform)

@@ -109,6 +109,12 @@ def test_damaged_stream_is_unusable(clip):
         read_clip({"path": None, "bytes": bytes(damaged)}, 24, 1, 8, 8, 0.0)
 
 
+def test_unknown_codec_is_unusable(clip):
+    header = clip.index(b"avc1", clip.index(b"stsd"))
+    with pytest.raises(UnusableItem, match="codec is unknown"):
+        read_clip({"path": None, "bytes": clip[:header] + b"zzzz" + clip[header + 4 :]}, 2, 1, 8, 8, 0.0)
+
+
 def test_fit_is_scaling_then_centre_crop():
     noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
