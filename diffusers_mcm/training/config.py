@@ -253,6 +253,11 @@ def _check_combinations(config: TrainingConfig) -> None:
         raise ValueError(
             f"--guidance_min must not exceed --guidance_max, but {config.guidance_min} > {config.guidance_max}."
         )
+    if config.num_inference_steps > config.num_solver_steps:
+        raise ValueError(
+            f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
+            f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."
+        )
     if config.num_frames is not None:
         if config.adversarial and config.num_adversarial_frames > config.num_frames:
             raise ValueError(

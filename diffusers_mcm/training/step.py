@@ -10,7 +10,7 @@ from ..base_models import BaseModel, Text
 from ..consistency import NoisePath
 from ..discriminator import Discriminator, ImageFeatures
 from ..lora import lora_disabled
-from ..losses import DISCRIMINATOR_LOSSES, pseudo_huber
+from ..losses import get_discriminator_loss, pseudo_huber
 from ..teacher import teacher_step
 from ..trajectory import mixed_start, noisy_start, pick_frames
 from .config import TrainingConfig
@@ -49,7 +49,7 @@ class Judge:
     ):
         self.discriminator, self.config, self.draws = discriminator, config, draws
         self.text, self.real, self.real_text = text, real, real_text
-        self.rule = DISCRIMINATOR_LOSSES[config.discriminator_loss]
+        self.rule = get_discriminator_loss(config.discriminator_loss)
 
     def generator_loss(self, images: torch.Tensor) -> Judgement:
         """Adversarial loss of generated images (B * l, 3, H, W); gradients reach them and nothing else (eq. 4)."""

@@ -43,6 +43,7 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         (dict(guidance_min=3.0), "--guidance_min and --guidance_max belong together"),
         (dict(guidance_min=3.0, guidance_max=1.0), "--guidance_min must not exceed --guidance_max, but 3.0 > 1.0"),
         (dict(num_frames=1), r"--num_adversarial_frames \(2\) must not exceed --num_frames \(1\)"),
+        (dict(num_inference_steps=8, num_solver_steps=5), r"--num_inference_steps \(8\) must not exceed .* \(5\)"),
         (dict(num_frames=1, lambda_adv=0.0, motion="diff"), "--motion diff compares consecutive frames"),
         (dict(hub_model_id="me/lora"), "--hub_model_id has no effect without --push_to_hub"),
         (dict(report_to="wandb", hub_token="hf_x", push_to_hub=True), "--report_to wandb would record --hub_token"),
