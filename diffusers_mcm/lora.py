@@ -337,8 +337,6 @@ def write_lora_weights(
     path: str | os.PathLike, lora: LoRA, prefix: str = "unet", dtype: torch.dtype | None = None
 ) -> None:
     """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads."""
-    from safetensors.torch import save_file
-
     config = lora.peft_config()
     metadata = dict(
         r=config.r,
@@ -354,7 +352,19 @@ def write_lora_weights(
         f"{prefix}.{key}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for key, tensor in sorted(lora.tensors.items())
     }
-    save_file(tensors, path, metadata=header)
+    write_safetensors(path, tensors, header)
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Whole or not at all, and readable by whom the umask allows; `save_file` writes for its own user only."""
+    from safetensors.torch import save
+
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_lora(
@@ -369,11 +379,12 @@ def save_lora(
     scheduler=None,
     adapter_name: str = DEFAULT_ADAPTER,
     dtype: torch.dtype | None = None,
+    relative_to: str | os.PathLike | None = None,
 ) -> Path:
     """Write the LoRA folder that `MCMPipeline.from_pretrained` reads.
 
     `base_model` is a `BaseModel`; `repository` and `revision` say where its weights came from (a local folder is
-    recorded relative to `folder`); `sampling` holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`;
+    recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling` holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`;
     `scheduler` is the `MCMScheduler` to sample with.
     """
     folder = Path(folder)
@@ -382,7 +393,9 @@ def save_lora(
     write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
     config = {
         "base_model": base_model.name,
-        "base_model_repository": hub.recordable(repository or base_model.default_repository, folder),
+        "base_model_repository": hub.recordable(
+            repository or base_model.default_repository, relative_to or folder
+        ),
         "base_model_revision": revision,
         "sampling": dict(sampling or {}),
         "training": dict(training or {}),

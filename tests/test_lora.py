@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 import warnings
 
 import pytest
@@ -152,6 +154,27 @@ def test_saving_and_loading_is_exact(tmp_path, unet):
     load_lora_into(other, read_lora(tmp_path))
     assert torch.equal(output(other), output(unet))
     assert json.loads((tmp_path / CONFIG_NAME).read_text())["base_model_repository"] == "./base"
+
+
+def test_weights_are_written_whole_and_for_whom_the_umask_allows(tmp_path, unet, monkeypatch):
+    add_lora(unet, FEW_MODULES, rank=2, alpha=2)
+    before = os.umask(0o027)
+    try:
+        save_lora(tmp_path, unet, MODELSCOPE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / WEIGHTS_NAME).stat().st_mode) == 0o640
+    written = (tmp_path / WEIGHTS_NAME).read_bytes()
+
+    def fails(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    randomise_lora(unet)
+    with pytest.raises(OSError, match="disk full"):
+        save_lora(tmp_path, unet, MODELSCOPE)
+    assert (tmp_path / WEIGHTS_NAME).read_bytes() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def test_saving_in_half_precision(tmp_path, unet):

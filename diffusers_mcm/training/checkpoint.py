@@ -17,11 +17,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends, and vanishes if it raises."""
-    temporary = _temporary_beside(folder)
+    temporary = _emptied(folder.with_name(f".{folder.name}.tmp"))  # so that paths relative to the folder hold
     try:
         yield temporary
         old = temporary.with_suffix(".old")
         if folder.exists():  # a rename cannot replace a folder that is not empty
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -32,10 +33,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def whole_files(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last."""
-    temporary = _temporary_beside(folder)
+    # Inside it, not beside it: the folder may be the mount point of a file system of its own.
+    temporary = _emptied(folder / ".unfinished")
     try:
         yield temporary
-        folder.mkdir(parents=True, exist_ok=True)
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
         for name in sorted(files, key=lambda name: str(name) == last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +45,7 @@ def whole_files(folder: Path, last: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary_beside(folder: Path) -> Path:
-    """Beside it, so that paths relative to the folder hold and the move stays within one file system."""
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
+def _emptied(temporary: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     return temporary

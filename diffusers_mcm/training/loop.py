@@ -306,7 +306,7 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def write_folder(self, folder: Path, overview: str | None = None) -> None:
+    def write_folder(self, folder: Path, overview: str | None = None, relative_to: Path | None = None) -> None:
         rates = self.config.learning_rates(self.total_batch)
         progress = {
             "steps": self.step,
@@ -317,7 +317,7 @@ class Trainer:
         }
         name = self.output_dir.resolve().name
         repository = self.config.hub_model_id or name
-        write_lora_folder(folder, self.config, self.networks, progress, name, repository, overview)
+        write_lora_folder(folder, self.config, self.networks, progress, name, repository, overview, relative_to)
 
     def resume(self) -> None:
         """Go on from the checkpoint that is asked for, if there is one."""
@@ -350,7 +350,7 @@ class Trainer:
             picture = self.validation_folder(self.step) / "overview.png"
             overview = picture.relative_to(self.output_dir).as_posix() if picture.is_file() else None
             with whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder:
-                self.write_folder(folder, overview)
+                self.write_folder(folder, overview, relative_to=self.output_dir)
             if skipped:
                 logger.warning("%d items of the data could not be used.", skipped)
             logger.info("The LoRA is in %s", self.output_dir)

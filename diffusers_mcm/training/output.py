@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .. import hub
-from ..lora import CONFIG_NAME, save_lora
+from ..lora import CONFIG_NAME, save_lora, write_safetensors
 from .card import write_card
 from .config import TrainingConfig
 from .networks import Networks
@@ -53,10 +52,15 @@ def write_lora_folder(
     title: str,
     repository: str,
     overview: str | None = None,
+    relative_to: Path | None = None,
 ) -> None:
-    """All that `MCMPipeline.from_pretrained(folder)` and a reader need. `progress` is recorded with the training."""
+    """All that `MCMPipeline.from_pretrained(folder)` and a reader need. `progress` is recorded with the training.
+
+    Local paths are recorded relative to `relative_to`, where the files will be moved; default: they stay in `folder`.
+    """
     num_frames, height, width = networks.clip_size
-    training = recorded_training(config, networks, folder, progress)
+    relative_to = relative_to or folder
+    training = recorded_training(config, networks, relative_to, progress)
     save_lora(
         folder,
         networks.student.denoiser,
@@ -73,8 +77,9 @@ def write_lora_folder(
         training=training,
         scheduler=networks.scheduler,
         dtype=_SAVE_DTYPES[config.save_dtype],
+        relative_to=relative_to,
     )
-    save_file(motion_head(networks), folder / MOTION_HEAD_NAME, metadata={"format": "pt", "motion": config.motion})
+    write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
     base_model = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["base_model_repository"]
     prompt = config.validation_prompts[0] if config.validation_prompts else None
     card = write_card(title, repository, base_model, training, config.license, prompt, overview)

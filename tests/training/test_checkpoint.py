@@ -38,6 +38,10 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
             save_checkpoint(tmp_path, step, {}, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert load_checkpoint(tmp_path / "checkpoint-1") == {"step": 1}
+    (tmp_path / ".checkpoint-1.old").mkdir()  # what a run left that was killed while it replaced a checkpoint
+    (tmp_path / ".checkpoint-1.old" / "half").write_text("x")
+    save(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     (tmp_path / "checkpoint-7").mkdir()  # what another program left; no state in it
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
 
@@ -65,7 +69,8 @@ def test_output_files_arrive_together_and_leave_the_rest_alone(tmp_path):
         (temporary / "weights").write_text("new")
         (temporary / "scheduler").mkdir()
         (temporary / "scheduler" / "config").write_text("new")
-        assert temporary.parent == folder.parent
+        assert temporary.parent == folder  # moving them never crosses file systems
+    assert sorted(path.name for path in folder.iterdir()) == ["scheduler", "train_log.jsonl", "weights"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert (folder / "weights").read_text() == (folder / "scheduler" / "config").read_text() == "new"
     assert (folder / "train_log.jsonl").read_text() == "kept"
