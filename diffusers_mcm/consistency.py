@@ -2,8 +2,8 @@
 
 A *path* says how a clean latent becomes noise, x_t = α_t x_0 + σ_t ε, and how the network's output is read along it.
 Everything that depends on the kind of path is here; teacher, trajectory and losses only ask the path.
-Latents are (B, C, T, H, W), timesteps are (B,) integers. Coefficients and arithmetic are float32 whatever the latents'
-type; results come back in the type of the latents.
+Latents are (B, C, T, H, W), timesteps are (B,), integers unless a path says otherwise.
+Coefficients and arithmetic are float32 whatever the latents' type; results come back in the type of the latents.
 """
 
 from __future__ import annotations
@@ -179,14 +179,11 @@ class NoisePath(ABC):
 
     def _coefficients_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
-        if t.shape != x.shape[:1] or t.is_floating_point():
+        if t.shape != x.shape[:1]:
             raise ValueError(
-                f"Timesteps must be integers of shape ({x.shape[0]},), one for each sample of the latents; got shape"
-                f" {tuple(t.shape)} and {t.dtype}."
+                f"Timesteps must be of shape ({x.shape[0]},), one for each sample of the latents; got"
+                f" {tuple(t.shape)}."
             )
-        # Reading values off an accelerator would make it wait, so only timesteps already at hand are checked.
-        if t.device.type == "cpu" and t.numel() and not 0 <= t.min() <= t.max() < self.num_train_timesteps:
-            raise ValueError(f"Timesteps must lie in 0..{self.num_train_timesteps - 1}; got {t.tolist()}.")
         alpha, sigma = self.coefficients(t)
         return expand_like(alpha, x), expand_like(sigma, x)
 
@@ -258,6 +255,11 @@ class VariancePreservingPath(NoisePath):
         return cls(torch.cumprod(1.0 - betas, dim=0), prediction_type, **boundary)
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if t.is_floating_point():
+            raise ValueError(f"Timesteps must be integers; got {t.dtype}.")
+        # Reading values off an accelerator would make it wait, so only timesteps already at hand are checked.
+        if t.device.type == "cpu" and t.numel() and not 0 <= t.min() <= t.max() < self.num_train_timesteps:
+            raise ValueError(f"Timesteps must lie in 0..{self.num_train_timesteps - 1}; got {t.tolist()}.")
         if self.alphas.device != t.device:
             self.alphas, self.sigmas = self.alphas.to(t.device), self.sigmas.to(t.device)
         return self.alphas[t], self.sigmas[t]

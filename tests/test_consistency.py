@@ -11,6 +11,8 @@ from diffusers_mcm.consistency import (
     VariancePreservingPath,
     boundary_scalings,
 )
+from diffusers_mcm.teacher import teacher_step
+from diffusers_mcm.trajectory import noisy_start, one_step_sample
 
 SHAPE = (4, 2, 3, 5, 5)
 TIMESTEPS = torch.tensor([0, 19, 500, 999])
@@ -194,12 +196,27 @@ def test_previous_timestep_is_one_interval_nearer_and_not_below_zero():
 
 
 def test_a_flow_path_is_a_subclass_and_nothing_more():
+    """Velocity prediction on a shifted grid, whose timesteps are no integers and which has no boundary scalings."""
+
     class FlowPath(NoisePath):
-        num_train_timesteps, prediction_type, timestep_scaling, sigma_data = 1000, "flow", 4.0, 0.5
+        num_train_timesteps, prediction_type, terminal_timestep, shift = 1000, "flow", 1000.0, 5.0
+
+        def grid(self, num_solver_steps):
+            sigmas = torch.arange(num_solver_steps + 1) / num_solver_steps
+            return 1000 * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+        def solver_timesteps(self, num_solver_steps=50):
+            return self.grid(num_solver_steps)[1:]
+
+        def previous_timestep(self, t, num_solver_steps=50):
+            grid = self.grid(num_solver_steps)
+            return grid[torch.searchsorted(grid, t) - 1]
 
         def coefficients(self, t):
-            sigma = (t + 1) / 1000
-            return 1 - sigma, sigma
+            return 1 - t / 1000, t / 1000
+
+        def consistency_function(self, output, x_t, t):
+            return self.predict_x0(output, x_t, t)
 
         def predict_x0(self, output, x_t, t):
             return x_t - self._coefficients_like(x_t, t)[1] * output
@@ -207,12 +224,25 @@ def test_a_flow_path_is_a_subclass_and_nothing_more():
         def predict_noise(self, output, x_t, t):
             return x_t + self._coefficients_like(x_t, t)[0] * output
 
+    def denoise(x, t, text):
+        return noise - clean  # the velocity, the same all along the way
+
     path, clean, noise = FlowPath(), latents(1), latents(2)
-    x_t, velocity = path.add_noise(clean, noise, TIMESTEPS), noise - clean
-    torch.testing.assert_close(path.predict_x0(velocity, x_t, TIMESTEPS), clean, rtol=1e-4, atol=1e-5)
-    t_prev = path.previous_timestep(TIMESTEPS)
-    stepped = path.step(clean, path.predict_noise(velocity, x_t, TIMESTEPS), t_prev)
-    torch.testing.assert_close(stepped, path.add_noise(clean, noise, t_prev), rtol=1e-4, atol=1e-5)
+    t = path.solver_timesteps(4)
+    torch.testing.assert_close(t, torch.tensor([625.0, 2500 / 3, 937.5, 1000.0]))
+    x_t = noisy_start(path, clean, noise, t)
+    assert torch.equal(x_t[-1], noise[-1])
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(path.consistency_function(denoise(x_t, t, {}), x_t, t), clean, **close)
+    t_prev = path.previous_timestep(t, 4)
+    torch.testing.assert_close(t_prev, torch.tensor([0.0, 625.0, 2500 / 3, 937.5]))
+
+    def guided(x, t, text):
+        return torch.cat([denoise(x, t, text)] * 2)
+
+    stepped = teacher_step(guided, path, x_t, t, t_prev, {}, {}, 3.0)
+    torch.testing.assert_close(stepped, path.add_noise(clean, noise, t_prev), **close)
+    torch.testing.assert_close(one_step_sample(denoise, path, noise, {}), clean, **close)
     with pytest.raises(TypeError, match="abstract"):
         NoisePath()
 
@@ -254,9 +284,9 @@ def test_a_grid_that_misses_the_terminal_timestep_is_refused(steps):
 @pytest.mark.parametrize(
     ("t", "message"),
     [
-        (torch.tensor([19]), r"shape \(4,\), one for each sample of the latents; got shape \(1,\)"),
-        (torch.tensor(19), r"got shape \(\)"),
-        (torch.tensor([19.0] * 4), "torch.float32"),
+        (torch.tensor([19]), r"shape \(4,\), one for each sample of the latents; got \(1,\)"),
+        (torch.tensor(19), r"got \(\)"),
+        (torch.tensor([19.0] * 4), "must be integers; got torch.float32"),
         (torch.tensor([0, 1, 2, 1000]), r"in 0..999; got \[0, 1, 2, 1000\]"),
         (torch.tensor([-1, 1, 2, 3]), "in 0..999"),
     ],
