@@ -23,7 +23,7 @@ def infer_base_model(
     """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to."""
     if model_index is not None:
         for model in BASE_MODELS.values():
-            if (model_index.get(model.denoiser_name) or [None, None])[1] == model.denoiser_class:
+            if model.matches(model_index):
                 return model
         found = {name: value[1] for name, value in model_index.items() if name in ("unet", "transformer")}
         expected = ", ".join(f"{m.name} ({m.denoiser_name}: {m.denoiser_class})" for m in BASE_MODELS.values())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import hub
+from ..scheduler import MCMScheduler
 
 if TYPE_CHECKING:
     from ..consistency import NoisePath
@@ -52,6 +53,17 @@ class BaseModel(ABC):
     num_frames: int
     fps: int = 8
     scheduler_defaults: Mapping[str, Any] = {}
+    scheduler_class: type = MCMScheduler  # samples what is distilled from this model
+    # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
+    noise_schedule_keys: tuple[str, ...] = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
 
     # --- loading -----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -82,6 +94,10 @@ class BaseModel(ABC):
 
         return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **overrides)
 
+    def matches(self, model_index: Mapping[str, Any]) -> bool:
+        """Whether a repository with this `model_index.json` holds this model."""
+        return (model_index.get(self.denoiser_name) or [None, None])[1] == self.denoiser_class
+
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:
         """Whether LoRA keys with these module names belong to this architecture."""
@@ -89,6 +105,10 @@ class BaseModel(ABC):
     @abstractmethod
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         """Full names of the modules that get a LoRA, sorted."""
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        denoiser.enable_gradient_checkpointing()
 
     @property
     @abstractmethod

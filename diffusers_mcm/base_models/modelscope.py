@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from numbers import Integral
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet3DConditionModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import hub
@@ -89,6 +91,11 @@ class ModelScope(BaseModel):
             for name, module in denoiser.named_modules()
             if isinstance(base_layer(module), (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
         )
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
+        # UNet3D refuses diffusers' own switch.
+        for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     @property
     def pipeline_class(self) -> type:

@@ -10,19 +10,8 @@ from typing import Any
 
 from .. import hub
 from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, find_lora_file
-from ..scheduler import MCMScheduler
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
-# The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
-NOISE_SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
 SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
 
 
@@ -43,13 +32,14 @@ def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
     return str(model_index.get("_class_name")).endswith("MCMPipeline")
 
 
-def mcm_scheduler(base_model, scheduler) -> MCMScheduler:
+def few_step_scheduler(base_model, scheduler):
     """The few-step scheduler on the noise schedule that the base model was trained with."""
-    if isinstance(scheduler, MCMScheduler):
+    if isinstance(scheduler, base_model.scheduler_class):
         return scheduler
-    config = {key: scheduler.config[key] for key in NOISE_SCHEDULE_KEYS if scheduler.config.get(key) is not None}
+    keys = base_model.noise_schedule_keys
+    config = {key: scheduler.config[key] for key in keys if scheduler.config.get(key) is not None}
     config = base_model.scheduler_config(config)
-    return MCMScheduler.from_config({key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
+    return base_model.scheduler_class.from_config({key: config[key] for key in keys if key in config})
 
 
 def forget_local_paths(folder: Path) -> None:

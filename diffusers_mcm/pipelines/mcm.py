@@ -22,7 +22,6 @@ from torch import nn
 
 from .. import hub
 from ..lora import LoRA
-from ..scheduler import MCMScheduler
 from . import loading
 from .adapters import LoRAVerbs, _as_lora, _free_name
 
@@ -200,11 +199,16 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         pipeline_class = infer_base_model(model_index=index).pipeline_class
         if not issubclass(pipeline_class, cls):
             raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
-        pipeline = super(MCMPipeline, pipeline_class).from_pretrained(source, revision=revision, **kwargs)
-        pipeline.scheduler = loading.mcm_scheduler(pipeline.base_model, pipeline.scheduler)
+        pipeline = pipeline_class._load_components(source, revision=revision, **kwargs)
+        pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
         if with_adapters and loading.is_saved_mcm_pipeline(index):
             pipeline._load_adapters(source, revision=revision, **options)
         return pipeline
+
+    @classmethod
+    def _load_components(cls, source: str, **options) -> MCMPipeline:
+        """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here."""
+        return super().from_pretrained(source, **options)
 
     def load_mcm_lora(
         self,
@@ -221,7 +225,7 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         self.load_lora_weights(lora, adapter_name)
         self.set_adapters(adapter_name)
         if lora.scheduler_config is not None:
-            self.scheduler = MCMScheduler.from_config(lora.scheduler_config)
+            self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         sampling = lora.config.get("sampling") or {}
         self.register_to_config(**{key: sampling[key] for key in loading.SAMPLING_KEYS if sampling.get(key)})
 

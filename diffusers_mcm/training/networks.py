@@ -4,19 +4,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from diffusers import SchedulerMixin
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..discriminator import Discriminator
 from ..lora import add_lora
 from ..motion import build_motion
-from ..scheduler import MCMScheduler
 from .config import TrainingConfig
 from .randomness import sample_generator
 from .step import Student
@@ -34,7 +31,7 @@ class Networks:
     text: CachedTextEncoder
     discriminator: Discriminator | None
     judge_text: CachedTextEncoder | None
-    scheduler: MCMScheduler
+    scheduler: SchedulerMixin
     guidance_range: tuple[float, float]
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
     latent_shape: tuple[int, int, int, int]  # C, T, h, w
@@ -82,7 +79,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
     with seeded(config.seed, "motion"):
         motion = build_motion(config.motion, latent_shape[0])
     if config.gradient_checkpointing:
-        checkpoint_blocks(parts.denoiser)
+        base.enable_gradient_checkpointing(parts.denoiser)
     path = base.noise_path(
         parts.scheduler_config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
     )
@@ -105,7 +102,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
         text=CachedTextEncoder(lambda prompts: base.encode_text(parts.tokenizer, text_encoder, prompts)),
         discriminator=discriminator,
         judge_text=judge_text,
-        scheduler=build_scheduler(parts.scheduler_config, config),
+        scheduler=build_scheduler(base, parts.scheduler_config, config),
         guidance_range=guidance_range(base, config),
         clip_size=clip_size,
         latent_shape=latent_shape,
@@ -116,30 +113,15 @@ def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, floa
     return base.guidance_range if config.guidance_min is None else (config.guidance_min, config.guidance_max)
 
 
-def build_scheduler(scheduler_config: dict[str, Any], config: TrainingConfig) -> MCMScheduler:
+def build_scheduler(base: BaseModel, scheduler_config: dict[str, Any], config: TrainingConfig) -> SchedulerMixin:
     """The sampler that fits this training: the teacher's noise schedule, the student's grid and boundary."""
-    return MCMScheduler.from_config(
+    return base.scheduler_class.from_config(
         scheduler_config,
         timestep_scaling=config.timestep_scaling,
         original_inference_steps=config.num_solver_steps,
         clip_sample=False,
         thresholding=False,
     )
-
-
-def checkpoint_blocks(denoiser: nn.Module) -> None:
-    """Recompute each block in the backward pass. UNet3D refuses diffusers' own switch, so its blocks are wrapped."""
-    if getattr(denoiser, "_supports_gradient_checkpointing", False):
-        denoiser.enable_gradient_checkpointing()
-        return
-    names = ("down_blocks", "mid_block", "up_blocks")
-    blocks = [getattr(denoiser, name, None) for name in names]
-    if None in blocks:
-        raise ValueError(
-            f"--gradient_checkpointing: {type(denoiser).__name__} neither supports it nor has {', '.join(names)}."
-        )
-    for block in (*blocks[0], blocks[1], *blocks[2]):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def describe(networks: Networks) -> str:

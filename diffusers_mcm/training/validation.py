@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 
 from ..base_models import Text
-from ..scheduler import MCMScheduler
 from ..video_io import comparison, write_image, write_mp4
 from .randomness import draw_normal, sample_generator
 from .step import Student
@@ -16,7 +16,7 @@ from .step import Student
 @torch.no_grad()
 def sample_clip(
     student: Student,
-    scheduler: MCMScheduler,
+    scheduler: SchedulerMixin,
     text: Text,
     latent_shape: Sequence[int],
     num_inference_steps: int,
@@ -25,7 +25,7 @@ def sample_clip(
 ) -> np.ndarray:
     """One clip by multistep consistency sampling; frames (T, H, W, 3) uint8. The same noise whenever it is called."""
     device = next(student.parameters()).device
-    scheduler = MCMScheduler.from_config(scheduler.config)
+    scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     generator = sample_generator(seed, "validation steps", index)
     latents = draw_normal(seed, "validation start", [index], latent_shape).to(device)
