@@ -16,6 +16,7 @@ _NOISE_FIELDS = (
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "rescale_betas_zero_snr",
 )
 
 
