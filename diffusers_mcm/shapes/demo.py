@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import shutil
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,4 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Videos:  {output}/<method>/*.mp4")
     print(f"Picture: {output / 'comparison.png'}")
     print(f"Table:   {output / 'table.md'} and table.json")
-    print('Your own: diffusers-mcm generate "a red circle moving left on a black background" -o out.mp4')
+    # `make demo` installs the command where the shell does not look for it
+    command = "diffusers-mcm" if shutil.which("diffusers-mcm") else Path(sys.executable).with_name("diffusers-mcm")
+    print(f'Your own: {command} generate "a red circle moving left on a black background" -o out.mp4')
