@@ -1,30 +1,37 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 
 from diffusers_mcm.training.checkpoint import STATE_FILE
-from diffusers_mcm.training.loop import train
+from diffusers_mcm.training.loop import Trainer
 
-from .world import SPLIT, assert_same_training, flags_of, flatten, tiny_config
+from .world import SPLIT, assert_same_training, double_precision, flags_of, flatten, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_mcm_distill.py"
+DOUBLE = Path(__file__).with_name("train_in_double.py")
 
 
-def test_two_processes_equal_one_big_batch(world, tmp_path):
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     """The script, run in two processes over gloo from another directory, against one process with all samples."""
-    options = SPLIT | dict(checkpointing_steps=2)
-    train(tiny_config(world, tmp_path / "one", train_batch_size=4, **options))
-    two = tiny_config(world, tmp_path / "two", train_batch_size=2, **options)
+    with double_precision() if double else nullcontext():
+        one = Trainer(tiny_config(world, tmp_path / "one", train_batch_size=4, **SPLIT))
+        start = flatten(one.state())
+        one.train()
+    two = tiny_config(world, tmp_path / "two", train_batch_size=2, checkpointing_steps=2, **SPLIT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(DOUBLE), str(SCRIPT)] if double else [str(SCRIPT)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*launcher, str(SCRIPT), *flags_of(two)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*launcher, *script, *flags_of(two)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    states = [torch.load(tmp_path / name / "checkpoint-2" / STATE_FILE, weights_only=True) for name in ("one", "two")]
-    assert_same_training(*map(flatten, states))
+    state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
+    assert_same_training(start, flatten(one.state()), flatten(state), double)
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()

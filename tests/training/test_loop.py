@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers_mcm.training.loop import Trainer, train
 from diffusers_mcm.training.output import push_to_hub
 from diffusers_mcm.training.tracking import NonFiniteLoss
 
-from .world import CAPTIONS, SPLIT, assert_same_training, flatten, tiny_config
+from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, tiny_config
 
 
 def run(config) -> dict[str, torch.Tensor]:
@@ -83,10 +84,14 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_rank=4)))
 
 
-def test_accumulation_equals_one_big_batch(world, tmp_path):
-    whole = run(tiny_config(world, tmp_path / "whole", train_batch_size=4, **SPLIT))
-    split = run(tiny_config(world, tmp_path / "split", train_batch_size=1, gradient_accumulation_steps=4, **SPLIT))
-    assert_same_training(whole, split)
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_accumulation_equals_one_big_batch(world, tmp_path, double):
+    with double_precision() if double else nullcontext():
+        trainer = Trainer(tiny_config(world, tmp_path / "whole", train_batch_size=4, **SPLIT))
+        start = flatten(trainer.state())
+        trainer.train()
+        split = run(tiny_config(world, tmp_path / "split", train_batch_size=1, gradient_accumulation_steps=4, **SPLIT))
+    assert_same_training(start, flatten(trainer.state()), split, double)
 
 
 def test_plain_lcm_needs_no_discriminator_no_decoder_and_no_images(world, tmp_path, monkeypatch):
