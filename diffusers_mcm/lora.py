@@ -393,9 +393,7 @@ def save_lora(
     write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
     config = {
         "base_model": base_model.name,
-        "base_model_repository": hub.recordable(
-            repository or base_model.default_repository, relative_to or folder
-        ),
+        "base_model_repository": hub.recordable(repository or base_model.default_repository, relative_to or folder),
         "base_model_revision": revision,
         "sampling": dict(sampling or {}),
         "training": dict(training or {}),
