@@ -384,8 +384,8 @@ def save_lora(
     """Write the LoRA folder that `MCMPipeline.from_pretrained` reads.
 
     `base_model` is a `BaseModel`; `repository` and `revision` say where its weights came from (a local folder is
-    recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling` holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`;
-    `scheduler` is the `MCMScheduler` to sample with.
+    recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling` holds
+    `num_inference_steps`, `num_frames`, `height`, `width`, `fps`; `scheduler` is the `MCMScheduler` to sample with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
