@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
+from ..consistency import SIGMA_DATA
 from ..discriminator import Discriminator
 from ..lora import add_lora
 from ..motion import build_motion
@@ -117,7 +118,8 @@ def build_scheduler(base: BaseModel, scheduler_config: dict[str, Any], config: T
     """The sampler that fits this training: the teacher's noise schedule, the student's grid and boundary."""
     return base.scheduler_class.from_config(
         scheduler_config,
-        timestep_scaling=config.timestep_scaling,
+        # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
+        timestep_scaling=config.timestep_scaling * SIGMA_DATA / config.sigma_data,
         original_inference_steps=config.num_solver_steps,
         clip_sample=False,
         thresholding=False,
