@@ -13,4 +13,5 @@ exec torchrun --nproc_per_node "${PROCESSES:-1}" "$(dirname "$0")/../train_mcm_d
   --discriminator_features mcm-shapes-features --discriminator_text mcm-shapes-clip \
   --frame_interval 1 --train_batch_size 8 --max_train_steps 1000 --lr_warmup_steps 50 --lora_rank 32 --lora_alpha 32 \
   --no_scale_lr --learning_rate 7e-4 --discriminator_learning_rate 1e-3 --guidance_min 2 --guidance_max 4 \
-  --checkpointing_steps 100 --checkpoints_total_limit 1 --resume_from_checkpoint latest --save_dtype fp16 "$@"
+  --checkpointing_steps 100 --checkpoints_total_limit 1 \
+  --validation_steps 200 --validation_prompts "a red circle moving left on a black background" --resume_from_checkpoint latest --save_dtype fp16 "$@"

@@ -69,7 +69,7 @@ def main() -> None:
             if (args.work / f"{log}.jsonl").exists():
                 (args.output / name / "logs").mkdir(exist_ok=True)
                 shutil.copy(args.work / f"{log}.jsonl", args.output / name / "logs")
-    lora = args.models / "lora"
+    lora = args.models / "mcm-shapes"
     if lora.exists():
         target = args.output / "mcm-shapes"
         leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
