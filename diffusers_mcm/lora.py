@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from . import hub
+from .files import whole_file
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -359,12 +360,8 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
     """Whole or not at all, and readable by whom the umask allows; `save_file` writes for its own user only."""
     from safetensors.torch import save
 
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_lora(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_mcm.video_io import comparison, contact_sheet, to_uint8, whole_file, write_video
+from diffusers_mcm.video_io import comparison, contact_sheet, to_uint8, write_video
 
 
 @pytest.fixture
@@ -74,13 +74,3 @@ def test_other_shapes_are_refused(shape):
 def test_unknown_extension_lists_the_known_ones(video):
     with pytest.raises(ValueError, match=r"ending in .mp4, .gif, .png, got 'v.avi'"):
         write_video("v.avi", video)
-
-
-def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "kept.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as temporary:
-        temporary.write_text("ne")
-        raise RuntimeError("half way")
-    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
-    assert path.read_text() == "old"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..video_io import whole_file
+from ..files import whole_file
 from .captions import Caption
 from .oracle import read_video
 

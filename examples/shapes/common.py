@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from diffusers_mcm.files import whole_file
+
 
 def parser(description: str, *, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
     """The flags that every script here has."""
@@ -123,8 +125,8 @@ def train(
                 "step": done,
                 "seconds": seconds,
             }
-            torch.save(state, f"{checkpoint}.part")
-            os.replace(f"{checkpoint}.part", checkpoint)
+            with whole_file(checkpoint) as part:
+                torch.save(state, part)
     return averaged.module if decay else model
 
 

@@ -12,6 +12,8 @@ import torch
 from common import Frames, to_pixels
 from diffusers import AutoencoderKL
 
+from diffusers_mcm.files import whole_file
+
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -34,9 +36,8 @@ def main() -> None:
                 for i in range(0, len(clips), 4)
             ]
         latents = np.concatenate(parts).reshape(*clips.shape[:2], *parts[0].shape[1:])
-        with (args.data / f"latents_{number:02d}.part").open("wb") as out:
+        with whole_file(target) as part, part.open("wb") as out:
             np.save(out, latents)
-        (args.data / f"latents_{number:02d}.part").rename(target)
         print(target, flush=True)
 
 
