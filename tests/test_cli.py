@@ -7,7 +7,8 @@ import av
 import pytest
 from PIL import Image
 
-from diffusers_mcm.cli import SHAPES_COMMANDS, main, numbered
+from diffusers_mcm.cli import SHAPES_COMMANDS, main
+from diffusers_mcm.commands.generate import numbered
 from tests.tiny import NUM_FRAMES, SIZE, save_tiny_base
 
 PROMPT = "a red circle moving left on a black background"

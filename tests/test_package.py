@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "evaluation": {"hub", "video_io"},
     "shapes": {"files", "video_io"},
     "training": ALGORITHM | SAMPLING | {"data", "devices", "video_io"},
-    "cli": {"", "devices", "shapes", "video_io"},
+    "commands": {"", "devices", "video_io"},
+    "cli": {"commands", "shapes"},
     "": {"pipelines", "scheduler", "hub", "base_models", "lora"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,1 @@
+"""The subcommands of `diffusers-mcm`, one file each with a `main(argv)`."""
