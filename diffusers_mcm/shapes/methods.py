@@ -46,7 +46,7 @@ LCM_METHODS = tuple(
 
 
 class Networks:
-    """The pipelines of the methods, each loaded when first asked for.
+    """The pipelines of the methods, each loaded when first asked for, with its LoRA fused.
 
     Args:
         sources: network ("teacher", "mcm", "lcm") -> what `MCMPipeline.from_pretrained` takes.
@@ -66,6 +66,8 @@ class Networks:
 
             pipeline = MCMPipeline.from_pretrained(self.sources[network]).to(self.device)
             pipeline.set_progress_bar_config(disable=True)
+            if pipeline.get_active_adapters():
+                pipeline.fuse_lora()  # as anyone would who makes more than one video
             self._pipelines[network] = pipeline
             self._schedulers[network] = pipeline.scheduler
         self._pipelines[network].scheduler = self._schedulers[network]

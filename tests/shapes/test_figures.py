@@ -4,10 +4,12 @@ import math
 import numpy as np
 import pytest
 
+from diffusers_mcm.lora import lora_layers
 from diffusers_mcm.shapes import figures
 from diffusers_mcm.shapes.captions import held_out_captions
 from diffusers_mcm.shapes.figures import Study, checks
 from diffusers_mcm.shapes.methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Networks, make_scheduler
+from tests.tiny import save_tiny_lora
 
 GOOD = {  # every target exactly met, or just so
     "teacher-ddim-50": {"all_right": 0.85, "watermark_seen": 0.8, "sharpness": 0.3, "flicker": 0.02}
@@ -125,6 +127,12 @@ def test_every_method_starts_a_seed_from_the_same_noise(tiny_base):
     first, *others = starts.values()
     for other in others:
         np.testing.assert_allclose(other, first, rtol=1e-5)
+
+
+def test_a_lora_is_fused(tiny_base, tmp_path):
+    lora = save_tiny_lora(tmp_path, base=tiny_base)
+    layers = lora_layers(Networks({"mcm": str(lora)}).pipeline("mcm").unet).values()
+    assert layers and all(layer.merged for layer in layers)
 
 
 def test_batches_and_single_videos_agree(tiny_base):
