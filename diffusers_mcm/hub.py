@@ -99,6 +99,24 @@ def find_file(
         return None
 
 
+def list_files(
+    name: str | os.PathLike, *, revision: str | None = None, token=None, local_files_only: bool = False, **_
+) -> list[str]:
+    """The paths of all files in a folder or repository; none if the Hub must not or cannot be asked."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return [path.relative_to(name).as_posix() for path in sorted(Path(name).rglob("*")) if path.is_file()]
+    if local_files_only:
+        return []
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi(token=token).list_repo_files(name, revision=revision)
+    except (OSError, HTTPError):
+        return []
+
+
 def read_json(name: str | os.PathLike, filename: str, **options) -> dict[str, Any] | None:
     """The content of a JSON file in a folder or repository (`find_file`'s options); `None` if there is none."""
     path = find_file(name, filename, **options)

@@ -2,7 +2,8 @@
 
 In memory a LoRA is a dict `module.lora_A.weight -> tensor`, `module.lora_B.weight -> tensor`, with the module's full
 name in the denoiser. On disk the keys have a prefix: the denoiser's name (`unet.`, what diffusers writes and reads) or
-`base_model.model.` (what PEFT writes). Both are read; the first is written.
+`base_model.model.` (what PEFT writes). Both are read; the first is written, unless one converts (`formats`). What else
+belongs to a LoRA, scale, settings and scheduler, is in the header of the file too, so that the file alone is enough.
 
 A LoRA fits wholly or not at all: a key without a module, a module with half a pair, a tensor of another shape is an
 error before anything in the denoiser has changed.
@@ -11,6 +12,7 @@ error before anything in the denoiser has changed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -27,13 +29,19 @@ from torch import nn
 from . import hub
 from .files import whole_file
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 CONFIG_NAME = "mcm_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
-PREFIXES = ("base_model.model.", "unet.", "transformer.")
+# Ours, in the same place: `LoRA`'s attributes by the keys they are stored under, each as JSON.
+HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}
+PEFT_PREFIX = "base_model.model."
+PREFIXES = (PEFT_PREFIX, "unet.", "transformer.")
 DEFAULT_ADAPTER = "default"
+KEYWORD_CALLED = ("proj_in", "proj_out")  # modules that diffusers' motion modules call with `input=`
 
 
 @dataclass
@@ -46,8 +54,19 @@ class LoRA:
     use_rslora: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # mcm_config.json
     scheduler_config: dict[str, Any] | None = None
+    adapter_config: dict[str, Any] | None = None  # adapter_config.json, as PEFT wrote it
     source: str = "the LoRA"
     folder: Path | None = None  # where `config` was read from, for paths relative to it
+
+    @property
+    def base_repository(self) -> str | None:
+        """Where its base model is: what our configuration says, or else PEFT's, if that is not a path elsewhere."""
+        name = self.config.get("base_model_repository")
+        if name is None and (name := (self.adapter_config or {}).get("base_model_name_or_path")):
+            if not (hub.is_hub_id(name) or os.path.isdir(name)):
+                logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
+                return None
+        return name
 
     @property
     def modules(self) -> list[str]:
@@ -55,6 +74,17 @@ class LoRA:
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
+
+    def scales(self) -> dict[str, float]:
+        """The factor of B·A in each module: alpha / rank, or alpha / √rank with rsLoRA."""
+        from peft.utils.other import get_pattern_key
+
+        config, ranks = self.peft_config(), self.ranks()
+        alphas = {
+            module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+            for module in ranks
+        }
+        return {m: alphas[m] / (math.sqrt(rank) if self.use_rslora else rank) for m, rank in ranks.items()}
 
     def peft_config(self):
         """peft's `LoraConfig`, with the ranks the tensors really have."""
@@ -99,13 +129,21 @@ def read_lora(
     if path is None:
         wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
         place = f"{source} (subfolder {subfolder!r})" if subfolder else source
-        raise FileNotFoundError(f"No LoRA in {place}: there is no {wanted}.")
-    tensors, header = _read_safetensors(path)
+        raise FileNotFoundError(
+            f"No LoRA in {place}: there is no {wanted}.{elsewhere(source, revision, **hub_options)}"
+        )
+    tensors, header = read_safetensors(path)
     lora = LoRA(tensors=_strip_prefixes(tensors, path), source=str(path))
-    _read_alpha(lora, header, hub.read_json(source, PEFT_CONFIG_NAME, **where))
-    lora.config = hub.read_json(source, CONFIG_NAME, **where) or {}
+    for key, attribute in HEADER_KEYS.items():
+        if key in header:
+            setattr(lora, attribute, json.loads(header[key]))
+    # A file beside the weights says the same, or what somebody has changed since.
+    lora.adapter_config = hub.read_json(source, PEFT_CONFIG_NAME, **where) or lora.adapter_config
+    lora.config = hub.read_json(source, CONFIG_NAME, **where) or lora.config
     inside = f"{subfolder}/scheduler" if subfolder else "scheduler"
-    lora.scheduler_config = hub.read_json(source, "scheduler_config.json", **(where | dict(subfolder=inside)))
+    scheduler_config = hub.read_json(source, "scheduler_config.json", **(where | dict(subfolder=inside)))
+    lora.scheduler_config = scheduler_config or lora.scheduler_config
+    _read_alpha(lora, header, is_peft=any(key.startswith(PEFT_PREFIX) for key in tensors))
     lora.folder = path.parent if os.path.isdir(source) else None
     return lora
 
@@ -118,7 +156,14 @@ def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> P
     return None
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def elsewhere(source: str, **where) -> str:
+    """A sentence on which subfolders do hold a LoRA; empty if none does."""
+    files = [Path(name) for name in hub.list_files(source, **where)]
+    folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
+    return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
@@ -133,13 +178,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    stripped = {}
-    for key, tensor in tensors.items():
-        for prefix in PREFIXES:
-            if key.startswith(prefix):
-                key = key.removeprefix(prefix)
-                break
-        stripped[key] = tensor
+    if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in tensors):
+        raise ValueError(f"{path} is a DoRA; only plain LoRA is supported.")
+    stripped = {_strip_prefix(key): tensor for key, tensor in tensors.items()}
     strange = [key for key in stripped if split_key(key)[1] not in ("lora_A.weight", "lora_B.weight")]
     if strange or not stripped:
         raise ValueError(
@@ -150,12 +191,19 @@ def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str
     return stripped
 
 
-def _read_alpha(lora: LoRA, header: Mapping[str, str], peft_config: Mapping[str, Any] | None) -> None:
+def _strip_prefix(key: str) -> str:
+    return key.removeprefix(next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""))
+
+
+def _read_alpha(lora: LoRA, header: Mapping[str, str], is_peft: bool) -> None:
     """The scale's numerator, from diffusers' metadata or PEFT's configuration file."""
-    config = dict(peft_config or {})
+    config = dict(lora.adapter_config or {})
     if METADATA_KEY in header:
-        packed = json.loads(header[METADATA_KEY])
-        config = {key.split(".", 1)[1] if key.startswith(PREFIXES) else key: value for key, value in packed.items()}
+        config = {_strip_prefix(key): value for key, value in json.loads(header[METADATA_KEY]).items()}
+    elif is_peft and not config:
+        logger.warning(
+            "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
+        )
     if config.get("use_dora"):
         raise ValueError(f"{lora.source} is a DoRA; only plain LoRA is supported.")
     lora.alpha = config.get("lora_alpha")
@@ -274,12 +322,20 @@ def load_lora_into(
     for name, layer in lora_layers(denoiser).items():
         if adapter_name not in layer.lora_A:
             continue
+        if name.endswith(KEYWORD_CALLED) and _positional not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_positional, with_kwargs=True)
         weight = layer.get_base_layer().weight
         for half, part in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
             tensor = lora.tensors[f"{name}.lora_{half}.weight"]
             # A copy: the caller's tensor must not change when this one is trained.
             tensor = tensor.to(device=weight.device, dtype=dtype or weight.dtype, copy=True).contiguous()
             part.weight = nn.Parameter(tensor, requires_grad=trainable)
+
+
+def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """`layer(input=x)` as `layer(x)`: peft's layers call their argument `x`, those they stand in for `input`."""
+    kwargs = dict(kwargs)
+    return ((kwargs.pop("input"), *args) if "input" in kwargs else args), kwargs
 
 
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, torch.Tensor]:
@@ -337,7 +393,16 @@ def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
 def write_lora_weights(
     path: str | os.PathLike, lora: LoRA, prefix: str = "unet", dtype: torch.dtype | None = None
 ) -> None:
-    """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads."""
+    """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads, and ours."""
+    tensors = {
+        f"{prefix}.{key}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for key, tensor in sorted(lora.tensors.items())
+    }
+    write_safetensors(path, tensors, lora_header(lora, prefix))
+
+
+def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
+    """The header of a LoRA file: scale, settings, scheduler."""
     config = lora.peft_config()
     metadata = dict(
         r=config.r,
@@ -349,11 +414,10 @@ def write_lora_weights(
     )
     metadata = {f"{prefix}.{key}": value for key, value in metadata.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
-    tensors = {
-        f"{prefix}.{key}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for key, tensor in sorted(lora.tensors.items())
-    }
-    write_safetensors(path, tensors, header)
+    for key, attribute in HEADER_KEYS.items():
+        if getattr(lora, attribute):
+            header[key] = json.dumps(getattr(lora, attribute), sort_keys=True, default=str)
+    return header
 
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -387,16 +451,25 @@ def save_lora(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lora = extract_lora(denoiser, adapter_name)
-    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
-    config = {
+    lora.config = {
         "base_model": base_model.name,
         "base_model_repository": hub.recordable(repository or base_model.default_repository, relative_to or folder),
         "base_model_revision": revision,
         "sampling": dict(sampling or {}),
         "training": dict(training or {}),
     }
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
-    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-    if scheduler is not None:
-        scheduler.save_pretrained(folder / "scheduler")
+    lora.scheduler_config = None if scheduler is None else json.loads(scheduler.to_json_string())
+    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
+    write_settings(folder, lora)
     return folder
+
+
+def write_settings(folder: Path, lora: LoRA) -> None:
+    """The files beside the weights: mcm_config.json and scheduler/scheduler_config.json, where there is either."""
+    if lora.config:
+        text = json.dumps(lora.config, indent=2, sort_keys=True, default=str)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    if lora.scheduler_config is not None:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        text = json.dumps(lora.scheduler_config, indent=2, sort_keys=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")

@@ -108,10 +108,17 @@ class LoRAVerbs:
         """
         self._require_unfused("load a LoRA")
         lora = _as_lora(pretrained_model_name_or_path, options)
-        made_for = lora.config.get("base_model", self.base_model.name)
+        made_for = lora.config.get("base_model") or self._recognised(lora)
         if made_for != self.base_model.name:
             raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}.")
         self._put_in(lora, adapter_name or _free_name("default", self._loaded))
+
+    def _recognised(self, lora: LoRA) -> str:
+        """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
+        from ..base_models import BASE_MODELS
+
+        candidates = [self.base_model, *BASE_MODELS.values()]
+        return next((model.name for model in candidates if model.recognises(lora.modules)), self.base_model.name)
 
     def _require_at_hand(self, what: str) -> None:
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, find_lora_file
+from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, elsewhere, find_lora_file
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
@@ -24,8 +24,15 @@ def read_model_index(source: str, **where) -> dict[str, Any] | None:
         place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
         raise ValueError(
             f"{place} holds neither a pipeline (model_index.json) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
+            + elsewhere(source, **where)
         )
     return index
+
+
+def recorded_repositories(lora: LoRA) -> dict[str, str]:
+    """Where the LoRA's configuration says that parts of its base model lie, other than in its repository."""
+    recorded = lora.config.get("extra_repositories") or {}
+    return {name: hub.resolve_recorded(place, lora.folder) for name, place in recorded.items()}
 
 
 def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -117,7 +117,7 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         subfolder: str | None = None,
         weight_name: str | None = None,
         revision: str | None = None,
-        base_model_repository: str | os.PathLike | None = None,
+        base_model: str | os.PathLike | None = None,
         base_model_revision: str | None = None,
         **kwargs,
     ) -> MCMPipeline:
@@ -139,8 +139,11 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
                 Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision (`str`, *optional*):
                 Of `pretrained_model_name_or_path`, on the Hub.
-            base_model_repository (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
-                The base model to put the LoRA in, instead of the one that its configuration names.
+            base_model (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
+                The base model to put the LoRA in, instead of the one that its configuration names. For AnimateDiff a
+                Stable Diffusion 1.5 repository will do, or any fine-tune of it.
+            motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*):
+                AnimateDiff's motion modules, instead of those that the LoRA's configuration or the base model names.
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 The type of all weights.
             kwargs:
@@ -158,7 +161,7 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         if index is not None:
             if subfolder:
                 source = _local_subfolder(source, subfolder)
-            pipeline = cls._load_pipeline(source, revision, options, kwargs, with_adapters=True)
+            pipeline = cls._load_pipeline(source, revision, options, kwargs)
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **lora_options)
             return pipeline
@@ -166,8 +169,8 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             raise ValueError(f"`lora` goes with a base model, but {source} is itself a LoRA.")
         where = dict(lora_options, revision=revision)
         read = _as_lora(source, where)
-        base, base_revision = cls._base_for(read, base_model_repository, base_model_revision)
-        pipeline = cls._load_pipeline(base, base_revision, options, kwargs, with_adapters=False)
+        base, base_revision = cls._base_for(read, base_model, base_model_revision)
+        pipeline = cls._load_pipeline(base, base_revision, options, kwargs, lora=read)
         pipeline.load_mcm_lora(read, adapter_name=adapter_name)
         return pipeline
 
@@ -180,17 +183,17 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         base_model = get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
         if repository is not None:
             return hub.resolve(repository), revision
-        recorded = lora.config.get("base_model_repository") or base_model.default_repository
+        recorded = lora.base_repository or base_model.default_repository
         try:
             return hub.resolve_recorded(recorded, lora.folder), revision or lora.config.get("base_model_revision")
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} Say where it is with `base_model_repository=`.") from error
+            raise FileNotFoundError(f"{error} Say where it is with `base_model=`.") from error
 
     @classmethod
     def _load_pipeline(
-        cls, source: str, revision: str | None, options: dict, kwargs: dict, *, with_adapters: bool
+        cls, source: str, revision: str | None, options: dict, kwargs: dict, lora: LoRA | None = None
     ) -> MCMPipeline:
-        """A base model or a saved MCM pipeline, as a pipeline of the right subclass."""
+        """A base model for `lora`, or one with the adapters it was saved with, as a pipeline of the right subclass."""
         from ..base_models import infer_base_model
 
         index = hub.read_json(source, "model_index.json", revision=revision, **options)
@@ -199,15 +202,21 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         pipeline_class = infer_base_model(model_index=index).pipeline_class
         if not issubclass(pipeline_class, cls):
             raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
-        pipeline = pipeline_class._load_components(source, revision=revision, **kwargs)
+        recorded = {} if lora is None else loading.recorded_repositories(lora)
+        pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
         pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
-        if with_adapters and loading.is_saved_mcm_pipeline(index):
+        if lora is None and loading.is_saved_mcm_pipeline(index):
             pipeline._load_adapters(source, revision=revision, **options)
         return pipeline
 
     @classmethod
-    def _load_components(cls, source: str, **options) -> MCMPipeline:
-        """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here."""
+    def _load_components(
+        cls, source: str, index: Mapping[str, Any], recorded: Mapping[str, str], **options
+    ) -> MCMPipeline:
+        """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here.
+
+        `index` is `model_index.json`, `recorded` says where the other parts were when the LoRA was trained.
+        """
         return super().from_pretrained(source, **options)
 
     def load_mcm_lora(
