@@ -83,7 +83,7 @@ def find_file(
         path = Path(name, subfolder or "", filename)
         return path if path.is_file() else None
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     where = dict(revision=revision, subfolder=subfolder or None)
     try:
@@ -97,6 +97,39 @@ def find_file(
         raise OSError(f"{inside} of {name} is not in the cache, and the Hub cannot be asked: {error}") from error
     except EntryNotFoundError:
         return None
+    except HfHubHTTPError as error:
+        raise OSError(explain(error, name, revision)) from error
+
+
+def http_errors() -> tuple[type[Exception], ...]:
+    """What `huggingface_hub` raises when the Hub refuses, fails or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its first parent is the base class of the HTTP library in use, whatever that is called; uploads in threads raise
+    # `RuntimeError`.
+    return OSError, RuntimeError, HfHubHTTPError.__mro__[1]
+
+
+def explain(error: BaseException, name: str, revision: str | None = None) -> str:
+    """What one of `http_errors` about the repository `name` means, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    while error.__cause__ is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its terms on its page on the Hub, and log in with `hf auth login`."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision or 'main'!r}."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repository {name} on the Hub, or it is private and your token may not see it."
+    if status == 401:
+        return "The Hub refuses the token. Log in with `hf auth login`, or set HF_TOKEN to one that is valid."
+    if status == 403:
+        return f"The token may not do this to {name}: it needs the right to write there, and the name to be yours."
+    if status is not None:
+        return f"The Hub failed with status {status}. Try again."
+    return f"The Hub cannot be reached ({type(error).__name__}: {error}). Try again."
 
 
 def list_files(
@@ -108,12 +141,11 @@ def list_files(
         return [path.relative_to(name).as_posix() for path in sorted(Path(name).rglob("*")) if path.is_file()]
     if local_files_only:
         return []
-    from httpx import HTTPError
     from huggingface_hub import HfApi
 
     try:
         return HfApi(token=token).list_repo_files(name, revision=revision)
-    except (OSError, HTTPError):
+    except http_errors():
         return []
 
 

@@ -421,11 +421,21 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
 
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all, and readable by whom the umask allows; `save_file` writes for its own user only."""
+    """Whole or not at all, readable by whom the umask allows, and the same bytes each time.
+
+    `save_file` writes for its own user only, and the metadata in an order that it draws.
+    """
     from safetensors.torch import save
 
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata))
+    content = save(tensors, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")  # the header's length, the header (JSON), the tensors
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(content)[end:])
 
 
 def save_lora(
