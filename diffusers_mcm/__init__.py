@@ -7,6 +7,7 @@ __version__ = "0.1.0.dev0"
 
 # Imported when first used, so that `import diffusers_mcm` costs nothing.
 _EXPORTS = {
+    "AnimateDiffMCMPipeline": ".base_models.animatediff",
     "MCMPipeline": ".pipelines",
     "MCMPipelineOutput": ".pipelines",
     "MCMScheduler": ".scheduler",
@@ -17,11 +18,13 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from .base_models import BASE_MODELS, get_base_model
+    from .base_models.animatediff import AnimateDiffMCMPipeline
     from .base_models.modelscope import ModelScopeMCMPipeline
     from .pipelines import MCMPipeline, MCMPipelineOutput
     from .scheduler import MCMScheduler
 
 __all__ = [
+    "AnimateDiffMCMPipeline",
     "BASE_MODELS",
     "MCMPipeline",
     "MCMPipelineOutput",

@@ -67,7 +67,7 @@ def test_a_base_model_with_a_lora_does_the_same(world, video):
 
 def test_a_lora_in_a_subfolder(world, tmp_path, video):
     shutil.copytree(world / "lora", tmp_path / "loras" / "webvid")
-    options = dict(subfolder="webvid", base_model_repository=world / "base")
+    options = dict(subfolder="webvid", base_model=world / "base")
     assert torch.equal(sample(MCMPipeline.from_pretrained(tmp_path / "loras", **options)), video)
     pipe = MCMPipeline.from_pretrained(world / "base", lora=tmp_path / "loras", subfolder="webvid")
     assert torch.equal(sample(pipe), video)
@@ -89,9 +89,9 @@ def test_the_world_can_be_moved(world, tmp_path, video):
     shutil.copytree(world, tmp_path / "moved")
     assert torch.equal(sample(MCMPipeline.from_pretrained(tmp_path / "moved" / "lora")), video)
     shutil.rmtree(tmp_path / "moved" / "base")
-    with pytest.raises(FileNotFoundError, match="recorded as '../base', but .* Say where it is with `base_model_repo"):
+    with pytest.raises(FileNotFoundError, match="recorded as '../base', but .* Say where it is with `base_model=`"):
         MCMPipeline.from_pretrained(tmp_path / "moved" / "lora")
-    moved = MCMPipeline.from_pretrained(tmp_path / "moved" / "lora", base_model_repository=world / "base")
+    moved = MCMPipeline.from_pretrained(tmp_path / "moved" / "lora", base_model=world / "base")
     assert torch.equal(sample(moved), video)
 
 
@@ -246,9 +246,9 @@ def test_neither_a_pipeline_nor_a_lora(tmp_path):
 
 
 def test_a_pipeline_that_is_not_text_to_video(tmp_path):
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index = {"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "CogVideoXTransformer3DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline.*Supported: modelscope"):
+    with pytest.raises(ValueError, match="CogVideoXPipeline.*Supported: modelscope"):
         MCMPipeline.from_pretrained(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_a_lora_for_an_unknown_base_model(world, tmp_path):
 def test_a_lora_whose_base_model_has_other_sizes(world, tmp_path):
     save_tiny_base(tmp_path, unet=tiny_unet(block_out_channels=(8, 32)))
     with pytest.raises(ValueError, match="made for another base model"):
-        MCMPipeline.from_pretrained(world / "lora", base_model_repository=tmp_path)
+        MCMPipeline.from_pretrained(world / "lora", base_model=tmp_path)
 
 
 def test_a_lora_on_a_lora(world):
@@ -273,4 +273,4 @@ def test_a_lora_on_a_lora(world):
 
 def test_a_base_model_that_is_none(world):
     with pytest.raises(ValueError, match="is not a text-to-video model: it has no model_index.json"):
-        MCMPipeline.from_pretrained(world / "lora", base_model_repository=world / "lora")
+        MCMPipeline.from_pretrained(world / "lora", base_model=world / "lora")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .animatediff import AnimateDiff
 from .base import BaseModel, Components, Text
 from .modelscope import ModelScope
 
-BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(),)}
+BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(), AnimateDiff())}
 
 
 def get_base_model(name: str) -> BaseModel:
@@ -26,7 +27,9 @@ def infer_base_model(
             if model.matches(model_index):
                 return model
         found = {name: value[1] for name, value in model_index.items() if name in ("unet", "transformer")}
-        expected = ", ".join(f"{m.name} ({m.denoiser_name}: {m.denoiser_class})" for m in BASE_MODELS.values())
+        expected = ", ".join(
+            f"{m.name} ({m.denoiser_name}: {' or '.join(m.denoiser_classes)})" for m in BASE_MODELS.values()
+        )
         raise ValueError(
             f"This is not a text-to-video model that MCM supports: {model_index.get('_class_name')} with denoiser"
             f" {found or 'none'}. Supported: {expected}."

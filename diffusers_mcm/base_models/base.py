@@ -35,6 +35,8 @@ class Components:
     tokenizer: Any
     scheduler_config: dict[str, Any]
     sampling: dict[str, Any] = field(default_factory=dict)  # height, width, num_frames and fps
+    # Where the parts came from that are not in the repository itself, by component name.
+    extra_repositories: dict[str, str] = field(default_factory=dict)
 
 
 class BaseModel(ABC):
@@ -46,7 +48,9 @@ class BaseModel(ABC):
     name: str
     default_repository: str
     denoiser_name: str = "unet"  # the component's name in a repository, and the prefix of its LoRA keys
-    denoiser_class: str  # what `model_index.json` calls the class of that component
+    denoiser_classes: tuple[str, ...]  # what `model_index.json` may call the class of that component
+    # Parts that lie in repositories of their own, by component name: where they are if nothing says otherwise.
+    extra_repositories: Mapping[str, str] = {}
     guidance_range: tuple[float, float]  # of the teacher, w ~ U[w_min, w_max]
     height: int
     width: int
@@ -74,9 +78,13 @@ class BaseModel(ABC):
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype = torch.float32,
+        extra_repositories: Mapping[str, str] | None = None,
         **hub_options,
     ) -> Components:
-        """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode."""
+        """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode.
+
+        `extra_repositories` overrides the class's own, by component name.
+        """
 
     def read_sampling(self, repository: str, denoiser: nn.Module, vae: nn.Module, **options) -> dict[str, Any]:
         """The size of the model's videos: from `model_index.json`, or the networks, or this model's defaults."""
@@ -96,7 +104,7 @@ class BaseModel(ABC):
 
     def matches(self, model_index: Mapping[str, Any]) -> bool:
         """Whether a repository with this `model_index.json` holds this model."""
-        return (model_index.get(self.denoiser_name) or [None, None])[1] == self.denoiser_class
+        return (model_index.get(self.denoiser_name) or [None, None])[1] in self.denoiser_classes
 
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:

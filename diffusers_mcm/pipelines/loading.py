@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, elsewhere, find_lora_file
+from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, LoRA, elsewhere, find_lora_file
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")

@@ -39,7 +39,7 @@ def full_size_unet():
 
 def test_table():
     assert all(isinstance(model, BaseModel) and name == model.name for name, model in BASE_MODELS.items())
-    with pytest.raises(ValueError, match="Unknown base model 'sora'. Known base models: modelscope"):
+    with pytest.raises(ValueError, match="Unknown base model 'sora'. Known base models: animatediff, modelscope"):
         get_base_model("sora")
 
 
@@ -60,13 +60,13 @@ def test_lora_targets_are_those_of_the_released_adapters(full_size_unet):
 def test_recognises_its_own_lora_and_repository():
     unet = tiny_unet()
     assert infer_base_model(lora_modules=MODELSCOPE.lora_target_modules(unet)) is MODELSCOPE
-    with pytest.raises(ValueError, match="modelscope.*'down_blocks.0.motion_modules.0.proj_in'"):
-        infer_base_model(lora_modules=["down_blocks.0.motion_modules.0.proj_in"])
-    with pytest.raises(ValueError, match="StableDiffusionPipeline.*UNet2DConditionModel.*Supported: modelscope"):
+    with pytest.raises(ValueError, match="modelscope.*'blocks.0.attn.to_q'"):
+        infer_base_model(lora_modules=["blocks.0.attn.to_q"])
+    with pytest.raises(ValueError, match="CogVideoXPipeline.*CogVideoXTransformer3DModel.*Supported: modelscope"):
         infer_base_model(
             model_index={
-                "_class_name": "StableDiffusionPipeline",
-                "unet": ["diffusers", "UNet2DConditionModel"],
+                "_class_name": "CogVideoXPipeline",
+                "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
             }
         )
 

@@ -1,0 +1,181 @@
+"""What the descendants of Stable Diffusion have in common: an image autoencoder for the frames, CLIP's text tower."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .. import hub
+from ..lora import base_layer
+from .base import BaseModel, Components, Text
+
+logger = logging.getLogger(__name__)
+
+# Suffixes of the modules that carry a LoRA. ModelScope's temporal convolutions (Conv3d, in `temp_convs`) and the
+# entrance, exit and time embedding of the network do not.
+LORA_SUFFIXES = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("proj_in", "proj_out"),
+    *("ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+    *("downsamplers.0.conv", "upsamplers.0.conv"),
+)
+
+
+class StableDiffusionModel(BaseModel):
+    """A video UNet over the latents of single frames. A subclass says which UNet, and how it is called."""
+
+    scheduler_defaults = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "epsilon",
+    }
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+    def load(
+        self,
+        repository: str | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        dtype: torch.dtype = torch.float32,
+        extra_repositories: Mapping[str, str] | None = None,
+        **hub_options,
+    ) -> Components:
+        source = hub.resolve(repository or self.default_repository)
+        where = dict(revision=revision, **hub_options)
+        index = hub.read_json(source, "model_index.json", subfolder=subfolder, **where) or {}
+
+        def part(name: str) -> dict:
+            return dict(subfolder=f"{subfolder}/{name}" if subfolder else name, **where)
+
+        denoiser, found = self.load_denoiser(source, index, part, dtype, extra_repositories or {}, hub_options)
+        vae = AutoencoderKL.from_pretrained(source, dtype=dtype, **part("vae"))
+        text_encoder = CLIPTextModel.from_pretrained(source, dtype=dtype, **part("text_encoder"))
+        for module in (denoiser, vae, text_encoder):
+            module.requires_grad_(False).eval()
+        scheduler = hub.read_json(source, "scheduler_config.json", **part("scheduler"))
+        return Components(
+            denoiser=denoiser,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=CLIPTokenizer.from_pretrained(source, **part("tokenizer")),
+            scheduler_config=self.scheduler_config(self.own_schedule(index, scheduler)),
+            sampling=self.read_sampling(source, denoiser, vae, subfolder=subfolder, **where),
+            extra_repositories=found,
+        )
+
+    @abstractmethod
+    def load_denoiser(
+        self,
+        source: str,
+        index: Mapping[str, Any],
+        part: Callable[[str], dict],
+        dtype: torch.dtype,
+        extra_repositories: Mapping[str, str],
+        hub_options: dict,
+    ) -> tuple[nn.Module, dict[str, str]]:
+        """The UNet of the repository `source`, and where those of its parts are that lie elsewhere.
+
+        `index` is its `model_index.json`, `part(name)` the options to load a component of it, `hub_options` those for
+        any other repository.
+        """
+
+    def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """What of the scheduler configuration in a repository with this `model_index.json` holds for this model."""
+        return config
+
+    def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
+        suffixes = tuple("." + suffix for suffix in LORA_SUFFIXES)
+        return sorted(
+            name
+            for name, module in denoiser.named_modules()
+            if isinstance(base_layer(module), (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
+        )
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
+        # diffusers' own switch is refused by UNet3D, and leaves out the motion modules of AnimateDiff.
+        for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
+        size = denoiser.config.sample_size
+        if name in ("height", "width") and size is not None:
+            size = size if isinstance(size, int) else size[name == "width"]
+            return size * self.vae_scale_factor(vae)
+        return super().sampling_default(name, denoiser, vae)
+
+    # --- the tensors -------------------------------------------------------------------------------------------------
+    def vae_scale_factor(self, vae: nn.Module) -> int:
+        return 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
+        factor = self.vae_scale_factor(vae)
+        if not isinstance(num_frames, Integral) or num_frames < 1:
+            raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}.")
+        for side, size in (("height", height), ("width", width)):
+            if not isinstance(size, Integral) or size < factor or size % factor:
+                raise ValueError(f"`{side}` must be a positive multiple of {factor}, got {size!r}.")
+        return denoiser.config.in_channels, num_frames, height // factor, width // factor
+
+    def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        batch = pixels.shape[0]
+        posterior = vae.encode(_frames(pixels).to(vae.dtype)).latent_dist
+        latents = posterior.mean
+        if noise is not None:
+            latents = latents + posterior.std * _frames(noise).to(latents.dtype)
+        return _videos(latents * vae.config.scaling_factor, batch)
+
+    def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
+        frames = _frames(latents)
+        chunks = frames.split(chunk_size or len(frames))
+        return _videos(torch.cat([self._decode(vae, chunk) for chunk in chunks]), latents.shape[0])
+
+    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor:
+        indices = frame_indices.to(latents.device)
+        samples = torch.arange(len(latents), device=latents.device)[:, None]
+        chosen = latents.transpose(1, 2)[samples, indices]  # (B, l, C, H, W)
+        return self._decode(vae, chosen.flatten(0, 1))
+
+    def _decode(self, vae: nn.Module, frames: torch.Tensor) -> torch.Tensor:
+        return vae.decode(frames.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Text:
+        """`prompt_embeds (B, length, features)`: the encoder's output, or that of `clip_skip` layers before its last,
+        normalised like the last."""
+        limit = tokenizer.model_max_length
+        tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        for prompt, full in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
+            if len(full) > limit:
+                lost = tokenizer.decode(full[limit - 1 : -1])
+                logger.warning("The text encoder reads %d tokens; of %r it will not see %r.", limit, prompt, lost)
+        # Where weights are offloaded one by one the encoder is nowhere, and accelerate's hook moves what it is given.
+        device = torch.device("cpu") if text_encoder.device.type == "meta" else text_encoder.device
+        output = text_encoder(tokens.input_ids.to(device), output_hidden_states=bool(clip_skip))
+        if not clip_skip:
+            return {"prompt_embeds": output[0]}
+        normalise = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+        return {"prompt_embeds": normalise(output.hidden_states[-1 - clip_skip])}
+
+
+def _frames(videos: torch.Tensor) -> torch.Tensor:
+    """`(B, C, T, H, W)` to `(B * T, C, H, W)`."""
+    return videos.transpose(1, 2).flatten(0, 1)
+
+
+def _videos(frames: torch.Tensor, batch: int) -> torch.Tensor:
+    """`(B * T, C, H, W)` to `(B, C, T, H, W)`."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
