@@ -7,6 +7,9 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": (".commands.generate", "make videos from prompts"),
+    "convert": (".commands.convert", "write a LoRA in the layout of another tool"),
+    "info": (".commands.info", "tell what is in a LoRA"),
+    "push": (".commands.push", "publish a LoRA folder on the Hub"),
 }
 SHAPES_COMMANDS = {
     "build": (".shapes.build", "write the shapes world: H.264 videos with captions, and the image sets"),

@@ -75,17 +75,6 @@ class LoRA:
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
 
-    def scales(self) -> dict[str, float]:
-        """The factor of B·A in each module: alpha / rank, or alpha / √rank with rsLoRA."""
-        from peft.utils.other import get_pattern_key
-
-        config, ranks = self.peft_config(), self.ranks()
-        alphas = {
-            module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-            for module in ranks
-        }
-        return {m: alphas[m] / (math.sqrt(rank) if self.use_rslora else rank) for m, rank in ranks.items()}
-
     def peft_config(self):
         """peft's `LoraConfig`, with the ranks the tensors really have."""
         from peft import LoraConfig
@@ -121,31 +110,30 @@ def read_lora(
     **hub_options,
 ) -> LoRA:
     """Read a LoRA from a folder, a `.safetensors` file, a packaged model or a Hub repository."""
-    source = hub.resolve(source)
-    if os.path.isfile(source):
-        source, weight_name, subfolder = os.path.dirname(source) or ".", os.path.basename(source), None
     where = dict(subfolder=subfolder, revision=revision, **hub_options)
-    path = find_lora_file(source, weight_name=weight_name, **where)
-    if path is None:
-        wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
-        place = f"{source} (subfolder {subfolder!r})" if subfolder else source
-        raise FileNotFoundError(
-            f"No LoRA in {place}: there is no {wanted}.{elsewhere(source, revision, **hub_options)}"
-        )
-    tensors, header = read_safetensors(path)
-    lora = LoRA(tensors=_strip_prefixes(tensors, path), source=str(path))
-    for key, attribute in HEADER_KEYS.items():
-        if key in header:
-            setattr(lora, attribute, json.loads(header[key]))
-    # A file beside the weights says the same, or what somebody has changed since.
-    lora.adapter_config = hub.read_json(source, PEFT_CONFIG_NAME, **where) or lora.adapter_config
-    lora.config = hub.read_json(source, CONFIG_NAME, **where) or lora.config
-    inside = f"{subfolder}/scheduler" if subfolder else "scheduler"
-    scheduler_config = hub.read_json(source, "scheduler_config.json", **(where | dict(subfolder=inside)))
-    lora.scheduler_config = scheduler_config or lora.scheduler_config
+    source, path, where = locate_lora(source, weight_name=weight_name, **where)
+    with open_safetensors(path) as file:
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    lora = LoRA(tensors=_strip_prefixes(tensors, path), source=str(path), **read_settings(source, header, **where))
     _read_alpha(lora, header, is_peft=any(key.startswith(PEFT_PREFIX) for key in tensors))
     lora.folder = path.parent if os.path.isdir(source) else None
     return lora
+
+
+def locate_lora(
+    source: str | os.PathLike, *, weight_name: str | None = None, **where
+) -> tuple[str, Path, dict[str, Any]]:
+    """The folder or repository, the file of the weights in it, and where else to look for what is beside them."""
+    source = hub.resolve(source)
+    if os.path.isfile(source):
+        source, weight_name = os.path.dirname(source) or ".", os.path.basename(source)
+        where["subfolder"] = None
+    path = find_lora_file(source, weight_name=weight_name, **where)
+    if path is None:
+        wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
+        place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
+        raise FileNotFoundError(f"No LoRA in {place}: there is no {wanted}.{elsewhere(source, **where)}")
+    return source, path, where
 
 
 def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> Path | None:
@@ -156,6 +144,21 @@ def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> P
     return None
 
 
+def read_settings(source: str, header: Mapping[str, str], *, subfolder: str | None = None, **where) -> dict[str, Any]:
+    """`config`, `scheduler_config` and `adapter_config` of a LoRA: from files beside the weights, else its header."""
+    inside = f"{subfolder}/scheduler" if subfolder else "scheduler"
+    files = {
+        "config": (CONFIG_NAME, subfolder),
+        "scheduler_config": ("scheduler_config.json", inside),
+        "adapter_config": (PEFT_CONFIG_NAME, subfolder),
+    }
+    settings = {attribute: json.loads(header[key]) for key, attribute in HEADER_KEYS.items() if key in header}
+    for attribute, (name, folder) in files.items():
+        settings[attribute] = hub.read_json(source, name, subfolder=folder, **where) or settings.get(attribute)
+    settings["config"] = settings["config"] or {}
+    return settings
+
+
 def elsewhere(source: str, **where) -> str:
     """A sentence on which subfolders do hold a LoRA; empty if none does."""
     files = [Path(name) for name in hub.list_files(source, **where)]
@@ -163,14 +166,16 @@ def elsewhere(source: str, **where) -> str:
     return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """safetensors' own handle of a file; `ValueError` if it is none, or not whole."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file; pickled weights are not read, for they can run code.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}). Was the download cut short? Fetch it again."
@@ -196,11 +201,11 @@ def _strip_prefix(key: str) -> str:
 
 
 def _read_alpha(lora: LoRA, header: Mapping[str, str], is_peft: bool) -> None:
-    """The scale's numerator, from diffusers' metadata or PEFT's configuration file."""
-    config = dict(lora.adapter_config or {})
-    if METADATA_KEY in header:
+    """The scale's numerator, from PEFT's configuration file or diffusers' metadata."""
+    config = dict(lora.adapter_config or {}) if is_peft else {}
+    if not config and METADATA_KEY in header:
         config = {_strip_prefix(key): value for key, value in json.loads(header[METADATA_KEY]).items()}
-    elif is_peft and not config:
+    if is_peft and not config:
         logger.warning(
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )

@@ -18,19 +18,22 @@ SAMPLING = {"pipelines", "base_models", "scheduler", "lora", "hub", "consistency
 MAY_IMPORT = {
     "consistency": set(),
     "hub": set(),
+    "cards": set(),
+    "publish": {"base_models", "cards", "files", "hub", "lora", "video_io"},
     "files": set(),
     "devices": set(),
     "video_io": {"files"},
     "scheduler": {"consistency"},
     "lora": {"consistency", "files", "hub"},
     **{unit: ALGORITHM | {"consistency", "hub"} for unit in ALGORITHM},
-    "pipelines": SAMPLING,
+    "pipelines": SAMPLING | {"cards", "publish"},
     "base_models": SAMPLING,
     "data": {"hub", "video_io"},
     "evaluation": {"hub", "video_io"},
     "shapes": {"files", "video_io"},
-    "training": ALGORITHM | SAMPLING | {"data", "devices", "video_io"},
-    "commands": {"", "devices", "video_io"},
+    "training": ALGORITHM | SAMPLING | {"cards", "data", "devices", "publish", "video_io"},
+    "formats": {"base_models", "hub", "lora", "pipelines"},
+    "commands": {"", "formats", "devices", "publish", "video_io"},
     "cli": {"commands", "shapes"},
     "": {"pipelines", "scheduler", "hub", "base_models", "lora"},
     "__main__": {"cli"},
@@ -130,7 +133,7 @@ def test_a_wheel_holds_weights_types_and_every_module(tmp_path):
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     built = {path.relative_to(tmp_path / "wheel").as_posix() for path in (tmp_path / "wheel").rglob("*.*")}
     assert {f"diffusers_mcm/shapes/weights/{name}" for name in weights} <= built
-    assert "diffusers_mcm/py.typed" in built
+    assert {"diffusers_mcm/py.typed", "diffusers_mcm/card_template.md"} <= built
     assert {path.relative_to(ROOT).as_posix() for path in FILES} <= built
 
 

@@ -1,0 +1,43 @@
+"""Writes a LoRA in the layout of another tool."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+LAYOUTS = {
+    "peft": "a folder with adapter_model.safetensors and adapter_config.json",
+    "diffusers": "a folder with, or a file like, pytorch_lora_weights.safetensors",
+    "kohya": "a file with the spatial layers of an AnimateDiff LoRA, for ComfyUI and other readers of kohya files",
+    "motion-module": "a file with a motion adapter and, merged into it, the motion layers of an AnimateDiff LoRA",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `diffusers-mcm convert`."""
+    layouts = "\n".join(f"  {name:14} {text}" for name, text in LAYOUTS.items())
+    parser = argparse.ArgumentParser(
+        prog="diffusers-mcm convert",
+        description=f"{__doc__} The layouts:\n\n{layouts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", help="folder, .safetensors file, packaged model or Hub id of a LoRA in diffusers' or PEFT's layout")
+    add("destination", type=Path, help="folder, or file that ends in .safetensors")
+    add("--to", required=True, choices=LAYOUTS, help="the layout")
+    add("--subfolder", help="where in SOURCE the LoRA is")
+    add("--weight_name", help="the file's name, if it is not one of the usual two")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--motion_adapter", help="what to merge into, as a folder or Hub id (default: what the LoRA was trained with)")
+    add("--overwrite", action="store_true", help="replace what is at DESTINATION")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert, and say what was written."""
+    options = vars(build_parser().parse_args(argv))
+    from ..formats import convert, describe
+
+    path = convert(options.pop("source"), options.pop("destination"), options.pop("to"), **options)
+    written = describe(path)
+    contents = f"{written['targets']} modules, " if written["targets"] else ""
+    print(f"{path}  ({written['layout']}: {contents}{written['tensors']} tensors, {written['bytes'] / 1e6:.1f} MB)")

@@ -1,0 +1,35 @@
+"""Tells what is in a LoRA."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `diffusers-mcm info`."""
+    parser = argparse.ArgumentParser(prog="diffusers-mcm info", description=__doc__)
+    add = parser.add_argument
+    add("source", help="folder, .safetensors file, packaged model or Hub id; a motion module or kohya file, too")
+    add("--subfolder", help="where in SOURCE the LoRA is")
+    add("--weight_name", help="the file's name, if it is not one of the usual two")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--json", action="store_true", help="for programs to read")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the description."""
+    options = vars(build_parser().parse_args(argv))
+    from ..formats import describe
+
+    as_json = options.pop("json")
+    description = describe(options.pop("source"), **options)
+    if as_json:
+        print(json.dumps(description, indent=2))
+        return
+    for name, value in description.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            print(*(f"  {key}: {inner}" for key, inner in value.items()), sep="\n")
+        else:
+            print(f"{name}: {'not known' if value is None else value}")

@@ -1,0 +1,168 @@
+"""From one LoRA layout to another: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import hub
+from ..base_models import infer_base_model
+from ..lora import (
+    CONFIG_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    LoRA,
+    lora_header,
+    read_lora,
+    write_lora_weights,
+    write_safetensors,
+    write_settings,
+)
+from ..pipelines.loading import recorded_repositories
+from .kohya import kohya_header, kohya_tensors
+from .motion_module import merged_motion_module
+from .pairs import check_pairs
+
+MOTION_HEAD_NAME = "motion_head.safetensors"
+# What a LoRA folder may hold; replacing one leaves none of the old behind.
+_LORA_FILES = (
+    *(WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME),
+    "scheduler/scheduler_config.json",
+)
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    to: str,
+    *,
+    overwrite: bool = False,
+    motion_adapter: str | os.PathLike | None = None,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    **hub_options,
+) -> Path:
+    """Write a LoRA in another layout. The tensors' values and types stay as they are.
+
+    Args:
+        source: A LoRA in diffusers' or PEFT's layout: a folder, a `.safetensors` file, a packaged model, a Hub id.
+        destination: A folder or, if it ends in `.safetensors`, a single file.
+        to: `peft` (a folder), `diffusers` (a folder or file), `kohya` or `motion-module` (a file).
+        overwrite: Replace what is at `destination`; otherwise that is an error.
+        motion_adapter: For `motion-module`: the motion adapter to merge the LoRA into, as a folder or Hub id.
+        subfolder, weight_name, revision, hub_options: Where in `source`, as in `from_pretrained`.
+
+    Returns:
+        `destination`.
+    """
+    destination = Path(destination)
+    if to not in LAYOUTS:
+        raise ValueError(f"Unknown layout {to!r}; valid are {', '.join(LAYOUTS)}.")
+    layout = LAYOUTS[to]
+    single = destination.suffix == ".safetensors"
+    if not (layout.as_file if single else layout.as_folder):
+        expected = "a file that ends in .safetensors" if layout.as_file else "a folder"
+        raise ValueError(f"The layout {to!r} is {expected}, got {str(destination)!r}.")
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists already; choose another name, or overwrite it (--overwrite).")
+    if destination.exists() and destination.is_dir() == single:
+        raise FileExistsError(f"{destination} exists already and is a {'folder' if single else 'file'}.")
+    where = dict(subfolder=subfolder, revision=revision, **hub_options)
+    lora = read_lora(source, weight_name=weight_name, **where)
+    check_pairs(lora)
+    head = hub.find_file(hub.resolve(source), MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    _rebase(lora, destination.parent if single else destination)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        layout.write(lora, temporary, motion_adapter)
+        if single:
+            os.replace(temporary / layout.file_name, destination)
+            return destination
+        write_settings(temporary, lora)
+        if head is not None:
+            shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
+        _put_in_place(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return destination
+
+
+def _rebase(lora: LoRA, folder: Path) -> None:
+    """A base model that was recorded relative to where the LoRA was, relative to where it will be."""
+    recorded = lora.config.get("base_model_repository") or ""
+    if recorded.startswith(("./", "../")) and lora.folder is not None and (lora.folder / recorded).exists():
+        lora.config = lora.config | {"base_model_repository": hub.recordable(lora.folder / recorded, folder)}
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Move a whole folder to where there is none, or else its files over those of the LoRA that is there."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    for name in _LORA_FILES:
+        if (temporary / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(temporary / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+# --- the layouts -----------------------------------------------------------------------------------------------------
+def _write_diffusers(lora: LoRA, folder: Path, _) -> None:
+    write_lora_weights(folder / WEIGHTS_NAME, lora, _base_model(lora).denoiser_name)
+
+
+def _write_peft(lora: LoRA, folder: Path, _) -> None:
+    write_lora_weights(folder / PEFT_WEIGHTS_NAME, lora, PEFT_PREFIX.rstrip("."))
+    config = lora.adapter_config or _adapter_config(lora)
+    (folder / PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _write_kohya(lora: LoRA, folder: Path, _) -> None:
+    write_safetensors(folder / "kohya.safetensors", kohya_tensors(lora), kohya_header(lora))
+
+
+def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.PathLike | None) -> None:
+    repositories = {**_base_model(lora).extra_repositories, **recorded_repositories(lora)}
+    repository = motion_adapter or repositories.get("motion_adapter")
+    if repository is None:
+        raise ValueError(f"{lora.source} is a LoRA for {_base_model(lora).name}, which has no motion adapter.")
+    header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
+    write_safetensors(folder / "motion_module.safetensors", merged_motion_module(lora, repository), header)
+
+
+def _base_model(lora: LoRA):
+    return infer_base_model(lora_modules=lora.modules)
+
+
+def _adapter_config(lora: LoRA) -> dict:
+    """adapter_config.json as PEFT would write it; a base model in a folder beside the LoRA is not named there."""
+    config = lora.peft_config().to_dict()
+    repository = lora.config.get("base_model_repository")
+    config["base_model_name_or_path"] = repository if repository and hub.is_hub_id(repository) else None
+    config["inference_mode"] = True
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    write: Callable[[LoRA, Path, str | os.PathLike | None], None]
+    file_name: str
+    as_folder: bool = False
+    as_file: bool = True
+
+
+LAYOUTS = {
+    "peft": Layout(_write_peft, PEFT_WEIGHTS_NAME, as_folder=True, as_file=False),
+    "diffusers": Layout(_write_diffusers, WEIGHTS_NAME, as_folder=True),
+    "kohya": Layout(_write_kohya, "kohya.safetensors"),
+    "motion-module": Layout(_write_motion_module, "motion_module.safetensors"),
+}
