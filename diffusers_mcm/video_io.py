@@ -1,17 +1,22 @@
-"""Writing what was sampled: H.264, GIF, contact sheets and labelled comparisons. Whole files or none."""
+"""Writing what was sampled: H.264, GIF, WebP, frames, contact sheets, labelled comparisons. Whole files or none."""
 
 import io
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from .files import whole_file
+from .files import whole_file, whole_folder
 
 _MARGIN = 4
 _LABEL_WIDTH = 190
+_EXIF_DESCRIPTION = 0x010E
+_METADATA_FILE = "metadata.json"
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
@@ -24,8 +29,8 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
     return (video.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16) -> bytes:
-    """Frames (T, H, W, 3) as an H.264 mp4; the same frames always give the same bytes."""
+def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None) -> bytes:
+    """Frames (T, H, W, 3) as an H.264 mp4; the same frames and metadata always give the same bytes."""
     import av
 
     video = to_uint8(video)
@@ -33,6 +38,8 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16) -> bytes:
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
+        if metadata:
+            container.metadata["comment"] = _to_json(metadata)
         # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
         options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
@@ -44,46 +51,105 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16) -> None:
-    """Write frames (T, H, W, 3) as H.264; the same frames always give the same bytes."""
+def write_mp4(
+    path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None
+) -> None:
+    """Write frames (T, H, W, 3) as H.264; the metadata become its comment."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(encode_mp4(video, fps, crf))
+        temporary.write_bytes(encode_mp4(video, fps, crf, metadata))
 
 
-def write_gif(path: str | Path, video: np.ndarray, fps: float = 8) -> None:
-    """Write frames (T, H, W, 3) as an endless GIF."""
+def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
+    """Write frames (T, H, W, 3) as an endless GIF; the metadata become its comment."""
+    _write_animation(path, video, fps, format="GIF", **({"comment": _to_json(metadata).encode()} if metadata else {}))
+
+
+def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
+    """Write frames (T, H, W, 3) as an endless WebP; the metadata become the description in its EXIF."""
+    exif = Image.Exif()
+    if metadata:
+        exif[_EXIF_DESCRIPTION] = _to_json(metadata)
+    _write_animation(path, video, fps, format="WEBP", quality=90, exif=exif)
+
+
+def _write_animation(path: str | Path, video: np.ndarray, fps: float, **options) -> None:
     frames = [Image.fromarray(frame) for frame in to_uint8(video)]
+    options |= dict(save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     with whole_file(path) as temporary:
-        frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0
-        )
+        frames[0].save(temporary, **options)
 
 
-def write_png(path: str | Path, video: np.ndarray, fps: float = 8) -> None:
+def write_png(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
     """Write all frames (T, H, W, 3) into one picture, eight to a row; a picture has no use for `fps`."""
-    write_image(path, contact_sheet(video))
+    write_image(path, contact_sheet(video), metadata)
 
 
-def write_image(path: str | Path, image: Image.Image) -> None:
-    """Write a PNG."""
+def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None = None) -> None:
+    """Write a PNG; the metadata become its comment."""
+    text = PngInfo()
+    if metadata:
+        text.add_text("Comment", _to_json(metadata))
     with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
-WRITERS: dict[str, Callable] = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
+def write_frames(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
+    """Write frames (T, H, W, 3) as `0001.png`, `0002.png`, … of a folder, the metadata as its `metadata.json`."""
+    video, path = to_uint8(video), Path(path)
+    foreign = [p.name for p in path.glob("*") if not re.fullmatch(rf"\d+\.png|{re.escape(_METADATA_FILE)}", p.name)]
+    if foreign:
+        raise ValueError(f"expected a folder of frames, or none yet, at {path}; it also holds {foreign[0]!r}")
+    with whole_folder(path) as temporary:
+        for number, frame in enumerate(video, start=1):
+            Image.fromarray(frame).save(temporary / f"{number:04d}.png")
+        if metadata:
+            (temporary / _METADATA_FILE).write_text(_to_json(metadata) + "\n", encoding="utf-8")
+
+
+WRITERS: dict[str, Callable] = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp, ".png": write_png}
 
 
 def writer_for(path: str | Path) -> Callable:
-    """The function that writes the format of the path's extension."""
+    """The function that writes the format of the path's extension; that of a folder is none."""
+    suffix = Path(path).suffix.lower()
+    if suffix and suffix not in WRITERS:
+        raise ValueError(f"expected a file name ending in {', '.join(WRITERS)}, got {str(path)!r}")
+    return WRITERS[suffix] if suffix else write_frames
+
+
+def write_video(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
+    """Write frames (T, H, W, 3), float in [0, 1] or uint8, in the format of the path's extension.
+
+    Without an extension, as a folder of frames. `metadata` is what JSON can say; `read_metadata` reads it back.
+    """
+    writer_for(path)(path, video, fps=fps, metadata=metadata)
+
+
+def read_metadata(path: str | Path) -> dict | None:
+    """The metadata that `write_video` put into a file or folder; `None` if there are none, or it is no video."""
+    path = Path(path)
     try:
-        return WRITERS[Path(path).suffix.lower()]
-    except KeyError:
-        raise ValueError(f"expected a file name ending in {', '.join(WRITERS)}, got {str(path)!r}") from None
+        text = _read_comment(path)
+        found = json.loads(text) if text else None
+    except (OSError, ValueError):  # missing, damaged, or somebody else's
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def write_video(path: str | Path, video: np.ndarray, fps: float = 8) -> None:
-    """Write frames (T, H, W, 3), float in [0, 1] or uint8, in the format of the path's extension."""
-    writer_for(path)(path, video, fps=fps)
+def _read_comment(path: Path) -> str | bytes | None:
+    if path.is_dir():
+        return (path / _METADATA_FILE).read_text(encoding="utf-8")
+    if path.suffix.lower() == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment")
+    with Image.open(path) as image:
+        return image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
+
+
+def _to_json(metadata: Mapping) -> str:
+    return json.dumps(metadata)  # plain ASCII, which every one of the formats can hold
 
 
 def contact_sheet(video: np.ndarray, columns: int = 8) -> Image.Image:

@@ -1,6 +1,6 @@
 import pytest
 
-from diffusers_mcm.files import whole_file
+from diffusers_mcm.files import whole_file, whole_folder
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
@@ -11,3 +11,15 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
         raise RuntimeError("half way")
     assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
     assert path.read_text() == "old"
+
+
+def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "kept"
+    for text in ("old", "new"):
+        with whole_folder(path) as temporary:
+            (temporary / f"{text}.txt").write_text(text)
+    with pytest.raises(RuntimeError, match="half way"), whole_folder(path) as temporary:
+        (temporary / "more.txt").write_text("mo")
+        raise RuntimeError("half way")
+    assert [p.name for p in path.parent.iterdir()] == ["kept"]
+    assert [p.name for p in path.iterdir()] == ["new.txt"]

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "shapes": {"files", "video_io"},
     "training": ALGORITHM | SAMPLING | {"cards", "data", "devices", "publish", "video_io"},
     "formats": {"base_models", "hub", "lora", "pipelines"},
-    "commands": {"", "formats", "devices", "publish", "video_io"},
+    "commands": {"", "devices", "formats", "hub", "lora", "publish", "video_io"},
     "cli": {"commands", "shapes"},
     "": {"pipelines", "scheduler", "hub", "base_models", "lora"},
     "__main__": {"cli"},

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_mcm.video_io import comparison, contact_sheet, to_uint8, write_video
+from diffusers_mcm.video_io import comparison, contact_sheet, read_metadata, to_uint8, write_frames, write_video
 
 
 @pytest.fixture
@@ -41,6 +41,60 @@ def test_gif_holds_the_frames_and_their_rate(tmp_path, video):
         assert (image.n_frames, image.size, image.info["duration"]) == (6, (48, 32), 120)
 
 
+def test_webp_holds_the_frames_and_their_rate(tmp_path, video):
+    write_video(tmp_path / "v.webp", video, fps=8)
+    with Image.open(tmp_path / "v.webp") as image:
+        assert (image.n_frames, image.size) == (6, (48, 32))
+        for index, frame in enumerate(video):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == 125
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - frame).mean() < 4
+
+
+def test_frames_are_a_folder_of_exact_pictures(tmp_path, video):
+    write_video(tmp_path / "v", video)
+    write_video(tmp_path / "v", video[:2], metadata={"seed": 1})  # takes the place of the whole folder
+    names = sorted(path.name for path in (tmp_path / "v").iterdir())
+    assert names == ["0001.png", "0002.png", "metadata.json"]
+    for name, frame in zip(names, video[:2]):
+        with Image.open(tmp_path / "v" / name) as image:
+            np.testing.assert_array_equal(np.asarray(image), frame)
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, video):
+    (tmp_path / "thesis.doc").write_text("years of work")
+    with pytest.raises(
+        ValueError, match=r"expected a folder of frames, or none yet, at .*; it also holds 'thesis.doc'"
+    ):
+        write_frames(tmp_path, video)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.doc"]
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png", "v"])
+def test_metadata_come_back_from_every_format(tmp_path, video, name):
+    path = tmp_path / name
+    metadata = {"prompt": "ein „Hund“, 柯基; a=b\nc\\" + "d" * 600, "seed": 2**40, "scale": 0.1, "none": None}
+    write_video(path, video, metadata=metadata)
+    assert read_metadata(path) == metadata
+    write_video(path, video)
+    assert read_metadata(path) is None
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png"])
+def test_a_damaged_or_missing_file_has_no_metadata(tmp_path, name):
+    assert read_metadata(tmp_path / name) is None
+    (tmp_path / name).write_bytes(b"no video")
+    assert read_metadata(tmp_path / name) is None
+
+
+def test_a_comment_of_another_program_is_no_metadata(tmp_path):
+    for name, comment in (("text.gif", b"made with love"), ("list.gif", b"[1, 2]")):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, comment=comment)
+        assert read_metadata(tmp_path / name) is None
+
+
 def test_contact_sheet_shows_every_frame_in_reading_order(video):
     sheet = np.asarray(contact_sheet(video, columns=4))
     assert sheet.shape == (2 * 36 + 4, 4 * 52 + 4, 3)
@@ -72,5 +126,5 @@ def test_other_shapes_are_refused(shape):
 
 
 def test_unknown_extension_lists_the_known_ones(video):
-    with pytest.raises(ValueError, match=r"ending in .mp4, .gif, .png, got 'v.avi'"):
+    with pytest.raises(ValueError, match=r"ending in .mp4, .gif, .webp, .png, got 'v.avi'"):
         write_video("v.avi", video)

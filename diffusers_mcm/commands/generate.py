@@ -1,69 +1,283 @@
-"""Makes videos from prompts."""
+"""Makes videos from prompts, resumes where it stopped, and shares a list among processes."""
 
 import argparse
+import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .prompts import Job, plan, read_prompts
+
+if TYPE_CHECKING:
+    from .. import MCMPipeline
 
 DTYPES = ("float32", "float16", "bfloat16")
+OFFLOADS = ("none", "model", "sequential")
+# --format -> how the names in a folder end
+FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "png": ".png", "frames": ""}
+EPILOG = """
+lists of prompts (--prompts FILE, or - for stdin):
+  .txt, stdin   a prompt a line; blank lines and lines that start with # are skipped
+  .jsonl        {"prompt": "a corgi", "negative_prompt": "blurry", "seed": 7} a line, the last two if wanted
+  .csv          the same as columns, under a header
+
+Every file holds how it was made. Where one is there already and was made by the same settings, it is not made again,
+so that the same command finishes a list that was interrupted; one that was made by other settings is made anew. A file
+that this command did not make is never replaced without --overwrite.
+
+  accelerate launch -m diffusers_mcm generate --prompts list.txt -o videos      shares the list among the GPUs
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `diffusers-mcm generate`."""
-    parser = argparse.ArgumentParser(prog="diffusers-mcm generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="diffusers-mcm generate",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="what to show; several prompts give numbered files")
-    add("-o", "--output", default="out.mp4", type=Path, help=".mp4, .gif or .png (all frames in one picture)")
-    add("--model", default="mcm-shapes", help="packaged model, folder or Hub id: an MCM LoRA or a base model")
-    add("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
-    add("--seed", type=int, help="same seed, same video; every prompt starts from it (default: a new one, printed)")
-    add("--frames", type=int, help="number of frames (default: the model's)")
-    add("--height", type=int, help="in pixels (default: the model's)")
-    add("--width", type=int, help="in pixels (default: the model's)")
-    add("--fps", type=float, help="frames per second of the file (default: the model's)")
-    add("--guidance_scale", type=float, help="above 1 calls the network twice a step (default: off)")
-    add("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
-    add("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
-    add("--dtype", choices=DTYPES, default="float32", help="precision of the networks")
+    add("prompt", nargs="*", metavar="PROMPT", help="what to show; - reads prompts from stdin")
+    add("--prompts", metavar="FILE", help="a list of prompts: .txt, .jsonl, .csv, or - for stdin")
+    add(
+        *("-o", "--output"),
+        default="out.mp4",
+        type=Path,
+        help=".mp4, .gif, .webp or .png (all frames in one picture); without an ending a folder (default: out.mp4)",
+    )
+    add("--format", choices=FORMATS, help="of the videos in a folder; frames: each a folder of .png (default: mp4)")
+    add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
+
+    model = parser.add_argument_group("model").add_argument
+    model("--model", default="mcm-shapes", help="packaged model, folder or Hub id: an MCM LoRA or a base model")
+    model("--lora", help="MCM LoRA to put in --model, where that is a base model: folder, file or Hub id")
+    model("--subfolder", help="where in its folder or repository the LoRA is")
+    model("--revision", help="of --model, on the Hub: branch, tag or commit")
+    model("--base_model", help="the base model to put the LoRA in, instead of the one its configuration names")
+    model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+
+    sampling = parser.add_argument_group("sampling").add_argument
+    sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
+    sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
+    sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
+    sampling("--frames", type=int, help="number of frames (default: the model's)")
+    sampling("--height", type=int, help="in pixels (default: the model's)")
+    sampling("--width", type=int, help="in pixels (default: the model's)")
+    sampling("--fps", type=float, help="frames per second of the file (default: the model's)")
+    sampling("--guidance_scale", type=float, default=1.0, help="above 1 doubles the network's work (default: off)")
+    sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
+
+    machine = parser.add_argument_group("machine").add_argument
+    machine("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
+    machine("--dtype", choices=DTYPES, default="float32", help="precision of the networks (default: float32)")
+    machine("--offload", choices=OFFLOADS, default="none", help="keep weights in host memory until they are needed")
+    machine("--vae_slicing", action="store_true", help="decode one frame at a time")
+    machine("--decode_chunk_size", type=int, default=16, help="decode that many frames at a time (default: 16)")
+    machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
+    machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample every prompt and write one file each."""
     arguments = build_parser().parse_args(argv)
-    from ..video_io import write_video, writer_for
+    jobs = plan_jobs(arguments)
 
-    writer_for(arguments.output)  # a wrong extension is told before the work, not after it
-    if arguments.fps is not None and arguments.fps <= 0:
-        raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
+    from accelerate import PartialState
+    from tqdm import tqdm
 
-    import torch
-
-    from .. import MCMPipeline
     from ..devices import choose_device
 
     device = choose_device(arguments.device)
-    seed = torch.seed() % 2**32 if arguments.seed is None else arguments.seed
-    pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
-    options = {
-        "num_inference_steps": arguments.steps,
-        "num_frames": arguments.frames,
-        "height": arguments.height,
-        "width": arguments.width,
-        "guidance_scale": arguments.guidance_scale,
-        "negative_prompt": arguments.negative_prompt,
+    check_offload(arguments.offload, device)
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes > 1:
+        device = str(state.device)
+    pipeline = load_pipeline(arguments, device)
+    # the bar of one video's steps, or that of the list
+    pipeline.set_progress_bar_config(disable=len(jobs) > 1)
+    settings = settings_of(arguments, pipeline)
+
+    pending = [job for job in jobs if arguments.overwrite or not is_made(job, settings)]
+    if len(pending) < len(jobs) and state.is_main_process:
+        print(f"{len(jobs) - len(pending)} of {len(jobs)} videos are there already, made by the same settings")
+    state.wait_for_everyone()  # nobody writes before everybody has looked, so that all share the same list
+    share = pending[state.process_index :: state.num_processes]
+    with tqdm(share, unit="video", disable=len(jobs) == 1 or not state.is_main_process) as bar:
+        for job in bar:
+            length = make(job, pipeline, settings, arguments)
+            bar.clear()
+            print(f"{job.path}  ({length} frames, seed {job.seed}): {job.prompt}", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """What to make and where, with everything checked that can be checked before a model is loaded."""
+    from ..video_io import writer_for
+
+    if arguments.fps is not None and arguments.fps <= 0:
+        raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
+    if arguments.num_videos < 1:
+        raise ValueError(f"expected --num_videos of at least 1, got {arguments.num_videos}")
+    output = arguments.output
+    suffix = None
+    if output.is_dir() or not output.suffix:
+        suffix = FORMATS[arguments.format or "mp4"]
+    else:
+        writer_for(output)
+        if arguments.format is not None:
+            raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {str(output)!r}")
+    return plan(
+        read_prompts(arguments.prompt, arguments.prompts),
+        output,
+        suffix,
+        seed=arguments.seed,
+        negative_prompt=arguments.negative_prompt,
+        num_videos=arguments.num_videos,
+    )
+
+
+def check_offload(offload: str, device: str) -> None:
+    """`ValueError` where there is nothing that weights could be kept away from."""
+    if offload != "none" and device == "cpu":
+        raise ValueError(
+            f"expected an accelerator (cuda, mps …) for --offload {offload}, got the cpu: all weights are in host"
+            " memory already; --dtype bfloat16 halves them"
+        )
+
+
+def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
+    """The pipeline on its device, set up to use as little memory or time as the flags say."""
+    import torch
+
+    from .. import MCMPipeline
+
+    pipeline = MCMPipeline.from_pretrained(
+        arguments.model,
+        lora=arguments.lora,
+        subfolder=arguments.subfolder,
+        revision=arguments.revision,
+        base_model=arguments.base_model,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    if arguments.fuse_lora:
+        pipeline.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
+    if arguments.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if arguments.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif arguments.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    if arguments.compile:
+        pipeline.denoiser.compile()
+    return pipeline
+
+
+def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
+    """What all videos of a run have in common and what decides how they look, under `__call__`'s names."""
+    names = {
+        "num_inference_steps": "steps",
+        "num_frames": "frames",
+        "height": "height",
+        "width": "width",
+        "fps": "fps",
     }
-    options = {name: value for name, value in options.items() if value is not None}
-    fps = arguments.fps or pipeline.sampling_default("fps")
-    for prompt, path in zip(arguments.prompts, numbered(arguments.output, len(arguments.prompts))):
-        generator = torch.Generator().manual_seed(seed)
-        video = pipeline(prompt, generator=generator, output_type="np", **options).frames[0]
-        write_video(path, video, fps=fps)
-        print(f"{path}  ({len(video)} frames, seed {seed}): {prompt}")
+    given = {name: getattr(arguments, flag) for name, flag in names.items()}
+    sizes = {name: pipeline.sampling_default(name) if value is None else value for name, value in given.items()}
+    return {
+        "model": public_name(arguments.model),
+        "lora": public_name(arguments.lora),
+        "subfolder": arguments.subfolder,
+        "revision": arguments.revision,
+        "base_model": public_name(arguments.base_model),
+        "lora_sha256": lora_sha256(arguments),
+        "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
+        "guidance_scale": arguments.guidance_scale,
+        "dtype": arguments.dtype,
+        **sizes,
+    }
 
 
-def numbered(path: Path, count: int) -> list[Path]:
-    """`out.mp4` -> [out.mp4], or [out-1.mp4, out-2.mp4, …] for several."""
-    if count == 1:
-        return [path]
-    digits = len(str(count))
-    return [path.with_name(f"{path.stem}-{index:0{digits}d}{path.suffix}") for index in range(1, count + 1)]
+def public_name(model: str | None) -> str | None:
+    """A model's name without the folders of this machine."""
+    return os.path.basename(os.path.abspath(model)) if model and os.path.exists(model) else model
+
+
+def lora_sha256(arguments: argparse.Namespace) -> str | None:
+    """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
+    from .. import hub
+    from ..lora import find_lora_file
+
+    source = hub.resolve(arguments.lora or arguments.model)
+    if not os.path.isfile(source):
+        revision = None if arguments.lora else arguments.revision
+        # what has just been loaded is in the cache
+        source = find_lora_file(source, subfolder=arguments.subfolder, revision=revision, local_files_only=True)
+    if source is None:
+        return None
+    with open(source, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def recipe(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides how one video looks."""
+    return {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed, **settings}
+
+
+def is_made(job: Job, settings: dict[str, Any]) -> bool:
+    """Whether the job's file is there and was made by this recipe; an error if something else's file is there."""
+    from ..video_io import read_metadata
+
+    if not job.path.exists():
+        return False
+    found = read_metadata(job.path)
+    if found is None or "versions" not in found:
+        raise ValueError(
+            f"{job.path} is there already and was not made by this command; --overwrite replaces it, another --output"
+            " keeps it"
+        )
+    wanted = recipe(job, settings)
+    return {key: value for key, value in found.items() if key != "versions"} == wanted
+
+
+def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Sample one video and write it; the number of its frames."""
+    import torch
+
+    from ..video_io import write_video
+
+    options = ("num_inference_steps", "num_frames", "height", "width", "guidance_scale")
+    video = pipeline(
+        job.prompt,
+        negative_prompt=job.negative_prompt,
+        generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
+        decode_chunk_size=arguments.decode_chunk_size,
+        lora_scale=None if arguments.fuse_lora else arguments.lora_scale,
+        output_type="np",
+        **{name: settings[name] for name in options},
+    ).frames[0]
+    metadata = recipe(job, settings) | {"versions": versions()}
+    write_video(job.path, video, fps=settings["fps"], metadata=metadata)
+    return len(video)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute a video."""
+    import diffusers
+    import torch
+
+    from .. import __version__
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {
+        "diffusers_mcm": __version__,
+        "diffusers": diffusers.__version__,
+        "torch": torch.__version__,
+        "python": python,
+    }

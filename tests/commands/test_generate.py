@@ -1,0 +1,296 @@
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mcm.cli import main
+from diffusers_mcm.video_io import read_metadata
+from tests.tiny import NUM_FRAMES, SIZE, save_tiny_base, save_tiny_lora
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red circle moving left on a black background"
+LIST = [PROMPT, "a blue ring growing", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("world") / "base")
+
+
+@pytest.fixture(scope="module")
+def lora(base):
+    return save_tiny_lora(base.parent / "lora", base)
+
+
+def flags(model, *arguments, size=SIZE):
+    sizes = ["--frames", NUM_FRAMES, "--height", size, "--width", size]
+    return [*map(str, ["generate", "--model", model, *sizes, "--steps", 1, "--device", "cpu", *arguments])]
+
+
+def generate(model, *arguments):
+    return main(flags(model, *arguments))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The prompts that were really sampled."""
+    from diffusers_mcm import ModelScopeMCMPipeline
+
+    seen = []
+    call = ModelScopeMCMPipeline.__call__
+    monkeypatch.setattr(
+        ModelScopeMCMPipeline, "__call__", lambda self, prompt, **kw: seen.append(prompt) or call(self, prompt, **kw)
+    )
+    return seen
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+def test_generate_writes_an_mp4_that_the_seed_decides(base, tmp_path):
+    for name, seed in (("a.mp4", 1), ("b.mp4", 1), ("c.mp4", 2)):
+        assert generate(base, PROMPT, "-o", tmp_path / name, "--seed", seed, "--fps", 4) == 0
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 4
+        assert [(f.height, f.width) for f in container.decode(video=0)] == [(SIZE, SIZE)] * NUM_FRAMES
+    first, again, other = ((tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4"))
+    assert first == again != other
+
+
+def test_several_prompts_give_numbered_files(base, tmp_path, capsys):
+    assert generate(base, PROMPT, "a blue ring", "-o", tmp_path / "out.gif", "--seed", 3) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.gif", "out-2.gif"]
+    with Image.open(tmp_path / "out-2.gif") as image:
+        assert image.size == (SIZE, SIZE)
+    output = capsys.readouterr()
+    assert f"({NUM_FRAMES} frames, seed 3): a blue ring" in output.out
+    assert "2/2" in output.err  # the progress of the list
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("webp", "0001-a-blue-ring.webp"), ("png", "0001-a-blue-ring.png"), ("frames", "0001-a-blue-ring")],
+)
+def test_a_folder_holds_a_named_video_for_each_prompt(base, tmp_path, kind, name):
+    assert generate(base, "a blue ring", "-o", tmp_path / "videos", "--format", kind) == 0
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == [name]
+    assert read_metadata(tmp_path / "videos" / name)["prompt"] == "a blue ring"
+    if kind == "frames":
+        names = sorted(path.name for path in (tmp_path / "videos" / name).iterdir())
+        assert names == ["0001.png", "0002.png", "0003.png", "0004.png", "metadata.json"]
+
+
+def test_guidance_and_negative_prompt_reach_the_pipeline(base, tmp_path):
+    for name, options in (("a.png", []), ("b.png", ["--guidance_scale", 4]), ("c.png", ["--guidance_scale", 4])):
+        negative = ["--negative_prompt", "yellow"] if name == "c.png" else []
+        assert generate(base, PROMPT, "-o", tmp_path / name, "--seed", 1, *options, *negative) == 0
+    pictures = set()
+    for name in ("a.png", "b.png", "c.png"):
+        with Image.open(tmp_path / name) as image:
+            pictures.add(image.tobytes())
+    assert len(pictures) == 3
+
+
+def test_a_video_depends_on_its_prompt_and_seed_and_not_on_its_place(base, tmp_path):
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"prompt": p, "seed": 5}) for p in LIST))
+    assert generate(base, "--prompts", tmp_path / "list.jsonl", "-o", tmp_path / "list") == 0
+    assert generate(base, LIST[2], "-o", tmp_path / "alone.mp4", "--seed", 4, "--num_videos", 2) == 0
+    assert (tmp_path / "list" / "0003-a-green-square.mp4").read_bytes() == (tmp_path / "alone-2.mp4").read_bytes()
+
+
+# --- how it was made -------------------------------------------------------------------------------------------------
+def test_the_file_says_how_it_was_made_and_nothing_about_this_machine(base, lora, tmp_path):
+    options = ["--lora_scale", 0.5, "--guidance_scale", 2, "--negative_prompt", "dull", "--seed", 7, "--fps", 12]
+    assert generate(lora, "ein Hund „bellt“", "-o", tmp_path / "v.mp4", *options) == 0
+    found = read_metadata(tmp_path / "v.mp4")
+    assert set(found.pop("versions")) == {"diffusers_mcm", "diffusers", "torch", "python"}
+    assert found == {
+        "prompt": "ein Hund „bellt“",
+        "negative_prompt": "dull",
+        "seed": 7,
+        "model": "lora",
+        "lora": None,
+        "subfolder": None,
+        "revision": None,
+        "base_model": None,
+        "lora_sha256": hashlib.sha256((lora / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest(),
+        "lora_scale": 0.5,
+        "guidance_scale": 2.0,
+        "dtype": "float32",
+        "num_inference_steps": 1,
+        "num_frames": NUM_FRAMES,
+        "height": SIZE,
+        "width": SIZE,
+        "fps": 12.0,
+    }
+    assert str(tmp_path).encode() not in (tmp_path / "v.mp4").read_bytes()
+
+
+def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
+    ways = {
+        "a": [lora],
+        "b": [lora, "--base_model", base],
+        "c": [base, "--lora", lora],
+        "d": [base, "--lora", lora.parent, "--subfolder", "lora"],
+        "e": [lora, "--fuse_lora", "--vae_slicing", "--decode_chunk_size", 1],
+        "f": [lora, "--lora_scale", 0],
+        "g": [base],
+    }
+    for name, (model, *options) in ways.items():
+        assert generate(model, PROMPT, "-o", tmp_path / name, "--format", "frames", *options) == 0
+    frames = {name: (tmp_path / name / f"0001-{video_slug()}" / "0002.png").read_bytes() for name in ways}
+    assert frames["a"] == frames["b"] == frames["c"] == frames["d"] == frames["e"]
+    assert frames["f"] == frames["g"] != frames["a"]
+    read = {name: read_metadata(tmp_path / name / f"0001-{video_slug()}") for name in ways}
+    assert read["a"]["lora_sha256"] == read["d"]["lora_sha256"] and read["g"]["lora_sha256"] is None
+    assert (read["d"]["model"], read["d"]["lora"], read["d"]["subfolder"]) == ("base", "world0", "lora")
+
+
+def video_slug():
+    from diffusers_mcm.commands.prompts import slug
+
+    return slug(PROMPT)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+def test_a_list_goes_on_where_it_stopped(base, tmp_path, calls, capsys):
+    (tmp_path / "list.txt").write_text("\n".join(LIST))
+    run = ["--prompts", tmp_path / "list.txt", "-o", tmp_path / "videos"]
+    assert generate(base, *run) == 0
+    whole = contents(tmp_path / "videos")
+    (tmp_path / "videos" / "0002-a-blue-ring-growing.mp4").unlink()
+    calls.clear()
+    assert generate(base, *run) == 0
+    assert calls == [LIST[1]]
+    assert "2 of 3 videos are there already, made by the same settings" in capsys.readouterr().out
+    assert generate(base, *run, "--seed", 1) == 0
+    assert calls == [LIST[1], *LIST]
+    assert {read_metadata(path)["seed"] for path in (tmp_path / "videos").iterdir()} == {1}
+    assert generate(base, *run, "--overwrite") == 0
+    assert contents(tmp_path / "videos") == whole
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png"])
+def test_what_is_not_ours_is_not_replaced(base, tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"holiday")
+    assert generate(base, PROMPT, "-o", tmp_path / name) == 2
+    assert re.search(rf"{name} is there already .* --overwrite replaces it", capsys.readouterr().err)
+    assert (tmp_path / name).read_bytes() == b"holiday"
+    assert generate(base, PROMPT, "-o", tmp_path / name, "--overwrite") == 0
+    assert read_metadata(tmp_path / name)["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("kind", ["mp4", "frames"])
+def test_ctrl_c_leaves_whole_files_only(base, tmp_path, monkeypatch, capsys, kind):
+    """A real signal, in the middle of writing the second video."""
+    run = [*LIST, "-o", tmp_path / "videos", "--format", kind]
+    name, write = ("write_bytes", Path.write_bytes) if kind == "mp4" else ("save", Image.Image.save)
+    owner = Path if kind == "mp4" else Image.Image
+    written = []
+
+    def interrupted(self, *arguments, **options):
+        write(self, *arguments, **options)
+        written.append(self)
+        if len(written) == (2 if kind == "mp4" else NUM_FRAMES + 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert generate(base, *run) == 130
+    assert "interrupted" in capsys.readouterr().err
+    (left,) = (tmp_path / "videos").iterdir()
+    assert read_metadata(left)["prompt"] == PROMPT
+    assert generate(base, *run) == 0
+    assert len(list((tmp_path / "videos").iterdir())) == 3
+
+
+def test_processes_share_a_list(base, tmp_path):
+    """Two processes make every video once, each the same as one process would, and finish a list that stopped."""
+    prompts = [*LIST, "a yellow triangle", "a white ring"]
+    assert generate(base, *prompts, "-o", tmp_path / "one") == 0
+    expected = contents(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    first = min(expected)
+    (tmp_path / "two" / first).write_bytes(expected[first])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    more = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launcher, *more, "-m", "diffusers_mcm", *flags(base, *prompts, "-o", tmp_path / "two")],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert contents(tmp_path / "two") == expected
+    told = sorted(line.rpartition(": ")[2] for line in done.stdout.splitlines() if "frames, seed" in line)
+    assert told == sorted(prompts[1:])  # each once, and the one that was there not at all
+    assert done.stdout.count("1 of 5 videos are there already") == 1
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+def test_compiling_compiles_the_denoiser(base, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    assert generate(base, PROMPT, "-o", tmp_path / "v.mp4", "--compile") == 0
+    assert compiled == ["UNet3DConditionModel"]
+
+
+@pytest.mark.parametrize(("offload", "verb"), [("model", "model"), ("sequential", "sequential")])
+def test_offloading_reaches_the_pipeline_with_its_device(base, monkeypatch, offload, verb):
+    """Up to where an accelerator is needed."""
+    from diffusers_mcm import MCMPipeline
+    from diffusers_mcm.commands.generate import build_parser, load_pipeline
+
+    asked = []
+    monkeypatch.setattr(MCMPipeline, f"enable_{verb}_cpu_offload", lambda self, device: asked.append(device))
+    monkeypatch.setattr(MCMPipeline, "to", lambda self, *a, **kw: pytest.fail("must not be moved as a whole"))
+    load_pipeline(build_parser().parse_args([PROMPT, "--model", str(base), "--offload", offload]), "cuda:1")
+    assert asked == ["cuda:1"]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.avi"], "ending in .mp4, .gif, .webp, .png, got 'out.avi'"),
+        (["-o", "out.mp4", "--format", "gif"], "expected a folder as --output with --format gif, got 'out.mp4'"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        (["--fps", "0"], "expected --fps above 0, got 0"),
+        (["--num_videos", "0"], "expected --num_videos of at least 1, got 0"),
+        (["--device", "abacus"], "expected a device out of .*cpu.* got 'abacus'"),
+        (["--offload", "model"], r"expected an accelerator .* for --offload model, got the cpu"),
+        (["--offload", "sequential"], r"expected an accelerator .* for --offload sequential, got the cpu"),
+        (["--steps", "51"], "51"),
+        (["--frames", "0"], "num_frames"),
+        (["--height", "7"], "height"),
+        (["--decode_chunk_size", "0"], "decode_chunk_size"),
+        (["--lora_scale", "0.5"], "scale of 0.5 was given, but no LoRA is active"),
+        (["--fuse_lora"], "no active LoRA to fuse"),
+        (["--model", "no/such/model/here"], "no/such/model/here"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(base, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert generate(base, PROMPT, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "diffusers-mcm: error: " in error and "Traceback" not in error
+    assert re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", PROMPT, "--stepz", "4"])
+    assert "unrecognized arguments: --stepz" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+import io
+from pathlib import Path
+
+import pytest
+
+from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_text_file_has_a_prompt_a_line(file):
+    text = "\ufeffa corgi\n\n  # not this one\n  a cat, running  \n„ein Hund“\n"
+    assert read_list(file("list.txt", text)) == [Prompt("a corgi"), Prompt("a cat, running"), Prompt("„ein Hund“")]
+
+
+def test_csv_and_jsonl_say_the_same(file):
+    expected = [Prompt("a corgi, wet", "blurry", 7), Prompt("a cat")]
+    table = file("list.csv", 'prompt,negative_prompt,seed\n"a corgi, wet",blurry,7\na cat,,\n')
+    objects = (
+        '{"prompt": "a corgi, wet", "negative_prompt": "blurry", "seed": 7}\n\n{"prompt": "a cat", "seed": null}\n'
+    )
+    assert read_list(table) == expected
+    assert read_list(file("list.jsonl", objects)) == expected
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_stdin(monkeypatch, as_file):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert read_prompts([] if as_file else ["-"], "-" if as_file else None) == [Prompt("one"), Prompt("two")]
+
+
+def test_arguments_come_before_the_file(file):
+    assert [p.prompt for p in read_prompts(["first"], file("list", "second\n"))] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.txt", "# nothing\n", r"at least one prompt in .*list.txt, got none"),
+        ("list.jsonl", '{"prompt": "a"}\n{"prompt"\n', r"expected a JSON object in .*list.jsonl, line 2, got"),
+        ("list.jsonl", '"a corgi"', r"expected `prompt` and perhaps negative_prompt and seed in .*prompt 1, got"),
+        ("list.jsonl", '{"prompt": "a", "sede": 1}', "got {'prompt': 'a', 'sede': 1}"),
+        ("list.csv", "text\na corgi\n", "expected `prompt` .* got {'text': 'a corgi'}"),
+        ("list.csv", "prompt,seed\na,x\n", "expected a whole number as the seed in .*prompt 1, got 'x'"),
+        ("list.jsonl", '{"prompt": "a", "seed": 1.5}', "expected a whole number as the seed .* got 1.5"),
+        ("list.jsonl", '{"prompt": " "}', "expected a text as the prompt in .* got ' '"),
+        ("list.jsonl", '{"prompt": "a", "negative_prompt": 3}', "expected a text as the negative_prompt .* got 3"),
+    ],
+)
+def test_bad_lists_are_told_by_line(file, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_list(file(name, text))
+
+
+def test_no_prompt_at_all():
+    with pytest.raises(ValueError, match="expected a prompt: as an argument, in a file .* or from stdin"):
+        read_prompts([], None)
+
+
+def test_a_prompts_own_seed_and_negative_prompt_win():
+    jobs = plan([Prompt("a", "dull", 5), Prompt("b")], Path("v.mp4"), None, seed=1, negative_prompt="bad")
+    assert jobs == [Job("a", "dull", 5, Path("v-1.mp4")), Job("b", "bad", 1, Path("v-2.mp4"))]
+
+
+def test_videos_of_one_prompt_count_their_seeds_up():
+    jobs = plan([Prompt("A cat!"), Prompt("b", seed=9)], Path("d"), ".gif", seed=3, num_videos=2)
+    assert [(job.seed, str(job.path)) for job in jobs] == [
+        (3, "d/0001-a-cat-1.gif"),
+        (4, "d/0001-a-cat-2.gif"),
+        (9, "d/0002-b-1.gif"),
+        (10, "d/0002-b-2.gif"),
+    ]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_have_a_range(seed):
+    with pytest.raises(ValueError, match=rf"seeds from 0 to 2\^63 - 1, got {seed}"):
+        plan([Prompt("a")], Path("v.mp4"), None, seed=seed)
+
+
+def test_numbers_sort_as_text():
+    assert numbered(Path("d/v.mp4"), 1) == [Path("d/v.mp4")]
+    assert [path.name for path in numbered(Path("v.mp4"), 10)][::9] == ["v-01.mp4", "v-10.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A red circle, moving left", "a-red-circle-moving-left"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("一只柯基犬 on the beach", "一只柯基犬-on-the-beach"),
+        ("?!", "video"),
+        ("x" * 39 + " y and more", "x" * 39),
+    ],
+)
+def test_slugs_are_file_names(prompt, expected):
+    assert slug(prompt) == expected
