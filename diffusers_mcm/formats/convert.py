@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import hub
-from ..base_models import infer_base_model
+from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..lora import (
     CONFIG_NAME,
     PEFT_CONFIG_NAME,
@@ -51,6 +51,8 @@ def convert(
 ) -> Path:
     """Write a LoRA in another layout. The tensors' values and types stay as they are.
 
+    Where the LoRA has no settings of its own, as those of PEFT, what its base model is sampled with is written down.
+
     Args:
         source: A LoRA in diffusers' or PEFT's layout: a folder, a `.safetensors` file, a packaged model, a Hub id.
         destination: A folder or, if it ends in `.safetensors`, a single file.
@@ -78,6 +80,7 @@ def convert(
     lora = read_lora(source, weight_name=weight_name, **where)
     check_pairs(lora)
     head = hub.find_file(hub.resolve(source), MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    _complete(lora)
     _rebase(lora, destination.parent if single else destination)
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
@@ -93,6 +96,22 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return destination
+
+
+def _complete(lora: LoRA) -> None:
+    """Put down what `MCMPipeline.from_pretrained` would infer: base model, steps and scheduler."""
+    base_model = _base_model(lora)
+    if not lora.config:
+        lora.config = {
+            "base_model": base_model.name,
+            "base_model_repository": lora.base_repository or base_model.default_repository,
+            "base_model_revision": None,
+            "sampling": {"num_inference_steps": 4},
+            "training": {},
+        }
+    if lora.scheduler_config is None:
+        scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None))
+        lora.scheduler_config = json.loads(scheduler.to_json_string())
 
 
 def _rebase(lora: LoRA, folder: Path) -> None:
@@ -139,8 +158,9 @@ def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.Path
     write_safetensors(folder / "motion_module.safetensors", merged_motion_module(lora, repository), header)
 
 
-def _base_model(lora: LoRA):
-    return infer_base_model(lora_modules=lora.modules)
+def _base_model(lora: LoRA) -> BaseModel:
+    name = lora.config.get("base_model")
+    return get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
 
 
 def _adapter_config(lora: LoRA) -> dict:

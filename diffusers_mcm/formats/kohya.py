@@ -1,7 +1,7 @@
 """A LoRA as the readers of kohya files know it: what of it lies in Stable Diffusion's own UNet.
 
 They look up `lora_unet_` and the module's name in diffusers with underscores. Their tables hold the modules of the
-image UNet and nothing else: what a LoRA changes in the motion modules has to go into a motion module (`motion_module`).
+image UNet and nothing else: what a LoRA changes in the motion modules goes into a motion module (`motion_module`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""`diffusers-mcm info`."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusers_mcm.cli import main
+from diffusers_mcm.formats import convert, describe
+from tests.formats.world import ADAPTER, MODELSCOPE, RELEASED, edit_json, save_released
+from tests.hub_server import hub_server
+from tests.tiny import FEW_MODULES, save_tiny_lora
+
+
+@pytest.fixture(scope="module")
+def animatediff(tmp_path_factory):
+    return save_released(tmp_path_factory.mktemp("lora"), "animatediff", alpha=6)
+
+
+def test_a_released_lora(animatediff):
+    path = animatediff / "adapter_model.safetensors"
+    about = describe(animatediff)
+    assert (about["layout"], about["base_model"], about["rank"], about["alpha"]) == ("peft", "animatediff", 4, 6)
+    assert about["base_model_repository"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert about["tensors"] == 2 * about["targets"] == 2 * sum(about["kinds"].values())
+    assert about["kinds"].keys() == {"Linear", "Conv2d"} and sum(about["modules"].values()) == about["targets"]
+    assert about["modules"]["conv"] == 2 and about["modules"]["ff.net.2"] > 0
+    assert (about["dtype"], about["bytes"]) == ("F32", path.stat().st_size)
+    assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert not about["settings_recorded"] and about["training"] is None
+    settings = about["settings"]
+    assert (settings["num_inference_steps"], settings["guidance_scale"], settings["height"]) == (4, 1.0, 512)
+    assert (settings["timestep_scaling"], settings["beta_schedule"]) == (4.0, "linear")
+    edit_json(animatediff / "adapter_config.json", base_model_name_or_path="someone/fine-tune")
+    assert describe(animatediff)["base_model_repository"] == "someone/fine-tune"
+    edit_json(animatediff / "adapter_config.json", base_model_name_or_path=None)
+
+
+def test_every_layout_says_the_same_of_one_lora(animatediff, hub_root, tmp_path):
+    whole, about = describe(animatediff), {}
+    for to, options in (("diffusers", {}), ("kohya", {}), ("motion-module", {"motion_adapter": hub_root / ADAPTER})):
+        about[to] = describe(convert(animatediff, tmp_path / f"{to}.safetensors", to, **options))
+        assert (about[to]["layout"], about[to]["base_model"]) == (to, "animatediff")
+        assert about[to]["settings"] == whole["settings"] and about[to]["settings_recorded"]
+    assert {
+        key: about["diffusers"][key] for key in ("rank", "alpha", "targets", "kinds", "modules", "parameters")
+    } == {key: whole[key] for key in ("rank", "alpha", "targets", "kinds", "modules", "parameters")}
+    spatial = about["kohya"]
+    assert (spatial["rank"], spatial["alpha"], spatial["kinds"]["Conv2d"]) == (4, 6, whole["kinds"]["Conv2d"])
+    assert spatial["modules"]["conv1"] == whole["modules"]["conv1"]
+    assert spatial["modules"]["to_q"] < whole["modules"]["to_q"]
+    assert (about["motion-module"]["targets"], about["motion-module"]["rank"]) == (0, None)
+
+
+def test_a_lora_of_ours(hub_root, tmp_path):
+    options = dict(training={"motion": "learnable", "steps": 700}, rank=4, modules=FEW_MODULES)
+    folder = save_tiny_lora(tmp_path, base=hub_root / MODELSCOPE, **options)
+    about = describe(folder)
+    assert (about["layout"], about["base_model"], about["targets"]) == ("diffusers", "modelscope", len(FEW_MODULES))
+    assert about["settings_recorded"] and about["settings"]["num_inference_steps"] == 2
+    assert about["settings"]["beta_schedule"] == "scaled_linear"
+    assert about["training"] == {"motion": "learnable", "steps": 700}
+    (folder / "mcm_config.json").unlink()  # the file itself knows
+    assert describe(folder) == about
+
+
+def test_the_command_on_the_hub(hub_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with hub_server(hub_root):
+        assert main(["info", "yhzhai/mcm", "--subfolder", "modelscopet2v-anime", "--json"]) == 0
+        about = json.loads(capsys.readouterr().out)
+        assert (about["base_model"], about["base_model_repository"]) == ("modelscope", MODELSCOPE)
+        assert main(["info", "yhzhai/mcm", "--subfolder", "animatediff-laion"]) == 0
+        printed = capsys.readouterr().out
+        assert "base_model: animatediff\n" in printed and "  timestep_scaling: 4.0\n" in printed
+        assert f"sha256: {about['sha256']}" not in printed and "training: not known" in printed
+        assert main(["info", "yhzhai/mcm"]) == 2
+        assert f"There are LoRAs in its subfolders: {', '.join(sorted(RELEASED))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"conv_in.weight": 2},
+            "keys of no known layout .peft, diffusers, kohya, motion-module., such as 'conv_in.we",
+        ),
+        ({}, "keys of no known layout .*such as 'none at all'"),
+        ({"unet.x.lora_A.weight": 2}, "is incomplete: 1 of its 1 modules have only one matrix, such as 'unet.x'"),
+        ({"unet.x.lora_A.weight": 2, "base_model.model.x.lora_B.weight": 2}, "no known layout"),
+    ],
+)
+def test_what_is_no_lora(tmp_path, tensors, message):
+    save_file({key: torch.zeros([2] * ndim) for key, ndim in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        describe(tmp_path / "x.safetensors")
+
+
+def test_a_pickle_and_a_damaged_file(tmp_path):
+    for name, message in (("x.ckpt", "not a .safetensors file"), ("x.safetensors", "damaged or not a safetensors")):
+        (tmp_path / name).write_bytes(b"\x80\x02")
+        with pytest.raises(ValueError, match=message):
+            describe(tmp_path / name)
