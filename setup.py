@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "diffusers_mcm" / "__init__.py").read_text(encoding="utf-8"))
-TRAIN = ["accelerate>=1.0", "datasets>=5.2", "tensorboard>=2.14"]
+TRAIN = ["datasets>=5.2", "tensorboard>=2.14"]
 EVAL = ["scipy>=1.11"]
 TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]
 
@@ -19,8 +19,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["diffusers_mcm", "diffusers_mcm.*"]),
-    package_data={"diffusers_mcm": ["py.typed", "shapes/weights/**"]},
+    package_data={"diffusers_mcm": ["py.typed", "card_template.md", "shapes/weights/**"]},
     install_requires=[
+        "accelerate>=1.0",
         "av>=14",
         "diffusers>=0.42",
         "huggingface_hub>=1.0",

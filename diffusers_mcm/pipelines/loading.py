@@ -39,6 +39,18 @@ def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
     return str(model_index.get("_class_name")).endswith("MCMPipeline")
 
 
+def fetched(source: str, revision: str | None, **options) -> str:
+    """The folder of a saved MCM pipeline. diffusers does not download components whose class is not its own."""
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(source, revision=revision, **options)
+    except hub.http_errors() as error:
+        raise OSError(hub.explain(error, source, revision)) from error
+
+
 def few_step_scheduler(base_model, scheduler):
     """The few-step scheduler on the noise schedule that the base model was trained with."""
     if isinstance(scheduler, base_model.scheduler_class):

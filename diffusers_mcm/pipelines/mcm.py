@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from .. import hub
 from ..lora import LoRA
 from . import loading
 from .adapters import LoRAVerbs, _as_lora, _free_name
+from .publishing import HubVerbs
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class MCMPipelineOutput(BaseOutput):
     frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]
 
 
-class MCMPipeline(LoRAVerbs, DiffusionPipeline):
+class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
     """
     Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
 
@@ -202,6 +202,8 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
         pipeline_class = infer_base_model(model_index=index).pipeline_class
         if not issubclass(pipeline_class, cls):
             raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
+        if loading.is_saved_mcm_pipeline(index):
+            source, revision = loading.fetched(source, revision, **options), None
         recorded = {} if lora is None else loading.recorded_repositories(lora)
         pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
         pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
@@ -237,28 +239,6 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         sampling = lora.config.get("sampling") or {}
         self.register_to_config(**{key: sampling[key] for key in loading.SAMPLING_KEYS if sampling.get(key)})
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Save the clean base model, and every LoRA beside it; `from_pretrained` restores both to the bit.
-
-        The arguments are those of diffusers' `save_pretrained`.
-        """
-        folder = Path(save_directory)
-        hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
-        with self._clean_denoiser():
-            super().save_pretrained(str(folder), **kwargs)
-        loading.forget_local_paths(folder)
-        self._save_adapters(folder)
-        if push_to_hub:
-            self._push(folder, **hub_options)
-
-    def _push(
-        self, folder: Path, repo_id=None, private=None, token=None, commit_message=None, create_pr=False
-    ) -> None:
-        from huggingface_hub import create_repo
-
-        repository = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
-        self._upload_folder(str(folder), repository, token=token, commit_message=commit_message, create_pr=create_pr)
 
     # --- properties --------------------------------------------------------------------------------------------------
     @property
@@ -453,9 +433,6 @@ class MCMPipeline(LoRAVerbs, DiffusionPipeline):
             raise ValueError(
                 f"The callback cannot get {unknown[0]!r}; valid are {', '.join(self._callback_tensor_inputs)}."
             )
-
-
-_PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
 
 
 def _lora_scale(lora_scale: float | None, cross_attention_kwargs: dict[str, Any] | None) -> float:

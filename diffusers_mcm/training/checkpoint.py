@@ -32,12 +32,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last."""
+    """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
+
+    An older `last` goes first: a process that is killed in between leaves no folder of which half is old.
+    """
     # Inside it, not beside it: the folder may be the mount point of a file system of its own.
     temporary = _emptied(folder / ".unfinished")
     try:
         yield temporary
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        (folder / last).unlink(missing_ok=True)
         for name in sorted(files, key=lambda name: str(name) == last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)

@@ -17,11 +17,17 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "none")
 
 
 def _flag(
-    default: Any = dataclasses.MISSING, *, help: str, group: str, choices: tuple | None = None, many: bool = False
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    group: str,
+    choices: tuple | None = None,
+    many: bool = False,
+    secret: bool = False,
 ):
     """A dataclass field that carries what its command-line flag needs."""
     metadata = {"help": help, "group": group, "choices": choices, "many": many}
-    return field(metadata=metadata) if default is dataclasses.MISSING else field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,13 @@ class TrainingConfig:
         None, help="Architecture of the teacher, e.g. 'modelscope'. Read from its files if not given.", group="models"
     )
     revision: str | None = _flag(None, help="Revision of the teacher on the Hub.", group="models")
+    extra_repositories: tuple[str, ...] = _flag(
+        (),
+        help="Where parts of the teacher lie that are not in its own repository, as name=repository: for AnimateDiff "
+        "motion_adapter=... Default: the base model's.",
+        group="models",
+        many=True,
+    )
     discriminator_features: str = _flag(
         "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", group="models"
     )
@@ -181,11 +194,14 @@ class TrainingConfig:
     hub_model_id: str | None = _flag(
         None, help="Repository to push to. Default: the name of --output_dir in your namespace.", group="output"
     )
-    hub_token: str | None = _flag(None, help="Token for the Hub, if not logged in. Never saved.", group="output")
+    hub_token: str | None = _flag(
+        None, help="Token for the Hub, if not logged in. Never saved.", group="output", secret=True
+    )
     hub_private_repo: bool = _flag(False, help="Create the repository as a private one.", group="output")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+        for name in ("validation_prompts", "extra_repositories"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)

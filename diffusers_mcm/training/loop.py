@@ -7,18 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..cards import DEFAULT_PROMPT
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from .batches import Batch, build_batches
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, whole_files
 from .config import TrainingConfig
 from .networks import build_networks, describe
-from .output import push_to_hub, write_lora_folder
+from .output import prepare_push, push_to_hub, write_lora_folder
 from .randomness import draw_adversarial, draw_step
 from .step import Judge
 from .tracking import LossLog, check_finite
@@ -95,6 +97,8 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
         self.device = self.accelerator.device
+        if config.push_to_hub and self.accelerator.is_main_process:
+            prepare_push(config)
         self.networks = build_networks(config, self.device)
         self.total_batch = (
             config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -254,25 +258,26 @@ class Trainer:
 
     def validate(self) -> None:
         if self.accelerator.is_main_process:
-            config, networks = self.config, self.networks
-            with self.accelerator.autocast():
-                clips = {
-                    prompt: sample_clip(
-                        networks.student,
-                        networks.scheduler,
-                        networks.text([prompt]),
-                        networks.latent_shape,
-                        config.num_inference_steps,
-                        config.seed,
-                        index,
-                    )
-                    for index, prompt in enumerate(config.validation_prompts)
-                }
-            picture = write_validation(self.validation_folder(self.step), clips, config.fps)
+            clips = {prompt: self.clip(prompt, index) for index, prompt in enumerate(self.config.validation_prompts)}
+            picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
             for tracker in self.accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation": picture[None]}, step=self.step, **options)
         self.accelerator.wait_for_everyone()
+
+    def clip(self, prompt: str, index: int = 0) -> np.ndarray:
+        """A clip of the student as it is, (T, H, W, 3) uint8."""
+        config, networks = self.config, self.networks
+        with self.accelerator.autocast():
+            return sample_clip(
+                networks.student,
+                networks.scheduler,
+                networks.text([prompt]),
+                networks.latent_shape,
+                config.num_inference_steps,
+                config.seed,
+                index,
+            )
 
     def validation_folder(self, step: int) -> Path:
         return self.output_dir / "validation" / f"step-{step:06d}"
@@ -306,7 +311,9 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def write_folder(self, folder: Path, overview: str | None = None, relative_to: Path | None = None) -> None:
+    def write_folder(
+        self, folder: Path, sample: tuple[str, np.ndarray] | None = None, relative_to: Path | None = None
+    ) -> None:
         rates = self.config.learning_rates(self.total_batch)
         progress = {
             "steps": self.step,
@@ -316,8 +323,7 @@ class Trainer:
             "hours": round(self.seconds / 3600, 3),
         }
         name = self.output_dir.resolve().name
-        repository = self.config.hub_model_id or name
-        write_lora_folder(folder, self.config, self.networks, progress, name, repository, overview, relative_to)
+        write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
 
     def resume(self) -> None:
         """Go on from the checkpoint that is asked for, if there is one."""
@@ -346,18 +352,19 @@ class Trainer:
             logger.info("Resumed from %s at step %d.", folder, self.step)
 
     def finish(self, skipped: int) -> None:
+        config = self.config
         if self.accelerator.is_main_process:
-            picture = self.validation_folder(self.step) / "overview.png"
-            overview = picture.relative_to(self.output_dir).as_posix() if picture.is_file() else None
+            prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
+            sample = (prompts[0], self.clip(prompts[0])) if prompts else None
             with whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder:
-                self.write_folder(folder, overview, relative_to=self.output_dir)
+                self.write_folder(folder, sample, relative_to=self.output_dir)
             if skipped:
                 logger.warning("%d items of the data could not be used.", skipped)
             logger.info("The LoRA is in %s", self.output_dir)
-            if self.config.push_to_hub:
-                logger.info("Pushed to %s", push_to_hub(self.output_dir, self.config))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if config.push_to_hub and self.accelerator.is_main_process:
+            logger.info("Published: %s", push_to_hub(config))
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:

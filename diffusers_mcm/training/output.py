@@ -1,20 +1,20 @@
 """The folder a run leaves behind: LoRA, configuration, scheduler, motion head and card."""
 
-import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import hub
-from ..lora import CONFIG_NAME, save_lora, write_safetensors
-from .card import write_card
+from ..cards import CARD_NAME, is_local, render_folder_card
+from ..lora import save_lora, write_safetensors
+from ..publish import MOTION_HEAD_NAME, PublishError, open_repository, publish_lora, record_sample
 from .config import TrainingConfig
 from .networks import Networks
 
-MOTION_HEAD_NAME = "motion_head.safetensors"
-CARD_NAME = "README.md"
 # What only says where a run put its files, or is secret, is not part of how the LoRA was made.
 _NOT_RECORDED = frozenset(
     "output_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_model_id hub_private_repo".split()
@@ -34,6 +34,9 @@ def recorded_training(
     training["num_frames"], training["height"], training["width"] = networks.clip_size
     training["guidance_min"], training["guidance_max"] = networks.guidance_range
     training["base_model"] = networks.base.name
+    training["extra_repositories"] = {
+        name: _recordable_source(place, folder) for name, place in networks.extra_repositories.items()
+    }
     return {**training, **progress}
 
 
@@ -49,14 +52,14 @@ def write_lora_folder(
     config: TrainingConfig,
     networks: Networks,
     progress: dict[str, Any],
-    title: str,
-    repository: str,
-    overview: str | None = None,
+    name: str,
+    sample: tuple[str, np.ndarray] | None = None,
     relative_to: Path | None = None,
 ) -> None:
     """All that `MCMPipeline.from_pretrained(folder)` and a reader need. `progress` is recorded with the training.
 
-    Local paths are recorded relative to `relative_to`, where the files will be moved; default: they stay in `folder`.
+    `name` is the model's in its card, `sample` a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded
+    relative to `relative_to`, where the files will be moved; default: they stay in `folder`.
     """
     num_frames, height, width = networks.clip_size
     relative_to = relative_to or folder
@@ -67,6 +70,7 @@ def write_lora_folder(
         networks.base,
         repository=config.pretrained_teacher_model,
         revision=config.revision,
+        extra_repositories=networks.extra_repositories,
         sampling={
             "num_inference_steps": config.num_inference_steps,
             "num_frames": num_frames,
@@ -80,10 +84,9 @@ def write_lora_folder(
         relative_to=relative_to,
     )
     write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
-    base_model = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["base_model_repository"]
-    prompt = config.validation_prompts[0] if config.validation_prompts else None
-    card = write_card(title, repository, base_model, training, config.license, prompt, overview)
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    if sample is not None:
+        record_sample(folder, sample[1], sample[0], config.fps)
+    (folder / CARD_NAME).write_text(render_folder_card(folder, name), encoding="utf-8")
 
 
 def motion_head(networks: Networks) -> dict[str, torch.Tensor]:
@@ -97,17 +100,38 @@ def motion_head(networks: Networks) -> dict[str, torch.Tensor]:
     }
 
 
-def push_to_hub(folder: Path, config: TrainingConfig) -> str:
-    """Upload the folder, without checkpoints and logs; the address of the commit."""
-    from huggingface_hub import HfApi
+def prepare_push(config: TrainingConfig) -> None:
+    """Fail before the training, not after it: create the repository, which needs the token that will be needed."""
+    folder = Path(config.output_dir)
+    if is_local(hub.recordable(config.pretrained_teacher_model, folder)):
+        raise ValueError(
+            f"With --push_to_hub others will load the base model, but {config.pretrained_teacher_model!r} is a folder"
+            " of this machine. Name its repository as --pretrained_teacher_model, or train without --push_to_hub and"
+            f" then run: {push_command(config)} --base_model owner/name"
+        )
+    open_repository(hub_repository(config), private=config.hub_private_repo or None, token=config.hub_token)
 
-    api = HfApi(token=config.hub_token)
-    repository = config.hub_model_id or folder.resolve().name
-    repository = api.create_repo(repository, private=config.hub_private_repo or None, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        commit_message="Upload the motion consistency LoRA",
-        ignore_patterns=["checkpoint-*", "checkpoint-*/**", f"{config.logging_dir}/**", ".*"],
-    )
-    return commit.commit_url
+
+def push_to_hub(config: TrainingConfig) -> str:
+    """Publish the output folder; the address of the commit."""
+    try:
+        return publish_lora(
+            config.output_dir,
+            hub_repository(config),
+            private=config.hub_private_repo or None,
+            token=config.hub_token,
+        )
+    except PublishError as error:
+        raise PublishError(
+            f"{error} The LoRA is in {config.output_dir}; publish it with: {push_command(config)}"
+        ) from None
+
+
+def hub_repository(config: TrainingConfig) -> str:
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def push_command(config: TrainingConfig) -> str:
+    """What does the same as --push_to_hub, later."""
+    private = ["--private"] if config.hub_private_repo else []
+    return shlex.join(["diffusers-mcm", "push", config.output_dir, hub_repository(config), *private])

@@ -1,0 +1,83 @@
+"""Publishes a LoRA folder on the Hub: weights, settings, scheduler, model card and sample clip, in one commit."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `diffusers-mcm push`."""
+    parser = argparse.ArgumentParser(
+        prog="diffusers-mcm push",
+        description=__doc__,
+        epilog="After a failure the same command finishes the job.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="LoRA folder, as training writes it")
+    add("repository", metavar="REPO", help="owner/name, or a name in your own namespace; created if it is not there")
+    visibility = parser.add_mutually_exclusive_group()
+    for name, value in (("private", True), ("public", False)):
+        visibility.add_argument(
+            f"--{name}",
+            dest="private",
+            action="store_const",
+            const=value,
+            help=f"make a new repository {name} (default: as your account does; an existing one stays what it is)",
+        )
+    add("--message", help="commit message")
+    add("--revision", help="branch to commit to, created if it is not there (default: main)")
+    add("--create_pr", action="store_true", help="open a pull request instead of committing")
+    add("--token", help="token for the Hub (default: HF_TOKEN, or that of `hf auth login`)")
+    add("--base_model", metavar="REPO", help="the base model's repository, if it was trained with a local copy")
+    add("--prompt", help="make the sample clip anew, of this, and keep it in DIR; needs the base model")
+    add("--device", help="where the clip is made (default: the best there is)")
+    add("--dry_run", action="store_true", help="check everything and list what would be published, and stop there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the folder, then publish it."""
+    arguments = build_parser().parse_args(argv)
+    from ..publish import check_repository_name, publish_lora
+
+    check_repository_name(arguments.repository)
+    if arguments.prompt:
+        _make_sample(arguments)
+    if arguments.dry_run:
+        return _list(arguments)
+    address = publish_lora(
+        arguments.folder,
+        arguments.repository,
+        private=arguments.private,
+        token=arguments.token,
+        commit_message=arguments.message,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        base_model=arguments.base_model,
+    )
+    print(f"Published: {address}")
+    return None
+
+
+def _make_sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .. import MCMPipeline
+    from ..devices import choose_device
+    from ..publish import record_sample
+
+    options = {"base_model": arguments.base_model} if arguments.base_model else {}
+    pipeline = MCMPipeline.from_pretrained(arguments.folder, **options).to(choose_device(arguments.device))
+    video = pipeline(arguments.prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+    record_sample(arguments.folder, video, arguments.prompt, pipeline.sampling_default("fps"))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    from ..publish import stage_lora
+
+    with tempfile.TemporaryDirectory() as temporary:
+        stage_lora(arguments.folder, Path(temporary), arguments.repository, arguments.base_model)
+        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:>12,}  {path.relative_to(temporary).as_posix()}")

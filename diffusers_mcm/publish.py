@@ -1,0 +1,244 @@
+"""Publishing a LoRA folder on the Hub: all of it in one commit, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .cards import (
+    CARD_NAME,
+    DEFAULT_PROMPT,
+    SAMPLE_NAME,
+    SCORES_NAME,
+    check_card,
+    is_local,
+    metadata,
+    public_name,
+    render_folder_card,
+)
+from .files import whole_file
+
+MOTION_HEAD_NAME = "motion_head.safetensors"
+COMMIT_MESSAGE = "Upload a motion consistency LoRA"
+_SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
+
+
+class PublishError(OSError):
+    """The Hub refused, failed or was not there. What was to be published is where it was."""
+
+
+def publish_lora(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+) -> str:
+    """Put a LoRA folder on the Hub in one commit; the address of the commit.
+
+    Everything is read and checked before the Hub is asked anything. After a failure the same call finishes the job;
+    what was uploaded is not uploaded again.
+
+    Args:
+        folder: a LoRA folder as training and `save_mcm_lora` write it, or with PEFT's files.
+        repo_id: `"owner/name"`, or a name in your own namespace. Created if it is not there.
+        private: visibility of a new repository; by default the account's. That of an existing one never changes.
+        token: default: `HF_TOKEN`, or that of `hf auth login`.
+        revision: branch to commit to, created if it is not there; default: `main`.
+        create_pr: open a pull request instead.
+        base_model: repository of the base model, where the folder names one that only this machine has.
+
+    Raises:
+        ValueError: for a folder that cannot be published as it is.
+        PublishError: for whatever the Hub has against it.
+    """
+    check_repository_name(repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        stage_lora(Path(folder), staged, repo_id, base_model)
+        return publish_folder(
+            staged,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message or COMMIT_MESSAGE,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def publish_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put all files of a folder on the Hub in one commit; the address of the commit."""
+    from huggingface_hub import CommitOperationAdd
+
+    repository = open_repository(repo_id, private=private, token=token)
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    # `upload_folder` may split its work into several commits; half a model could be left behind.
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    outcome = "What was there before is untouched; the same command finishes the job."
+    with _told_plainly(repository, token, outcome) as api:
+        if revision is not None and not create_pr:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repository, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+        return commit.pr_url or commit.commit_url
+
+
+def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Create the repository unless it is there; its full name. Fails where the token may not write."""
+    with _told_plainly(repo_id, token, "Nothing was uploaded.") as api:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        is_private = None if private is None else api.model_info(repository).private
+    if is_private != private:
+        words = {True: "private", False: "public"}
+        raise ValueError(
+            f"{repository} exists and is {words[bool(is_private)]}, not {words[private]}, and publishing never changes"
+            " that. Ask for neither, or change it in the repository's settings."
+        )
+    return repository
+
+
+def check_repository_name(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repository such as 'owner/name', got {repo_id!r}.") from error
+
+
+@contextmanager
+def _told_plainly(repository: str, token: str | None, outcome: str) -> Iterator[Any]:
+    """The Hub's API; an error of it says what happened and what to do, and never the token."""
+    from huggingface_hub import HfApi
+
+    # The HTTP library quotes a header that it cannot send, in its error and in its log.
+    token = token.strip() if token else None
+    if token and not re.fullmatch("[!-~]+", token):
+        raise ValueError("The token holds a space, a line break or another character that no token has.")
+    try:
+        yield HfApi(token=token)
+    except hub.http_errors() as error:
+        raise PublishError(f"Publishing {repository} failed. {hub.explain(error, repository)} {outcome}") from None
+
+
+# --- what is published -----------------------------------------------------------------------------------------------
+def stage_lora(folder: Path, target: Path, repo_id: str, base_model: str | None = None) -> None:
+    """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
+    from .base_models import get_base_model, infer_base_model
+    from .lora import WEIGHTS_NAME, read_lora, write_lora_weights, write_settings
+
+    if not folder.is_dir():
+        raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
+            " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
+        )
+    lora = read_lora(folder)
+    name = lora.config.get("base_model")
+    kind = get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
+    recorded = base_model or lora.base_repository or kind.default_repository
+    lora.config = public_config({**lora.config, "base_model": kind.name, "base_model_repository": recorded})
+    if lora.adapter_config:
+        lora.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
+    sample = lora.config.get("sample")
+    if not sample or not (folder / sample["file"]).is_file():
+        raise ValueError(
+            f"{folder} has no sample clip, without which nobody sees what the LoRA does. Make one:"
+            ' `diffusers-mcm push … --prompt "a corgi running on the beach"`.'
+        )
+    write_lora_weights(target / WEIGHTS_NAME, lora, kind.denoiser_name)
+    write_settings(target, lora)
+    card = _card(folder, repo_id, lora.config)
+    check_card(card, str(folder / CARD_NAME))
+    (target / CARD_NAME).write_text(card, encoding="utf-8")
+    mentioned = {path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() in card}
+    for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample["file"])}):
+        copy = target / path.relative_to(folder)
+        if path.is_file() and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the paths of the machine it was made on; `ValueError` if it makes no sense without."""
+    places = {"base model": config["base_model_repository"], **(config.get("extra_repositories") or {})}
+    for part, name in places.items():
+        if is_local(name):
+            raise ValueError(
+                f"The {part} is recorded as the local folder {name!r}, which nobody else has. Say which repository it"
+                " is a copy of: `base_model=` here, `--base_model` for `diffusers-mcm push`."
+            )
+    config = json.loads(json.dumps(config, default=str))
+    training = config.get("training") or {}
+    training.update({key: public_name(training[key]) for key in _SOURCES if key in training})
+    return config
+
+
+def _card(folder: Path, repo_id: str, config: Mapping[str, Any]) -> str:
+    """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
+    path = folder / CARD_NAME
+    if path.is_file() and (folder / "mcm_config.json").is_file():
+        text = path.read_text(encoding="utf-8")
+        name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
+        if name is None or text != render_folder_card(folder, name[1]):
+            return text
+    return render_folder_card(folder, repo_id, config)
+
+
+def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
+    """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, and its prompt in the configuration."""
+    from .video_io import write_mp4
+
+    write_mp4(folder / SAMPLE_NAME, video, fps=fps)
+    path = folder / "mcm_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config["sample"] = {"file": SAMPLE_NAME, "prompt": prompt}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pipeline_card(repository: str) -> str:
+    """The card of a whole pipeline, base model included."""
+    return f"""---
+{metadata(["diffusers", "text-to-video", "motion-consistency-model", "diffusers-mcm"])}
+---
+
+# {repository.rpartition("/")[2]}
+
+A text-to-video pipeline that samples in one to eight steps, saved with diffusers-mcm: base model, LoRAs and scheduler.
+
+```python
+from diffusers_mcm import MCMPipeline
+
+pipe = MCMPipeline.from_pretrained("{repository}")
+frames = pipe("{DEFAULT_PROMPT}").frames[0]
+```
+"""

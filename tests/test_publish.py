@@ -1,0 +1,371 @@
+"""Publishing with the real client against the tests' own Hub: one commit or nothing, and the same command again."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_mcm import MCMPipeline
+from diffusers_mcm.cards import check_card, render_folder_card
+from diffusers_mcm.cli import main
+from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora
+from diffusers_mcm.publish import PublishError, publish_lora, record_sample
+from tests.hub_server import hub_server
+from tests.tiny import NUM_FRAMES, save_tiny_base, save_tiny_lora
+
+PROMPT = "a red circle moving left on a black background"
+SECRET = "hf_" + "s3cret" * 5
+FILES = {"README.md", CONFIG_NAME, WEIGHTS_NAME, "sample.mp4", "scheduler/scheduler_config.json"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """What the Hub has: a base model. Beside it, on this machine: a LoRA folder."""
+    root = tmp_path_factory.mktemp("hub")
+    save_tiny_base(root / "owner" / "base")
+    return root
+
+
+@pytest.fixture
+def server(root, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
+    with hub_server(root) as server:
+        server.token = SECRET
+        monkeypatch.setenv("HF_TOKEN", SECRET)
+        yield server
+
+
+def make_lora(folder, base="owner/base", **options):
+    save_tiny_lora(folder, base=base, **options)
+    record_sample(folder, np.zeros((NUM_FRAMES, 16, 16, 3), np.uint8), PROMPT, fps=8)
+    (folder / "README.md").write_text(render_folder_card(folder, folder.name))
+    return folder
+
+
+@pytest.fixture
+def lora(tmp_path):
+    return make_lora(tmp_path / "my-lora")
+
+
+def sample(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(PROMPT, generator=generator, num_frames=NUM_FRAMES, output_type="pt").frames
+
+
+def push(folder, *arguments):
+    return main(["push", str(folder), "me/mcm", *arguments])
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+LOAD = f"""
+import hashlib, sys, torch
+from diffusers_mcm import MCMPipeline
+pipe = MCMPipeline.from_pretrained("me/mcm", revision=sys.argv[1])
+frames = pipe({PROMPT!r}, generator=torch.Generator().manual_seed(0), num_frames={NUM_FRAMES}, output_type="pt").frames
+print(hashlib.sha256(frames.numpy().tobytes()).hexdigest())
+"""
+
+
+def load_elsewhere(revision, home, **environment):
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | environment
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the last bit depends on it
+    command = [sys.executable, "-c", LOAD, revision]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.strip()
+
+
+def test_a_lora_of_real_size_is_pushed_and_loaded_by_another_process_and_offline(server, tmp_path):
+    convolutions = ["mid_block.resnets.0.conv1", "mid_block.resnets.1.conv1"]
+    folder = make_lora(tmp_path / "big", modules=convolutions, rank=17_000)
+    assert (folder / WEIGHTS_NAME).stat().st_size > 20e6
+    assert push(folder) == 0
+    repository = server.repositories["me/mcm"]
+    assert repository.messages == ["initial commit", "Upload a motion consistency LoRA"]
+    assert repository.files.keys() == FILES
+    commit = repository.branches["main"]
+    here = MCMPipeline.from_pretrained(folder, base_model=server.root / "owner" / "base")
+    frames = sample(here).numpy()
+    make_lora(folder, seed=5)  # what comes later is no part of the commit that is asked for
+    assert push(folder) == 0
+    assert repository.branches["main"] != commit
+    there = load_elsewhere(commit, tmp_path / "home", HF_ENDPOINT=server.url)
+    assert there == hashlib.sha256(frames.tobytes()).hexdigest()
+    requests = len(server.requests)
+    offline = load_elsewhere(commit, tmp_path / "home", HF_ENDPOINT=server.url, HF_HUB_OFFLINE="1")
+    assert offline == there and len(server.requests) == requests
+
+
+def test_what_is_pushed_is_what_was_there(server, lora, tmp_path):
+    (lora / "motion_head.safetensors").write_bytes((lora / WEIGHTS_NAME).read_bytes())
+    (lora / "notes.txt").write_text("for nobody")
+    (lora / "checkpoint-1").mkdir()
+    (lora / "checkpoint-1" / "training_state.pt").write_bytes(b"optimiser")
+    assert push(lora, "--message", "First") == 0
+    repository = server.repositories["me/mcm"]
+    assert repository.files.keys() == FILES | {"motion_head.safetensors"} and repository.messages[-1] == "First"
+    back = read_lora("me/mcm", cache_dir=tmp_path / "cache")
+    before = read_lora(lora)
+    assert back.tensors.keys() == before.tensors.keys()
+    assert all(torch.equal(back.tensors[key], before.tensors[key]) for key in before.tensors)
+    assert back.config == before.config and back.scheduler_config == before.scheduler_config
+    again = len(server.requests)
+    assert push(lora) == 0  # nothing has changed: nothing is uploaded, and there is no empty commit
+    assert len(repository.messages) == 2 and not [r for r in server.requests[again:] if r.startswith("PUT")]
+
+
+def test_a_branch_and_a_pull_request(server, lora, capsys):
+    assert push(lora, "--revision", "v1") == 0
+    repository = server.repositories["me/mcm"]
+    assert repository.files == {} and repository.at("v1")[1].keys() == FILES
+    assert push(lora, "--create_pr") == 0
+    assert repository.files == {} and repository.at("refs/pr/1")[1].keys() == FILES
+    assert "me/mcm/discussions/1" in capsys.readouterr().out
+
+
+def test_a_dry_run_asks_nobody(server, lora, capsys):
+    assert push(lora, "--dry_run") == 0
+    listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    assert listed == FILES and server.requests == []
+
+
+# --- what goes wrong on the way --------------------------------------------------------------------------------------
+STAGES = {
+    "create": "POST /api/repos/create",
+    "card": "POST /api/validate-yaml",
+    "preupload": "preupload",
+    "batch": "objects/batch",
+    "upload": "PUT /lfs",
+    "verify": "POST /verify",
+    "commit": "POST .*/commit/",
+}
+
+
+@pytest.mark.parametrize("how", [500, "cut"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_after_a_failure_the_same_command_finishes_the_job(server, lora, capsys, stage, how):
+    server.fail(STAGES[stage], how, times=99)
+    assert push(lora) == 2
+    error = capsys.readouterr().err
+    assert "Publishing me/mcm failed. The Hub " in error and "Traceback" not in error
+    assert ("failed with status 500" if how == 500 else "cannot be reached") in error
+    assert stage == "create" or "the same command finishes the job" in error
+    assert [repository.files for repository in server.repositories.values()] in ([], [{}])  # never half a model
+    assert (lora / WEIGHTS_NAME).is_file()
+    server.faults.clear()
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].files.keys() == FILES
+
+
+def test_a_failure_leaves_the_older_version_whole(server, lora):
+    assert push(lora) == 0
+    before = server.repositories["me/mcm"].files
+    make_lora(lora, seed=7)
+    server.fail(STAGES["commit"], 500, times=99)
+    assert push(lora) == 2 and server.repositories["me/mcm"].files == before
+    server.faults.clear()
+    assert push(lora) == 0
+    after = server.repositories["me/mcm"].files
+    assert {name for name in after if after[name] != before[name]} == {WEIGHTS_NAME}
+
+
+def test_a_connection_cut_once_is_taken_up_again(server, lora):
+    server.fail("PUT /lfs", "cut")
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].files.keys() == FILES
+
+
+def test_a_wrong_token_and_a_name_of_somebody_else(server, lora, capsys):
+    assert push(lora, "--token", "hf_wrong") == 2
+    assert "The Hub refuses the token. Log in with `hf auth login`" in capsys.readouterr().err
+    assert server.repositories == {}
+    assert main(["push", str(lora), "others/mcm"]) == 2
+    assert "The token may not do this to others/mcm" in capsys.readouterr().err
+
+
+def test_the_token_is_told_to_nobody(server, lora, capsys, caplog, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    caplog.set_level(logging.DEBUG)
+    assert push(lora, "--token", SECRET) == 0
+    server.fail("POST", 500, times=99)
+    assert push(lora, "--token", SECRET) == 2
+    server.faults.clear()
+    assert push(lora, "--token", f"{SECRET}\n") == 0
+    assert push(lora, "--token", f"{SECRET}\n{SECRET}") == 2
+    shown = capsys.readouterr()
+    assert "The token holds a space, a line break or another character that no token has" in shown.err
+    assert f"Bearer {SECRET}" in server.tokens
+    everything = [shown.out, shown.err, caplog.text]
+    everything += [path.read_bytes().decode("latin1") for path in lora.rglob("*") if path.is_file()]
+    everything += [content.decode("latin1") for content in server.repositories["me/mcm"].files.values()]
+    assert not [text for text in everything if SECRET in text]
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+def test_visibility_is_the_accounts_or_what_is_asked_for_and_never_changes(server, lora, capsys, by_default):
+    server.private_by_default = by_default
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].private is by_default
+    assert push(lora, "--public" if by_default else "--private") == 2
+    assert "me/mcm exists and is " + ("private" if by_default else "public") in capsys.readouterr().err
+    assert server.repositories["me/mcm"].private is by_default
+    assert push(lora, "--private" if by_default else "--public") == 0
+    assert main(["push", str(lora), "other", "--public" if by_default else "--private"]) == 0
+    assert server.repositories["me/other"].private is not by_default
+
+
+# --- what is not published -------------------------------------------------------------------------------------------
+def truncate(folder):
+    (folder / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes()[:-10])
+
+
+def break_yaml(folder):
+    (folder / "README.md").write_text("---\ntags: [a\n---\n")
+
+
+def forge_base(folder):
+    (folder / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+
+
+def break_config(folder):
+    (folder / CONFIG_NAME).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "is damaged or not a safetensors file"),
+        (break_config, "mcm_config.json is not valid JSON"),
+        (break_yaml, "README.md begins with metadata that is not YAML"),
+        (forge_base, "base_model must be a repository such as 'owner/name', not '/home/me/base'"),
+        (lambda folder: (folder / "sample.mp4").unlink(), "has no sample clip"),
+        (lambda folder: (folder / WEIGHTS_NAME).unlink(), "No LoRA in"),
+        (lambda folder: (folder / "model_index.json").write_text("{}"), "holds a whole pipeline"),
+    ],
+)
+def test_a_folder_that_is_not_in_order_stays_at_home(server, lora, spoil, message):
+    spoil(lora)
+    with pytest.raises((ValueError, OSError), match=message):
+        publish_lora(lora, "me/mcm")
+    assert server.requests == []
+
+
+def test_names_that_cannot_be(server, lora, tmp_path):
+    with pytest.raises(ValueError, match="Expected a repository such as 'owner/name', got 'a/b/c'"):
+        publish_lora(lora, "a/b/c")
+    with pytest.raises(ValueError, match="Expected a LoRA folder, got .*nowhere"):
+        publish_lora(tmp_path / "nowhere", "me/mcm")
+    assert server.requests == []
+
+
+def test_paths_of_this_machine_are_not_published(server, root, tmp_path):
+    training = {"video_data": "../../home/alice/videos", "image_data": "owner/pictures", "steps": 3}
+    lora = make_lora(tmp_path / "lora", base=root / "owner" / "base", training=training)
+    with pytest.raises(ValueError, match=r"recorded as the local folder '\.\./.*base', .*`--base_model`"):
+        publish_lora(lora, "me/mcm")
+    publish_lora(lora, "me/mcm", base_model="owner/base")
+    files = server.repositories["me/mcm"].files
+    assert not [name for name, content in files.items() if b"../" in content or b"alice" in content]
+    published = json.loads(files[CONFIG_NAME])
+    assert published["base_model_repository"] == "owner/base"
+    assert (published["training"]["video_data"], published["training"]["image_data"]) == ("videos", "owner/pictures")
+    assert "base_model: owner/base" in files["README.md"].decode()
+    assert "../../home/alice" in (lora / CONFIG_NAME).read_text()  # at home it stays useful
+
+
+def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
+    push(lora)
+    assert '"me/mcm"' in server.repositories["me/mcm"].files["README.md"].decode()  # made anew for its repository
+    (lora / "grid.png").write_bytes(b"picture")
+    text = (lora / "README.md").read_text() + "\n![some samples](grid.png)\n"
+    (lora / "README.md").write_text(text)
+    push(lora)
+    files = server.repositories["me/mcm"].files
+    assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
+
+
+# --- from a pipeline -------------------------------------------------------------------------------------------------
+def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
+    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
+    video = sample(pipe)
+    other = save_tiny_lora(tmp_path / "other", base=root / "owner" / "base", seed=1)
+    pipe.load_lora_weights(other, "style")
+    pipe.set_adapters(["mcm", "style"], [0.9, 0.5])
+    with pytest.raises(ValueError, match="Say which LoRA is meant with `adapter_name`; loaded are: mcm, style"):
+        pipe.push_to_hub("me/mcm")
+    address = pipe.push_to_hub("me/mcm", "From a pipeline", adapter_name="mcm", prompt="a blue ring")
+    repository = server.repositories["me/mcm"]
+    assert repository.messages == ["initial commit", "From a pipeline"] and repository.files.keys() == FILES
+    assert address.endswith(repository.branches["main"])
+    assert "text: a blue ring" in repository.files["README.md"].decode()
+    assert pipe.get_active_adapters() == ["mcm", "style"] and pipe._adapters.weights == {"mcm": 0.9, "style": 0.5}
+    options = dict(cache_dir=tmp_path / "cache", token=SECRET)
+    assert torch.equal(sample(MCMPipeline.from_pretrained("me/mcm", **options)), video)
+    pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match="loaded are: none"):
+        pipe.push_to_hub("me/mcm")
+
+
+def test_a_pipeline_publishes_all_of_itself(server, lora, root, tmp_path):
+    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
+    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", token=SECRET)
+    repository = server.repositories["me/whole"]
+    assert len(repository.messages) == 2
+    assert {"model_index.json", "README.md", f"mcm_adapters/mcm/{WEIGHTS_NAME}"} <= repository.files.keys()
+    check_card(repository.files["README.md"].decode())
+    again = MCMPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
+    assert torch.equal(sample(again), sample(pipe))
+    server.fail(STAGES["commit"], 500, times=99)
+    pipe.scheduler.register_to_config(timestep_scaling=5.0)
+    with pytest.raises(PublishError, match="Publishing me/whole failed. .* finishes the job"):
+        pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole")
+    assert len(repository.messages) == 2 and (tmp_path / "whole" / "model_index.json").is_file()
+
+
+def test_a_saved_lora_is_the_one_that_was_loaded(lora, root, tmp_path):
+    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
+    pipe.save_mcm_lora(tmp_path / "saved")
+    saved, before = load_file(tmp_path / "saved" / WEIGHTS_NAME), load_file(lora / WEIGHTS_NAME)
+    assert saved.keys() == before.keys() and all(torch.equal(saved[key], before[key]) for key in before)
+    again = MCMPipeline.from_pretrained(tmp_path / "saved", base_model=root / "owner" / "base")
+    assert torch.equal(sample(again), sample(pipe)) and again.config.num_inference_steps == 2
+
+
+def test_the_command_makes_the_clip(server, root, tmp_path, capsys):
+    lora = save_tiny_lora(tmp_path / "lora", base=root / "owner" / "base")
+    base = str(root / "owner" / "base")
+    assert push(lora, "--base_model", "owner/base") == 2
+    assert "has no sample clip" in capsys.readouterr().err
+    assert push(lora, "--prompt", PROMPT, "--device", "cpu", "--dry_run", "--base_model", base) == 2
+    assert "recorded as the local folder" in capsys.readouterr().err
+    assert (lora / "sample.mp4").stat().st_size > 0 and json.loads((lora / CONFIG_NAME).read_text())["sample"]
+    assert push(lora, "--base_model", "owner/base") == 0
+    assert server.repositories["me/mcm"].files["sample.mp4"] == (lora / "sample.mp4").read_bytes()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+def test_a_repository_that_cannot_be_read(server, lora, tmp_path):
+    push(lora)
+    options = dict(cache_dir=tmp_path / "cache")
+    with pytest.raises(OSError, match="There is no repository me/missing on the Hub, or it is private"):
+        MCMPipeline.from_pretrained("me/missing", **options)
+    with pytest.raises(OSError, match="me/mcm has no revision 'v9'"):
+        MCMPipeline.from_pretrained("me/mcm", revision="v9", **options)
+    server.repositories["me/mcm"].gated = True
+    with pytest.raises(OSError, match="me/mcm is gated: accept its terms"):
+        MCMPipeline.from_pretrained("me/mcm", **options)
+    server.fail("HEAD", 401, times=99)
+    with pytest.raises(OSError, match="The Hub refuses the token|may not see it"):
+        MCMPipeline.from_pretrained("me/mcm", **options)
+    server.faults.clear()
+    server.fail("HEAD", 500, times=99)
+    with pytest.raises(OSError, match="is not in the cache, and the Hub cannot be asked"):
+        MCMPipeline.from_pretrained("me/mcm", **options)
