@@ -153,25 +153,6 @@ def test_size_defaults_to_the_configuration_and_can_be_given(pipe, components):
     assert (bare.sampling_default("num_inference_steps"), bare.sampling_default("fps")) == (4, 8)
 
 
-def test_chunked_decoding_makes_the_same_video(pipe, monkeypatch):
-    sizes = []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda z, **kw: sizes.append(len(z)) or decode(z, **kw))
-    whole = sample(pipe, output_type="pt", decode_chunk_size=None)
-    torch.testing.assert_close(sample(pipe, output_type="pt", decode_chunk_size=3), whole)
-    assert sizes == [4, 3, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(components, dtype):
-    pipe = ModelScopeMCMPipeline(**tiny_components(), num_frames=NUM_FRAMES)
-    pipe.scheduler = components["scheduler"]
-    pipe.to(dtype=dtype)
-    latents = sample(pipe, num_inference_steps=1)
-    assert latents.dtype == dtype and latents.isfinite().all()
-    assert sample(pipe, num_inference_steps=1, output_type="np").dtype == np.float32
-
-
 # --- callbacks -------------------------------------------------------------------------------------------------------
 def test_callback_sees_and_changes_tensors(pipe):
     seen = []
@@ -214,40 +195,6 @@ def test_progress_bar_counts_the_steps(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     sample(pipe, num_inference_steps=3)
     assert "3/3" in capsys.readouterr().err
-
-
-def test_offload_hooks_run_for_every_component(pipe):
-    """Decoding and encoding go through the entrances that accelerate's hooks guard."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    class Recorder(ModelHook):
-        def __init__(self, name):
-            self.name = name
-
-        def pre_forward(self, module, *args, **kwargs):
-            order.append(self.name)
-            return args, kwargs
-
-    order = []
-    for name in ("text_encoder", "unet", "vae"):
-        add_hook_to_module(getattr(pipe, name), Recorder(name))
-    try:
-        sample(pipe, num_inference_steps=2, output_type="np")
-    finally:
-        pipe.remove_all_hooks()
-    assert order == pipe.model_cpu_offload_seq.replace("unet", "unet->unet").split("->")
-
-
-def test_sequential_offload_makes_the_same_video():
-    """With every weight away until its layer runs, as `enable_sequential_cpu_offload` has it."""
-    from accelerate import cpu_offload
-
-    pipe = ModelScopeMCMPipeline(**tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER)), num_frames=1)
-    expected = sample(pipe, num_inference_steps=1, output_type="pt")
-    for name in ("text_encoder", "unet", "vae"):
-        cpu_offload(getattr(pipe, name), "cpu")
-    assert all(parameter.is_meta for parameter in pipe.unet.parameters())
-    assert torch.equal(sample(pipe, num_inference_steps=1, output_type="pt"), expected)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
