@@ -450,6 +450,7 @@ def save_lora(
     *,
     repository: str | os.PathLike | None = None,
     revision: str | None = None,
+    extra_repositories: Mapping[str, str] | None = None,
     sampling: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     scheduler=None,
@@ -459,9 +460,9 @@ def save_lora(
 ) -> Path:
     """Write the LoRA folder that `MCMPipeline.from_pretrained` reads.
 
-    `base_model` is a `BaseModel`; `repository` and `revision` say where its weights came from (a local folder is
-    recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling` holds
-    `num_inference_steps`, `num_frames`, `height`, `width`, `fps`; `scheduler` is the `MCMScheduler` to sample with.
+    `base_model` is a `BaseModel`; `repository`, `revision` and `extra_repositories` say where its weights came from (a
+    local folder is recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling`
+    holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`; `scheduler` is the one to sample with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -470,6 +471,9 @@ def save_lora(
         "base_model": base_model.name,
         "base_model_repository": hub.recordable(repository or base_model.default_repository, relative_to or folder),
         "base_model_revision": revision,
+        "extra_repositories": {
+            name: hub.recordable(place, relative_to or folder) for name, place in (extra_repositories or {}).items()
+        },
         "sampling": dict(sampling or {}),
         "training": dict(training or {}),
     }

@@ -1,10 +1,18 @@
-"""Tiny random components with ModelScope's architecture: a whole base model that runs in milliseconds."""
+"""Tiny random components with the base models' architectures: a whole base model that runs in milliseconds."""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_mcm.base_models import get_base_model
@@ -19,6 +27,8 @@ SIZE = 16  # pixels; latents are 8 x 8
 NUM_FRAMES = 4
 # What the scheduler configuration of a ModelScope repository says.
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon")
+# What AnimateDiff's motion modules were trained on.
+ANIMATEDIFF_SCHEDULER = SCHEDULER | dict(beta_schedule="linear")
 
 # Enough LoRA for tests that are not about which modules get one: injecting takes its time.
 FEW_MODULES = [
@@ -54,6 +64,48 @@ def tiny_unet(seed: int = 0, **overrides) -> UNet3DConditionModel:
             if not parameter.any():
                 parameter.data.normal_(std=0.05)
     return unet.eval()
+
+
+def tiny_image_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
+    """Stable Diffusion's kind."""
+    config = dict(
+        sample_size=SIZE // VAE_FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_DIM,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(**(config | overrides)).eval()
+
+
+def tiny_motion_adapter(seed: int = 0, **overrides) -> MotionAdapter:
+    config = dict(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+        motion_max_seq_length=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = MotionAdapter(**(config | overrides))
+        # The last projections start at zero; random ones make a mistake in the motion modules visible.
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.05)
+    return adapter.eval()
+
+
+def tiny_motion_unet(seed: int = 0) -> UNetMotionModel:
+    """AnimateDiff's kind: the image UNet with the adapter's motion modules in it."""
+    return UNetMotionModel.from_unet2d(tiny_image_unet(seed), tiny_motion_adapter(seed)).eval()
 
 
 def tiny_vae(seed: int = 0, **overrides) -> AutoencoderKL:
@@ -118,13 +170,27 @@ def tiny_components(seed: int = 0) -> dict:
     )
 
 
-def save_tiny_base(folder: str | Path, seed: int = 0, **components) -> Path:
-    """A repository folder of a base model, laid out as the ModelScope one on the Hub."""
+def tiny_animatediff_components(seed: int = 0) -> dict:
+    """The components of an AnimateDiff pipeline, on its linear betas."""
+    scheduler = DDIMScheduler(**ANIMATEDIFF_SCHEDULER, clip_sample=False, steps_offset=1)
+    return tiny_components(seed) | dict(unet=tiny_motion_unet(seed), scheduler=scheduler)
+
+
+def save_tiny_stable_diffusion(folder: str | Path, seed: int = 0, **components) -> Path:
+    """A repository folder of an image model; its scheduler is the image model's."""
+    components = (
+        dict(unet=tiny_image_unet(seed), scheduler=PNDMScheduler(**SCHEDULER, skip_prk_steps=True)) | components
+    )
+    return save_tiny_base(folder, seed, "StableDiffusionPipeline", **components)
+
+
+def save_tiny_base(folder: str | Path, seed: int = 0, class_name: str = "TextToVideoSDPipeline", **components) -> Path:
+    """A repository folder of a base model, laid out as on the Hub; ModelScope unless told otherwise."""
     folder = Path(folder)
     components = tiny_components(seed) | components
     for name, component in components.items():
         component.save_pretrained(folder / name)
-    index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"}
+    index = {"_class_name": class_name, "_diffusers_version": "0.42.1"}
     for name, component in components.items():
         library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
         index[name] = [library, type(component).__name__]

@@ -19,6 +19,8 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.attention import FreeNoiseTransformerBlock
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -30,6 +32,7 @@ from .base import Text
 from .stable_diffusion import StableDiffusionModel
 
 ADAPTER = "motion_adapter"
+IMAGE_EMBEDS = "image_embeds."  # keys of a `Text` start with it, one for each IP-Adapter
 
 
 class AnimateDiff(StableDiffusionModel):
@@ -82,12 +85,26 @@ class AnimateDiff(StableDiffusionModel):
         return AnimateDiffMCMPipeline
 
     # --- the tensors -------------------------------------------------------------------------------------------------
+    def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
+        shape = super().latent_shape(denoiser, vae, num_frames, height, width)
+        longest = denoiser.config.motion_max_seq_length
+        if num_frames > longest and not any(isinstance(m, FreeNoiseTransformerBlock) for m in denoiser.modules()):
+            raise ValueError(
+                f"`num_frames` must be at most {longest}, the most that the motion modules can tell apart, got"
+                f" {num_frames}; `enable_free_noise()` samples longer clips."
+            )
+        return shape
+
     def denoise(
         self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text, **network_options
     ) -> torch.Tensor:
-        """`text["prompt_embeds"]` is `(B, length, features)`, or `(B, T, length, features)` with a text per frame."""
+        """`text["prompt_embeds"]` is `(B, length, features)`, or `(B, T, length, features)` with a text per frame;
+        `image_embeds.0` and so on `(B, images, [length,] features)`, for each IP-Adapter."""
         embeds = text["prompt_embeds"]
         embeds = embeds.flatten(0, 1) if embeds.ndim == 4 else embeds.repeat_interleave(latents.shape[2], 0)
+        pictures = [value for key, value in text.items() if key.startswith(IMAGE_EMBEDS)]
+        if pictures:
+            network_options["added_cond_kwargs"] = {"image_embeds": pictures}
         return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **network_options)[0]
 
 
@@ -188,3 +205,141 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
         return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As [`MCMPipeline.save_pretrained`]; an IP-Adapter, which diffusers cannot load again, has to go before."""
+        if self._has_ip_adapter:
+            raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # --- stock AnimateDiff's own ways to sample ----------------------------------------------------------------------
+    def __call__(
+        self,
+        prompt: str | list[str] | dict[int, str] | None = None,
+        *args,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        clip_skip: int | None = None,
+        eta: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """Make videos. The arguments are those of [`MCMPipeline`], and of diffusers' `AnimateDiffPipeline`:
+
+        Args:
+            prompt (`str`, `list[str]` or `dict[int, str]`, *optional*):
+                With FreeNoise also a text for each of some frames, the first of them 0; in between they are mixed.
+            ip_adapter_image (*optional*), ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
+                For a loaded IP-Adapter, a picture, or its embedding as diffusers defines it; one entry an adapter.
+            clip_skip (`int`, *optional*):
+                How many of the last layers of the text encoder to leave out.
+            eta (`float`, defaults to 0):
+                Of DDIM; other schedulers have none.
+            cross_attention_kwargs (`dict`, *optional*):
+                `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention layers.
+
+        Returns:
+            [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
+        """
+        others = dict(cross_attention_kwargs or {})
+        if "scale" in others:
+            kwargs["cross_attention_kwargs"] = {"scale": others.pop("scale")}
+        if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
+            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+        given = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        if given != self._has_ip_adapter:
+            raise ValueError(
+                "An IP-Adapter and a picture go together: "
+                + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
+            )
+        self._pictures = (ip_adapter_image, ip_adapter_image_embeds)
+        self._clip_skip, self._eta, self._cross_attention_kwargs = clip_skip, eta, others or None
+        try:
+            return super().__call__(prompt, *args, **kwargs)
+        finally:
+            self._pictures = (None, None)
+
+    @property
+    def _has_ip_adapter(self) -> bool:
+        return self.unet.encoder_hid_proj is not None
+
+    def enable_free_noise(self, *args, **kwargs) -> None:
+        """diffusers' own, with the LoRAs that are loaded."""
+        with self._clean_networks():  # it makes new blocks from the weights of the old
+            super().enable_free_noise(*args, **kwargs)
+
+    def disable_free_noise(self) -> None:
+        """diffusers' own, with the LoRAs that are loaded."""
+        with self._clean_networks():
+            super().disable_free_noise()
+
+    def _check_prompt(self, name: str, value) -> None:
+        if not isinstance(value, dict):
+            return super()._check_prompt(name, value)
+        if not self.free_noise_enabled:
+            raise ValueError(f"`{name}` may be a dictionary of frames only after `enable_free_noise()`.")
+        frames_fit = all(isinstance(frame, int) and frame >= 0 for frame in value) and 0 in value
+        if not frames_fit or not all(isinstance(text, str) for text in value.values()):
+            raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
+
+    def _encode(self, prompt, prompt_embeds, num_videos_per_prompt, num_frames, device):
+        text = super()._encode(prompt, prompt_embeds, num_videos_per_prompt, num_frames, device)
+        embeds = text["prompt_embeds"]
+        if self.free_noise_enabled and embeds.ndim == 3:  # one of the two texts may be one per frame
+            text["prompt_embeds"] = embeds[:, None].expand(-1, num_frames, -1, -1)
+        return text
+
+    def _encode_prompts(self, prompts, num_frames):
+        if not isinstance(prompts, dict):
+            prompts = self.maybe_convert_prompt(list(prompts), self.tokenizer)  # textual inversion
+            return self.base_model.encode_text(self.tokenizer, self.text_encoder, prompts, self._clip_skip or 0)
+        if max(prompts) >= num_frames:
+            raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {num_frames}, counted from 0.")
+        prompts = {frame: prompts[frame] for frame in sorted(prompts)}
+        prompts.setdefault(num_frames - 1, prompts[max(prompts)])
+        frames = list(prompts)
+        embeds = self._encode_prompts(prompts.values(), num_frames)["prompt_embeds"].split(1)
+        mixed = embeds[0].expand(num_frames, -1, -1).clone()
+        for start, end, first, last in zip(frames, frames[1:], embeds, embeds[1:]):
+            mixed[start : end + 1] = self._free_noise_prompt_interpolation_callback(start, end, first, last)
+        return {"prompt_embeds": mixed[None]}
+
+    def _add_conditions(self, text, negative, device):
+        if not self._has_ip_adapter:
+            return
+        batch = len(text["prompt_embeds"])
+        found = self.prepare_ip_adapter_image_embeds(*self._pictures, device, batch, negative is not None)
+        for i, embeds in enumerate(found):
+            embeds = embeds.to(self.unet.dtype)
+            if negative is not None:
+                negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
+            text[f"{IMAGE_EMBEDS}{i}"] = embeds
+
+    def _start_latents(self, shape, generator, latents, device):
+        if self.free_noise_enabled:
+            batch, channels, num_frames, height, width = shape
+            size = (channels, num_frames, height * self.vae_scale_factor, width * self.vae_scale_factor)
+            one_each = latents is None and isinstance(generator, (list, tuple))
+            latents = torch.cat(
+                [
+                    self._prepare_latents_free_noise(count, *size, self.unet.dtype, device, each, latents)
+                    for count, each in ([(1, each) for each in generator] if one_each else [(batch, generator)])
+                ]
+            )
+        return super()._start_latents(shape, generator, latents, device)
+
+    def _sample(self, latents, timesteps, text, negative, generator, callback):
+        if not self.free_init_enabled:
+            return super()._sample(latents, timesteps, text, negative, generator, callback)
+        steps, options = len(timesteps), (latents.device, latents.dtype, generator)
+        for iteration in range(self._free_init_num_iters):
+            latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
+            latents = super()._sample(latents, timesteps, text, negative, generator, callback)
+        return latents
+
+    def _step_options(self, generator):
+        return self.prepare_extra_step_kwargs(generator, self._eta)
+
+    def _denoise(self, latents, t, text):
+        options = {"cross_attention_kwargs": self._cross_attention_kwargs} if self._cross_attention_kwargs else {}
+        return self.base_model.denoise(self.unet, latents, t.expand(len(latents)), text, **options)

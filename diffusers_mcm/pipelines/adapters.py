@@ -1,6 +1,10 @@
 """The LoRA verbs of a pipeline: load, weigh, switch, fuse, unfuse, unload, save.
 
-The denoiser keeps its stock class; peft's layers stand in for the modules they adapt. Its base weights are never
+They are diffusers' verbs by name and arguments, and take the place of its own: for a UNet that diffusers puts no LoRA
+on, for LoRAs on motion modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where a
+style LoRA has a part for it, on the text encoder.
+
+The networks keep their stock classes; peft's layers stand in for the modules they adapt. Their base weights are never
 written to, except by `fuse_lora`, which sets the originals aside: `unfuse_lora` and `unload_lora_weights` restore the
 base bit for bit.
 """
@@ -10,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +28,13 @@ from ..lora import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     LoRA,
+    check_fits,
     extract_lora,
     load_lora_into,
     lora_layers,
     read_lora,
-    write_lora_weights,
 )
+from .style_lora import TEXT_ENCODER, read_parts, write_parts
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -39,7 +44,8 @@ ADAPTERS_FOLDER = "mcm_adapters"
 class AdapterState:
     """What peft's layers do not remember; kept on the denoiser, so that pipelines which share it agree."""
 
-    weights: dict[str, float] = field(default_factory=dict)  # as given, before the factor alpha / rank
+    # As given, before the factor alpha / rank; one for each component if the components' differ.
+    weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # mcm_config.json of each adapter
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
@@ -55,10 +61,31 @@ class LoRAVerbs:
             self.denoiser._mcm_adapters = AdapterState()
         return self.denoiser._mcm_adapters
 
+    @property
+    def _networks(self) -> nn.ModuleDict:
+        """What a LoRA may lie on, the denoiser first; a name in it is `component.module`."""
+        networks = {self.base_model.denoiser_name: self.denoiser, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
+        return nn.ModuleDict({name: network for name, network in networks.items() if network is not None})
+
+    @property
+    def _layers(self) -> dict[str, nn.Module]:
+        """peft's layers by component and module."""
+        return lora_layers(self._networks)
+
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The loaded adapters, by component."""
-        names = list(getattr(self.denoiser, "peft_config", {}))
-        return {self.base_model.denoiser_name: names} if names else {}
+        names = {name: list(getattr(network, "peft_config", {})) for name, network in self._networks.items()}
+        return {name: adapters for name, adapters in names.items() if adapters}
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are fused into the weights."""
+        return set(self._adapters.fused)
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many adapters are fused into the weights."""
+        return len(self._adapters.fused)
 
     def get_active_adapters(self) -> list[str]:
         """The adapters that act on the next call, fused ones included."""
@@ -69,16 +96,16 @@ class LoRAVerbs:
     @property
     def _switched_on(self) -> list[str]:
         """The adapters that `set_adapters` chose, whether or not `disable_lora` has been called since."""
-        chosen = {name for layer in lora_layers(self.denoiser).values() for name in layer.active_adapters}
+        chosen = {name for layer in self._layers.values() for name in layer.active_adapters}
         return [name for name in self._loaded if name in chosen]
 
     @property
     def _lora_enabled(self) -> bool:
-        return not any(layer.disable_adapters for layer in lora_layers(self.denoiser).values())
+        return not any(layer.disable_adapters for layer in self._layers.values())
 
     @property
     def _loaded(self) -> list[str]:
-        return list(getattr(self.denoiser, "peft_config", {}))
+        return list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
@@ -97,21 +124,31 @@ class LoRAVerbs:
 
     # --- loading and unloading ---------------------------------------------------------------------------------------
     def load_lora_weights(
-        self, pretrained_model_name_or_path: str | os.PathLike | LoRA, adapter_name: str | None = None, **options
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | LoRA | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **options,
     ) -> None:
         """Load a LoRA beside those that are active already, at weight one.
 
+        Any LoRA for this base model or the image model it was made from, in the namings of diffusers, PEFT and kohya,
+        with or without a part for the text encoder. It fits wholly, or is refused.
+
         Args:
-            pretrained_model_name_or_path: A folder, a `.safetensors` file, a packaged model or a Hub repository.
+            pretrained_model_name_or_path_or_dict:
+                A folder, a `.safetensors` file, a packaged model, a Hub repository, or the tensors by their keys.
             adapter_name: What `set_adapters` will call it.
             options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
         """
         self._require_unfused("load a LoRA")
-        lora = _as_lora(pretrained_model_name_or_path, options)
-        made_for = lora.config.get("base_model") or self._recognised(lora)
-        if made_for != self.base_model.name:
-            raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}.")
-        self._put_in(lora, adapter_name or _free_name("default", self._loaded))
+        parts = read_parts(pretrained_model_name_or_path_or_dict, self._networks, **options)
+        for lora in parts.values():
+            made_for = lora.config.get("base_model") or self._recognised(lora)
+            if made_for != self.base_model.name:
+                raise ValueError(
+                    f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}."
+                )
+        self._put_in(parts, adapter_name or _free_name("default", self._loaded))
 
     def _recognised(self, lora: LoRA) -> str:
         """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
@@ -124,12 +161,16 @@ class LoRAVerbs:
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):
             raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
 
-    def _put_in(self, lora: LoRA, adapter_name: str) -> None:
+    def _put_in(self, parts: Mapping[str, LoRA], adapter_name: str) -> None:
         self._require_at_hand("load")
         enabled = self._lora_enabled
         active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
-        load_lora_into(self.denoiser, lora, adapter_name)
-        self._adapters.configs[adapter_name] = lora.config
+        networks = self._networks
+        for component, lora in parts.items():  # all of them before the first is touched
+            check_fits(networks[component], lora)
+        for component, lora in parts.items():
+            load_lora_into(networks[component], lora, adapter_name)
+            self._adapters.configs.setdefault(adapter_name, {}).update(_as_recorded(lora))
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -138,10 +179,12 @@ class LoRAVerbs:
     def unload_lora_weights(self) -> None:
         """Take out every LoRA; the base model is then bit for bit what it was."""
         self.unfuse_lora()
-        for name, layer in lora_layers(self.denoiser).items():
-            _replace(self.denoiser, name, layer.get_base_layer())
-        if self._loaded:
-            del self.denoiser.peft_config
+        networks = self._networks
+        for name, layer in lora_layers(networks).items():
+            _replace(networks, name, layer.get_base_layer())
+        for network in networks.values():
+            if hasattr(network, "peft_config"):
+                del network.peft_config
         self.denoiser._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -152,45 +195,55 @@ class LoRAVerbs:
             return self.unload_lora_weights()
         remaining = [name for name in self._switched_on if name not in names]
         self.set_adapters(remaining, [self._adapters.weights.get(name, 1.0) for name in remaining])
+        networks = self._networks
         for name in names:
-            for layer in lora_layers(self.denoiser).values():
+            for layer in lora_layers(networks).values():
                 layer.delete_adapter(name)
-            del self.denoiser.peft_config[name]
+            for network in networks.values():
+                getattr(network, "peft_config", {}).pop(name, None)
             self._adapters.weights.pop(name, None)
             self._adapters.configs.pop(name, None)
-        for name, layer in lora_layers(self.denoiser).items():
+        for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
-                _replace(self.denoiser, name, layer.get_base_layer())
+                _replace(networks, name, layer.get_base_layer())
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: float | dict[str, float] | Sequence[float | dict[str, float]] | None = None,
     ) -> None:
-        """Make these adapters, and no others, active at these weights (default: one)."""
+        """Make these adapters, and no others, active at these weights (default: one).
+
+        A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`.
+        """
         names = self._known(adapter_names)
-        if adapter_weights is None or isinstance(adapter_weights, (int, float)):
+        if adapter_weights is None or isinstance(adapter_weights, (int, float, dict)):
             adapter_weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
         if len(adapter_weights) != len(names):
             raise ValueError(f"{len(names)} adapters were named, but {len(adapter_weights)} weights given.")
+        networks = self._networks
+        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, adapter_weights)}
         self._require_unfused("change adapters")
-        for layer in lora_layers(self.denoiser).values():
+        for path, layer in lora_layers(networks).items():
             trainable = [parameter.requires_grad for parameter in layer.parameters()]
             layer.set_adapter(names)
             for parameter, requires_grad in zip(layer.parameters(), trainable):
                 parameter.requires_grad_(requires_grad)
-            for name, weight in zip(names, adapter_weights):
-                layer.set_scale(name, float(weight))
-        self._adapters.weights.update(zip(names, map(float, adapter_weights)))
+            component = path.partition(".")[0]
+            for name, weight in weights.items():
+                layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
+        self._adapters.weights.update(weights)
 
     def disable_lora(self) -> None:
         """Sample with the base model, the LoRAs staying loaded."""
         self._require_unfused("switch the LoRA off")
-        for layer in lora_layers(self.denoiser).values():
+        for layer in self._layers.values():
             layer._disable_adapters = True
 
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
-        for layer in lora_layers(self.denoiser).values():
+        for layer in self._layers.values():
             layer._disable_adapters = False
 
     @contextmanager
@@ -208,7 +261,7 @@ class LoRAVerbs:
     @contextmanager
     def _weighted(self, names: Sequence[str], scale: float) -> Iterator[None]:
         """Adapters at `scale` times their weights, active or not."""
-        layers = list(lora_layers(self.denoiser).values())
+        layers = list(self._layers.values())
         before = [dict(layer.scaling) for layer in layers]
         for layer in layers:
             layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
@@ -231,7 +284,7 @@ class LoRAVerbs:
         self._require_at_hand("fuse")
         originals = {}
         with self._weighted(names, lora_scale):
-            for module, layer in lora_layers(self.denoiser).items():
+            for module, layer in self._layers.items():
                 if not any(name in layer.lora_A for name in names):
                     continue
                 weight = layer.get_base_layer().weight
@@ -252,7 +305,7 @@ class LoRAVerbs:
         self._adapters.fused = {}
 
     def _restore(self) -> None:
-        layers = lora_layers(self.denoiser)
+        layers = self._layers
         for module, original in self._adapters.originals.items():
             weight = layers[module].get_base_layer().weight
             weight.data = original.to(device=weight.device, dtype=weight.dtype)
@@ -261,21 +314,26 @@ class LoRAVerbs:
 
     # --- saving ------------------------------------------------------------------------------------------------------
     @contextmanager
-    def _clean_denoiser(self) -> Iterator[None]:
-        """The denoiser as the base model has it, without peft's layers and without what is fused."""
-        layers = lora_layers(self.denoiser)
+    def _clean_networks(self) -> Iterator[None]:
+        """The networks as the base model has them, without peft's layers and without what is fused.
+
+        A module that is exchanged meanwhile carries the LoRA afterwards.
+        """
+        networks = self._networks
+        layers = lora_layers(networks)
         fused = {}
         for name, layer in layers.items():
             base = layer.get_base_layer()
             if name in self._adapters.originals:
                 fused[name] = base.weight.data
                 base.weight.data = self._adapters.originals[name]
-            _replace(self.denoiser, name, base)
+            _replace(networks, name, base)
         try:
             yield
         finally:
             for name, layer in layers.items():
-                _replace(self.denoiser, name, layer)
+                layer.base_layer = networks.get_submodule(name)
+                _replace(networks, name, layer)
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]
 
@@ -288,13 +346,22 @@ class LoRAVerbs:
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            lora = extract_lora(self.denoiser, name)
-            write_lora_weights(target / WEIGHTS_NAME, lora, self.base_model.denoiser_name)
+            parts = {component: self._networks[component] for component in self.get_list_adapters()}
+            parts = {component: network for component, network in parts.items() if name in network.peft_config}
+            write_parts(
+                target / WEIGHTS_NAME,
+                {component: extract_lora(network, name) for component, network in parts.items()},
+            )
             config = dict(self._adapters.configs.get(name, {}), base_model=self.base_model.name)
+            extra = config.pop("extra_repositories", {})
             repository = config.get("base_model_repository")
-            if not repository or repository.startswith(".") or os.path.isabs(repository):
+            if not repository or any(
+                place.startswith(".") or os.path.isabs(place) for place in (repository, *extra.values())
+            ):
                 # The folder that the adapter came from is not there to be pointed at; this pipeline is.
                 config.update(base_model_repository="../..", base_model_revision=None)
+            elif extra:
+                config["extra_repositories"] = extra
             (target / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
@@ -310,7 +377,10 @@ class LoRAVerbs:
         if state is None:
             return
         for name in state["adapters"]:
-            self._put_in(read_lora(source, **(options | {"subfolder": f"{ADAPTERS_FOLDER}/{name}"})), name)
+            where = options | {"subfolder": f"{ADAPTERS_FOLDER}/{name}"}
+            parts = read_parts(source, self._networks, **where)
+            next(iter(parts.values())).config = hub.read_json(source, CONFIG_NAME, **where) or {}
+            self._put_in(parts, name)
         for name, weight in state["adapters"].items():
             self.set_adapters(name, weight)
         self.set_adapters(state["active"], [state["adapters"][name] for name in state["active"]])
@@ -322,6 +392,25 @@ class LoRAVerbs:
 
 def _as_lora(source: str | os.PathLike | LoRA, options: dict[str, Any]) -> LoRA:
     return source if isinstance(source, LoRA) else read_lora(source, **options)
+
+
+def _as_recorded(lora: LoRA) -> dict[str, Any]:
+    """The LoRA's configuration, its parts of a base model that lie beside it named by their absolute path."""
+    extra = {
+        name: str(Path(os.path.normpath(lora.folder / place))) if place.startswith(".") and lora.folder else place
+        for name, place in (lora.config.get("extra_repositories") or {}).items()
+    }
+    return lora.config | ({"extra_repositories": extra} if extra else {})
+
+
+def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
+    """A checked weight of an adapter."""
+    for component, value in weight.items() if isinstance(weight, dict) else ():
+        if component not in components or not isinstance(value, (int, float)):
+            raise ValueError(
+                f"An adapter's weight must be a number, or one for each of {', '.join(components)}; got {weight!r}."
+            )
+    return {name: float(value) for name, value in weight.items()} if isinstance(weight, dict) else float(weight)
 
 
 def _free_name(stem: str, taken: Sequence[str]) -> str:

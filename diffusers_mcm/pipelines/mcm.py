@@ -308,19 +308,19 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         self._interrupt = False
         device = self._execution_device
 
-        text = self._encode(prompt, prompt_embeds, num_videos_per_prompt, device)
-        batch_size = len(text["prompt_embeds"])
-        negative = None
-        if self.do_classifier_free_guidance:
-            if negative_prompt is None or isinstance(negative_prompt, str):
-                negative_prompt = [negative_prompt or ""] * (batch_size // num_videos_per_prompt)
-            negative = self._encode(negative_prompt, negative_prompt_embeds, num_videos_per_prompt, device)
-            _check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
-
         timesteps = self._set_timesteps(num_inference_steps, timesteps, device)
-        latents = self._start_latents((batch_size, *shape), generator, latents, device)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs) if callback_on_step_end else None
         with self._lora_scaled(lora_scale):
+            size = (num_videos_per_prompt, num_frames, device)
+            text, negative = self._encode(prompt, prompt_embeds, *size), None
+            batch_size = len(text["prompt_embeds"])
+            if self.do_classifier_free_guidance:
+                if negative_prompt is None or isinstance(negative_prompt, str):
+                    negative_prompt = [negative_prompt or ""] * (batch_size // num_videos_per_prompt)
+                negative = self._encode(negative_prompt, negative_prompt_embeds, *size)
+                _check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+            self._add_conditions(text, negative, device)
+            latents = self._start_latents((batch_size, *shape), generator, latents, device)
             latents = self._sample(latents, timesteps, text, negative, generator, callback)
 
         frames = latents
@@ -332,9 +332,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
 
     def _sample(self, latents, timesteps, text, negative, generator, callback) -> torch.Tensor:
         """From noise to a clean sample."""
-        # Deterministic schedulers take no generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if takes_generator else {}
+        options = self._step_options(generator)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
@@ -345,6 +343,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
                     latents = self._call_back(*callback, i, t, latents, text, negative)
                 progress_bar.update()
         return latents
+
+    def _step_options(self, generator) -> dict[str, Any]:
+        """What the scheduler's step takes; deterministic ones take no generator."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if takes_generator else {}
 
     def _call_back(self, function, names, i, t, latents, text, negative) -> torch.Tensor:
         """Show the callback the tensors it asked for, and go on with those it returns."""
@@ -359,23 +362,31 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
     def _predict(self, latents, t, text, negative) -> torch.Tensor:
         """The network's output, guided if there is a `negative` text; one call either way."""
         if negative is None:
-            latents = self.scheduler.scale_model_input(latents, t)
-            return self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text)
+            return self._denoise(self.scheduler.scale_model_input(latents, t), t, text)
         latents = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
         both = {key: torch.cat([negative[key], text[key]]) for key in text}
-        output = self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), both)
-        without, given = output.chunk(2)
+        without, given = self._denoise(latents, t, both).chunk(2)
         return without + self._guidance_scale * (given - without)
 
-    def _encode(self, prompt, prompt_embeds, num_videos_per_prompt: int, device) -> dict[str, torch.Tensor]:
+    def _denoise(self, latents, t, text) -> torch.Tensor:
+        return self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text)
+
+    def _encode(
+        self, prompt, prompt_embeds, num_videos_per_prompt: int, num_frames: int, device
+    ) -> dict[str, torch.Tensor]:
         """The condition for every video: prompts, each repeated `num_videos_per_prompt` times."""
         if prompt_embeds is not None:
             text = {"prompt_embeds": prompt_embeds}
         else:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            text = self.base_model.encode_text(self.tokenizer, self.text_encoder, prompts)
+            text = self._encode_prompts([prompt] if isinstance(prompt, str) else prompt, num_frames)
         text = {key: value.to(device).repeat_interleave(num_videos_per_prompt, 0) for key, value in text.items()}
         return text | {"prompt_embeds": text["prompt_embeds"].to(self.denoiser.dtype)}
+
+    def _encode_prompts(self, prompts: Sequence[str], num_frames: int) -> dict[str, torch.Tensor]:
+        return self.base_model.encode_text(self.tokenizer, self.text_encoder, list(prompts))
+
+    def _add_conditions(self, text: dict, negative: dict | None, device) -> None:
+        """Add to the texts what else a base model's network is conditioned on."""
 
     def _set_timesteps(self, num_inference_steps, timesteps, device) -> torch.Tensor:
         if timesteps is not None:
@@ -413,10 +424,9 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
-            if value is not None and not isinstance(value, str) and not is_list:
-                raise ValueError(f"`{name}` must be a string or a list of at least one string, got {value!r}.")
-        count = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+            if value is not None:
+                self._check_prompt(name, value)
+        count = len(prompt_embeds) if prompt is None else len(prompt) if isinstance(prompt, (list, tuple)) else 1
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != count:
             raise ValueError(f"{len(negative_prompt)} negative prompts were given for {count} prompts.")
         if guidance_scale <= 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
@@ -433,6 +443,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
             raise ValueError(
                 f"The callback cannot get {unknown[0]!r}; valid are {', '.join(self._callback_tensor_inputs)}."
             )
+
+    def _check_prompt(self, name: str, value) -> None:
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
+        if not isinstance(value, str) and not is_list:
+            raise ValueError(f"`{name}` must be a string or a list of at least one string, got {value!r}.")
 
 
 def _lora_scale(lora_scale: float | None, cross_attention_kwargs: dict[str, Any] | None) -> float:

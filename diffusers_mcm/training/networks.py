@@ -36,6 +36,7 @@ class Networks:
     guidance_range: tuple[float, float]
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
     latent_shape: tuple[int, int, int, int]  # C, T, h, w
+    extra_repositories: dict[str, str]  # where parts of the teacher lie that are not in its own repository
 
 
 def find_base_model(config: TrainingConfig) -> BaseModel:
@@ -52,6 +53,19 @@ def find_base_model(config: TrainingConfig) -> BaseModel:
     return infer_base_model(model_index=index)
 
 
+def extra_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:
+    """`--extra_repositories` as a dictionary."""
+    given = dict(entry.partition("=")[::2] for entry in config.extra_repositories)
+    for name, repository in given.items():
+        if name not in base.extra_repositories or not repository:
+            known = ", ".join(base.extra_repositories) or "none"
+            raise ValueError(
+                f"--extra_repositories takes name=repository, with the parts of {base.name} that may lie elsewhere"
+                f" ({known}) as names; got {name!r}={repository!r}."
+            )
+    return given
+
+
 @contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
     """Key torch's global generator too, for libraries that initialise weights from it; restored afterwards."""
@@ -63,7 +77,12 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
 def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
     base = find_base_model(config)
     dtype = WEIGHT_DTYPES[config.mixed_precision]
-    parts = base.load(config.pretrained_teacher_model, revision=config.revision, dtype=dtype)
+    parts = base.load(
+        config.pretrained_teacher_model,
+        revision=config.revision,
+        dtype=dtype,
+        extra_repositories=extra_repositories(base, config),
+    )
     clip_size = tuple(
         getattr(config, name) or parts.sampling.get(name) or getattr(base, name)
         for name in ("num_frames", "height", "width")
@@ -107,6 +126,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
         guidance_range=guidance_range(base, config),
         clip_size=clip_size,
         latent_shape=latent_shape,
+        extra_repositories=parts.extra_repositories,
     )
 
 
