@@ -1,6 +1,6 @@
 """LoRA files of other tools: written, and described."""
 
-from .convert import LAYOUTS, convert
-from .info import describe
+from .conversion import LAYOUTS, convert
+from .description import describe
 
 __all__ = ["LAYOUTS", "convert", "describe"]

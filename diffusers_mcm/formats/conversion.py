@@ -115,10 +115,19 @@ def _complete(lora: LoRA) -> None:
 
 
 def _rebase(lora: LoRA, folder: Path) -> None:
-    """A base model that was recorded relative to where the LoRA was, relative to where it will be."""
-    recorded = lora.config.get("base_model_repository") or ""
-    if recorded.startswith(("./", "../")) and lora.folder is not None and (lora.folder / recorded).exists():
-        lora.config = lora.config | {"base_model_repository": hub.recordable(lora.folder / recorded, folder)}
+    """What was recorded relative to where the LoRA was, relative to where it will be."""
+    if lora.folder is None:
+        return
+
+    def rebased(name: str | None) -> str | None:
+        is_here = (name or "").startswith(("./", "../")) and (lora.folder / name).exists()
+        return hub.recordable(lora.folder / name, folder) if is_here else name
+
+    config = dict(lora.config)
+    config["base_model_repository"] = rebased(config.get("base_model_repository"))
+    if "extra_repositories" in config:
+        config["extra_repositories"] = {key: rebased(name) for key, name in config["extra_repositories"].items()}
+    lora.config = config
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -136,6 +145,8 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 # --- the layouts -----------------------------------------------------------------------------------------------------
 def _write_diffusers(lora: LoRA, folder: Path, _) -> None:
+    if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
+        lora.adapter_config = None
     write_lora_weights(folder / WEIGHTS_NAME, lora, _base_model(lora).denoiser_name)
 
 
