@@ -176,12 +176,14 @@ def tiny_animatediff_components(seed: int = 0) -> dict:
     return tiny_components(seed) | dict(unet=tiny_motion_unet(seed), scheduler=scheduler)
 
 
-def save_tiny_stable_diffusion(folder: str | Path, seed: int = 0, **components) -> Path:
+def save_tiny_stable_diffusion(
+    folder: str | Path, seed: int = 0, class_name: str = "StableDiffusionPipeline", **components
+) -> Path:
     """A repository folder of an image model; its scheduler is the image model's."""
     components = (
         dict(unet=tiny_image_unet(seed), scheduler=PNDMScheduler(**SCHEDULER, skip_prk_steps=True)) | components
     )
-    return save_tiny_base(folder, seed, "StableDiffusionPipeline", **components)
+    return save_tiny_base(folder, seed, class_name, **components)
 
 
 def save_tiny_base(folder: str | Path, seed: int = 0, class_name: str = "TextToVideoSDPipeline", **components) -> Path:

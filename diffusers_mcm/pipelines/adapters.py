@@ -77,6 +77,10 @@ class LoRAVerbs:
         names = {name: list(getattr(network, "peft_config", {})) for name, network in self._networks.items()}
         return {name: adapters for name, adapters in names.items() if adapters}
 
+    def _parts(self, name: str) -> dict[str, nn.Module]:
+        """The networks that an adapter lies on."""
+        return {part: self._networks[part] for part, names in self.get_list_adapters().items() if name in names}
+
     @property
     def fused_loras(self) -> set[str]:
         """The adapters that are fused into the weights."""
@@ -346,11 +350,9 @@ class LoRAVerbs:
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            parts = {component: self._networks[component] for component in self.get_list_adapters()}
-            parts = {component: network for component, network in parts.items() if name in network.peft_config}
             write_parts(
                 target / WEIGHTS_NAME,
-                {component: extract_lora(network, name) for component, network in parts.items()},
+                {component: extract_lora(network, name) for component, network in self._parts(name).items()},
             )
             config = dict(self._adapters.configs.get(name, {}), base_model=self.base_model.name)
             extra = config.pop("extra_repositories", {})

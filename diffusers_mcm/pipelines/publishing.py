@@ -64,6 +64,8 @@ class HubVerbs:
             adapter_name: Which LoRA; needed if several are loaded.
         """
         name = self._one_adapter(adapter_name)
+        if list(parts := self._parts(name)) != [self.base_model.denoiser_name]:
+            raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         lora = extract_lora(self.denoiser, name)
@@ -76,6 +78,8 @@ class HubVerbs:
         if is_local(lora.config.get("base_model_repository") or "."):  # relative to where the LoRA was read
             origin = self.config.get("_name_or_path") or self.base_model.default_repository
             lora.config["base_model_repository"] = hub.recordable(origin, folder)
+        extra = lora.config.get("extra_repositories") or {}
+        lora.config["extra_repositories"] = {part: hub.recordable(place, folder) for part, place in extra.items()}
         lora.config.pop("sample", None)  # that clip is not here
         if isinstance(self.scheduler, self.base_model.scheduler_class):
             lora.scheduler_config = dict(self.scheduler.config)

@@ -179,6 +179,9 @@ def test_saving_and_reloading_with_the_lora(world, tmp_path, video):
     alone = tmp_path / "mcm_adapters" / "mcm"
     assert torch.equal(sample(MCMPipeline.from_pretrained(alone)), sample(again))
     assert str(world) not in (alone / CONFIG_NAME).read_text()
+    pipe.save_mcm_lora(tmp_path / "lora")
+    assert str(tmp_path) not in (tmp_path / "lora" / CONFIG_NAME).read_text()
+    torch.testing.assert_close(sample(MCMPipeline.from_pretrained(tmp_path / "lora")), video, **ALIGNMENT)
 
 
 def test_an_image_unet_needs_motion_modules():

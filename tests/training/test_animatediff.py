@@ -1,0 +1,73 @@
+"""Distilling another base model, Stable Diffusion with a motion adapter: from mp4s to a LoRA that samples."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline
+from diffusers_mcm.training.arguments import parse_config
+from diffusers_mcm.training.loop import Trainer, train
+from tests.tiny import save_tiny_stable_diffusion, tiny_motion_adapter
+
+from .world import CAPTIONS, flags_of, flatten, tiny_config
+
+
+@pytest.fixture(scope="module")
+def animatediff(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("animatediff")
+    save_tiny_stable_diffusion(folder / "sd")
+    tiny_motion_adapter().save_pretrained(folder / "adapter")
+    extra = (f"motion_adapter={folder / 'adapter'}",)
+    return world | dict(pretrained_teacher_model=str(folder / "sd"), extra_repositories=extra)
+
+
+def test_from_videos_to_a_lora_that_samples(animatediff, tmp_path):
+    options = dict(base_model="animatediff", gradient_checkpointing=True, validation_prompts=(CAPTIONS[0],))
+    out = train(parse_config(flags_of(tiny_config(animatediff, tmp_path / "lora", **options))))
+    weights = load_file(out / "pytorch_lora_weights.safetensors")
+    assert any(".motion_modules.0.proj_in.lora_B." in key and tensor.any() for key, tensor in weights.items())
+    assert any(".attentions.0.proj_in.lora_B." in key and tensor.any() for key, tensor in weights.items())
+    assert str(tmp_path) not in (out / "mcm_config.json").read_text()
+    config = json.loads((out / "mcm_config.json").read_text())
+    assert config["base_model"] == config["training"]["base_model"] == "animatediff"
+    assert [config["training"][f"guidance_{end}"] for end in ("min", "max")] == [7.0, 8.0]
+    pipe = MCMPipeline.from_pretrained(out)
+    assert type(pipe) is AnimateDiffMCMPipeline
+    assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.timestep_scaling) == ("linear", 4.0)
+    pipe.set_progress_bar_config(disable=True)
+    with_lora, without = (
+        pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), lora_scale=scale).frames for scale in (1.0, 0.0)
+    )
+    assert with_lora.shape == (1, 4, 16, 16, 3) and (with_lora != without).any()
+
+
+def test_a_resumed_run_is_bit_identical(animatediff, tmp_path):
+    options = dict(max_train_steps=2, train_batch_size=1)
+    trainer = Trainer(tiny_config(animatediff, tmp_path / "whole", **options))
+    trainer.train()
+
+    class Stopped(Trainer):
+        def update(self):
+            if self.step == 1:
+                raise KeyboardInterrupt
+            return super().update()
+
+    parts = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(tiny_config(animatediff, parts, checkpointing_steps=1, **options)).train()
+    resumed = Trainer(tiny_config(animatediff, parts, resume_from_checkpoint="latest", **options))
+    resumed.train()
+    whole, again = flatten(trainer.state()), flatten(resumed.state())
+    assert whole.keys() == again.keys() and [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_parts_that_the_teacher_does_not_have(animatediff, world, tmp_path):
+    for base, given in (
+        (animatediff, "vae=somewhere/else"),
+        (animatediff, "motion_adapter"),
+        (world, "motion_adapter=a/b"),
+    ):
+        with pytest.raises(ValueError, match=r"--extra_repositories takes name=repository.*\((motion_adapter|none)\)"):
+            Trainer(tiny_config(base, tmp_path, extra_repositories=(given,)))
