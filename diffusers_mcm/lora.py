@@ -209,7 +209,7 @@ def _read_alpha(lora: LoRA, header: Mapping[str, str], is_peft: bool) -> None:
         logger.warning(
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )
-    if config.get("use_dora"):
+    if config.get("use_dora") or (lora.adapter_config or {}).get("use_dora"):
         raise ValueError(f"{lora.source} is a DoRA; only plain LoRA is supported.")
     lora.alpha = config.get("lora_alpha")
     lora.alpha_pattern = dict(config.get("alpha_pattern") or {})

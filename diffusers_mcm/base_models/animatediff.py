@@ -265,13 +265,22 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
 
     def enable_free_noise(self, *args, **kwargs) -> None:
         """diffusers' own, with the LoRAs that are loaded."""
-        with self._clean_networks():  # it makes new blocks from the weights of the old
-            super().enable_free_noise(*args, **kwargs)
+        self.motion_adapter = self.unet  # which knows the longest clip as well
+        try:
+            with self._clean_networks():  # new blocks are made from the weights of the old
+                super().enable_free_noise(*args, **kwargs)
+        finally:
+            self.motion_adapter = None
 
     def disable_free_noise(self) -> None:
         """diffusers' own, with the LoRAs that are loaded."""
         with self._clean_networks():
             super().disable_free_noise()
+
+    def enable_free_noise_split_inference(self, *args, **kwargs) -> None:
+        """diffusers' own; it gives the modules other names, by which those that were fused before are not found."""
+        self._require_unfused("split the inference")
+        super().enable_free_noise_split_inference(*args, **kwargs)
 
     def _check_prompt(self, name: str, value) -> None:
         if not isinstance(value, dict):
