@@ -69,7 +69,7 @@ class Latents:
 
 
 @torch.no_grad()
-def sample(unet, scheduler, states, blank, generator, steps=16, guidance=4.0) -> torch.Tensor:
+def sample(unet, scheduler, states, blank, generator, steps=16, guidance=2.0) -> torch.Tensor:
     """DDIM with guidance from noise: latents (B, C, T, H, W)."""
     x = torch.randn(len(states), unet.config.in_channels, 16, 4, 4, generator=generator)
     scheduler.set_timesteps(steps)

@@ -84,6 +84,14 @@ def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
+def spread(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each difference of neighbours the larger of their weights."""
+    return (
+        torch.maximum(weights[..., 1:], weights[..., :-1]),
+        torch.maximum(weights[..., 1:, :], weights[..., :-1, :]),
+    )
+
+
 @torch.no_grad()
 def fold_normalisation(vae: AutoencoderKL, frames: torch.Tensor) -> None:
     """Give the encoder's 1x1 convolution the normalisation that training applied to its result."""
@@ -137,8 +145,13 @@ def main() -> None:
             word = model.word_loss(z, read, generator)
         reconstruction = model.vae.decode(z + NOISE * torch.randn(z.shape, generator=generator)).sample
         error = reconstruction - x
-        pixel = (emphasis(x) * (2 * error.square() + 0.5 * error.abs())).mean()
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(reconstruction), edges(x)))
+        weights = emphasis(x)
+        if args.decoder_only:  # absolute errors: the median of what may be is sharper than the mean
+            pixel = (weights * error.abs()).mean()
+            edge = sum((w * d.abs()).mean() for w, d in zip(spread(weights), edges(error)))
+        else:
+            pixel = (weights * (2 * error.square() + 0.5 * error.abs())).mean()
+            edge = sum(d.abs().mean() for d in edges(error))
         losses = {"pixel": pixel, "edge": edge, "word": word, "error": error.abs().mean()}
         return {"loss": pixel + edge + WORD_WEIGHT * word} | losses
 
