@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 from string import Template
 from typing import Any
 
+from . import hub
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
 DEFAULT_PROMPT = "a cat walking through grass"
@@ -37,66 +39,53 @@ _TRAINING_ROWS = {
     "hours": ("hours",),
 }
 
-# How stock diffusers takes the LoRA, by base model and layout of the file.
-_STOCK = {
-    ("modelscope", "diffusers"): """Its pipeline of this base model has no LoRA loader, so PEFT puts it in:
-
-```bash
-diffusers-mcm convert $where --to peft -o mcm-peft
-```
-
-```python
+# How stock diffusers takes the LoRA, by base model and layout of its file.
+_WITH_PEFT = """```python
 from diffusers import DiffusionPipeline, LCMScheduler
 from peft import PeftModel
-
-pipe = DiffusionPipeline.from_pretrained("$repository")
-pipe.unet = PeftModel.from_pretrained(pipe.unet, "mcm-peft").merge_and_unload()
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)
+$resolve
+pipe = DiffusionPipeline.from_pretrained($repository)
+pipe.unet = PeftModel.from_pretrained(pipe.unet, $adapter).merge_and_unload()
+pipe.scheduler = $scheduler
 frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0).frames[0]
-```""",
-    ("modelscope", "peft"): """Its pipeline of this base model has no LoRA loader, so PEFT puts it in:
-
-```python
-from diffusers import DiffusionPipeline, LCMScheduler
-from peft import PeftModel
-
-pipe = DiffusionPipeline.from_pretrained("$repository")
-pipe.unet = PeftModel.from_pretrained(pipe.unet, $load).merge_and_unload()
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)
-frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0).frames[0]
-```""",
-    ("animatediff", "diffusers"): """```python
+```"""
+_WITH_LORA_LOADER = """```python
 from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter
 
 adapter = MotionAdapter.from_pretrained("$motion_adapter")
-pipe = AnimateDiffPipeline.from_pretrained("$repository", motion_adapter=adapter)
-pipe.load_lora_weights($load)
-pipe.fuse_lora()  # the motion modules do not run with a LoRA that is not fused
-pipe.scheduler = LCMScheduler.from_config(
-    pipe.scheduler.config, beta_schedule="linear", timestep_scaling=4.0, clip_sample=False
-)
+pipe = AnimateDiffPipeline.from_pretrained($repository, motion_adapter=adapter)
+pipe.load_lora_weights($adapter)
+pipe.fuse_lora()  # diffusers' motion modules do not run with a LoRA that is not fused
+pipe.scheduler = $scheduler
 frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0).frames[0]
-```""",
+```"""
+_CONVERTED = """{reason}:
+
+```bash
+diffusers-mcm convert $where --to {layout} mcm
+```
+
+{code}"""
+_NO_LOADER = "Its pipeline of this base model has no LoRA loader, so PEFT puts the LoRA in"
+_NO_PEFT_KEYS = "Its LoRA loader passes over PEFT's keys, so they have to be converted"
+_STOCK = {
+    ("modelscope", "diffusers"): _CONVERTED.format(reason=_NO_LOADER, layout="peft", code=_WITH_PEFT),
+    ("modelscope", "peft"): f"{_NO_LOADER}:\n\n{_WITH_PEFT}",
+    ("animatediff", "diffusers"): _WITH_LORA_LOADER,
+    ("animatediff", "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_LORA_LOADER),
 }
-_STOCK["animatediff", "peft"] = """Its loader passes over PEFT's layout in silence, so convert it first:
-
-```bash
-diffusers-mcm convert $where --to diffusers -o mcm
-```
-
-""" + _STOCK["animatediff", "diffusers"].replace("$load", '"mcm"')
-
 _COMFYUI = {
-    "modelscope": "ComfyUI has no loader for this base model, so there is nothing that could take the LoRA.",
-    "animatediff": """Its loaders refuse motion layers in a LoRA. `convert` writes the two files they do take,
-a LoRA for the spatial layers and a motion module with the rest merged in:
+    "modelscope": "ComfyUI has no loader for this base model, and so nothing that could take the LoRA.",
+    "animatediff": """Its LoRA loader leaves motion layers out, so they go into a motion module:
 
 ```bash
-diffusers-mcm convert $where --to kohya -o mcm-comfyui
+diffusers-mcm convert $where --to kohya mcm_spatial.safetensors
+diffusers-mcm convert $where --to motion-module mcm_motion.safetensors
 ```
 
-Load the first as a LoRA and the second as the motion module; sampler `lcm`, $steps steps, cfg 1, linear betas
-(`lcm[100_ots]` and the like are for other scalings).""",
+Load the first as a LoRA, the second as AnimateDiff's motion module (AnimateDiff-Evolved), with
+`beta_schedule` `lcm >> sqrt_linear`, sampler `lcm`, scheduler `simple`, $steps steps, cfg 1. This follows from reading
+those programs; it was not run in them.""",
 }
 
 
@@ -118,16 +107,19 @@ def metadata(tags: Sequence[str] = TAGS, **fields: Any) -> str:
 
 
 def _front_matter(
-    base_models: list[str], training: Mapping[str, Any], sample: Mapping[str, str] | None, more: Mapping[str, Any]
+    base_models: list[str],
+    training: Mapping[str, Any],
+    prompt: str,
+    sample: Mapping[str, str] | None,
+    more: Mapping[str, Any],
 ) -> str:
     fields = dict(license=training.get("license"))
     # A base model that is a local folder is nobody else's business.
     public = [name for name in base_models if not is_local(name)]
     if public:
         fields.update(base_model=public[0] if len(public) == 1 else public, base_model_relation="adapter")
-    if sample:
-        fields["widget"] = [{"text": sample["prompt"], "output": {"url": sample["file"]}}]
-    return metadata(**fields, **more)
+    fields["widget"] = [{"text": prompt} | ({"output": {"url": sample["file"]}} if sample else {})]
+    return metadata(**{**fields, **more})
 
 
 def render_card(
@@ -164,31 +156,49 @@ def render_card(
         "steps": (config.get("sampling") or {}).get("num_inference_steps") or 4,
         "load": f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
         "where": repository + (f" --subfolder {subfolder}" if subfolder else ""),
-        "repository": public_name(base),
+        "repository": f'resolve("{base}")' if base in hub.PACKAGED_MODELS else f'"{public_name(base)}"',
+        "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in hub.PACKAGED_MODELS else "",
         "motion_adapter": public_name(extra[0]) if extra else "",
     }
     kind = config.get("base_model")
+    stock = _STOCK.get((kind, layout), "Not known for this base model.")
+    values |= _adapter_and_scheduler(values["load"], subfolder, converted="convert" in stock, layout=layout)
     if config.get("training") and not training.get("image_data"):
-        looks = "the same videos"
+        looks = "those videos too"
     else:
-        looks = "images" if training.get("image_data") else "either"
+        looks = "images" if training.get("image_data") else "those videos or from images"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         values,
-        front_matter=_front_matter([base, *extra], training, sample, more),
+        front_matter=_front_matter([base, *extra], training, prompt, sample, more),
         title=title,
-        base=" with ".join(map(_link, [base, *extra])),
+        base="\nwith ".join(map(_link, [base, *extra])),
         looks=looks,
         about=f"\n{about}\n" if about else "",
         sample=_sample_section(sample),
-        stock=Template(_STOCK.get((kind, layout), "Not known for this base model.")).substitute(values),
+        stock=Template(stock).substitute(values),
         comfyui=Template(_COMFYUI.get(kind, "Not known for this base model.")).substitute(values),
         training=_training_section(training, training_note),
         scores=_scores_section(scores),
     )
 
 
-def render_folder_card(folder: str | os.PathLike, repository: str, config: Mapping[str, Any] | None = None) -> str:
-    """The card of a LoRA folder, from what lies in it; `config` instead of its `mcm_config.json`."""
+def _adapter_and_scheduler(load: str, subfolder: str | None, converted: bool, layout: str) -> dict[str, str]:
+    """Where stock code finds them: in the folder `mcm` that `convert` has written, or where the LoRA is."""
+    if converted:
+        return {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
+    if layout == "diffusers":
+        place = f'{load.split(",")[0]}, subfolder="{subfolder + "/" if subfolder else ""}scheduler"'
+        return {"adapter": load, "scheduler": f"LCMScheduler.from_pretrained({place})"}
+    return {"adapter": load, "scheduler": "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"}
+
+
+def render_folder_card(
+    folder: str | os.PathLike, repository: str, config: Mapping[str, Any] | None = None, **more: Any
+) -> str:
+    """The card of a LoRA folder, from what lies in it; `config` instead of its `mcm_config.json`.
+
+    `more` is as in `render_card`.
+    """
     folder = Path(folder)
     if config is None:
         config = json.loads((folder / "mcm_config.json").read_text(encoding="utf-8"))
@@ -202,6 +212,7 @@ def render_folder_card(folder: str | os.PathLike, repository: str, config: Mappi
         repository=repository,
         sample=sample,
         scores=json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else None,
+        **more,
     )
 
 
@@ -217,7 +228,7 @@ def check_card(text: str, name: str = CARD_NAME) -> None:
     problems = []
     bases = data.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str) or not _REPOSITORY.fullmatch(base):
+        if not isinstance(base, str) or is_local(base) or not _REPOSITORY.fullmatch(base):
             problems.append(f"base_model must be a repository such as 'owner/name', not {base!r}")
     for key in ("library_name", "pipeline_tag", "license"):
         if not isinstance(data.get(key, ""), str):

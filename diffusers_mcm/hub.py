@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,34 @@ def find_file(
         return None
     except HfHubHTTPError as error:
         raise OSError(explain(error, name, revision)) from error
+
+
+def is_pickled(name: str | os.PathLike) -> bool:
+    """Whether a file of weights is one that reading could make run code."""
+    return os.fspath(name).lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+
+
+def how_to_convert(name: str | os.PathLike) -> str:
+    """What to do about a file of pickled weights; torch reads tensors out of it, and refuses everything else."""
+    stem = Path(name).stem
+    return (
+        'pickled weights are not read, for they can run code. Convert them: python -c "import torch;'
+        " from safetensors.torch import save_file;"
+        f" weights = torch.load('{name}', map_location='cpu', weights_only=True);"
+        f" save_file({{k: v.contiguous() for k, v in weights.items()}}, '{stem}.safetensors')\""
+    )
+
+
+@contextmanager
+def never_pickled(source: str | os.PathLike) -> Iterator[None]:
+    """Says why a model that has no safetensors is not loaded; for calls with `use_safetensors=True`."""
+    try:
+        yield
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        advice = how_to_convert("pytorch_model.bin")
+        raise OSError(f"{source} has no safetensors weights ({error}), and {advice}") from error
 
 
 def http_errors() -> tuple[type[Exception], ...]:

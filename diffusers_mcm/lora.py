@@ -137,6 +137,8 @@ def locate_lora(
 
 
 def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> Path | None:
+    if weight_name and hub.is_pickled(weight_name):
+        raise ValueError(f"{weight_name} of {source} is not a .safetensors file; {hub.how_to_convert(weight_name)}")
     for name in (weight_name,) if weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
         path = hub.find_file(source, name, **where)
         if path is not None:
@@ -160,8 +162,11 @@ def read_settings(source: str, header: Mapping[str, str], *, subfolder: str | No
 
 
 def elsewhere(source: str, **where) -> str:
-    """A sentence on which subfolders do hold a LoRA; empty if none does."""
+    """A sentence on pickled files that are there instead, or on the subfolders that hold a LoRA; empty if none."""
     files = [Path(name) for name in hub.list_files(source, **where)]
+    pickled = [path for path in files if hub.is_pickled(path) and path.parent == Path(where.get("subfolder") or ".")]
+    if pickled:
+        return f" There is {pickled[0].name}, but {hub.how_to_convert(pickled[0].name)}"
     folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
     return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
 
@@ -172,7 +177,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file; pickled weights are not read, for they can run code.")
+        raise ValueError(f"{path} is not a .safetensors file; {hub.how_to_convert(path.name)}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

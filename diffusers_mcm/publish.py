@@ -215,13 +215,15 @@ def _card(folder: Path, repo_id: str, config: Mapping[str, Any]) -> str:
 
 def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, and its prompt in the configuration."""
+    from .lora import CONFIG_NAME, locate_lora, open_safetensors, read_settings
     from .video_io import write_mp4
 
     write_mp4(folder / SAMPLE_NAME, video, fps=fps)
-    path = folder / "mcm_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    source, weights, _ = locate_lora(folder)
+    with open_safetensors(weights) as file:
+        config = read_settings(source, file.metadata() or {})["config"]
     config["sample"] = {"file": SAMPLE_NAME, "prompt": prompt}
-    with whole_file(path) as temporary:
+    with whole_file(folder / CONFIG_NAME) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

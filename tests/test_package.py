@@ -18,7 +18,7 @@ SAMPLING = {"pipelines", "base_models", "scheduler", "lora", "hub", "consistency
 MAY_IMPORT = {
     "consistency": set(),
     "hub": set(),
-    "cards": set(),
+    "cards": {"hub"},
     "publish": {"base_models", "cards", "files", "hub", "lora", "video_io"},
     "files": set(),
     "devices": set(),

@@ -62,11 +62,11 @@ class AnimateDiff(StableDiffusionModel):
     def load_denoiser(self, source, index, part, dtype, extra_repositories, hub_options):
         adapter, origin = None, extra_repositories.get(ADAPTER)
         if _has_motion(index):
-            unet = UNetMotionModel.from_pretrained(source, dtype=dtype, **part("unet"))
+            unet = UNetMotionModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **part("unet"))
         else:
-            unet = UNet2DConditionModel.from_pretrained(source, dtype=dtype, **part("unet"))
+            unet = UNet2DConditionModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **part("unet"))
             if origin is None and _has_adapter(index):
-                adapter = MotionAdapter.from_pretrained(source, dtype=dtype, **part(ADAPTER))
+                adapter = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=True, **part(ADAPTER))
             else:
                 origin = origin or self.extra_repositories[ADAPTER]
         if origin is not None:
@@ -125,7 +125,8 @@ def load_motion_adapter(source: MotionAdapter | str | os.PathLike, dtype: torch.
     """A motion adapter as it is, or from a folder or a repository on the Hub."""
     if isinstance(source, MotionAdapter):
         return source
-    return MotionAdapter.from_pretrained(hub.resolve(source), dtype=dtype, **options)
+    with hub.never_pickled(source):
+        return MotionAdapter.from_pretrained(hub.resolve(source), dtype=dtype, use_safetensors=True, **options)
 
 
 def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAdapter | None) -> UNetMotionModel:

@@ -61,9 +61,11 @@ class StableDiffusionModel(BaseModel):
         def part(name: str) -> dict:
             return dict(subfolder=f"{subfolder}/{name}" if subfolder else name, **where)
 
-        denoiser, found = self.load_denoiser(source, index, part, dtype, extra_repositories or {}, hub_options)
-        vae = AutoencoderKL.from_pretrained(source, dtype=dtype, **part("vae"))
-        text_encoder = CLIPTextModel.from_pretrained(source, dtype=dtype, **part("text_encoder"))
+        weights = dict(dtype=dtype, use_safetensors=True)
+        with hub.never_pickled(source):
+            denoiser, found = self.load_denoiser(source, index, part, dtype, extra_repositories or {}, hub_options)
+            vae = AutoencoderKL.from_pretrained(source, **weights, **part("vae"))
+            text_encoder = CLIPTextModel.from_pretrained(source, **weights, **part("text_encoder"))
         for module in (denoiser, vae, text_encoder):
             module.requires_grad_(False).eval()
         scheduler = hub.read_json(source, "scheduler_config.json", **part("scheduler"))

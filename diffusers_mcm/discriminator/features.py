@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..hub import never_pickled
 from .augment import check_images
 
 MAX_INPUT_SIZE = 224
@@ -54,7 +55,9 @@ class PatchFeatures(_Frozen):
         model_type = Dinov2Config.get_config_dict(name)[0].get("model_type")
         if model_type != "dinov2":
             raise ValueError(f"Expected a model of type 'dinov2' in {name!r}, got {model_type!r}.")
-        return cls(Dinov2Model.from_pretrained(name, dtype=dtype or torch.float32), blocks)
+        with never_pickled(name):
+            model = Dinov2Model.from_pretrained(name, dtype=dtype or torch.float32, use_safetensors=True)
+        return cls(model, blocks)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images `(N, 3, H, W)` in [-1, 1] → one `(N, P, C)` float32 per block."""
@@ -96,7 +99,9 @@ class TextFeatures(_Frozen):
             # The text half of many CLIP configurations keeps the default width, not the model's.
             config.text_config.projection_dim = config.projection_dim
             config = config.text_config
-        model = CLIPTextModelWithProjection.from_pretrained(name, config=config, dtype=dtype or torch.float32)
+        options = dict(config=config, dtype=dtype or torch.float32, use_safetensors=True)
+        with never_pickled(name):
+            model = CLIPTextModelWithProjection.from_pretrained(name, **options)
         return cls(model, AutoTokenizer.from_pretrained(name))
 
     @torch.no_grad()

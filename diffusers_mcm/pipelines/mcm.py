@@ -205,7 +205,10 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         if loading.is_saved_mcm_pipeline(index):
             source, revision = loading.fetched(source, revision, **options), None
         recorded = {} if lora is None else loading.recorded_repositories(lora)
-        pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
+        with hub.never_pickled(source):
+            pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
         pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
         if lora is None and loading.is_saved_mcm_pipeline(index):
             pipeline._load_adapters(source, revision=revision, **options)

@@ -200,8 +200,8 @@ def checks(draws: Callable[[str, str], np.ndarray], seconds: Mapping[str, float]
     ]
 
 
-def report(results: Mapping) -> tuple[str, str]:
-    """`figures.json` -> the table of methods and the table of checks, in markdown."""
+def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """`figures.json` -> the table of methods: each label with its cells by column, and the columns."""
     rows = []
     for method in results["methods"].values():
         cells = {"guidance": "–" if method["guidance"] is None else f"{method['guidance']:g}"}
@@ -212,10 +212,14 @@ def report(results: Mapping) -> tuple[str, str]:
                 cells[metric.title] += f" ({metric.format(low)} to {metric.format(high)})"
         cells["seconds"] = "–" if method["seconds"] is None else f"{method['seconds']:.2f}"
         rows.append((method["label"], cells))
-    columns = ["guidance", *(metric.title for metric in METRICS.values()), "seconds"]
+    return rows, ["guidance", *(metric.title for metric in METRICS.values()), "seconds"]
+
+
+def report(results: Mapping) -> tuple[str, str]:
+    """`figures.json` -> the table of methods and the table of checks, in markdown."""
     words = {True: "yes", False: "**no**", None: "–"}
     checked = [(c["name"], {**c, "reached": words[c["reached"]]}) for c in results["checks"]]
-    return table(rows, columns), table(checked, ["target", "measured", "reached"])
+    return table(*method_rows(results)), table(checked, ["target", "measured", "reached"])
 
 
 def _plain(value: float) -> float | None:
@@ -273,7 +277,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of `diffusers-mcm shapes figures`."""
     parser = argparse.ArgumentParser(prog="diffusers-mcm shapes figures", description=__doc__)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("figures"), help="folder for figures.json, figures.md and the readings")
+    add(
+        "--output",
+        type=Path,
+        default=Path("figures"),
+        help="folder for figures.json, figures.md, scores.json and the readings",
+    )
     add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
     add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
     add("--lcm", help="plain LCM LoRA of the same data and steps, the control")
@@ -302,12 +311,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.device = choose_device(arguments.device)
     results = measure(arguments)
     methods, checked = report(results)
-    text = (
+    about = (
         f"{len(results['captions'])} held-out captions × {len(results['seeds'])} seeds; seconds per video, one at a "
-        f"time, on {results['machine']}.\n\n{methods}\n\n{checked}\n"
+        f"time, on {results['machine']}."
     )
+    text = f"{about}\n\n{methods}\n\n{checked}\n"
     write_text(arguments.output / "figures.json", json.dumps(results, indent=2) + "\n")
     write_text(arguments.output / "figures.md", text)
+    rows, columns = method_rows(results)  # for the model card
+    scores = {"about": about, "columns": columns, "rows": [[label, *map(cells.get, columns)] for label, cells in rows]}
+    write_text(arguments.output / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     if arguments.readme:
         replace_section(arguments.readme, "figures", text)
     print(checked if arguments.checks else text)

@@ -6,6 +6,7 @@ The teacher becomes a pipeline folder as its kind has on the Hub (vae, text_enco
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from prepare import rows
 from train_teacher import SCHEDULE
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
 
+from diffusers_mcm import MCMPipeline
 from diffusers_mcm.hub import PACKAGED_FOLDER
+from diffusers_mcm.publish import record_sample
 
 CARDS = Path(__file__).parents[2] / "model_cards"
+PROMPT = "a red circle moving left on a black background"
 LOGS = {
-    "mcm-shapes-teacher": ("vae", "decoder", "teacher_frames", "teacher"),
+    "mcm-shapes-teacher": ("vae", "decoder", "teacher"),
     "mcm-shapes-features": ("features",),
     "mcm-shapes-clip": ("clip",),
 }
@@ -33,11 +37,24 @@ def record_data(world: Path, file: Path) -> None:
     file.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def finish_lora(folder: Path, teacher: Path) -> None:
+    """A sample clip, and the card that shows it."""
+    pipeline = MCMPipeline.from_pretrained(folder, base_model=teacher)
+    video = pipeline(PROMPT, generator=torch.Generator().manual_seed(0)).frames[0]
+    record_sample(folder, video, PROMPT, fps=8)
+    sys.path.append(str(CARDS))
+    from render import shapes_card
+
+    for path in (folder / "README.md", CARDS / "mcm-shapes.md"):
+        path.write_text(shapes_card(folder), encoding="utf-8")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", type=Path, required=True, help="folder with vae, clip, features and unet")
     p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
     p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
+    p.add_argument("--scores", type=Path, help="scores.json of `diffusers-mcm shapes figures`, for the card")
     p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
     args = p.parse_args()
     half = {"dtype": torch.float16}
@@ -65,16 +82,18 @@ def main() -> None:
     for name, logs in LOGS.items():
         if (args.output / name).exists():
             shutil.copy(CARDS / f"{name}.md", args.output / name / "README.md")
-        for log in logs:
-            if (args.work / f"{log}.jsonl").exists():
-                (args.output / name / "logs").mkdir(exist_ok=True)
-                shutil.copy(args.work / f"{log}.jsonl", args.output / name / "logs")
+        for log in (file for stem in logs for file in args.work.glob(f"{stem}*.jsonl")):
+            (args.output / name / "logs").mkdir(exist_ok=True)
+            shutil.copy(log, args.output / name / "logs")
     lora = args.models / "mcm-shapes"
     if lora.exists():
         target = args.output / "mcm-shapes"
         leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
         shutil.copytree(lora, target, dirs_exist_ok=True, ignore=leave)
         record_data(args.world, target / "data.json")
+        if args.scores:
+            shutil.copy(args.scores, target / "scores.json")
+        finish_lora(target, teacher)
     total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {total / 2**20:.1f} MiB")
 
