@@ -27,7 +27,7 @@ def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     two = tiny_config(world, tmp_path / "two", train_batch_size=2, checkpointing_steps=2, **SPLIT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(DOUBLE), str(SCRIPT)] if double else [str(SCRIPT)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*launcher, *script, *flags_of(two)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
