@@ -372,7 +372,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     report_to = None if config.report_to == "none" else config.report_to
     output_dir = Path(config.output_dir)
     accelerator = Accelerator(
-        # Where there is no accelerator it has to be told, or `torchrun` gives it processes that know nothing of each other.
+        # Left to itself on a CPU it would not notice `torchrun`, and every process would train alone.
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
