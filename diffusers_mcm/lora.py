@@ -35,6 +35,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 CONFIG_NAME = "mcm_config.json"
+MOTION_HEAD_NAME = "motion_head.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
 # Ours, in the same place: `LoRA`'s attributes by the keys they are stored under, each as JSON.
 HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}

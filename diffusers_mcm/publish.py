@@ -26,7 +26,6 @@ from .cards import (
 )
 from .files import whole_file
 
-MOTION_HEAD_NAME = "motion_head.safetensors"
 COMMIT_MESSAGE = "Upload a motion consistency LoRA"
 _SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
 
@@ -152,7 +151,7 @@ def _told_plainly(repository: str, token: str | None, outcome: str) -> Iterator[
 def stage_lora(folder: Path, target: Path, repo_id: str, base_model: str | None = None) -> None:
     """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
     from .base_models import get_base_model, infer_base_model
-    from .lora import WEIGHTS_NAME, read_lora, write_lora_weights, write_settings
+    from .lora import MOTION_HEAD_NAME, WEIGHTS_NAME, read_lora, write_lora_weights, write_settings
 
     if not folder.is_dir():
         raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")

@@ -13,6 +13,7 @@ from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..lora import (
     CONFIG_NAME,
+    MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
@@ -29,7 +30,6 @@ from .kohya import kohya_header, kohya_tensors
 from .motion_module import merged_motion_module
 from .pairs import check_pairs
 
-MOTION_HEAD_NAME = "motion_head.safetensors"
 # What a LoRA folder may hold; replacing one leaves none of the old behind.
 _LORA_FILES = (
     *(WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME),

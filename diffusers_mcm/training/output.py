@@ -10,8 +10,8 @@ import torch
 
 from .. import hub
 from ..cards import CARD_NAME, is_local, render_folder_card
-from ..lora import save_lora, write_safetensors
-from ..publish import MOTION_HEAD_NAME, PublishError, open_repository, publish_lora, record_sample
+from ..lora import MOTION_HEAD_NAME, save_lora, write_safetensors
+from ..publish import PublishError, open_repository, publish_lora, record_sample
 from .config import TrainingConfig
 from .networks import Networks
 
