@@ -1,7 +1,9 @@
 """The list of videos to make: prompts from arguments, a file or stdin, and where each video goes."""
 
 import csv
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,10 +47,14 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[Prompt]:
 
 def read_list(file: str) -> list[Prompt]:
     """`.csv` with a header, `.jsonl` with an object a line, anything else (and stdin) with a prompt a line."""
+    if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
     suffix = Path(file).suffix.lower()
-    lines = (sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")).splitlines()
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+    lines = text.split("\n")  # `splitlines` also splits where a prompt holds U+2028 or the like
     if suffix == ".csv":
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
+        reader = csv.DictReader(io.StringIO(text))
+        rows = [{key: value for key, value in row.items() if value} for row in reader]
     elif suffix in (".jsonl", ".ndjson"):
         rows = [_parse_json(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:

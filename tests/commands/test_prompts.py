@@ -36,6 +36,20 @@ def test_stdin(monkeypatch, as_file):
     assert read_prompts([] if as_file else ["-"], "-" if as_file else None) == [Prompt("one"), Prompt("two")]
 
 
+def test_processes_that_share_a_list_cannot_share_stdin(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    with pytest.raises(
+        ValueError, match="expected the prompts in a file: of several processes each would read a part"
+    ):
+        read_prompts([], "-")
+
+
+def test_a_prompt_may_hold_what_separates_lines_elsewhere(file):
+    assert read_list(file("list.jsonl", '{"prompt": "one\u2028two"}\r\n')) == [Prompt("one\u2028two")]
+    assert read_list(file("list.csv", 'prompt\n"one\ntwo"\nthree\n')) == [Prompt("one\ntwo"), Prompt("three")]
+
+
 def test_arguments_come_before_the_file(file):
     assert [p.prompt for p in read_prompts(["first"], file("list", "second\n"))] == ["first", "second"]
 
