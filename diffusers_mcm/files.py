@@ -32,6 +32,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             os.replace(path, replaced)
         os.replace(temporary, path)
     finally:
+        if replaced.is_dir() and not path.exists():
+            os.replace(replaced, path)
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from diffusers_mcm.files import whole_file, whole_folder
@@ -23,3 +25,20 @@ def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path):
         raise RuntimeError("half way")
     assert [p.name for p in path.parent.iterdir()] == ["kept"]
     assert [p.name for p in path.iterdir()] == ["new.txt"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "kept"
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+    replace = os.replace
+
+    def interrupted(source, target):
+        if target == path and source.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(path) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["kept", "kept/old.txt"]
