@@ -138,7 +138,10 @@ def _alpha(header: Mapping[str, str], adapter_config: Mapping[str, Any]) -> floa
         adapter_config.get("lora_alpha")
     ]
     if "ss_network_alpha" in header:
-        alphas.insert(0, json.loads(header["ss_network_alpha"]))
+        try:
+            alphas.insert(0, float(header["ss_network_alpha"]))
+        except ValueError:  # "None" or "Dynamic", as other trainers have it
+            pass
     return alphas[0]
 
 

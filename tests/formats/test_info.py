@@ -98,6 +98,13 @@ def test_what_is_no_lora(tmp_path, tensors, message):
         describe(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(("written", "told"), [("8.0", 8.0), ("None", None), ("Dynamic", None)])
+def test_the_alpha_of_a_kohya_file_of_others(tmp_path, written, told):
+    tensors = {f"lora_unet_x.lora_{half}.weight": torch.zeros(2, 2) for half in ("down", "up")}
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_network_alpha": written})
+    assert describe(tmp_path / "x.safetensors")["alpha"] == told
+
+
 def test_a_pickle_and_a_damaged_file(tmp_path):
     for name, message in (("x.ckpt", "not a .safetensors file"), ("x.safetensors", "damaged or not a safetensors")):
         (tmp_path / name).write_bytes(b"\x80\x02")
