@@ -16,6 +16,8 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
+# What of a recorded training may be the name of a model or a data set, or a path.
+SOURCES = ("pretrained_teacher_model", "discriminator_features", "discriminator_text", "video_data", "image_data")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # label -> keys of `mcm_config.json`'s training section
@@ -97,6 +99,14 @@ def is_local(name: str) -> bool:
 def public_name(name: Any) -> Any:
     """A recorded name as others may see it: of a path only its last part."""
     return PurePosixPath(name.replace("\\", "/")).name if isinstance(name, str) and is_local(name) else name
+
+
+def public_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded training without the paths of the machine it ran on."""
+    public = {key: public_name(training[key]) for key in SOURCES if key in training}
+    if extra := training.get("extra_repositories"):
+        public["extra_repositories"] = {name: public_name(place) for name, place in extra.items()}
+    return {**training, **public}
 
 
 def metadata(tags: Sequence[str] = TAGS, **fields: Any) -> str:

@@ -21,13 +21,23 @@ from .cards import (
     check_card,
     is_local,
     metadata,
-    public_name,
+    public_training,
     render_folder_card,
 )
 from .files import whole_file
+from .lora import (
+    CONFIG_NAME,
+    MOTION_HEAD_NAME,
+    WEIGHTS_NAME,
+    locate_lora,
+    open_safetensors,
+    read_lora,
+    read_settings,
+    write_lora_weights,
+    write_settings,
+)
 
 COMMIT_MESSAGE = "Upload a motion consistency LoRA"
-_SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
 
 
 class PublishError(OSError):
@@ -151,7 +161,6 @@ def _told_plainly(repository: str, token: str | None, outcome: str) -> Iterator[
 def stage_lora(folder: Path, target: Path, repo_id: str, base_model: str | None = None) -> None:
     """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
     from .base_models import get_base_model, infer_base_model
-    from .lora import MOTION_HEAD_NAME, WEIGHTS_NAME, read_lora, write_lora_weights, write_settings
 
     if not folder.is_dir():
         raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
@@ -191,32 +200,41 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     places = {"base model": config["base_model_repository"], **(config.get("extra_repositories") or {})}
     for part, name in places.items():
         if is_local(name):
+            where = "`base_model=` here, `--base_model` for `diffusers-mcm push`"
+            if part != "base model":
+                where = f"`extra_repositories` in the folder's {CONFIG_NAME}"
             raise ValueError(
                 f"The {part} is recorded as the local folder {name!r}, which nobody else has. Say which repository it"
-                " is a copy of: `base_model=` here, `--base_model` for `diffusers-mcm push`."
+                f" is a copy of: {where}."
             )
     config = json.loads(json.dumps(config, default=str))
-    training = config.get("training") or {}
-    training.update({key: public_name(training[key]) for key in _SOURCES if key in training})
-    return config
+    return {**config, "training": public_training(config.get("training") or {})}
 
 
 def _card(folder: Path, repo_id: str, config: Mapping[str, Any]) -> str:
     """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
     path = folder / CARD_NAME
-    if path.is_file() and (folder / "mcm_config.json").is_file():
-        text = path.read_text(encoding="utf-8")
-        name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
-        if name is None or text != render_folder_card(folder, name[1]):
-            return text
+    if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder) is None:
+        return path.read_text(encoding="utf-8")
     return render_folder_card(folder, repo_id, config)
 
 
+def _card_made_for(folder: Path) -> str | None:
+    """The repository in the folder's card, if that is as `render_folder_card` made it and nobody has edited it."""
+    path, config = folder / CARD_NAME, hub.read_json(folder, CONFIG_NAME) or {}
+    if not path.is_file() or "base_model_repository" not in config:
+        return None
+    text = path.read_text(encoding="utf-8")
+    name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
+    return name[1] if name and text == render_folder_card(folder, name[1]) else None
+
+
 def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
-    """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, and its prompt in the configuration."""
-    from .lora import CONFIG_NAME, locate_lora, open_safetensors, read_settings
+    """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the configuration, and both
+    in the card, unless somebody has edited that."""
     from .video_io import write_mp4
 
+    repository = _card_made_for(folder)
     write_mp4(folder / SAMPLE_NAME, video, fps=fps)
     source, weights, _ = locate_lora(folder)
     with open_safetensors(weights) as file:
@@ -224,6 +242,8 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     config["sample"] = {"file": SAMPLE_NAME, "prompt": prompt}
     with whole_file(folder / CONFIG_NAME) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if repository is not None:
+        (folder / CARD_NAME).write_text(render_folder_card(folder, repository), encoding="utf-8")
 
 
 def pipeline_card(repository: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
@@ -185,6 +186,52 @@ def test_fusing_one_of_two(pipe):
     torch.testing.assert_close(sample(pipe), expected, **FUSE_TOLERANCE)
     pipe.unfuse_lora()
     assert torch.equal(sample(pipe), adapted)
+
+
+def only(lora, modules):
+    """The LoRA's part on these modules."""
+    lora.tensors = {key: tensor for key, tensor in lora.tensors.items() if key.startswith(tuple(modules))}
+    return lora
+
+
+def test_what_is_not_fused_is_off_where_nothing_is_fused_too(pipe):
+    pipe.load_lora_weights(only(some_lora(pipe, 1), FEW_MODULES[:2]), "a")
+    alone = sample(pipe)
+    pipe.load_lora_weights(only(some_lora(pipe, 2), FEW_MODULES[1:]), "b")
+    both = sample(pipe)
+    pipe.fuse_lora("a")
+    assert pipe.get_active_adapters() == ["a"]
+    torch.testing.assert_close(sample(pipe), alone, **FUSE_TOLERANCE)
+    pipe.unfuse_lora()
+    assert pipe.get_active_adapters() == ["a", "b"] and torch.equal(sample(pipe), both)
+
+
+def test_fusing_that_is_broken_off_leaves_nothing_behind(pipe, plain, monkeypatch):
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    adapted = sample(pipe)
+
+    def out_of_memory(**_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    last = list(lora_layers(pipe.unet).values())[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "merge", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe.fuse_lora()
+    assert pipe.num_fused_loras == 0 and torch.equal(sample(pipe), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_an_mcm_lora_is_switched_on_and_sampled_in_few_steps(pipe):
+    """Whatever was set before, and though the LoRA, like those of PEFT, names no scheduler."""
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    pipe.disable_lora()
+    pipe.scheduler = DDIMScheduler(**SCHEDULER | dict(beta_end=0.02))
+    pipe.load_mcm_lora(some_lora(pipe, 1))
+    assert pipe.get_active_adapters() == ["mcm"]
+    assert type(pipe.scheduler) is MCMScheduler
+    assert (pipe.scheduler.config.timestep_scaling, pipe.scheduler.config.beta_end) == (4.0, 0.02)
 
 
 def test_unfusing_in_half_precision_is_exact_too(pipe):

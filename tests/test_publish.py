@@ -281,6 +281,25 @@ def test_paths_of_this_machine_are_not_published(server, root, tmp_path):
     assert "../../home/alice" in (lora / CONFIG_NAME).read_text()  # at home it stays useful
 
 
+def test_a_part_that_only_this_machine_has_is_not_published(server, root, tmp_path):
+    lora = make_lora(tmp_path / "lora", extra_repositories={"motion_adapter": root / "owner" / "base"})
+    with pytest.raises(ValueError, match=r"motion_adapter is recorded .* `extra_repositories` in .*mcm_config.json"):
+        publish_lora(lora, "me/mcm")
+    assert server.requests == []
+
+
+def test_a_new_sample_is_in_the_card(tmp_path):
+    folder = save_tiny_lora(tmp_path / "lora", base="owner/base")
+    card = folder / "README.md"
+    card.write_text(render_folder_card(folder, "lora"))
+    record_sample(folder, np.zeros((NUM_FRAMES, 16, 16, 3), np.uint8), PROMPT, fps=8)
+    assert card.read_text() == render_folder_card(folder, "lora") and f"*{PROMPT}*" in card.read_text()
+    edited = card.read_text() + "mine\n"
+    card.write_text(edited)
+    record_sample(folder, np.zeros((NUM_FRAMES, 16, 16, 3), np.uint8), "a blue ring", fps=8)
+    assert card.read_text() == edited
+
+
 def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     push(lora)
     assert '"me/mcm"' in server.repositories["me/mcm"].files["README.md"].decode()  # made anew for its repository
@@ -314,13 +333,17 @@ def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
         pipe.push_to_hub("me/mcm")
 
 
-def test_a_pipeline_publishes_all_of_itself(server, lora, root, tmp_path):
+def test_a_pipeline_publishes_all_of_itself(server, root, tmp_path):
+    training = {"video_data": "../../home/alice/videos", "extra_repositories": {"adapter": "../alice/adapter"}}
+    lora = make_lora(tmp_path / "lora", training=training)
     pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
     pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", token=SECRET)
     repository = server.repositories["me/whole"]
     assert len(repository.messages) == 2
     assert {"model_index.json", "README.md", f"mcm_adapters/mcm/{WEIGHTS_NAME}"} <= repository.files.keys()
     check_card(repository.files["README.md"].decode())
+    assert json.loads(repository.files[f"mcm_adapters/mcm/{CONFIG_NAME}"])["training"]["video_data"] == "videos"
+    assert not [name for name, content in repository.files.items() if b"alice" in content]
     again = MCMPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
     assert torch.equal(sample(again), sample(pipe))
     server.fail(STAGES["commit"], 500, times=99)

@@ -167,9 +167,14 @@ def test_what_does_not_fit_wholly_changes_nothing(pipe, parts, tmp_path):
         pipe.load_lora_weights(good | {f"{key}.dora_scale": torch.ones(8)})
     path = tmp_path / "style.ckpt"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="Pickled weights are never loaded"):
+    with pytest.raises(ValueError, match="is not a .safetensors file; pickled weights are not read"):
         pipe.load_lora_weights(path)
     assert pipe.get_list_adapters() == {} and torch.equal(sample(pipe), plain)
+    spatial = {key: tensor for key, tensor in good.items() if key.startswith("lora_unet_")}
+    pipe.load_lora_weights(spatial, "style")
+    with pytest.raises(ValueError, match="An adapter named 'style' is loaded already"):
+        pipe.load_lora_weights(good, "style")  # which has a part for the text encoder besides
+    assert pipe.get_list_adapters() == {"unet": ["style"]}
 
 
 def test_weights_of_adapters_that_make_no_sense(pipe, parts):

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .. import hub
+from ..cards import public_training
 from ..lora import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -167,6 +168,8 @@ class LoRAVerbs:
 
     def _put_in(self, parts: Mapping[str, LoRA], adapter_name: str) -> None:
         self._require_at_hand("load")
+        if adapter_name in self._loaded:  # on whichever component
+            raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
         enabled = self._lora_enabled
         active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
         networks = self._networks
@@ -230,10 +233,7 @@ class LoRAVerbs:
         weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, adapter_weights)}
         self._require_unfused("change adapters")
         for path, layer in lora_layers(networks).items():
-            trainable = [parameter.requires_grad for parameter in layer.parameters()]
-            layer.set_adapter(names)
-            for parameter, requires_grad in zip(layer.parameters(), trainable):
-                parameter.requires_grad_(requires_grad)
+            _activate(layer, names)
             component = path.partition(".")[0]
             for name, weight in weights.items():
                 layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
@@ -286,21 +286,20 @@ class LoRAVerbs:
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
         self._require_at_hand("fuse")
-        originals = {}
-        with self._weighted(names, lora_scale):
-            for module, layer in self._layers.items():
-                if not any(name in layer.lora_A for name in names):
-                    continue
-                weight = layer.get_base_layer().weight
-                originals[module] = weight.data  # merging safely makes a new tensor and leaves this one alone
-                try:
+        originals = self._adapters.originals
+        try:
+            with self._weighted(names, lora_scale):
+                for module, layer in self._layers.items():
+                    if not any(name in layer.lora_A for name in names):
+                        _activate(layer, [])  # or what is not fused would act here, and only here
+                        continue
+                    weight = layer.get_base_layer().weight
+                    originals[module] = weight.data  # merging safely makes a new tensor and leaves this one alone
                     layer.merge(safe_merge=True, adapter_names=names)
-                except ValueError:
-                    self._adapters.originals = originals
-                    self._restore()
-                    raise
-                originals[module] = originals[module].cpu()
-        self._adapters.originals = originals
+                    originals[module] = originals[module].cpu()
+        except BaseException:  # a broken LoRA, no memory left, Ctrl-C
+            self._restore()
+            raise
         self._adapters.fused = {name: float(lora_scale) for name in names}
 
     def unfuse_lora(self) -> None:
@@ -309,11 +308,13 @@ class LoRAVerbs:
         self._adapters.fused = {}
 
     def _restore(self) -> None:
-        layers = self._layers
+        layers, active = self._layers, self._switched_on
         for module, original in self._adapters.originals.items():
             weight = layers[module].get_base_layer().weight
             weight.data = original.to(device=weight.device, dtype=weight.dtype)
             layers[module].merged_adapters.clear()
+        for layer in layers.values():
+            _activate(layer, active)
         self._adapters.originals = {}
 
     # --- saving ------------------------------------------------------------------------------------------------------
@@ -397,12 +398,24 @@ def _as_lora(source: str | os.PathLike | LoRA, options: dict[str, Any]) -> LoRA:
 
 
 def _as_recorded(lora: LoRA) -> dict[str, Any]:
-    """The LoRA's configuration, its parts of a base model that lie beside it named by their absolute path."""
+    """The LoRA's configuration, for another folder: parts of a base model that lie beside it are named by their
+    absolute path, what it was trained on by the last part of a path alone."""
     extra = {
         name: str(Path(os.path.normpath(lora.folder / place))) if place.startswith(".") and lora.folder else place
         for name, place in (lora.config.get("extra_repositories") or {}).items()
     }
-    return lora.config | ({"extra_repositories": extra} if extra else {})
+    training = public_training(lora.config.get("training") or {})
+    return (
+        lora.config | ({"extra_repositories": extra} if extra else {}) | ({"training": training} if training else {})
+    )
+
+
+def _activate(layer: nn.Module, names: Sequence[str]) -> None:
+    """These adapters, and no others, act on peft's layer; what is trainable stays so."""
+    trainable = [parameter.requires_grad for parameter in layer.parameters()]
+    layer.set_adapter(list(names))
+    for parameter, requires_grad in zip(layer.parameters(), trainable):
+        parameter.requires_grad_(requires_grad)
 
 
 def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:

@@ -29,10 +29,19 @@ def read_model_index(source: str, **where) -> dict[str, Any] | None:
     return index
 
 
-def recorded_repositories(lora: LoRA) -> dict[str, str]:
-    """Where the LoRA's configuration says that parts of its base model lie, other than in its repository."""
+def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Where the LoRA's configuration says that parts of its base model lie, other than in its repository.
+
+    Those that are `given` are not looked for.
+    """
     recorded = lora.config.get("extra_repositories") or {}
-    return {name: hub.resolve_recorded(place, lora.folder) for name, place in recorded.items()}
+    missing = {name: place for name, place in recorded.items() if (given or {}).get(name) is None}
+    try:
+        return {name: hub.resolve_recorded(place, lora.folder) for name, place in missing.items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Say where it is with {' or '.join(f'`{name}=`' for name in missing)}."
+        ) from error
 
 
 def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:

@@ -204,7 +204,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
             raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
         if loading.is_saved_mcm_pipeline(index):
             source, revision = loading.fetched(source, revision, **options), None
-        recorded = {} if lora is None else loading.recorded_repositories(lora)
+        recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with hub.never_pickled(source):
@@ -238,8 +238,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         adapter_name = adapter_name or _free_name("mcm", self._loaded)
         self.load_lora_weights(lora, adapter_name)
         self.set_adapters(adapter_name)
+        self.enable_lora()
         if lora.scheduler_config is not None:
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
+        else:
+            self.scheduler = loading.few_step_scheduler(self.base_model, self.scheduler)
         sampling = lora.config.get("sampling") or {}
         self.register_to_config(**{key: sampling[key] for key in loading.SAMPLING_KEYS if sampling.get(key)})
 
