@@ -1,36 +1,16 @@
 """docs/other_tools.md is run from top to bottom, on tiny models that a local Hub serves under the real names."""
 
-import re
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from diffusers_mcm import MCMPipeline, MCMScheduler
-from diffusers_mcm.cli import main
 from diffusers_mcm.consistency import boundary_scalings
+from tests.documents import ROOT, run_document
 from tests.formats.world import sample
 from tests.hub_server import hub_server
-
-ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs/other_tools.md").read_text(encoding="utf-8"), re.DOTALL)
-
-
-def run_blocks(blocks) -> dict:
-    """Commands through the command line's own `main`, Python in one namespace, which is returned."""
-    namespace = {}
-    for language, text in blocks:
-        if language == "bash":
-            for line in text.strip().splitlines():
-                program, *arguments = shlex.split(line)
-                assert program == "diffusers-mcm" and main(arguments) == 0, line
-        else:
-            assert language == "python"
-            exec(compile(text, "docs/other_tools.md", "exec"), namespace)
-    return namespace
 
 
 def test_every_block_runs(hub_root, tmp_path, monkeypatch, capsys):
@@ -38,10 +18,10 @@ def test_every_block_runs(hub_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     shutil.copytree(ROOT / "examples/community", tmp_path / "examples/community")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) > 6
     with hub_server(hub_root):
-        seen = run_blocks(BLOCKS)
+        (*_, seen), left_out = run_document("docs/other_tools.md")
         whole = MCMPipeline.from_pretrained("yhzhai/mcm", subfolder="animatediff-laion")
+    assert left_out == set()
     assert "layout: peft" in capsys.readouterr().out
     with Image.open("stock.gif") as gif:
         assert gif.n_frames == 16

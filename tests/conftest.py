@@ -1,0 +1,15 @@
+"""The tests have a home of their own on the Hub: they neither read nor fill your cache, and never send your token."""
+
+import os
+import shutil
+import tempfile
+
+HOME = tempfile.mkdtemp(prefix="mcm-tests-")
+# Before anything imports `huggingface_hub`, which reads them once. Subprocesses inherit them.
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[name]
+os.environ["HF_HOME"] = HOME
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HOME, ignore_errors=True)
