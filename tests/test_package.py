@@ -1,10 +1,13 @@
 """The frame: what imports what, what a bare import pulls in, and what a wheel holds."""
 
 import ast
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -135,6 +138,76 @@ def test_a_wheel_holds_weights_types_and_every_module(tmp_path):
     assert {f"diffusers_mcm/shapes/weights/{name}" for name in weights} <= built
     assert {"diffusers_mcm/py.typed", "diffusers_mcm/card_template.md"} <= built
     assert {path.relative_to(ROOT).as_posix() for path in FILES} <= built
+
+
+# --- setup.py --------------------------------------------------------------------------------------------------------
+# Scripts import what lies beside them, and tests import scripts.
+SCRIPTS = {path.stem for top in ("examples", "benchmarks", "model_cards") for path in (ROOT / top).rglob("*.py")}
+DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}  # import -> what to install for it, where the names differ
+# where -> the extras whose packages may be imported there, beside those that are always installed
+EXTRAS = {
+    **{f"diffusers_mcm/{unit}": set() for unit in MAY_IMPORT if unit},
+    "diffusers_mcm/data": {"train"},
+    "diffusers_mcm/evaluation": {"eval"},
+    "examples": {"train"},
+    "model_cards": set(),
+    "benchmarks": set(),
+    "tests": {"test"},
+}
+
+
+@pytest.fixture(scope="module")
+def packaging() -> dict:
+    """The arguments of `setup`, requirements as distribution names."""
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    found = dict(setup.call_args.kwargs)
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+    found["extras_require"] = {extra: names(listed) for extra, listed in found["extras_require"].items()}
+    return found | {"install_requires": names(found["install_requires"])}
+
+
+def third_party(path: Path) -> set[str]:
+    """The distributions that a file imports from, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    ours = {"diffusers_mcm", "tests", *SCRIPTS}
+    return {DISTRIBUTIONS.get(name, name) for name in names - set(sys.stdlib_module_names) - ours}
+
+
+@pytest.mark.parametrize("where", EXTRAS)
+def test_what_is_imported_is_declared(packaging, where):
+    always, extras = packaging["install_requires"], packaging["extras_require"]
+    declared = always.union(*(extras[extra] for extra in EXTRAS[where]))
+    top = ROOT / where
+    files = [path for path in (top.with_suffix(".py"), *top.rglob("*.py")) if path.is_file()]
+    undeclared = {path.name: missing for path in files if (missing := third_party(path) - declared)}
+    assert undeclared == {}
+
+
+def test_the_versions_that_are_tested_are_pinned(packaging):
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    declared = packaging["install_requires"].union(*packaging["extras_require"].values())
+    assert {name.lower() for name in declared} <= {name.lower() for name in pinned}
+
+
+def test_the_extras_that_are_named_exist(packaging):
+    documents = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    ]
+    text = "".join(path.read_text(encoding="utf-8") for path in [*documents, *FILES])
+    named = set(re.findall(r"(?:-e '?\.|diffusers-mcm)\[(\w+)\]", text))
+    assert {"train", "test"} <= named <= packaging["extras_require"].keys()
 
 
 def test_the_code_is_clean():

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     model("--lora", help="MCM LoRA to put in --model, where that is a base model: folder, file or Hub id")
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
-    model("--base_model", help="the base model to put the LoRA in, instead of the one its configuration names")
+    model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
 
     sampling = parser.add_argument_group("sampling").add_argument

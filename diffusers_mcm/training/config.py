@@ -36,11 +36,14 @@ class TrainingConfig:
 
     # -- models
     pretrained_teacher_model: str = _flag(
-        help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'.",
+        help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'. "
+        "A Stable Diffusion 1.5 repository, or a fine-tune of it, is distilled as AnimateDiff.",
         group="models",
     )
     base_model: str | None = _flag(
-        None, help="Architecture of the teacher, e.g. 'modelscope'. Read from its files if not given.", group="models"
+        None,
+        help="Architecture of the teacher, such as 'modelscope' or 'animatediff'. Default: what its files say.",
+        group="models",
     )
     revision: str | None = _flag(None, help="Revision of the teacher on the Hub.", group="models")
     extra_repositories: tuple[str, ...] = _flag(
