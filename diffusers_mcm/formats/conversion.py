@@ -161,7 +161,10 @@ def _write_kohya(lora: LoRA, folder: Path, _) -> None:
 
 
 def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.PathLike | None) -> None:
-    repositories = {**_base_model(lora).extra_repositories, **recorded_repositories(lora)}
+    repositories = {
+        **_base_model(lora).extra_repositories,
+        **recorded_repositories(lora, {"motion_adapter": motion_adapter}),
+    }
     repository = motion_adapter or repositories.get("motion_adapter")
     if repository is None:
         raise ValueError(f"{lora.source} is a LoRA for {_base_model(lora).name}, which has no motion adapter.")

@@ -26,7 +26,8 @@ def merged_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[
     from diffusers import MotionAdapter
 
     spatial_modules(lora)  # refuses a LoRA of another model
-    adapter = MotionAdapter.from_pretrained(hub.resolve(motion_adapter)).state_dict()
+    with hub.never_pickled(motion_adapter):
+        adapter = MotionAdapter.from_pretrained(hub.resolve(motion_adapter), use_safetensors=True).state_dict()
     merge(lora, adapter, os.fspath(motion_adapter))
     return original_keys(adapter)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import hub
-from ..cards import CARD_NAME, is_local, render_folder_card
+from ..cards import CARD_NAME, SOURCES, is_local, render_folder_card
 from ..lora import MOTION_HEAD_NAME, save_lora, write_safetensors
 from ..publish import PublishError, open_repository, publish_lora, record_sample
 from .config import TrainingConfig
@@ -19,7 +19,6 @@ from .networks import Networks
 _NOT_RECORDED = frozenset(
     "output_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_model_id hub_private_repo".split()
 )
-_SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -28,7 +27,7 @@ def recorded_training(
 ) -> dict[str, Any]:
     """The configuration as it goes beside the weights in `folder`: ids as they are, local paths relative to it."""
     training = {key: value for key, value in config.to_dict().items() if key not in _NOT_RECORDED}
-    for name in _SOURCES:
+    for name in SOURCES:
         if training[name] is not None:
             training[name] = _recordable_source(training[name], folder)
     training["num_frames"], training["height"], training["width"] = networks.clip_size
@@ -109,6 +108,13 @@ def prepare_push(config: TrainingConfig) -> None:
             " of this machine. Name its repository as --pretrained_teacher_model, or train without --push_to_hub and"
             f" then run: {push_command(config)} --base_model owner/name"
         )
+    for entry in config.extra_repositories:
+        name, _, place = entry.partition("=")
+        if is_local(hub.recordable(place, folder)):
+            raise ValueError(
+                f"With --push_to_hub others will load the {name}, but {place!r} is a folder of this machine. Name its"
+                " repository in --extra_repositories, or train without --push_to_hub."
+            )
     open_repository(hub_repository(config), private=config.hub_private_repo or None, token=config.hub_token)
 
 

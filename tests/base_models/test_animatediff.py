@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -139,6 +140,15 @@ def test_a_fine_tune_and_another_adapter(world, tmp_path, video):
         assert torch.equal(sample(MCMPipeline.from_pretrained(world / "lora", **options)), tuned)
     moving = sample(MCMPipeline.from_pretrained(world / "lora", motion_adapter=tiny_motion_adapter(1)))
     assert not torch.allclose(moving, video)
+
+
+def test_a_motion_adapter_that_has_gone(world, tmp_path, video):
+    lora = shutil.copytree(world / "lora", tmp_path / "lora")
+    options = dict(base_model=world / "sd")
+    with pytest.raises(FileNotFoundError, match=r"'../adapter', but .* Say where it is with `motion_adapter=`"):
+        MCMPipeline.from_pretrained(lora, **options)
+    pipe = MCMPipeline.from_pretrained(lora, motion_adapter=world / "adapter", **options)
+    assert torch.equal(sample(pipe), video)
 
 
 @pytest.mark.parametrize("kind", ["stock", "with its adapter", "ours"])

@@ -222,6 +222,15 @@ def test_motion_module_loads_back_with_diffusers_own_converter(adapters, hub_roo
         assert torch.equal(tensor, base[key]) == (key not in merged)
 
 
+def test_a_motion_adapter_that_is_given_stands_in_for_one_that_has_gone(adapters, hub_root, tmp_path):
+    folder = convert(adapters["animatediff"], tmp_path / "lora", "diffusers")
+    edit_json(folder / "mcm_config.json", extra_repositories={"motion_adapter": "../gone"})
+    with pytest.raises(FileNotFoundError, match=r"'../gone', but .* Say where it is with `motion_adapter=`"):
+        convert(folder, tmp_path / "motion.safetensors", "motion-module")
+    convert(folder, tmp_path / "motion.safetensors", "motion-module", motion_adapter=hub_root / ADAPTER)
+    assert load_file(tmp_path / "motion.safetensors")
+
+
 def test_motion_module_has_animatediffs_own_keys(adapters, hub_root, tmp_path):
     options = dict(motion_adapter=hub_root / ADAPTER)
     file = convert(adapters["animatediff"], tmp_path / "motion.safetensors", "motion-module", **options)
@@ -334,9 +343,14 @@ def test_what_cannot_be_converted(adapters, hub_root, tmp_path):
         convert(
             adapters["animatediff"], tmp_path / "x.safetensors", "motion-module", motion_adapter=tmp_path / "small"
         )
+    small.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(OSError, match="pickled has no safetensors weights .* pickled weights are not read"):
+        convert(
+            adapters["animatediff"], tmp_path / "x.safetensors", "motion-module", motion_adapter=tmp_path / "pickled"
+        )
     with pytest.raises(FileNotFoundError, match="No LoRA in .*There are LoRAs in its subfolders: animatediff-laion"):
         convert(hub_root / "yhzhai/mcm", tmp_path / "x", "diffusers")
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pickled", "small"]
 
 
 @pytest.mark.parametrize(

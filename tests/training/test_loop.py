@@ -241,6 +241,9 @@ def test_what_could_not_be_published_is_told_before_the_training(published, worl
         Trainer(dataclasses.replace(config, hub_token="hf_wrong"))
     with pytest.raises(ValueError, match="is a folder of this machine.*then run: diffusers-mcm push .* --base_model"):
         Trainer(dataclasses.replace(config, pretrained_teacher_model=world["pretrained_teacher_model"]))
+    local = (f"motion_adapter={world['pretrained_teacher_model']}",)
+    with pytest.raises(ValueError, match="others will load the motion_adapter, but .* is a folder of this machine"):
+        Trainer(dataclasses.replace(config, extra_repositories=local))
     assert server.repositories == {}
 
 
