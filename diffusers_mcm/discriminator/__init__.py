@@ -1,12 +1,13 @@
 """The projected discriminator on frozen DINOv2 features (App. C.1)."""
 
-from .augment import AugmentationDraws, augment, crop_and_resize, draw_augmentation
+from .augment import AUGMENTATIONS, AugmentationDraws, augment, crop_and_resize, draw_augmentation
 from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .model import Discriminator, DiscriminatorOutput, ImageFeatures
 from .penalty import draw_interpolation, gradient_penalty, interpolate
 
 __all__ = [
+    "AUGMENTATIONS",
     "AugmentationDraws",
     "Discriminator",
     "DiscriminatorHeads",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .augment import AugmentationDraws, augment, crop_and_resize
+from .augment import AUGMENTATIONS, AugmentationDraws, augment, crop_and_resize
 from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .penalty import gradient_penalty, interpolate
@@ -53,10 +53,18 @@ class Discriminator(nn.Module):
         features: the frozen image network.
         heads: the trainable part, the only one whose weights need saving.
         text: the frozen text encoder; may be left out if embeddings come from elsewhere.
+        augmentation: names out of `AUGMENTATIONS`, in the order in which they are applied.
     """
 
-    def __init__(self, features: PatchFeatures, heads: DiscriminatorHeads, text: TextFeatures | None = None):
+    def __init__(
+        self,
+        features: PatchFeatures,
+        heads: DiscriminatorHeads,
+        text: TextFeatures | None = None,
+        augmentation: Sequence[str] = tuple(AUGMENTATIONS),
+    ):
         super().__init__()
+        self.augmentation = tuple(augmentation)
         self.features = features
         self.heads = heads
         self.text = text
@@ -68,6 +76,7 @@ class Discriminator(nn.Module):
         text: str = DEFAULT_TEXT,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
+        augmentation: Sequence[str] = tuple(AUGMENTATIONS),
     ) -> "Discriminator":
         """Frozen networks by name (folder, packaged name or Hub repository), heads freshly drawn from `generator`.
 
@@ -80,7 +89,7 @@ class Discriminator(nn.Module):
         heads = DiscriminatorHeads(
             len(image_network.blocks), image_network.feature_dim, text_network.text_dim, generator=generator
         )
-        return cls(image_network, heads, text_network)
+        return cls(image_network, heads, text_network, augmentation)
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts → `(N, D)` float32."""
@@ -90,7 +99,7 @@ class Discriminator(nn.Module):
 
     def extract(self, images: torch.Tensor, draws: AugmentationDraws) -> ImageFeatures:
         """Images `(N, 3, H, W)` in [-1, 1], augmented, through the frozen network. Differentiable in the images."""
-        pixels = crop_and_resize(augment(images, draws), draws, self.features.input_size)
+        pixels = crop_and_resize(augment(images, draws, self.augmentation), draws, self.features.input_size)
         return ImageFeatures(pixels, self.features(pixels))
 
     def generator_logits(self, fake: ImageFeatures, text: torch.Tensor) -> torch.Tensor:

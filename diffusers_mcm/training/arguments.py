@@ -22,7 +22,8 @@ def _describe(entry: dataclasses.Field, required: bool) -> str:
     text = entry.metadata["help"].replace("%", "%%")
     if required:
         return f"{text} Required."
-    return text if entry.default in (None, ()) else f"{text} (default: {entry.default})"
+    default = " ".join(entry.default) if entry.metadata["many"] else entry.default
+    return text if default in (None, "") else f"{text} (default: {default})"
 
 
 class _Toggle(argparse.Action):

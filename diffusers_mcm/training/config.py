@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..discriminator import AUGMENTATIONS
 from ..losses import DISCRIMINATOR_LOSSES
 from ..motion import MOTION_REPRESENTATIONS
 
@@ -113,6 +114,14 @@ class TrainingConfig:
         group="method",
         choices=tuple(DISCRIMINATOR_LOSSES),
     )
+    discriminator_augmentation: tuple[str, ...] = _flag(
+        tuple(AUGMENTATIONS),
+        help="What is done at random to the images that the discriminator sees (App. C.1); without a value, nothing: "
+        "a small feature network may not see through it.",
+        group="method",
+        choices=tuple(AUGMENTATIONS),
+        many=True,
+    )
     num_adversarial_frames: int = _flag(
         2, help="Frames per clip that are decoded and judged, one from each of as many equal segments.", group="method"
     )
@@ -203,7 +212,7 @@ class TrainingConfig:
     hub_private_repo: bool = _flag(False, help="Create the repository as a private one.", group="output")
 
     def __post_init__(self) -> None:
-        for name in ("validation_prompts", "extra_repositories"):
+        for name in ("validation_prompts", "extra_repositories", "discriminator_augmentation"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_choices(self)
         _check_ranges(self)
@@ -230,8 +239,9 @@ class TrainingConfig:
 def _check_choices(config: TrainingConfig) -> None:
     for entry in dataclasses.fields(config):
         choices, value = entry.metadata["choices"], getattr(config, entry.name)
-        if choices and value not in choices:
-            raise ValueError(f"--{entry.name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+        for one in value if entry.metadata["many"] else (value,):
+            if choices and one not in choices:
+                raise ValueError(f"--{entry.name} must be one of {', '.join(map(str, choices))}, not {one!r}.")
 
 
 _POSITIVE = (

@@ -114,6 +114,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
             config.discriminator_text,
             generator=sample_generator(config.seed, "discriminator", 0),
             dtype=dtype,
+            augmentation=config.discriminator_augmentation,
         ).to(device)
         judge_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
     return Networks(

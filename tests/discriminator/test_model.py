@@ -1,9 +1,16 @@
 import pytest
 import torch
 
-from diffusers_mcm.discriminator import AugmentationDraws, Discriminator, draw_augmentation, draw_interpolation
+from diffusers_mcm.discriminator import (
+    AugmentationDraws,
+    Discriminator,
+    crop_and_resize,
+    draw_augmentation,
+    draw_interpolation,
+)
 from tests.discriminator.tiny import (
     BLOCKS,
+    IMAGE_SIZE,
     NUM_PATCHES,
     random_tensor,
     tiny_clip_text,
@@ -56,6 +63,14 @@ def test_generator_step_reaches_only_the_pixels(frames, images):
     generator_loss.backward()
     assert (frames.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(parameter.grad is None for parameter in discriminator.parameters())
+
+
+def test_augmentation_is_a_choice(frames):
+    plain = tiny_discriminator()
+    plain.augmentation = ()
+    draws = augmentation(1)
+    torch.testing.assert_close(plain.extract(frames, draws).pixels, crop_and_resize(frames, draws, IMAGE_SIZE))
+    assert not torch.allclose(tiny_discriminator().extract(frames, draws).pixels, plain.extract(frames, draws).pixels)
 
 
 def test_discriminator_step_reaches_only_the_heads(frames, images):

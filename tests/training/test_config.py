@@ -32,6 +32,10 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
     [
         (dict(motion="optical"), "--motion must be one of raw, diff, corr, low, high, learnable, not 'optical'"),
         (dict(discriminator_loss="wgan"), "--discriminator_loss must be one of hinge, hinge_mean, not 'wgan'"),
+        (
+            dict(discriminator_augmentation=("colour", "blur")),
+            "--discriminator_augmentation must be one of colour, translation, cutout, not 'blur'",
+        ),
         (dict(mixed_precision="fp8"), "--mixed_precision must be one of no, fp16, bf16, not 'fp8'"),
         (dict(report_to="paper"), "--report_to must be one of tensorboard"),
         (dict(lambda_real=1.5), "--lambda_real must be between 0 and 1, not 1.5"),
@@ -52,6 +56,13 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
 def test_what_makes_no_sense_is_rejected(overrides, message):
     with pytest.raises(ValueError, match=message):
         config(**overrides)
+
+
+def test_augmentation_may_be_chosen_or_left_out():
+    command = ["--pretrained_teacher_model", "teacher", "--video_data", "videos"]
+    assert parse_config(command).discriminator_augmentation == ("colour", "translation", "cutout")
+    assert parse_config([*command, "--discriminator_augmentation", "cutout"]).discriminator_augmentation == ("cutout",)
+    assert parse_config([*command, "--discriminator_augmentation"]).discriminator_augmentation == ()
 
 
 def test_images_are_announced_as_unread_without_a_discriminator():
