@@ -150,7 +150,7 @@ def rows_of(result: dict) -> list[tuple[str, dict[str, str]]]:
 
 
 def _seconds(run: dict[str, float]) -> dict[str, str]:
-    return {title: f"{run[name]:.3g}" for title, name in SECONDS.items()}
+    return {title: f"{run[name]:.4g}" for title, name in SECONDS.items()}
 
 
 SECONDS = {"one call, s": "call", "decoding, s": "decode", "video, s": "whole"}
