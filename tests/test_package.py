@@ -182,7 +182,7 @@ def third_party(path: Path) -> set[str]:
     return {DISTRIBUTIONS.get(name, name) for name in names - set(sys.stdlib_module_names) - ours}
 
 
-@pytest.mark.parametrize("where", EXTRAS)
+@pytest.mark.parametrize("where", sorted(EXTRAS))
 def test_what_is_imported_is_declared(packaging, where):
     always, extras = packaging["install_requires"], packaging["extras_require"]
     declared = always.union(*(extras[extra] for extra in EXTRAS[where]))

@@ -154,7 +154,7 @@ def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
     assert frames["f"] == frames["g"] != frames["a"]
     read = {name: read_metadata(tmp_path / name / f"0001-{video_slug()}") for name in ways}
     assert read["a"]["lora_sha256"] == read["d"]["lora_sha256"] and read["g"]["lora_sha256"] is None
-    assert (read["d"]["model"], read["d"]["lora"], read["d"]["subfolder"]) == ("base", "world0", "lora")
+    assert (read["d"]["model"], read["d"]["lora"], read["d"]["subfolder"]) == ("base", lora.parent.name, "lora")
 
 
 def video_slug():
@@ -191,6 +191,15 @@ def test_what_is_not_ours_is_not_replaced(base, tmp_path, capsys, name):
     assert read_metadata(tmp_path / name)["prompt"] == PROMPT
 
 
+@pytest.fixture
+def interruptible():
+    """A job in the background starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["mp4", "frames"])
 def test_ctrl_c_leaves_whole_files_only(base, tmp_path, monkeypatch, capsys, kind):
     """A real signal, in the middle of writing the second video."""

@@ -24,7 +24,7 @@ def run(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
     def call(name: str, **flags) -> None:
-        words = [f"--{flag}={value}" for flag, value in flags.items()]
+        words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
         monkeypatch.setattr(sys, "argv", [name, *words])
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
 
@@ -38,7 +38,7 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path):
     assert np.load(data / "videos.npy", mmap_mode="r").shape == (16, 16, 64, 64, 3)
     common = {"data": data, "work": work, "steps": 2, "batch": 4}
     run("train_vae", **common, output=models / "vae")
-    run("train_vae", **common, output=models / "vae", decoder_of=models / "vae")
+    run("train_vae", **common, output=models / "vae", init=models / "vae", decoder_only=True)
     run("train_clip", **common, output=models / "clip")
     run("train_features", **common, output=models / "features")
     run("encode", data=data, vae=models / "vae", blocks=2)
@@ -87,3 +87,9 @@ def test_prepare_refuses_held_out_captions(run, tmp_path):
     table.write_text("\n".join([lines[0], f"{lines[1].split(',')[0]},{held_out_captions()[0]}", ""]))
     with pytest.raises(ValueError, match="captions that no training may read"):
         run("prepare", built=tmp_path / "built", data=tmp_path / "data")
+
+
+def test_a_decoder_alone_needs_its_autoencoder(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("train_vae", data=tmp_path, work=tmp_path, output=tmp_path, decoder_only=True)
+    assert "--decoder_only needs the autoencoder whose decoder is trained: give --init" in capsys.readouterr().err
