@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "data": {"hub", "video_io"},
     "evaluation": {"hub", "video_io"},
     "shapes": {"files", "video_io"},
-    "training": ALGORITHM | SAMPLING | {"cards", "data", "devices", "publish", "video_io"},
+    "training": ALGORITHM | SAMPLING | {"cards", "data", "devices", "files", "publish", "video_io"},
     "formats": {"base_models", "hub", "lora", "pipelines"},
     "commands": {"", "devices", "formats", "hub", "lora", "publish", "video_io"},
     "cli": {"commands", "shapes"},

@@ -41,24 +41,26 @@ FEW_MODULES = [
 _WORDS = """a red green blue yellow purple orange circle square triangle ring moving left right up down growing
 shrinking on black white gray cyan background""".split()
 
+_UNET = dict(
+    sample_size=SIZE // VAE_FACTOR,
+    in_channels=LATENT_CHANNELS,
+    out_channels=LATENT_CHANNELS,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    cross_attention_dim=TEXT_DIM,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+
 
 def tiny_unet(seed: int = 0, **overrides) -> UNet3DConditionModel:
     """Two levels, one layer each, every kind of module a LoRA is put on (0.1 M parameters)."""
-    config = dict(
-        sample_size=SIZE // VAE_FACTOR,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_DIM,
-        attention_head_dim=2,
-        norm_num_groups=4,
+    blocks = dict(
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet3DConditionModel(**(config | overrides))
+        unet = UNet3DConditionModel(**(_UNET | blocks | overrides))
         # The temporal layers start at zero, as identities; random ones make a mistake in them visible.
         for parameter in unet.parameters():
             if not parameter.any():
@@ -68,21 +70,12 @@ def tiny_unet(seed: int = 0, **overrides) -> UNet3DConditionModel:
 
 def tiny_image_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
     """Stable Diffusion's kind."""
-    config = dict(
-        sample_size=SIZE // VAE_FACTOR,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_DIM,
-        attention_head_dim=2,
-        norm_num_groups=4,
+    blocks = dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel(**(config | overrides)).eval()
+        return UNet2DConditionModel(**(_UNET | blocks | overrides)).eval()
 
 
 def tiny_motion_adapter(seed: int = 0, **overrides) -> MotionAdapter:

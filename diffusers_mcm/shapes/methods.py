@@ -8,17 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-# what a scheduler must take over from the teacher; everything else belongs to the sampler
-_NOISE_FIELDS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-
 
 class Method(NamedTuple):
     """One way to make a video. `guidance` above 1 calls the network twice a step."""
@@ -80,7 +69,7 @@ class Networks:
         from ..video_io import to_uint8
 
         pipeline = self.pipeline(method.network)
-        pipeline.scheduler = make_scheduler(method.sampler, pipeline.scheduler)
+        pipeline.scheduler = make_scheduler(method.sampler, pipeline)
         videos = pipeline(
             [str(prompt) for prompt in prompts],
             num_inference_steps=method.steps,
@@ -98,15 +87,16 @@ class Networks:
         return video, time.perf_counter() - start
 
 
-def make_scheduler(sampler: str, own):
-    """The scheduler of a sampler on the noise schedule and prediction type of `own`, the pipeline's scheduler.
+def make_scheduler(sampler: str, pipeline):
+    """The scheduler of a sampler on the noise schedule and prediction type of the pipeline's own.
 
     Both of the teacher's samplers space their steps backwards from the last timestep ("trailing"): they start where
     the noise is pure, on the grid that the distillation uses.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    noise = {name: own.config[name] for name in _NOISE_FIELDS if name in own.config}
+    own = pipeline.scheduler
+    noise = {name: own.config[name] for name in pipeline.base_model.noise_schedule_keys if name in own.config}
     samplers = {
         "mcm": lambda: own,
         "ddim": lambda: DDIMScheduler(**noise, timestep_spacing="trailing", clip_sample=False),

@@ -1,58 +1,17 @@
 """Checkpoints: written whole or not at all, and enough of them to go on bit for bit."""
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import whole_folder
+
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends, and vanishes if it raises."""
-    temporary = _emptied(folder.with_name(f".{folder.name}.tmp"))  # so that paths relative to the folder hold
-    try:
-        yield temporary
-        old = temporary.with_suffix(".old")
-        if folder.exists():  # a rename cannot replace a folder that is not empty
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def whole_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
-
-    An older `last` goes first: a process that is killed in between leaves no folder of which half is old.
-    """
-    # Inside it, not beside it: the folder may be the mount point of a file system of its own.
-    temporary = _emptied(folder / ".unfinished")
-    try:
-        yield temporary
-        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-        (folder / last).unlink(missing_ok=True)
-        for name in sorted(files, key=lambda name: str(name) == last):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _emptied(temporary: Path) -> Path:
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir(parents=True)
-    return temporary
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -14,10 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
+from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from .batches import Batch, build_batches
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, whole_files
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder

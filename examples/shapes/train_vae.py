@@ -139,10 +139,13 @@ def main() -> None:
 
     def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
         x, read = batch(rng, args.batch)
-        with torch.set_grad_enabled(not args.decoder_only):
-            z = model.vae.encode(x).latent_dist.mean
-            z = z if args.decoder_only else normalise(z)
-            word = model.word_loss(z, read, generator)
+        losses = {}
+        if args.decoder_only:
+            with torch.no_grad():
+                z = model.vae.encode(x).latent_dist.mean
+        else:
+            z = normalise(model.vae.encode(x).latent_dist.mean)
+            losses["word"] = model.word_loss(z, read, generator)
         reconstruction = model.vae.decode(z + NOISE * torch.randn(z.shape, generator=generator)).sample
         error = reconstruction - x
         weights = emphasis(x)
@@ -152,8 +155,8 @@ def main() -> None:
         else:
             pixel = (weights * (2 * error.square() + 0.5 * error.abs())).mean()
             edge = sum(d.abs().mean() for d in edges(error))
-        losses = {"pixel": pixel, "edge": edge, "word": word, "error": error.abs().mean()}
-        return {"loss": pixel + edge + WORD_WEIGHT * word} | losses
+        losses |= {"loss": pixel + edge + WORD_WEIGHT * losses.get("word", 0), "pixel": pixel, "edge": edge}
+        return losses | {"error": error.abs().mean()}
 
     vae = train("decoder" if args.decoder_only else "vae", model, loss_step, args, decay=0.995).vae
     if int(os.environ.get("RANK", 0)) == 0:

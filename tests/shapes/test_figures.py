@@ -105,12 +105,9 @@ def test_best_guidance_prefers_right_then_small(tmp_path, monkeypatch):
     assert (best, found) == (2.0, shares)
 
 
-def test_unknown_sampler_lists_the_known_ones():
-    class Own:
-        config = {}
-
+def test_unknown_sampler_lists_the_known_ones(tiny_base):
     with pytest.raises(ValueError, match=r"expected a sampler out of mcm, ddim, dpm\+\+, got 'euler'"):
-        make_scheduler("euler", Own())
+        make_scheduler("euler", Networks({"teacher": tiny_base}).pipeline("teacher"))
 
 
 def test_every_method_starts_a_seed_from_the_same_noise(tiny_base):

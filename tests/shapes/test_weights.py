@@ -69,7 +69,7 @@ def test_the_packaged_model_follows_held_out_prompts(samples, part, least):
 def test_the_packaged_teacher_draws_what_it_is_told():
     pipeline = MCMPipeline.from_pretrained("mcm-shapes-teacher")
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler("ddim", pipeline.scheduler)
+    pipeline.scheduler = make_scheduler("ddim", pipeline)
     captions = held_out_captions()[3::16]
     videos = pipeline(
         [str(caption) for caption in captions],

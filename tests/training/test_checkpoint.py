@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from diffusers_mcm.files import whole_files
 from diffusers_mcm.training.checkpoint import (
     STATE_FILE,
     checkpoints,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    whole_files,
 )
 
 

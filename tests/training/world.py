@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.training.config import TrainingConfig
+from diffusers_mcm.training.loop import Trainer
 from diffusers_mcm.training.networks import WEIGHT_DTYPES, build_networks
 from diffusers_mcm.video_io import write_mp4
 from tests.discriminator.tiny import tiny_clip_text, tiny_dinov2
@@ -103,6 +104,19 @@ def flags_of(config: TrainingConfig) -> list[str]:
         else:
             flags += [f"--{entry.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return flags
+
+
+def stop_in_step_two(config: TrainingConfig) -> None:
+    """A run that is interrupted after step 1, before the second update."""
+
+    class Stopped(Trainer):
+        def update(self):
+            if self.step == 1:
+                raise KeyboardInterrupt
+            return super().update()
+
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(config).train()
 
 
 def flatten(state: dict) -> dict[str, torch.Tensor]:
