@@ -26,10 +26,10 @@ class Batches:
         self.videos, self.images = videos, images
 
     @property
-    def skipped(self) -> int:
-        """How many items could not be used so far."""
+    def skipped(self) -> list[str]:
+        """Names of the items that this process could not use so far."""
         loaders = [loader for loader in (self.videos, self.images) if loader is not None]
-        return sum(len(loader.dataset.skipped) for loader in loaders)
+        return [name for loader in loaders for name in loader.dataset.skipped]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:

@@ -29,7 +29,7 @@ from .validation import sample_clip, write_validation
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-    from accelerate.utils import ProjectConfiguration, is_tensorboard_available
+    from accelerate.utils import ProjectConfiguration, gather_object, is_tensorboard_available
 except ImportError as error:
     raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
 
@@ -38,7 +38,7 @@ TRACKER_PROJECT = "mcm"
 # With one of these changed, or a flag of the method, it would not be the same run that goes on.
 _FIXED_ON_RESUME = (
     "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
-    "lr_scheduler lr_warmup_steps"
+    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval"
 ).split()
 
 
@@ -352,15 +352,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             logger.info("Resumed from %s at step %d.", folder, self.step)
 
-    def finish(self, skipped: int) -> None:
+    def finish(self, skipped: list[str]) -> None:
         config = self.config
+        skipped = set(gather_object(skipped))  # each process read other samples
         if self.accelerator.is_main_process:
             prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
             sample = (prompts[0], self.clip(prompts[0])) if prompts else None
             with whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder:
                 self.write_folder(folder, sample, relative_to=self.output_dir)
             if skipped:
-                logger.warning("%d items of the data could not be used.", skipped)
+                logger.warning("%d items of the data could not be used.", len(skipped))
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

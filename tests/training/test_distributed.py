@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,9 +18,21 @@ SCRIPT = ROOT / "examples" / "train_mcm_distill.py"
 DOUBLE = Path(__file__).with_name("train_in_double.py")
 
 
+def add_broken(videos: Path) -> Path:
+    with (videos / "metadata.csv").open("a") as rows:
+        for number in range(4):
+            (videos / f"broken-{number}.mp4").write_bytes(b"not a video")
+            rows.write(f"broken-{number}.mp4,a red ring growing on a black background\n")
+    return videos
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_two_processes_equal_one_big_batch(world, tmp_path, double):
-    """The script, run in two processes over gloo from another directory, against one process with all samples."""
+    """The script, run in two processes over gloo from another directory, against one process with all samples.
+
+    Four clips are broken: each process meets some of them, one of them both, and each is counted once.
+    """
+    world = world | {"video_data": str(add_broken(Path(shutil.copytree(world["video_data"], tmp_path / "videos"))))}
     with double_precision() if double else nullcontext():
         one = Trainer(tiny_config(world, tmp_path / "one", train_batch_size=4, **SPLIT))
         start = flatten(one.state())
@@ -35,3 +48,4 @@ def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
     assert_same_training(start, flatten(one.state()), flatten(state), double)
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
+    assert "4 items of the data could not be used" in done.stderr
