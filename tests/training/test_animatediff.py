@@ -9,18 +9,8 @@ from safetensors.torch import load_file
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline
 from diffusers_mcm.training.arguments import parse_config
 from diffusers_mcm.training.loop import Trainer, train
-from tests.tiny import save_tiny_stable_diffusion, tiny_motion_adapter
 
 from .world import CAPTIONS, flags_of, flatten, stop_in_step_two, tiny_config
-
-
-@pytest.fixture(scope="module")
-def animatediff(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("animatediff")
-    save_tiny_stable_diffusion(folder / "sd")
-    tiny_motion_adapter().save_pretrained(folder / "adapter")
-    extra = (f"motion_adapter={folder / 'adapter'}",)
-    return world | dict(pretrained_teacher_model=str(folder / "sd"), extra_repositories=extra)
 
 
 def test_from_videos_to_a_lora_that_samples(animatediff, tmp_path):

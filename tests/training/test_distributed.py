@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusers_mcm.training.checkpoint import STATE_FILE
+from diffusers_mcm.training.config import TrainingConfig
 from diffusers_mcm.training.loop import Trainer
 
 from .world import SPLIT, assert_same_training, double_precision, flags_of, flatten, tiny_config
@@ -26,6 +27,16 @@ def add_broken(videos: Path) -> Path:
     return videos
 
 
+def train_in_two_processes(config: TrainingConfig, folder: Path, *wrapper: Path) -> str:
+    """Run the script over gloo in `folder`, by a script around it if there is one; what it said on stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, *map(str, wrapper), str(SCRIPT), *flags_of(config)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     """The script, run in two processes over gloo from another directory, against one process with all samples.
@@ -38,14 +49,18 @@ def test_two_processes_equal_one_big_batch(world, tmp_path, double):
         start = flatten(one.state())
         one.train()
     two = tiny_config(world, tmp_path / "two", train_batch_size=2, checkpointing_steps=2, **SPLIT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(DOUBLE), str(SCRIPT)] if double else [str(SCRIPT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, *script, *flags_of(two)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = train_in_two_processes(two, tmp_path, *([DOUBLE] if double else []))
     state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
     assert_same_training(start, flatten(one.state()), flatten(state), double)
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
-    assert "4 items of the data could not be used" in done.stderr
+    assert "4 items of the data could not be used" in said
+
+
+def test_so_do_two_processes_with_animatediff(animatediff, tmp_path):
+    one = Trainer(tiny_config(animatediff, tmp_path / "one", train_batch_size=2, **SPLIT))
+    start = flatten(one.state())
+    one.train()
+    two = tiny_config(animatediff, tmp_path / "two", train_batch_size=1, checkpointing_steps=2, **SPLIT)
+    train_in_two_processes(two, tmp_path)
+    state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
+    assert_same_training(start, flatten(one.state()), flatten(state), double=False)
