@@ -52,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
 
     model = parser.add_argument_group("model").add_argument
-    model("--model", default="mcm-shapes", help="packaged model, folder or Hub id: an MCM LoRA or a base model")
-    model("--lora", help="MCM LoRA to put in --model, where that is a base model: folder, file or Hub id")
+    model("--model", help="packaged model, folder or Hub id: an MCM LoRA or a base model (default: mcm-shapes)")
+    model("--lora", help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model")
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample every prompt and write one file each."""
     arguments = build_parser().parse_args(argv)
+    if arguments.model is None:
+        arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
     jobs = plan_jobs(arguments)
 
     from accelerate import PartialState

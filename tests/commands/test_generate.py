@@ -33,7 +33,8 @@ def lora(base):
 
 def flags(model, *arguments, size=SIZE):
     sizes = ["--frames", NUM_FRAMES, "--height", size, "--width", size]
-    return [*map(str, ["generate", "--model", model, *sizes, "--steps", 1, "--device", "cpu", *arguments])]
+    named = ["--model", model] if model else []
+    return [*map(str, ["generate", *named, *sizes, "--steps", 1, "--device", "cpu", *arguments])]
 
 
 def generate(model, *arguments):
@@ -146,11 +147,12 @@ def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
         "e": [lora, "--fuse_lora", "--vae_slicing", "--decode_chunk_size", 1],
         "f": [lora, "--lora_scale", 0],
         "g": [base],
+        "h": [None, "--lora", lora],
     }
     for name, (model, *options) in ways.items():
         assert generate(model, PROMPT, "-o", tmp_path / name, "--format", "frames", *options) == 0
     frames = {name: (tmp_path / name / f"0001-{video_slug()}" / "0002.png").read_bytes() for name in ways}
-    assert frames["a"] == frames["b"] == frames["c"] == frames["d"] == frames["e"]
+    assert frames["a"] == frames["b"] == frames["c"] == frames["d"] == frames["e"] == frames["h"]
     assert frames["f"] == frames["g"] != frames["a"]
     read = {name: read_metadata(tmp_path / name / f"0001-{video_slug()}") for name in ways}
     assert read["a"]["lora_sha256"] == read["d"]["lora_sha256"] and read["g"]["lora_sha256"] is None
