@@ -30,6 +30,8 @@ _TRAINING_ROWS = {
     "motion representation": ("motion",),
     "lambda_real, lambda_adv": ("lambda_real", "lambda_adv"),
     "teacher's guidance, w": ("guidance_min", "guidance_max"),
+    "solver steps": ("num_solver_steps",),
+    "weight of the gradient penalty": ("gradient_penalty_weight",),
     "LoRA rank, alpha": ("lora_rank", "lora_alpha"),
     "optimiser steps": ("steps",),
     "total batch": ("total_batch",),

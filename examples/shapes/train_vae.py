@@ -22,6 +22,8 @@ LATENT_CHANNELS = 16
 NOISE = 0.05  # deviation of the posterior; it is fixed, since a learned one starts at 1 and drowns what is learned
 WORD_NOISE = 0.7  # deviation of the noise through which colour and shape must still be read
 WORD_WEIGHT = 0.03
+STEEPNESS_WEIGHT = 0.1
+SAMPLER_NOISE = 0.6  # largest deviation that is added to the latents of the decoder's own training
 
 
 def initialise(vae: AutoencoderKL) -> None:
@@ -82,6 +84,14 @@ class WithWords(nn.Module):
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def steepness(images: torch.Tensor) -> torch.Tensor:
+    """Root of the mean squared difference of neighbours, (B,).
+
+    Errors alone prefer a soft edge wherever its place is not quite known; this wants it as steep as it was.
+    """
+    return sum(d.square().flatten(1).mean(1) for d in edges(images)).add(1e-6).sqrt()
 
 
 def spread(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,17 +156,22 @@ def main() -> None:
         else:
             z = normalise(model.vae.encode(x).latent_dist.mean)
             losses["word"] = model.word_loss(z, read, generator)
-        reconstruction = model.vae.decode(z + NOISE * torch.randn(z.shape, generator=generator)).sample
+        deviation = NOISE
+        if args.decoder_only:  # half of the latents as wrong as a sampler's: what they say most plainly is to be drawn
+            extent = torch.rand(len(z), 1, 1, 1, generator=generator)
+            deviation = NOISE + SAMPLER_NOISE * (2 * extent - 1).clamp(min=0)
+        reconstruction = model.vae.decode(z + deviation * torch.randn(z.shape, generator=generator)).sample
         error = reconstruction - x
         weights = emphasis(x)
         if args.decoder_only:  # absolute errors: the median of what may be is sharper than the mean
             pixel = (weights * error.abs()).mean()
             edge = sum((w * d.abs()).mean() for w, d in zip(spread(weights), edges(error)))
+            losses["steepness"] = (steepness(reconstruction) / steepness(x) - 1).abs().mean()
         else:
             pixel = (weights * (2 * error.square() + 0.5 * error.abs())).mean()
             edge = sum(d.abs().mean() for d in edges(error))
-        losses |= {"loss": pixel + edge + WORD_WEIGHT * losses.get("word", 0), "pixel": pixel, "edge": edge}
-        return losses | {"error": error.abs().mean()}
+        extra = WORD_WEIGHT * losses.get("word", 0) + STEEPNESS_WEIGHT * losses.get("steepness", 0)
+        return losses | {"loss": pixel + edge + extra, "pixel": pixel, "edge": edge, "error": error.abs().mean()}
 
     vae = train("decoder" if args.decoder_only else "vae", model, loss_step, args, decay=0.995).vae
     if int(os.environ.get("RANK", 0)) == 0:
