@@ -159,7 +159,7 @@ def rows_of(result: dict) -> list[tuple[str, dict[str, str]]]:
 
 
 def _seconds(run: dict[str, float]) -> dict[str, str]:
-    return {title: f"{run[name]:.4g}" for title, name in SECONDS.items()}
+    return {title: f"{run[name]:.0f}" if run[name] >= 1e4 else f"{run[name]:.4g}" for title, name in SECONDS.items()}
 
 
 SECONDS = {"one call, s": "call", "decoding, s": "decode", "video, s": "whole"}
