@@ -149,17 +149,16 @@ def main() -> None:
 
     def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
         x, read = batch(rng, args.batch)
-        losses = {}
+        losses, deviation = {}, NOISE
         if args.decoder_only:
             with torch.no_grad():
                 z = model.vae.encode(x).latent_dist.mean
+            # half of the latents as wrong as a sampler's: what they say most plainly is to be drawn
+            extent = torch.rand(len(z), 1, 1, 1, generator=generator)
+            deviation += SAMPLER_NOISE * (2 * extent - 1).clamp(min=0)
         else:
             z = normalise(model.vae.encode(x).latent_dist.mean)
             losses["word"] = model.word_loss(z, read, generator)
-        deviation = NOISE
-        if args.decoder_only:  # half of the latents as wrong as a sampler's: what they say most plainly is to be drawn
-            extent = torch.rand(len(z), 1, 1, 1, generator=generator)
-            deviation = NOISE + SAMPLER_NOISE * (2 * extent - 1).clamp(min=0)
         reconstruction = model.vae.decode(z + deviation * torch.randn(z.shape, generator=generator)).sample
         error = reconstruction - x
         weights = emphasis(x)
