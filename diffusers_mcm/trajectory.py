@@ -1,11 +1,28 @@
-"""Where a distillation trajectory starts: mixed trajectories (section 3.3), noising, and the frames to decode."""
+"""Where a distillation trajectory starts: its timestep, mixed starts (section 3.3), noising; the frames to decode."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from .consistency import NoisePath, expand_like
 from .teacher import Denoise, Text
+
+VISITING_STEPS = (1, 2, 4, 8)  # the numbers of sampling steps that the paper reports
+
+
+def visited_timesteps(grid: torch.Tensor) -> torch.Tensor:
+    """The grid, and once more what each of `VISITING_STEPS` visits of it, as `MCMScheduler` spaces its steps."""
+    visits = [grid.flip(0)[torch.arange(steps) * len(grid) // steps] for steps in VISITING_STEPS if steps <= len(grid)]
+    return torch.cat([grid, *visits])
+
+
+# From the solver's grid, ascending, int64 (N,), to the timesteps among which one is drawn with equal chances.
+TIMESTEPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda grid: grid,
+    "visited": visited_timesteps,
+}
 
 
 def noisy_start(path: NoisePath, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

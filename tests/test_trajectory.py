@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusers_mcm.consistency import VariancePreservingPath
-from diffusers_mcm.trajectory import mixed_start, noisy_start, one_step_sample, pick_frames
+from diffusers_mcm.scheduler import MCMScheduler
+from diffusers_mcm.trajectory import TIMESTEPS, VISITING_STEPS, mixed_start, noisy_start, one_step_sample, pick_frames
 
 SHAPE = (4, 2, 3, 5, 5)
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -143,3 +144,17 @@ def test_wrong_arguments_of_mixed_start_are_refused(path, changes, message):
 def test_more_frames_than_the_clip_has_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(B, l\) with l from 1 to the clip's 16 frames; got \(4,"):
         pick_frames(16, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grid_steps", [50, 8, 4])
+def test_visited_timesteps_are_the_grid_and_what_sampling_visits(path, grid_steps):
+    grid = path.solver_timesteps(grid_steps)
+    expected = grid.tolist()
+    for steps in VISITING_STEPS:
+        if steps <= grid_steps:
+            scheduler = MCMScheduler(original_inference_steps=grid_steps)
+            scheduler.set_timesteps(steps)
+            expected += scheduler.timesteps.tolist()
+    assert TIMESTEPS["visited"](grid).tolist() == expected
+    assert TIMESTEPS["uniform"](grid).tolist() == grid.tolist()
+    assert TIMESTEPS["visited"](grid).dtype == torch.int64

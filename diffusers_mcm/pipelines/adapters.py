@@ -50,6 +50,7 @@ class AdapterState:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # mcm_config.json of each adapter
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
+    set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
 
 
 class LoRAVerbs:
@@ -70,8 +71,8 @@ class LoRAVerbs:
 
     @property
     def _layers(self) -> dict[str, nn.Module]:
-        """peft's layers by component and module."""
-        return lora_layers(self._networks)
+        """peft's layers by component and module, whether they are in their places or set aside."""
+        return self._adapters.set_aside or lora_layers(self._networks)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The loaded adapters, by component."""
@@ -279,7 +280,8 @@ class LoRAVerbs:
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
         """Add the active adapters (or those named) to the base weights, which saves their cost at every step.
 
-        The original weights are kept in host memory, so that `unfuse_lora` is exact.
+        The networks are then the base model's own, module by module, as fast as that: peft's layers are set aside. The
+        original weights are kept in host memory, so that `unfuse_lora` is exact.
         """
         self._require_unfused("fuse again")
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
@@ -301,6 +303,7 @@ class LoRAVerbs:
             self._restore()
             raise
         self._adapters.fused = {name: float(lora_scale) for name in names}
+        self._set_aside()
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
@@ -308,6 +311,7 @@ class LoRAVerbs:
         self._adapters.fused = {}
 
     def _restore(self) -> None:
+        self._put_back()
         layers, active = self._layers, self._switched_on
         for module, original in self._adapters.originals.items():
             weight = layers[module].get_base_layer().weight
@@ -317,6 +321,31 @@ class LoRAVerbs:
             _activate(layer, active)
         self._adapters.originals = {}
 
+    def _set_aside(self) -> None:
+        """What peft's layers adapt in their places."""
+        networks, layers = self._networks, self._layers
+        for module, layer in layers.items():
+            _replace(networks, module, layer.get_base_layer())
+        self._adapters.set_aside = layers
+
+    def _put_back(self) -> None:
+        """Undo `_set_aside`, on the device and in the type in which what they adapt is by now."""
+        networks = self._networks
+        for module, layer in self._adapters.set_aside.items():
+            weight = layer.get_base_layer().weight
+            _replace(networks, module, layer.to(device=weight.device, dtype=weight.dtype))
+        self._adapters.set_aside = {}
+
+    def _extract(self, name: str) -> dict[str, LoRA]:
+        """An adapter as it would be read from disk, by component; fused or not."""
+        fused = bool(self._adapters.set_aside)
+        self._put_back()
+        try:
+            return {component: extract_lora(network, name) for component, network in self._parts(name).items()}
+        finally:
+            if fused:
+                self._set_aside()
+
     # --- saving ------------------------------------------------------------------------------------------------------
     @contextmanager
     def _clean_networks(self) -> Iterator[None]:
@@ -324,8 +353,7 @@ class LoRAVerbs:
 
         A module that is exchanged meanwhile carries the LoRA afterwards.
         """
-        networks = self._networks
-        layers = lora_layers(networks)
+        networks, layers = self._networks, self._layers
         fused = {}
         for name, layer in layers.items():
             base = layer.get_base_layer()
@@ -338,7 +366,8 @@ class LoRAVerbs:
         finally:
             for name, layer in layers.items():
                 layer.base_layer = networks.get_submodule(name)
-                _replace(networks, name, layer)
+                if name not in self._adapters.set_aside:
+                    _replace(networks, name, layer)
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]
 
@@ -351,10 +380,7 @@ class LoRAVerbs:
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            write_parts(
-                target / WEIGHTS_NAME,
-                {component: extract_lora(network, name) for component, network in self._parts(name).items()},
-            )
+            write_parts(target / WEIGHTS_NAME, self._extract(name))
             config = dict(self._adapters.configs.get(name, {}), base_model=self.base_model.name)
             extra = config.pop("extra_repositories", {})
             repository = config.get("base_model_repository")

@@ -14,7 +14,7 @@ import torch
 
 from .. import hub
 from ..cards import CARD_NAME, DEFAULT_PROMPT, is_local
-from ..lora import WEIGHTS_NAME, extract_lora, write_lora_weights, write_settings
+from ..lora import WEIGHTS_NAME, write_lora_weights, write_settings
 from . import loading
 
 _PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
@@ -68,7 +68,7 @@ class HubVerbs:
             raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        lora = extract_lora(self.denoiser, name)
+        lora = self._extract(name)[self.base_model.denoiser_name]
         sampling = {key: self.sampling_default(key) for key in loading.SAMPLING_KEYS}
         lora.config = {
             "sampling": sampling,

@@ -81,10 +81,15 @@ class Networks:
 
     def timed_sample(self, method: Method, prompt: str, seed: int) -> tuple[np.ndarray, float]:
         """One video uint8 (T, H, W, 3), and the seconds from prompt to pixels."""
+        videos, seconds = self.timed_batch(method, [prompt], [seed])
+        return videos[0], seconds
+
+    def timed_batch(self, method: Method, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[np.ndarray, float]:
+        """What `sample` makes, and the seconds per video where all are made at once."""
         self.pipeline(method.network)  # loading is not sampling
         start = time.perf_counter()
-        video = self.sample(method, [prompt], [seed])[0]
-        return video, time.perf_counter() - start
+        videos = self.sample(method, prompts, seeds)
+        return videos, (time.perf_counter() - start) / len(videos)
 
 
 def make_scheduler(sampler: str, pipeline):

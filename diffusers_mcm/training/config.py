@@ -9,6 +9,7 @@ from typing import Any
 from ..discriminator import AUGMENTATIONS
 from ..losses import DISCRIMINATOR_LOSSES
 from ..motion import MOTION_REPRESENTATIONS
+from ..trajectory import TIMESTEPS, VISITING_STEPS
 
 REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -134,6 +135,13 @@ class TrainingConfig:
     guidance_max: float | None = _flag(
         None, help="Upper end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
     )
+    timesteps: str = _flag(
+        "uniform",
+        help="How often each timestep of the solver's grid is trained: 'uniform', equally often, or 'visited': what "
+        f"sampling in {', '.join(map(str, VISITING_STEPS))} steps visits counts once more for each visit.",
+        group="method",
+        choices=tuple(TIMESTEPS),
+    )
     num_solver_steps: int = _flag(50, help="DDIM steps of the teacher's solver grid.", group="method")
     timestep_scaling: float = _flag(4.0, help="Timestep scaling s in the boundary scalings (eq. 1).", group="method")
     sigma_data: float = _flag(0.5, help="Data deviation in the boundary scalings (eq. 1).", group="method")
@@ -176,6 +184,12 @@ class TrainingConfig:
     gradient_checkpointing: bool = _flag(
         False,
         help="Recompute the denoiser's blocks in the backward pass: less memory, more time.",
+        group="optimisation",
+    )
+    fold_lora: bool = _flag(
+        False,
+        help="Add the LoRA to the weights once a step, instead of running it beside each layer: faster where the "
+        "network is small, but takes the memory of the weights once more. In fp32 only.",
         group="optimisation",
     )
     allow_tf32: bool = _flag(False, help="Allow TF32 matrix products on Ampere GPUs and later.", group="optimisation")
@@ -233,7 +247,18 @@ class TrainingConfig:
         """Plain values for a JSON file; the Hub token is left out."""
         values = dataclasses.asdict(self)
         values.pop("hub_token")
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return _plain(values)
+
+
+def default_values() -> dict[str, Any]:
+    """The defaults of all fields that have one, as `to_dict` gives values."""
+    return _plain(
+        {e.name: e.default for e in dataclasses.fields(TrainingConfig) if e.default is not dataclasses.MISSING}
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _check_choices(config: TrainingConfig) -> None:
@@ -295,6 +320,13 @@ def _check_combinations(config: TrainingConfig) -> None:
             )
         if config.num_frames < 2 and config.motion in ("diff", "corr"):
             raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+    if config.fold_lora and config.mixed_precision != "no":
+        raise ValueError(
+            f"--fold_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
+            " would be rounded away."
+        )
+    if config.fold_lora and config.gradient_checkpointing:
+        raise ValueError("--fold_lora spends memory, which --gradient_checkpointing saves: give one of them.")
     if not config.adversarial and config.image_data is not None:
         warnings.warn(
             "--image_data is not read with --lambda_adv 0: only the discriminator sees images.", stacklevel=4

@@ -17,9 +17,10 @@ from ..cards import DEFAULT_PROMPT
 from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
+from ..trajectory import TIMESTEPS
 from .batches import Batch, build_batches
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .config import TrainingConfig
+from .config import TrainingConfig, default_values
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
 from .randomness import draw_adversarial, draw_step
@@ -111,7 +112,8 @@ class Trainer:
         if self.networks.discriminator is not None:
             self.critic = TrainedPart("discriminator", self.networks.discriminator, rates[1], config, self.accelerator)
             self.parts.append(self.critic)
-        self.solver_timesteps = self.networks.student.path.solver_timesteps(config.num_solver_steps)
+        grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
+        self.timesteps = TIMESTEPS[config.timesteps](grid)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
         self.resume()
@@ -187,7 +189,7 @@ class Trainer:
             self.config.seed,
             batch.indices,
             networks.latent_shape,
-            self.solver_timesteps,
+            self.timesteps,
             networks.guidance_range,
             self.config.num_adversarial_frames,
         )
@@ -335,7 +337,8 @@ class Trainer:
                 logger.warning("There is no checkpoint in %s yet: training starts anew.", self.output_dir)
             return
         state, student = load_checkpoint(folder), self.networks.student
-        then, now = json.loads(state["identity"]), self.identity()
+        # What a checkpoint does not record was no flag yet, and was done as its default says.
+        then, now = default_values() | json.loads(state["identity"]), self.identity()
         changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name]]
         if changed:
             raise ValueError(f"The run in {folder} cannot be gone on with other settings: {'; '.join(changed)}.")

@@ -1,6 +1,8 @@
 """One training step: the student's loss (eq. 2-5, 7, 9) and the discriminator's."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from ..base_models import BaseModel, Text
 from ..consistency import NoisePath
 from ..discriminator import Discriminator, ImageFeatures
-from ..lora import lora_disabled
+from ..lora import folded, lora_disabled
 from ..losses import get_discriminator_loss, pseudo_huber
 from ..teacher import teacher_step
 from ..trajectory import mixed_start, noisy_start, pick_frames
@@ -90,12 +92,15 @@ class Student(nn.Module):
         self.denoiser, self.vae = denoiser, vae
         self.motion, self.target_motion = motion, copy.deepcopy(motion).requires_grad_(False)
 
-    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
-        return self.base.denoise(self.denoiser, x_t, t, text)
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: Text, network: Callable | None = None) -> torch.Tensor:
+        """The output of the denoiser, or of `network`, which is called like it."""
+        return self.base.denoise(network or self.denoiser, x_t, t, text)
 
-    def consistency(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
+    def consistency(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: Text, network: Callable | None = None
+    ) -> torch.Tensor:
         """f(x_t, t) (eq. 1)."""
-        return self.path.consistency_function(self.denoise(x_t, t, text), x_t, t)
+        return self.path.consistency_function(self.denoise(x_t, t, text, network), x_t, t)
 
     def encode_real(self, pixels: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """x_0 (B, C, T, h, w) float32 of the clips that start a trajectory; zeros for the others, not encoded."""
@@ -117,15 +122,18 @@ class Student(nn.Module):
         """Motion consistency distillation (eq. 9) on clips (B, 3, T, H, W) in [-1, 1]; latents are (B, C, T, h, w)."""
         path, config, t = self.path, self.config, draws.timestep
         t_prev = path.previous_timestep(t, config.num_solver_steps)
+        theta = folded(self.denoiser) if config.fold_lora else None
+        f = partial(self.consistency, text=text, network=theta)
         with torch.no_grad():
             x_0 = self.encode_real(pixels, draws)
-            x_0, _ = mixed_start(self.denoise, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
+            student = partial(self.denoise, network=theta)
+            x_0, _ = mixed_start(student, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
             x_t = noisy_start(path, x_0, draws.noise, t)
             with lora_disabled(self.denoiser):  # teacher φ (eq. 2)
                 x_prev = teacher_step(self.denoise, path, x_t, t, t_prev, text, negative_text, draws.guidance)
-            target = self.target_motion(self.consistency(x_prev, t_prev, text))  # θ⁻
+            target = self.target_motion(f(x_prev, t_prev))  # θ⁻
 
-        prediction = self.consistency(x_t, t, text)  # θ
+        prediction = f(x_t, t)  # θ
         distance = pseudo_huber(self.motion(prediction), target, config.huber_c)  # eq. 3, 6
         if judge is None:
             return StudentLosses(distance, distance)

@@ -24,7 +24,7 @@ GOOD = {  # every target exactly met, or just so
     **{f"lcm-{steps}": {"all_right": 0.7} for steps in (1, 2, 4)},
     "truth-clean": {"sharpness": 0.5},
 }
-SECONDS = {"teacher-ddim-50": 12.0, "mcm-4": 1.0}
+SECONDS = {1: {"teacher-ddim-50": 12.0, "mcm-4": 1.0}, 16: {"teacher-ddim-50": 6.0, "mcm-4": 0.5}}
 
 
 def reached(changes=None, seconds=SECONDS, with_lcm=True):
@@ -62,8 +62,10 @@ def test_each_check_fails_alone(changes, name):
 
 
 def test_time_and_missing_control():
-    missed = [check for check, good in reached(seconds={"teacher-ddim-50": 11.9, "mcm-4": 1.0}).items() if not good]
-    assert missed == ["MCM 4 against teacher DDIM 50: times faster"]
+    for batch_size, how in ((1, "one video at a time"), (16, "16 videos at once")):
+        seconds = SECONDS | {batch_size: {"teacher-ddim-50": 11.9, "mcm-4": 1.0}}
+        missed = [check for check, good in reached(seconds=seconds).items() if not good]
+        assert missed == [f"MCM 4 against teacher DDIM 50, {how}: times faster"]
     without = reached(with_lcm=False)
     assert [without[f"MCM {steps} less LCM {steps}: all right, points"] for steps in (1, 2, 4)] == [None] * 3
 
@@ -128,8 +130,8 @@ def test_every_method_starts_a_seed_from_the_same_noise(tiny_base):
 
 def test_a_lora_is_fused(tiny_base, tmp_path):
     lora = save_tiny_lora(tmp_path, base=tiny_base)
-    layers = lora_layers(Networks({"mcm": str(lora)}).pipeline("mcm").unet).values()
-    assert layers and all(layer.merged for layer in layers)
+    pipeline = Networks({"mcm": str(lora)}).pipeline("mcm")
+    assert pipeline.fused_loras == {"mcm"} and not lora_layers(pipeline.unet)
 
 
 def test_batches_and_single_videos_agree(tiny_base):
@@ -146,16 +148,16 @@ def test_a_tiny_run_end_to_end_and_again_from_what_it_kept(tiny_base, tmp_path, 
     readme.write_text("<!-- figures -->\n<!-- /figures -->\n")
     command = ["--teacher", tiny_base, "--mcm", tiny_base, "--lcm", tiny_base, "--output", str(tmp_path / "out")]
     command += ["--captions", "2", "--seeds", "2", "--guidances", "1", "3", "--search_captions", "1"]
-    command += ["--timing_runs", "1"]
+    command += ["--timing_runs", "1", "--batch_size", "4"]
     command += ["--device", "cpu", "--readme", str(readme)]
     figures.main(command)
     results = json.loads((tmp_path / "out" / "figures.json").read_text())
     names = [method.name for method in (*TEACHER_METHODS, *MCM_METHODS, *LCM_METHODS)]
     assert set(results["methods"]) == {*names, "truth-video", "truth-clean"}
     assert results["methods"]["truth-clean"]["all_right"] == [1, 1, 1]
-    assert all(results["methods"][name]["seconds"] > 0 for name in names)
+    assert all(min(results["methods"][name]["seconds"][size] for size in "14") > 0 for name in names)
     assert set(results["guidance_search"]["teacher-ddim-50"]) == {"1", "3"}
-    assert len(results["checks"]) == 15
+    assert len(results["checks"]) == 16
     assert "| rendered truth, clean |" in readme.read_text() and "≥ 12" in readme.read_text()
     capsys.readouterr()
 

@@ -17,6 +17,7 @@ from diffusers_mcm.cli import main
 from diffusers_mcm.files import whole_files
 from diffusers_mcm.losses import pseudo_huber
 from diffusers_mcm.publish import PublishError
+from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
 from diffusers_mcm.training.tracking import NonFiniteLoss
 from tests.hub_server import hub_server
@@ -83,6 +84,19 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path):
     assert without_time(read_log(tmp_path / "whole")) == without_time(read_log(parts))
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_rank=4)))
+
+
+def test_a_checkpoint_from_before_a_flag_was_made_as_its_default_says(world, tmp_path):
+    run(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1))
+    file = tmp_path / "checkpoint-1" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["timesteps"], identity["discriminator_augmentation"]
+    torch.save(state | {"identity": json.dumps(identity)}, file)
+    options = dict(resume_from_checkpoint="latest", max_train_steps=2)
+    assert Trainer(tiny_config(world, tmp_path, **options)).step == 1
+    with pytest.raises(ValueError, match="timesteps was uniform, is visited"):
+        Trainer(tiny_config(world, tmp_path, timesteps="visited", **options))
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])

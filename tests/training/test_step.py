@@ -135,3 +135,24 @@ def test_the_target_head_is_the_moving_average_and_gets_no_gradient():
         student.target_motion.conv_out.weight.fill_(0.1)
         assert not torch.equal(loss, student(PIXELS, TEXT, NEGATIVE, draws).total)
     assert not any(parameter.requires_grad for parameter in student.target_motion.parameters())
+
+
+def test_a_folded_lora_gives_the_same_losses_and_gradients():
+    results = []
+    for fold_lora in (False, True):
+        torch.manual_seed(0)
+        student = make_student(fold_lora=fold_lora).double()
+        text, negative = ({key: value.double() for key, value in each.items()} for each in (TEXT, NEGATIVE))
+        draws = make_draws(student)
+        draws = type(draws)(
+            **{key: value.double() if value.is_floating_point() else value for key, value in vars(draws).items()}
+        )
+        losses = student(PIXELS.double(), text, negative, draws)
+        losses.total.backward()
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        results.append((losses.total, gradients))
+    (loss, gradients), (folded_loss, folded_gradients) = results
+    torch.testing.assert_close(folded_loss, loss)
+    assert gradients.keys() == folded_gradients.keys() and any("lora_A" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(folded_gradients[name], gradient, rtol=1e-4, atol=1e-9)
