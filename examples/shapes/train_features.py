@@ -1,7 +1,8 @@
 """Trains the DINOv2-architecture feature network of the shapes world, for the discriminator to look through.
 
-Masked patches are filled in and the attributes are told from the class token, on frames of the poor videos and on the
-good images, so that its patch tokens know edges, texture and watermark as well as what is shown.
+Masked patches are filled in, on frames of the poor videos and on the good images, so that the patch tokens know edges,
+texture and watermark. And what is shown is told from every single patch token of the later blocks that the
+discriminator looks at: its logits are per patch, and it can hold against a video only what a patch token says.
 """
 
 import numpy as np
@@ -16,6 +17,9 @@ from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, SHAPES, parse
 WIDTH, PATCH, SIZE = 64, 8, 64
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 MASKED = 0.4
+ATTRIBUTES = ("colour", "shape", "background", "domain")
+TOLD_WEIGHT = 0.3
+BLOCKS = (5, 8, 11)  # of those that the discriminator reads; the earliest stays with what is local
 
 
 def build() -> Dinov2Model:
@@ -40,11 +44,12 @@ class Pretext(nn.Module):
         self.network = network
         self.pixels = nn.Linear(WIDTH, 3 * PATCH * PATCH)
         self.early_pixels = nn.Linear(WIDTH, 3 * PATCH * PATCH)
-        self.attributes = nn.ModuleList(nn.Linear(WIDTH, n) for n in (len(COLOURS), len(SHAPES), len(BACKGROUNDS), 4))
+        counts = (len(COLOURS), len(SHAPES), len(BACKGROUNDS), 4)
+        self.attributes = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, n) for n in counts) for _ in BLOCKS)
 
 
 def main() -> None:
-    args = parser(__doc__.splitlines()[0], steps=1500, batch=48, lr=1e-3).parse_args()
+    args = parser(__doc__.splitlines()[0], steps=2400, batch=48, lr=1.5e-3).parse_args()
     data = Frames(args.data)
     images = data.images
     sources = ["videos", *images]
@@ -64,15 +69,21 @@ def main() -> None:
         x = (to_pixels(np.stack(frames)) * 0.5 + 0.5 - MEAN[:, None, None]) / DEVIATION[:, None, None]
         patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)  # (B, P, 3 * PATCH * PATCH)
         mask = torch.rand(patches.shape[:2], generator=generator) < MASKED
+        mask &= (torch.arange(args.batch) // len(sources) % 2 == 0)[:, None]  # the discriminator sees whole images
         out = model.network(x, bool_masked_pos=mask, output_hidden_states=True)
         tokens = out.last_hidden_state
         fill = F.smooth_l1_loss(model.pixels(tokens[:, 1:]), patches)
         early = model.network.layernorm(out.hidden_states[3])[:, 1:]
         kept = ~mask
         keep = F.smooth_l1_loss(model.early_pixels(early)[kept], patches[kept])
-        target = torch.tensor(labels)
-        told = sum(F.cross_entropy(head(tokens[:, 0]), target[:, i]) for i, head in enumerate(model.attributes))
-        return {"loss": fill + keep + 0.1 * told, "fill": fill, "keep": keep, "told": told}
+        target, patch_count = torch.tensor(labels), tokens.shape[1] - 1
+        told = dict.fromkeys(ATTRIBUTES, 0.0)
+        for block, heads in zip(BLOCKS, model.attributes):
+            seen = model.network.layernorm(out.hidden_states[block + 1])[:, 1:].flatten(0, 1)  # (B * P, C)
+            for i, (name, head) in enumerate(zip(ATTRIBUTES, heads)):
+                loss = F.cross_entropy(head(seen), target[:, i].repeat_interleave(patch_count))
+                told[name] = told[name] + loss / len(BLOCKS)
+        return {"loss": fill + keep + TOLD_WEIGHT * sum(told.values()), "fill": fill, "keep": keep, **told}
 
     train("features", model, loss_step, args)
     save_half(model.network, args.output)
