@@ -415,11 +415,12 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
             raise ValueError(
                 f"{len(generator)} generators were given for {shape[0]} videos; give one, or one for each."
             )
+        dtype = self.denoiser.dtype  # once: diffusers walks over all modules to find it
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, self.denoiser.dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
     def _check_inputs(
         self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, num_videos_per_prompt,

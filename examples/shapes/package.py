@@ -1,6 +1,7 @@
-"""Lays the trained components out as the package carries them: teacher, feature network and CLIP, all in float16.
+"""Lays what was trained out as the package carries it: teacher, feature network, CLIP and LoRA, all in float16.
 
-The teacher becomes a pipeline folder as its kind has on the Hub (vae, text_encoder, tokenizer, unet, scheduler).
+The teacher becomes a pipeline folder as its kind has on the Hub (vae, text_encoder, tokenizer, unet, scheduler). What
+is not among the models stays as it is packaged.
 """
 
 import argparse
@@ -21,11 +22,6 @@ from diffusers_mcm.publish import record_sample
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 PROMPT = "a red circle moving left on a black background"
-LOGS = {
-    "mcm-shapes-teacher": ("vae", "decoder", "teacher"),
-    "mcm-shapes-features": ("features",),
-    "mcm-shapes-clip": ("clip",),
-}
 
 
 def record_data(world: Path, file: Path) -> None:
@@ -49,22 +45,12 @@ def finish_lora(folder: Path, teacher: Path) -> None:
         path.write_text(shapes_card(folder), encoding="utf-8")
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--models", type=Path, required=True, help="folder with vae, clip, features and unet")
-    p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
-    p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
-    p.add_argument("--scores", type=Path, help="scores.json of `diffusers-mcm shapes figures`, for the card")
-    p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
-    args = p.parse_args()
-    half = {"dtype": torch.float16}
-    tokenizer = CLIPTokenizer.from_pretrained(args.models / "clip")
-    teacher = args.output / "mcm-shapes-teacher"
+def package_teacher(models: Path, teacher: Path) -> None:
     parts = {
-        "vae": AutoencoderKL.from_pretrained(args.models / "vae", torch_dtype=torch.float16),
-        "text_encoder": CLIPTextModel.from_pretrained(args.models / "clip", **half),
-        "tokenizer": tokenizer,
-        "unet": UNet3DConditionModel.from_pretrained(args.models / "unet", torch_dtype=torch.float16),
+        "vae": AutoencoderKL.from_pretrained(models / "vae", torch_dtype=torch.float16),
+        "text_encoder": CLIPTextModel.from_pretrained(models / "clip", dtype=torch.float16),
+        "tokenizer": CLIPTokenizer.from_pretrained(models / "clip"),
+        "unet": UNet3DConditionModel.from_pretrained(models / "unet", torch_dtype=torch.float16),
         "scheduler": DDIMScheduler(**SCHEDULE),
     }
     for name, part in parts.items():
@@ -72,19 +58,53 @@ def main() -> None:
     index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
     index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"} | index
     (teacher / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    Dinov2Model.from_pretrained(args.models / "features", **half).save_pretrained(args.output / "mcm-shapes-features")
-    CLIPModel.from_pretrained(args.models / "clip", **half).save_pretrained(args.output / "mcm-shapes-clip")
-    tokenizer.save_pretrained(args.output / "mcm-shapes-clip")
-    for file in args.output.rglob("*.json"):  # no trace of where the components lay
+
+
+def package_features(models: Path, target: Path) -> None:
+    Dinov2Model.from_pretrained(models / "features", dtype=torch.float16).save_pretrained(target)
+
+
+def package_clip(models: Path, target: Path) -> None:
+    CLIPModel.from_pretrained(models / "clip", dtype=torch.float16).save_pretrained(target)
+    CLIPTokenizer.from_pretrained(models / "clip").save_pretrained(target)
+
+
+# what is made, from which models, and the names of their logs
+COMPONENTS = {
+    "mcm-shapes-teacher": (package_teacher, ("vae", "clip", "unet"), ("vae", "decoder", "teacher")),
+    "mcm-shapes-features": (package_features, ("features",), ("features",)),
+    "mcm-shapes-clip": (package_clip, ("clip",), ("clip",)),
+}
+
+
+def forget_paths(folder: Path) -> None:
+    """Leave no trace of where the components lay."""
+    for file in folder.rglob("*.json"):
         content = json.loads(file.read_text())
         if isinstance(content, dict) and content.pop("_name_or_path", None):
             file.write_text(json.dumps(content, indent=2) + "\n")
-    for name, logs in LOGS.items():
-        if (args.output / name).exists():
-            shutil.copy(CARDS / f"{name}.md", args.output / name / "README.md")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument(
+        "--models", type=Path, required=True, help="folder with some of vae, clip, features, unet, mcm-shapes"
+    )
+    p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
+    p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
+    p.add_argument("--scores", type=Path, help="scores.json of `diffusers-mcm shapes figures`, for the card")
+    p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
+    args = p.parse_args()
+    for name, (package, models, logs) in COMPONENTS.items():
+        target = args.output / name
+        if not all((args.models / model).exists() for model in models):
+            continue
+        package(args.models, target)
+        forget_paths(target)
+        shutil.copy(CARDS / f"{name}.md", target / "README.md")
         for log in (file for stem in logs for file in args.work.glob(f"{stem}*.jsonl")):
-            (args.output / name / "logs").mkdir(exist_ok=True)
-            shutil.copy(log, args.output / name / "logs")
+            (target / "logs").mkdir(exist_ok=True)
+            shutil.copy(log, target / "logs")
     lora = args.models / "mcm-shapes"
     if lora.exists():
         target = args.output / "mcm-shapes"
@@ -93,7 +113,7 @@ def main() -> None:
         record_data(args.world, target / "data.json")
         if args.scores:
             shutil.copy(args.scores, target / "scores.json")
-        finish_lora(target, teacher)
+        finish_lora(target, args.output / "mcm-shapes-teacher")
     total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {total / 2**20:.1f} MiB")
 

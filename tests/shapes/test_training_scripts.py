@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from argparse import Namespace
@@ -31,7 +32,7 @@ def run(monkeypatch):
     return call
 
 
-def test_from_files_to_a_teacher_that_samples(run, tmp_path):
+def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     built, data, models, work = (tmp_path / name for name in ("built", "data", "models", "work"))
     build(built, num_videos=16, num_images=4)
     run("prepare", built=built, data=data)
@@ -41,6 +42,8 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path):
     run("train_vae", **common, output=models / "vae", init=models / "vae", decoder_only=True)
     run("train_clip", **common, output=models / "clip")
     run("train_features", **common, output=models / "features")
+    run("probe_features", data=data, features=models / "features", text=models / "clip", steps=1)
+    assert re.findall(r"^(\w+): [\d.]+ % of 480$", capsys.readouterr().out, re.M) == ["colour", "shape", "background"]
     run("encode", data=data, vae=models / "vae", blocks=2)
     run("train_teacher", **common, output=models / "unet", vae=models / "vae", text=models / "clip", frame_steps=1)
     run("package", models=models, work=work, world=built, output=tmp_path / "weights")
