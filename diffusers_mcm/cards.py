@@ -39,6 +39,7 @@ _TRAINING_ROWS = {
     "discriminator's learning rate": ("effective_discriminator_learning_rate",),
     "schedule, warm-up steps": ("lr_scheduler", "lr_warmup_steps"),
     "precision": ("mixed_precision",),
+    "decay of the weights' average": ("ema_decay",),
     "seed": ("seed",),
     "hours": ("hours",),
 }

@@ -172,6 +172,12 @@ class TrainingConfig:
     adam_beta2: float = _flag(0.999, help="AdamW beta 2.", group="optimisation")
     adam_weight_decay: float = _flag(0.0, help="AdamW weight decay.", group="optimisation")
     adam_epsilon: float = _flag(1e-8, help="AdamW epsilon.", group="optimisation")
+    ema_decay: float = _flag(
+        0.0,
+        help="Decay of a moving average of LoRA and motion head, which is then what is saved and validated: an "
+        "adversarial loss keeps weights swinging. 0 saves the last weights.",
+        group="optimisation",
+    )
     max_grad_norm: float = _flag(
         10.0, help="Gradient norm above which gradients are scaled down.", group="optimisation"
     )
@@ -279,7 +285,7 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers lambda_adv gradient_penalty_weight guidance_min guidance_max seed lr_warmup_steps "
     "adam_weight_decay checkpointing_steps"
 ).split()
-_UNIT = "lambda_real motion_ema_decay adam_beta1 adam_beta2".split()
+_UNIT = "lambda_real motion_ema_decay ema_decay adam_beta1 adam_beta2".split()
 
 
 def _check_ranges(config: TrainingConfig) -> None:
@@ -292,7 +298,7 @@ def _check_ranges(config: TrainingConfig) -> None:
             value = getattr(config, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"--{name} must be {wanted}, not {value}.")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if getattr(config, name) == 1:
             raise ValueError(f"--{name} must be below 1.")
     for name in ("pretrained_teacher_model", "video_data", "output_dir"):

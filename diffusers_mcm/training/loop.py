@@ -4,12 +4,15 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -107,6 +110,7 @@ class Trainer:
         )
         rates = config.learning_rates(self.total_batch)
         self.student = TrainedPart("student", self.networks.student, rates[0], config, self.accelerator)
+        self.average = EMAModel(self.student.parameters, decay=config.ema_decay) if config.ema_decay else None
         self.parts = [self.student]
         self.critic = None
         if self.networks.discriminator is not None:
@@ -177,6 +181,8 @@ class Trainer:
             part.update(scaler)
         if scaler is not None:
             scaler.update()
+        if self.average is not None:
+            self.average.step(self.student.parameters)
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.critic is not None:
             self.networks.discriminator.update_spectral_norm()
@@ -271,7 +277,7 @@ class Trainer:
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
         config, networks = self.config, self.networks
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.averaged():
             return sample_clip(
                 networks.student,
                 networks.scheduler,
@@ -304,6 +310,7 @@ class Trainer:
             "target_motion": student.target_motion.state_dict(),
             "heads": None if discriminator is None else discriminator.heads.state_dict(),
             "parts": {part.name: part.state() for part in self.parts},
+            "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -326,7 +333,21 @@ class Trainer:
             "hours": round(self.seconds / 3600, 3),
         }
         name = self.output_dir.resolve().name
-        write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
+        with self.averaged():
+            write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student with its moving average for weights, if it has one."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.student.parameters)
+        self.average.copy_to(self.student.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.student.parameters)
 
     def resume(self) -> None:
         """Go on from the checkpoint that is asked for, if there is one."""
@@ -350,6 +371,10 @@ class Trainer:
             self.networks.discriminator.heads.load_state_dict(state["heads"])
         for part in self.parts:
             part.load(state["parts"][part.name])
+        if self.average is not None:  # begun here, if the run had none so far
+            begun = state.get("average") or {"shadow_params": [p.detach() for p in self.student.parameters]}
+            self.average.load_state_dict({**begun, "decay": self.config.ema_decay})
+            self.average.to(self.device)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:

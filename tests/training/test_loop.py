@@ -73,7 +73,7 @@ def test_a_run_leaves_a_complete_lora_folder(world, tmp_path):
 
 
 def test_a_resumed_run_is_bit_identical(world, tmp_path):
-    options = dict(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2)
+    options = dict(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2, ema_decay=0.5)
     whole = run(tiny_config(world, tmp_path / "whole", **options))
 
     parts = tmp_path / "parts"
@@ -84,6 +84,37 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path):
     assert without_time(read_log(tmp_path / "whole")) == without_time(read_log(parts))
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_rank=4)))
+
+
+def test_what_is_saved_is_the_moving_average(world, tmp_path):
+    """Against its recursion; diffusers' decay rises to the one asked for: 0, 2/11, 3/12, 4/13, …"""
+
+    class Watched(Trainer):
+        weights = []
+
+        def update(self):
+            losses = super().update()
+            self.weights.append({key: tensor.clone() for key, tensor in self.state()["lora"].items()})
+            return losses
+
+    trainer = Watched(tiny_config(world, tmp_path, max_train_steps=4, ema_decay=0.2, lambda_adv=0.0, image_data=None))
+    trainer.train()
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    for key, expected in trainer.weights[0].items():
+        for decay, weights in zip((2 / 11, 0.2, 0.2), trainer.weights[1:]):
+            expected = decay * expected + (1 - decay) * weights[key]
+        torch.testing.assert_close(saved[f"unet.{key}"], expected)
+        assert torch.equal(
+            trainer.state()["lora"][key], trainer.weights[-1][key]
+        )  # training itself goes on from these
+    assert any(not torch.equal(saved[f"unet.{key}"], last) for key, last in trainer.weights[-1].items())
+
+
+def test_a_run_may_be_given_an_average_on_its_way(world, tmp_path):
+    run(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1))
+    trainer = Trainer(tiny_config(world, tmp_path, resume_from_checkpoint="latest", max_train_steps=2, ema_decay=0.9))
+    for average, parameter in zip(trainer.average.shadow_params, trainer.student.parameters, strict=True):
+        assert torch.equal(average, parameter) and average.data_ptr() != parameter.data_ptr()
 
 
 def test_a_checkpoint_from_before_a_flag_was_made_as_its_default_says(world, tmp_path):
