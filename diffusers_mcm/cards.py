@@ -17,12 +17,16 @@ CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 # What of a recorded training may be the name of a model or a data set, or a path.
-SOURCES = ("pretrained_teacher_model", "discriminator_features", "discriminator_text", "video_data", "image_data")
+SOURCES = (
+    *("pretrained_teacher_model", "pretrained_lora", "discriminator_features", "discriminator_text"),
+    *("video_data", "image_data"),
+)
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # label -> keys of `mcm_config.json`'s training section
 _TRAINING_ROWS = {
     "teacher": ("pretrained_teacher_model",),
+    "begun from the LoRA": ("pretrained_lora",),
     "videos": ("video_data",),
     "images": ("image_data",),
     "frames, height, width": ("num_frames", "height", "width"),

@@ -63,6 +63,13 @@ class TrainingConfig:
         help="CLIP text model (with projection) that conditions the discriminator.",
         group="models",
     )
+    pretrained_lora: str | None = _flag(
+        None,
+        help="An MCM LoRA to start from, a folder or a Hub repository, instead of a fresh one: to give it the looks "
+        "of other images, or to go on with other settings. Its motion head is taken too, the discriminator is fresh.",
+        group="models",
+    )
+    pretrained_lora_subfolder: str | None = _flag(None, help="Where in --pretrained_lora it is.", group="models")
     lora_rank: int = _flag(64, help="Rank of the LoRA that is trained.", group="models")
     lora_alpha: float = _flag(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", group="models")
 
@@ -313,6 +320,8 @@ def _check_combinations(config: TrainingConfig) -> None:
         raise ValueError(
             f"--guidance_min must not exceed --guidance_max, but {config.guidance_min} > {config.guidance_max}."
         )
+    if config.pretrained_lora_subfolder and not config.pretrained_lora:
+        raise ValueError("--pretrained_lora_subfolder has no effect without --pretrained_lora.")
     if config.num_inference_steps > config.num_solver_steps:
         raise ValueError(
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "

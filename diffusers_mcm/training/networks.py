@@ -1,6 +1,7 @@
 """Everything a run computes with, made from its configuration."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from torch import nn
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..consistency import SIGMA_DATA
 from ..discriminator import Discriminator
-from ..lora import add_lora
+from ..lora import MOTION_HEAD_NAME, add_lora, check_fits, open_safetensors, read_lora, set_lora_state_dict
 from ..motion import build_motion
 from .config import TrainingConfig
 from .randomness import sample_generator
@@ -98,6 +100,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
     )
     with seeded(config.seed, "motion"):
         motion = build_motion(config.motion, latent_shape[0])
+    if config.pretrained_lora:
+        start_from_pretrained(parts.denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(parts.denoiser)
     path = base.noise_path(
@@ -129,6 +133,27 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
         latent_shape=latent_shape,
         extra_repositories=parts.extra_repositories,
     )
+
+
+def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
+    """Overwrite a fresh LoRA with `--pretrained_lora`, and the motion head with the one beside it, if there is one."""
+    lora = read_lora(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+    check_fits(denoiser, lora)
+    ranks = sorted(set(lora.ranks().values()))
+    alpha = lora.alpha if lora.alpha is not None else ranks[-1]
+    if ranks != [config.lora_rank] or alpha != config.lora_alpha or lora.alpha_pattern or lora.use_rslora:
+        raise ValueError(
+            f"{lora.source} has rank {', '.join(map(str, ranks))} and alpha {alpha:g}, and --lora_rank is"
+            f" {config.lora_rank} and --lora_alpha {config.lora_alpha:g}: they must be the same, for all its modules."
+        )
+    set_lora_state_dict(denoiser, lora.tensors)
+    source, where = hub.resolve(config.pretrained_lora), dict(subfolder=config.pretrained_lora_subfolder)
+    head = hub.find_file(source, MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    if head is not None:
+        with open_safetensors(head) as file:
+            if (file.metadata() or {}).get("motion") == config.motion:
+                names = [name for name in file.keys() if name.startswith("motion.")]
+                motion.load_state_dict({name.removeprefix("motion."): file.get_tensor(name) for name in names})
 
 
 def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, float]:

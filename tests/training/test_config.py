@@ -43,6 +43,10 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         (dict(lambda_adv=float("nan")), "--lambda_adv must be 0 or more, not nan"),
         (dict(train_batch_size=0), "--train_batch_size must be greater than 0, not 0"),
         (dict(adam_beta2=1.0), "--adam_beta2 must be below 1"),
+        (
+            dict(pretrained_lora_subfolder="anime"),
+            "--pretrained_lora_subfolder has no effect without --pretrained_lora",
+        ),
         (dict(ema_decay=1.0), "--ema_decay must be below 1"),
         (dict(video_data=""), "--video_data must not be empty"),
         (dict(guidance_min=3.0), "--guidance_min and --guidance_max belong together"),

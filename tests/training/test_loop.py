@@ -117,6 +117,26 @@ def test_a_run_may_be_given_an_average_on_its_way(world, tmp_path):
         assert torch.equal(average, parameter) and average.data_ptr() != parameter.data_ptr()
 
 
+def test_a_run_may_start_from_another_runs_lora(world, tmp_path):
+    first = tmp_path / "styles" / "first"
+    train(tiny_config(world, first))
+    where = dict(pretrained_lora=str(first.parent), pretrained_lora_subfolder="first")
+    trainer = Trainer(tiny_config(world, tmp_path / "second", **where))
+    saved, head = load_file(first / "pytorch_lora_weights.safetensors"), load_file(first / "motion_head.safetensors")
+    state = trainer.state()
+    assert all(torch.equal(saved[f"unet.{key}"], tensor) for key, tensor in state["lora"].items())
+    assert any(tensor.any() for key, tensor in state["lora"].items() if "lora_B" in key)
+    for name, tensor in state["motion"].items():
+        assert torch.equal(tensor, head[f"motion.{name}"]) and torch.equal(tensor, state["target_motion"][name])
+    config = json.loads((trainer.train() / "mcm_config.json").read_text())
+    assert config["training"]["pretrained_lora"] == "../styles"
+
+    with pytest.raises(ValueError, match="has rank 2 and alpha 2, and --lora_rank is 4 and --lora_alpha 2"):
+        Trainer(tiny_config(world, tmp_path / "third", lora_rank=4, **where))
+    with pytest.raises(FileNotFoundError, match="No LoRA in"):
+        Trainer(tiny_config(world, tmp_path / "third", pretrained_lora=str(tmp_path)))
+
+
 def test_a_checkpoint_from_before_a_flag_was_made_as_its_default_says(world, tmp_path):
     run(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1))
     file = tmp_path / "checkpoint-1" / STATE_FILE
