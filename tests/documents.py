@@ -69,7 +69,8 @@ def run(words: list[str]) -> None:
         run_script(*words[2:])
     else:
         assert program == "sh", f"say in {__name__} how to run {words}"
-        run_script(*handed_to_torchrun(words))
+        for script in handed_to_torchrun(words):
+            run_script(*script)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -80,13 +81,13 @@ def run_script(path: str, *arguments: str) -> None:
         runpy.run_path(path, run_name="__main__")
 
 
-def handed_to_torchrun(words: list[str]) -> list[str]:
-    """The Python script, and its arguments, that a shell script ends by handing to `torchrun`."""
+def handed_to_torchrun(words: list[str]) -> list[list[str]]:
+    """The Python scripts, each with its arguments, that a shell script hands to `torchrun`, in order."""
     stand_in = Path("stand_in/torchrun")
     stand_in.parent.mkdir()
-    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" ''\n")
     stand_in.chmod(0o755)
     path = f"{stand_in.parent.resolve()}{os.pathsep}{os.environ['PATH']}"
     told = subprocess.run(words, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True)
-    found = told.stdout.splitlines()
-    return found[next(number for number, word in enumerate(found) if word.endswith(".py")) :]
+    runs = [call.splitlines() for call in told.stdout.strip().split("\n\n")]
+    return [run[next(number for number, word in enumerate(run) if word.endswith(".py")) :] for run in runs]
