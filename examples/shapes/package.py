@@ -110,6 +110,9 @@ def main() -> None:
         target = args.output / "mcm-shapes"
         leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
         shutil.copytree(lora, target, dirs_exist_ok=True, ignore=leave)
+        looks = args.models / "mcm-shapes-looks" / "train_log.jsonl"
+        if looks.exists():
+            shutil.copy(looks, target / "train_log-looks.jsonl")
         record_data(args.world, target / "data.json")
         if args.scores:
             shutil.copy(args.scores, target / "scores.json")
