@@ -23,11 +23,14 @@ COLUMNS = ("all_right", "colour", "shape", "motion", "background", "watermark_se
 def sample_all(
     networks: Networks, methods: Sequence[Method], prompts: Sequence[Caption], seed: int
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
-    """Per method the videos uint8 (T, H, W, 3) of all prompts, and the median seconds of one."""
+    """Per method the videos uint8 (T, H, W, 3) of all prompts, and the median seconds of one.
+
+    Each prompt has a noise of its own, from `seed` on, and the same one for every method.
+    """
     videos, seconds = {}, {}
     for method in methods:
         networks.timed_sample(method._replace(steps=1), prompts[0], seed)  # the first call of all is slower
-        timed = [networks.timed_sample(method, prompt, seed) for prompt in prompts]
+        timed = [networks.timed_sample(method, prompt, seed + index) for index, prompt in enumerate(prompts)]
         videos[method.name] = [video for video, _ in timed]
         seconds[method.name] = statistics.median(spent for _, spent in timed)
         print(f"{method.label}: {len(prompts)} videos, {seconds[method.name]:.2f} s each", flush=True)
@@ -53,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo"), help="folder for videos, picture and table")
     add("--prompts", type=int, default=12, help="how many of the held-out captions")
-    add("--seed", type=int, default=0, help="every method and prompt starts from it")
+    add("--seed", type=int, default=0, help="of the first prompt, the next has the next; every method has the same")
     add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
     add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
     add("--device", default=None, help="cpu, cuda … (default: the best there is)")
@@ -88,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append((method.label, cells | {"seconds": f"{seconds[method.name]:.2f}"}))
     text = table(rows, [*(METRICS[name].title for name in COLUMNS), "seconds"])
     where = f"seconds per video, one at a time, on {machine(device)}"
-    note = f"{len(prompts)} held-out prompts, seed {arguments.seed}; {where}."
+    seeds = f"seeds {arguments.seed} to {arguments.seed + len(prompts) - 1}"
+    note = f"{len(prompts)} held-out prompts, {seeds}; {where}."
     picture = comparison(
         {f"{method.label} · {seconds[method.name]:.2f} s": videos[method.name][:SHOWN] for method in methods},
         [str(prompt) for prompt in prompts[:SHOWN]],
