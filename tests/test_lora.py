@@ -20,7 +20,6 @@ from diffusers_mcm.lora import (
     add_lora,
     check_fits,
     extract_lora,
-    folded,
     fresh_lora,
     load_lora_into,
     lora_disabled,
@@ -98,19 +97,6 @@ def test_lora_is_w_plus_scaled_b_a(unet):
             else:
                 expected = torch.nn.functional.conv2d(x, base.weight + delta, base.bias, padding=1)
             torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("alpha", [2, 6])
-def test_folded_is_the_adapted_network_and_leaves_it_alone(unet, alpha):
-    add_lora(unet, MODELSCOPE.lora_target_modules(unet), rank=2, alpha=alpha)
-    randomise_lora(unet)
-    adapted, call = output(unet), folded(unet)
-    torch.testing.assert_close(output(call), adapted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(output(unet), adapted)
-    for tensor in lora_state_dict(unet).values():
-        tensor.zero_()
-    assert not torch.allclose(output(unet), adapted, atol=1e-3)
-    torch.testing.assert_close(output(call), adapted, rtol=1e-4, atol=1e-4)  # the sums were made once
 
 
 def test_lora_disabled_is_the_base_bit_for_bit(unet):

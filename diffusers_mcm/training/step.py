@@ -11,11 +11,12 @@ from torch import nn
 from ..base_models import BaseModel, Text
 from ..consistency import NoisePath
 from ..discriminator import Discriminator, ImageFeatures
-from ..lora import folded, lora_disabled
+from ..lora import lora_disabled
 from ..losses import get_discriminator_loss, pseudo_huber
 from ..teacher import teacher_step
 from ..trajectory import mixed_start, noisy_start, pick_frames
 from .config import TrainingConfig
+from .folding import folded
 from .randomness import AdversarialDraws, StepDraws
 
 
