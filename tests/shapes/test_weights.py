@@ -59,7 +59,7 @@ def samples():
 
 
 # well above chance (a quarter for the background, a sixth for the others) and below what was measured
-@pytest.mark.parametrize("part, least", [("background", 0.95), ("colour", 0.85), ("motion", 0.85), ("shape", 0.6)])
+@pytest.mark.parametrize("part, least", [("background", 0.95), ("colour", 0.85), ("motion", 0.85), ("shape", 0.75)])
 def test_the_packaged_model_follows_held_out_prompts(samples, part, least):
     captions, readings = samples
     right = np.mean([getattr(reading, part) == getattr(caption, part) for caption, reading in zip(captions, readings)])
@@ -69,8 +69,8 @@ def test_the_packaged_model_follows_held_out_prompts(samples, part, least):
 def test_the_packaged_model_took_the_looks_of_the_images(samples):
     """No watermark, and edges sharper than the poor videos have (0.21 as rendered, 0.19 as the teacher draws them)."""
     readings = samples[1]
-    assert np.mean([reading.watermark_seen for reading in readings]) <= 0.15
-    assert np.mean([reading.sharpness for reading in readings]) >= 0.22
+    assert np.mean([reading.watermark_seen for reading in readings]) <= 0.05
+    assert np.mean([reading.sharpness for reading in readings]) >= 0.24
 
 
 def test_the_packaged_teacher_draws_what_it_is_told():
