@@ -312,8 +312,17 @@ def test_offloaded_weights(pipe):
     pipe = make_pipe()
     pipe.load_lora_weights(some_lora(pipe))
     pipe.unet.conv_in.to("meta")
-    with pytest.raises(ValueError, match="fuse the LoRA before enabling the offload"):
+    with pytest.raises(ValueError, match="; fuse the LoRA before enabling the offload"):
         pipe.fuse_lora()
+    pipe = make_pipe()
+    lora = some_lora(pipe)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unet.to("meta")
+    with pytest.raises(ValueError, match="; unfuse the LoRA before enabling the offload"):
+        pipe.unfuse_lora()
+    extracted = pipe._extract("default")["unet"].tensors  # is still there to be saved
+    assert all(torch.equal(extracted[key], tensor) for key, tensor in lora.tensors.items())
 
 
 def test_a_student_in_training_stays_trainable():

@@ -307,6 +307,8 @@ class LoRAVerbs:
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
+        if self._adapters.fused:
+            self._require_at_hand("unfuse")
         self._restore()
         self._adapters.fused = {}
 
@@ -333,7 +335,9 @@ class LoRAVerbs:
         networks = self._networks
         for module, layer in self._adapters.set_aside.items():
             weight = layer.get_base_layer().weight
-            _replace(networks, module, layer.to(device=weight.device, dtype=weight.dtype))
+            if not weight.is_meta:  # offloaded: the LoRA would be gone
+                layer.to(device=weight.device, dtype=weight.dtype)
+            _replace(networks, module, layer)
         self._adapters.set_aside = {}
 
     def _extract(self, name: str) -> dict[str, LoRA]:
