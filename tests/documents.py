@@ -92,8 +92,13 @@ def launched(arguments: list[str]) -> list[str]:
     return [launch.training_script, *launch.training_script_args]
 
 
-def handed_on(words: list[str], **environment: str) -> list[list[str]]:
+def handed_on(words: list[str]) -> list[list[str]]:
     """The Python scripts, each with its arguments, that a shell script hands to a launcher, in order."""
+    return [call[next(n for n, word in enumerate(call) if word.endswith(".py")) :] for call in launches(words)]
+
+
+def launches(words: list[str], **environment: str) -> list[list[str]]:
+    """The arguments of each `torchrun` or `accelerate` that a shell script calls."""
     folder = Path("stand_in")
     folder.mkdir(exist_ok=True)
     for launcher in ("torchrun", "accelerate"):
@@ -101,5 +106,4 @@ def handed_on(words: list[str], **environment: str) -> list[list[str]]:
         (folder / launcher).chmod(0o755)
     environment["PATH"] = f"{folder.resolve()}{os.pathsep}{os.environ['PATH']}"
     told = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=True)
-    runs = [call.splitlines() for call in told.stdout.strip().split("\n\n")]
-    return [run[next(number for number, word in enumerate(run) if word.endswith(".py")) :] for run in runs]
+    return [call.splitlines() for call in told.stdout.strip().split("\n\n")]

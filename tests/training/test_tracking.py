@@ -56,8 +56,9 @@ def comet(monkeypatch):
 
 def test_a_tracker_without_pictures_gets_the_losses(world, tmp_path, comet, caplog):
     caplog.set_level("INFO")
-    options = dict(lambda_adv=0.0, image_data=None, validation_prompts=(CAPTIONS[0],), validation_steps=1)
-    train(tiny_config(world | options, tmp_path, report_to="comet_ml"))
+    options = dict(lambda_adv=0.0, image_data=None, train_batch_size=1)
+    options |= dict(validation_prompts=(CAPTIONS[0],), validation_steps=1)
+    train(tiny_config(world, tmp_path, report_to="comet_ml", **options))
     assert [step for name, step in comet if name == "loss"] == [1, 2]
     assert comet[0][0] == "parameters" and comet[-1] == ("end", None)
     assert caplog.text.count("accelerate sends comet_ml no pictures") == 1
