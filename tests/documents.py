@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 
 from diffusers_mcm.cli import main
@@ -26,7 +28,8 @@ SHORTER = {
     "shapes build": ["--videos", "4", "--images", "4", "--num_frames", "4"],
     "train_mcm_distill": shlex.split(
         "--max_train_steps 1 --lr_warmup_steps 0 --train_batch_size 1 --num_frames 4 --frame_interval 1 --lora_rank 2"
-        " --checkpointing_steps 0 --report_to none"
+        " --checkpointing_steps 0 --report_to none --mixed_precision no --gradient_accumulation_steps 1"
+        " --dataloader_num_workers 0"
     ),
 }
 
@@ -66,10 +69,10 @@ def run(words: list[str]) -> None:
     if Path(program).name == "diffusers-mcm":
         assert main([*arguments, *SHORTER.get(" ".join(arguments[:2]), [])]) == 0, words
     elif words[:2] == ["accelerate", "launch"]:
-        run_script(*words[2:])
+        run_script(*launched(arguments[1:]))
     else:
         assert program == "sh", f"say in {__name__} how to run {words}"
-        for script in handed_to_torchrun(words):
+        for script in handed_on(words):
             run_script(*script)
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -81,13 +84,26 @@ def run_script(path: str, *arguments: str) -> None:
         runpy.run_path(path, run_name="__main__")
 
 
-def handed_to_torchrun(words: list[str]) -> list[list[str]]:
-    """The Python scripts, each with its arguments, that a shell script hands to `torchrun`, in order."""
-    stand_in = Path("stand_in/torchrun")
-    stand_in.parent.mkdir()
-    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" ''\n")
-    stand_in.chmod(0o755)
-    path = f"{stand_in.parent.resolve()}{os.pathsep}{os.environ['PATH']}"
-    told = subprocess.run(words, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True)
-    runs = [call.splitlines() for call in told.stdout.strip().split("\n\n")]
-    return [run[next(number for number, word in enumerate(run) if word.endswith(".py")) :] for run in runs]
+def launched(arguments: list[str]) -> list[str]:
+    """The script with its arguments, of those of `accelerate launch`, whose configuration file must be one."""
+    launch = launch_command_parser().parse_args(arguments)
+    if launch.config_file is not None:
+        load_config_from_file(launch.config_file)
+    return [launch.training_script, *launch.training_script_args]
+
+
+def handed_on(words: list[str]) -> list[list[str]]:
+    """The Python scripts, each with its arguments, that a shell script hands to a launcher, in order."""
+    return [call[next(n for n, word in enumerate(call) if word.endswith(".py")) :] for call in launches(words)]
+
+
+def launches(words: list[str], **environment: str) -> list[list[str]]:
+    """The arguments of each `torchrun` or `accelerate` that a shell script calls."""
+    folder = Path("stand_in")
+    folder.mkdir(exist_ok=True)
+    for launcher in ("torchrun", "accelerate"):
+        (folder / launcher).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" ''\n")
+        (folder / launcher).chmod(0o755)
+    environment["PATH"] = f"{folder.resolve()}{os.pathsep}{os.environ['PATH']}"
+    told = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return [call.splitlines() for call in told.stdout.strip().split("\n\n")]

@@ -26,6 +26,12 @@ class Batches:
         self.videos, self.images = videos, images
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """How many videos and images there are to take from."""
+        loaders = {"number of videos": self.videos, "number of images": self.images}
+        return {name: len(loader.dataset) for name, loader in loaders.items() if loader is not None}
+
+    @property
     def skipped(self) -> list[str]:
         """Names of the items that this process could not use so far."""
         loaders = [loader for loader in (self.videos, self.images) if loader is not None]

@@ -1,7 +1,6 @@
-"""Checkpoints: written whole or not at all, and enough of them to go on bit for bit."""
+"""Checkpoints: written whole or not at all, with what it takes to go on bit for bit."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from ..files import whole_folder
+from .disk import room_for, save_state, size_of
 
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -18,40 +18,35 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
+    found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and is_checkpoint(path)]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
-def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; None if 'latest' is wanted and there is none yet."""
-    existing = checkpoints(output_dir)
-    if wanted == "latest":
-        return existing[-1] if existing else None
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / STATE_FILE).is_file()
+
+
+def named_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint of this path, or of this name in `output_dir`."""
     for folder in (Path(wanted), output_dir / wanted):
-        if (folder / STATE_FILE).is_file():
+        if is_checkpoint(folder):
             return folder
-    names = ", ".join(path.name for path in existing) or "none"
+    names = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
     raise ValueError(
         f"--resume_from_checkpoint {wanted!r} is not a checkpoint (a folder with {STATE_FILE}). "
         f"Checkpoints in {output_dir}: {names}."
     )
 
 
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    state: dict[str, Any],
-    write_more: Callable[[Path], None],
-    total_limit: int | None = None,
-) -> Path:
-    """Write `checkpoint-<step>` with the state and what `write_more` adds; then drop the oldest beyond the limit."""
+def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_more: Callable[[Path], None]) -> Path:
+    """Write `checkpoint-<step>` with the state and what `write_more` adds, whole or not at all.
+
+    Raises `DiskFull` if there is no room; a checkpoint of that name that was there before stays.
+    """
     folder = output_dir / f"checkpoint-{step}"
-    with whole_folder(folder) as temporary:
+    with room_for(f"the checkpoint of step {step}", output_dir, size_of(state)), whole_folder(folder) as temporary:
         write_more(temporary)
-        torch.save(state, temporary / STATE_FILE)
-    if total_limit is not None:
-        for old in [path for path in checkpoints(output_dir) if path != folder][: -total_limit + 1 or None]:
-            shutil.rmtree(old)
+        save_state(state, temporary / STATE_FILE)
     return folder
 
 

@@ -15,7 +15,12 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "none")
+# accelerate's trackers, and none.
+TRACKERS = (
+    *("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"),
+    "none",
+)
+_RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a secret in it
 
 
 def _flag(
@@ -157,7 +162,12 @@ class TrainingConfig:
     # -- optimisation
     seed: int = _flag(0, help="Seed of everything random, data order included.", group="optimisation")
     train_batch_size: int = _flag(1, help="Clips per process and micro-batch.", group="optimisation")
-    gradient_accumulation_steps: int = _flag(1, help="Micro-batches per optimiser step.", group="optimisation")
+    gradient_accumulation_steps: int | None = _flag(
+        None,
+        help="Micro-batches per optimiser step. Default: what accelerate's environment says, "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, else 1.",
+        group="optimisation",
+    )
     max_train_steps: int = _flag(30_000, help="Optimiser steps.", group="optimisation")
     learning_rate: float = _flag(
         5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", group="optimisation"
@@ -188,9 +198,10 @@ class TrainingConfig:
     max_grad_norm: float = _flag(
         10.0, help="Gradient norm above which gradients are scaled down.", group="optimisation"
     )
-    mixed_precision: str = _flag(
-        "no",
-        help="Precision of the frozen networks and of autocast; what is trained stays in fp32.",
+    mixed_precision: str | None = _flag(
+        None,
+        help="Precision of the frozen networks and of autocast; what is trained stays in fp32. Default: what "
+        "`accelerate launch --mixed_precision` or `accelerate config` says, else 'no'.",
         group="optimisation",
         choices=MIXED_PRECISION,
     )
@@ -212,10 +223,13 @@ class TrainingConfig:
     save_dtype: str = _flag("fp32", help="Type in which the LoRA is saved.", group="output", choices=SAVE_DTYPES)
     checkpointing_steps: int = _flag(500, help="Write a checkpoint every so many steps; 0 for none.", group="output")
     checkpoints_total_limit: int | None = _flag(
-        None, help="Keep only so many checkpoints, the newest ones. Default: all.", group="output"
+        None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", group="output"
     )
     resume_from_checkpoint: str | None = _flag(
-        None, help="A checkpoint folder to go on from, or 'latest' for the newest one in --output_dir.", group="output"
+        None,
+        help="A checkpoint folder to go on from, or 'latest' for the newest one of the run that wrote into "
+        "--output_dir last.",
+        group="output",
     )
     logging_steps: int = _flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
     logging_dir: str = _flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
@@ -278,7 +292,7 @@ def _check_choices(config: TrainingConfig) -> None:
     for entry in dataclasses.fields(config):
         choices, value = entry.metadata["choices"], getattr(config, entry.name)
         for one in value if entry.metadata["many"] else (value,):
-            if choices and one not in choices:
+            if choices and one not in choices and not (one is None and entry.default is None):
                 raise ValueError(f"--{entry.name} must be one of {', '.join(map(str, choices))}, not {one!r}.")
 
 
@@ -335,7 +349,7 @@ def _check_combinations(config: TrainingConfig) -> None:
             )
         if config.num_frames < 2 and config.motion in ("diff", "corr"):
             raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
-    if config.fold_lora and config.mixed_precision != "no":
+    if config.fold_lora and config.mixed_precision not in (None, "no"):
         raise ValueError(
             f"--fold_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
             " would be rounded away."
@@ -352,8 +366,10 @@ def _check_combinations(config: TrainingConfig) -> None:
             "the learning rates never reach their full values.",
             stacklevel=4,
         )
-    if config.report_to == "wandb" and config.hub_token is not None:
-        raise ValueError("--report_to wandb would record --hub_token; log in with `hf auth login` instead.")
+    if config.report_to in _RECORD_THE_COMMAND_LINE and config.hub_token is not None:
+        raise ValueError(
+            f"--report_to {config.report_to} would record --hub_token; log in with `hf auth login` instead."
+        )
     if not config.push_to_hub:
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(config, name):

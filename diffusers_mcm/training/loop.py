@@ -1,6 +1,5 @@
 """The training loop, from a configuration to a LoRA folder."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -11,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
@@ -21,89 +18,42 @@ from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from ..trajectory import TIMESTEPS
+from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
 from .batches import Batch, build_batches
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .config import TrainingConfig, default_values
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainingConfig
+from .disk import room_for, size_of
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
+from .parts import TrainedPart, slow_learning
 from .randomness import draw_adversarial, draw_step
+from .record import RunRecord, find_checkpoint, go_on
+from .resuming import check_identity, circumstances, identity, told_changes
 from .step import Judge
-from .tracking import LossLog, check_finite
+from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .validation import sample_clip, write_validation
 
 try:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-    from accelerate.utils import ProjectConfiguration, gather_object, is_tensorboard_available
+    from accelerate.utils import gather_object
 except ImportError as error:
     raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
 
 logger = logging.getLogger(__name__)
-TRACKER_PROJECT = "mcm"
-# With one of these changed, or a flag of the method, it would not be the same run that goes on.
-_FIXED_ON_RESUME = (
-    "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
-    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval"
-).split()
-
-
-class TrainedPart:
-    """One of the two things that are trained: its wrapped module, parameters, optimiser and schedule."""
-
-    def __init__(self, name: str, module: nn.Module, rate: float, config: TrainingConfig, accelerator: Accelerator):
-        self.name = name
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.module = accelerator.prepare_model(module)
-        # Not prepared by accelerate: its wrapper updates the fp16 scale once per optimiser, and there are two.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-
-    @property
-    def rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
-
-    def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
-        """Scale the gradients down to `max_norm`; the norm they had."""
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-    def update(self, scaler: Any) -> None:
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
 
 
 class Trainer:
     """A run: `Trainer(config).train()`."""
 
     def __init__(self, config: TrainingConfig):
-        self.config = config
+        self.config = config = with_accelerate_settings(config)
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
         self.device = self.accelerator.device
+        checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
         if config.push_to_hub and self.accelerator.is_main_process:
             prepare_push(config)
+        with room_for("the tracker's log", self.output_dir):
+            start_trackers(self.accelerator, config)
         self.networks = build_networks(config, self.device)
         self.total_batch = (
             config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -120,7 +70,14 @@ class Trainer:
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
-        self.resume()
+        self.data_sizes: dict[str, int] = {}
+        self.pictures = PictureLog(self.accelerator.trackers)
+        self.run = RunRecord(self.output_dir)
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        elif config.resume_from_checkpoint:
+            self.warn(f"There is no checkpoint in {self.output_dir} yet: training starts anew.")
+        self.accelerator.wait_for_everyone()  # nothing is written before all have read what is there
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
     def train(self) -> Path:
@@ -146,6 +103,7 @@ class Trainer:
             self.report(losses, log, bar)
             self.save_and_validate()
         bar.close()
+        self.check_all_steps_made()
         self.finish(batches.skipped)
         return self.output_dir
 
@@ -167,8 +125,10 @@ class Trainer:
         self.record(adversarial=losses.judgement.loss, discriminator=hinge, gradient_penalty=penalty)
 
     def update(self) -> dict[str, float]:
-        """One step of both optimisers, unless something is not finite; the losses of the whole batch."""
+        """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
         scaler = self.accelerator.scaler
+        for part in self.parts:
+            part.check_gradients(self.step + 1)
         norms = {f"{part.name}_grad_norm": part.clip(self.config.max_grad_norm, scaler) for part in self.parts}
         losses = self.mean_losses()
         gradients = {name: norm.item() for name, norm in norms.items()}
@@ -217,7 +177,7 @@ class Trainer:
         )
 
     def open_batches(self):
-        return build_batches(
+        batches = build_batches(
             self.config,
             self.networks.clip_size,
             self.step,
@@ -225,6 +185,10 @@ class Trainer:
             self.accelerator.num_processes,
             pin_memory=self.device.type == "cuda",
         )
+        if self.last_checkpoint is not None:
+            self.warn(told_changes(self.data_sizes, batches.sizes, self.last_checkpoint))
+        self.data_sizes = batches.sizes
+        return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
     def record(self, **losses: torch.Tensor | None) -> None:
@@ -243,9 +207,20 @@ class Trainer:
     def open_log(self) -> LossLog | None:
         if not self.accelerator.is_main_process:
             return None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        logger.info("%s; total batch %d", describe(self.networks), self.total_batch)
-        return LossLog(self.output_dir, self.step)
+        with room_for("the run's log", self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.run.write()
+            log = LossLog(self.output_dir, self.step)
+        logger.info(
+            "%s; total batch %d; precision %s", describe(self.networks), self.total_batch, self.config.mixed_precision
+        )
+        self.warn(slow_learning(self.student, self.config, self.total_batch))
+        return log
+
+    def warn(self, message: str | None) -> None:
+        """Say it once, whatever the number of processes."""
+        if message is not None and self.accelerator.is_main_process:
+            logger.warning(message)
 
     def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
         if log is None:
@@ -254,8 +229,9 @@ class Trainer:
         shown = ("loss", "consistency", "adversarial", "discriminator")
         bar.set_postfix({name: f"{losses[name]:.4g}" for name in shown if name in losses}, refresh=False)
         if self.step % self.config.logging_steps == 0 or self.step == self.config.max_train_steps:
-            log.write({"step": self.step, **losses, "seconds": round(self.seconds, 3)})
-            self.accelerator.log(losses, step=self.step)
+            with room_for("the run's log", self.output_dir):
+                log.write({"step": self.step, **losses, "seconds": round(self.seconds, 3)})
+                self.accelerator.log(losses, step=self.step)
 
     # --- what it writes ----------------------------------------------------------------------------------------------
     def save_and_validate(self) -> None:
@@ -269,9 +245,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             clips = {prompt: self.clip(prompt, index) for index, prompt in enumerate(self.config.validation_prompts)}
             picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
-            for tracker in self.accelerator.trackers:
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": picture[None]}, step=self.step, **options)
+            with room_for("the tracker's pictures", self.output_dir):
+                self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
@@ -291,20 +266,16 @@ class Trainer:
     def validation_folder(self, step: int) -> Path:
         return self.output_dir / "validation" / f"step-{step:06d}"
 
-    def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of one run."""
-        values = {**self.config.to_dict(), "total_batch": self.total_batch, "clip_size": list(self.networks.clip_size)}
-        values["base_model"] = self.networks.base.name
-        method = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata["group"] == "method"]
-        return {name: values[name] for name in (*_FIXED_ON_RESUME, *method)}
-
     def state(self) -> dict[str, Any]:
         student = self.networks.student
         discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "identity": json.dumps(self.identity()),
+            "run": self.run.id,
+            "identity": json.dumps(identity(self.config, self.networks, self.total_batch)),
+            "circumstances": json.dumps(circumstances(self.config, self.output_dir)),
+            "data_sizes": self.data_sizes,
             "lora": lora_state_dict(student.denoiser),
             "motion": student.motion.state_dict(),
             "target_motion": student.target_motion.state_dict(),
@@ -316,9 +287,11 @@ class Trainer:
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            self.last_checkpoint = save_checkpoint(
-                self.output_dir, self.step, self.state(), self.write_folder, self.config.checkpoints_total_limit
-            )
+            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, self.state(), self.write_folder)
+            with room_for("the run's record", self.output_dir):
+                self.run.add(self.last_checkpoint)
+            if self.config.checkpoints_total_limit is not None:
+                self.run.drop_beyond(self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def write_folder(
@@ -349,20 +322,23 @@ class Trainer:
         finally:
             self.average.restore(self.student.parameters)
 
-    def resume(self) -> None:
-        """Go on from the checkpoint that is asked for, if there is one."""
-        wanted = self.config.resume_from_checkpoint
-        folder = find_checkpoint(self.output_dir, wanted) if wanted else None
-        if folder is None:
-            if wanted:
-                logger.warning("There is no checkpoint in %s yet: training starts anew.", self.output_dir)
-            return
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
         state, student = load_checkpoint(folder), self.networks.student
-        # What a checkpoint does not record was no flag yet, and was done as its default says.
-        then, now = default_values() | json.loads(state["identity"]), self.identity()
-        changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name]]
-        if changed:
-            raise ValueError(f"The run in {folder} cannot be gone on with other settings: {'; '.join(changed)}.")
+        check_identity(state["identity"], identity(self.config, self.networks, self.total_batch), folder)
+        self.run = go_on(self.output_dir, folder, state.get("run"))
+        if state["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"{folder} is of step {state['step']}, beyond --max_train_steps {self.config.max_train_steps}."
+            )
+        if others := self.run.others:
+            self.warn(
+                f"{', '.join(other.name for other in others)} in {self.output_dir} do not lead to {folder.name}: "
+                "'latest' will not mean them, and each is replaced when this run writes one of its name."
+            )
+        if then := state.get("circumstances"):
+            self.warn(told_changes(json.loads(then), circumstances(self.config, self.output_dir), folder))
+        self.data_sizes = state.get("data_sizes", {})
         self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
         set_lora_state_dict(student.denoiser, state["lora"])
         student.motion.load_state_dict(state["motion"])
@@ -380,13 +356,25 @@ class Trainer:
         if self.accelerator.is_main_process:
             logger.info("Resumed from %s at step %d.", folder, self.step)
 
+    def check_all_steps_made(self) -> None:
+        if self.step != self.config.max_train_steps:
+            raise RuntimeError(
+                f"{self.step} of {self.config.max_train_steps} steps were made when the data came to an end, so no"
+                f" LoRA is written. {saved_in(self.last_checkpoint)} Accumulation is over"
+                f" {self.config.gradient_accumulation_steps} micro-batches here and over"
+                f" {self.accelerator.gradient_accumulation_steps} for accelerate."
+            )
+
     def finish(self, skipped: list[str]) -> None:
         config = self.config
         skipped = set(gather_object(skipped))  # each process read other samples
         if self.accelerator.is_main_process:
             prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
             sample = (prompts[0], self.clip(prompts[0])) if prompts else None
-            with whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder:
+            with (
+                room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
+                whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
+            ):
                 self.write_folder(folder, sample, relative_to=self.output_dir)
             if skipped:
                 logger.warning("%d items of the data could not be used.", len(skipped))
@@ -395,39 +383,6 @@ class Trainer:
         self.accelerator.end_training()
         if config.push_to_hub and self.accelerator.is_main_process:
             logger.info("Published: %s", push_to_hub(config))
-
-
-def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """One process or many; DDP is the only kind of parallelism whose results the tests vouch for."""
-    report_to = None if config.report_to == "none" else config.report_to
-    output_dir = Path(config.output_dir)
-    accelerator = Accelerator(
-        # Left to itself on a CPU it would not notice `torchrun`, and every process would train alone.
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=report_to,
-        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
-        # The buffers (spectral norms) are the same in every process; sending them about would only cost time.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (DDP).")
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if report_to is not None:
-        values = {
-            key: value if isinstance(value, int | float | str) else str(value)
-            for key, value in config.to_dict().items()
-        }
-        if report_to == "tensorboard" and not is_tensorboard_available():
-            raise ImportError(
-                "--report_to tensorboard needs it: pip install 'diffusers-mcm[train]', or --report_to none"
-            )
-        accelerator.init_trackers(TRACKER_PROJECT, config=values)
-    return accelerator
 
 
 def train(config: TrainingConfig) -> Path:

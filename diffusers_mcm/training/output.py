@@ -29,17 +29,17 @@ def recorded_training(
     training = {key: value for key, value in config.to_dict().items() if key not in _NOT_RECORDED}
     for name in SOURCES:
         if training[name] is not None:
-            training[name] = _recordable_source(training[name], folder)
+            training[name] = recordable_source(training[name], folder)
     training["num_frames"], training["height"], training["width"] = networks.clip_size
     training["guidance_min"], training["guidance_max"] = networks.guidance_range
     training["base_model"] = networks.base.name
     training["extra_repositories"] = {
-        name: _recordable_source(place, folder) for name, place in networks.extra_repositories.items()
+        name: recordable_source(place, folder) for name, place in networks.extra_repositories.items()
     }
     return {**training, **progress}
 
 
-def _recordable_source(source: str, folder: Path) -> str:
+def recordable_source(source: str, folder: Path) -> str:
     """Like `hub.recordable`, and for globs too: never an absolute path."""
     if os.path.isabs(source) and not os.path.exists(source):
         return Path(os.path.relpath(source, folder.resolve())).as_posix()

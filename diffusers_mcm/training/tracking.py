@@ -1,12 +1,56 @@
 """What a run tells while it goes: a line of JSON per logged step, the tracker, the progress bar."""
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..files import whole_file
+
+logger = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
+# What to install for a tracker, where that is not its name.
+_PACKAGES = {"tensorboard": "'diffusers-mcm[train]'", "comet_ml": "comet-ml"}
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise ImportError, with what to install, if `--report_to` cannot be used; accelerate would pass over it."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if report_to == "none":
+        return
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        raise ImportError(
+            f"--report_to {report_to} needs a newer accelerate: pip install -U accelerate, or take one of "
+            f"{', '.join(LOGGER_TYPE_TO_CLASS)}, none."
+        )
+    if report_to not in map(str, get_available_trackers()):
+        package = _PACKAGES.get(report_to, report_to)
+        raise ImportError(f"--report_to {report_to} needs it: pip install {package}, or --report_to none")
+
+
+class PictureLog:
+    """Sends pictures to the trackers of a run, and says once which of them take none."""
+
+    def __init__(self, trackers: list):
+        self.trackers, self.refused = trackers, set()
+
+    def write(self, name: str, picture: np.ndarray, step: int) -> None:
+        """`picture` is (H, W, 3) uint8."""
+        for tracker in self.trackers:
+            if not hasattr(tracker, "log_images"):
+                if tracker.name not in self.refused:
+                    logger.info("accelerate sends %s no pictures; they are beside the LoRA.", tracker.name)
+                self.refused.add(tracker.name)
+                continue
+            # One picture for these, a list of pictures for the others.
+            value = picture if tracker.name in ("aim", "clearml") else picture[None]
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: value}, step=step, **options)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -19,13 +63,16 @@ def check_finite(values: dict[str, float], step: int, samples: range, last_check
     if not bad:
         return
     listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-    saved = f"The newest checkpoint is {last_checkpoint}." if last_checkpoint else "There is no checkpoint yet."
     raise NonFiniteLoss(
         f"Training stopped at step {step}, samples {samples.start} to {samples.stop - 1}: {listed} (all: "
-        f"{json.dumps(values)}). The weights were not changed by this "
-        f"step and nothing was overwritten. {saved} Lower the learning rates or --max_grad_norm, or use "
-        "--mixed_precision bf16 or no."
+        f"{json.dumps(values)}). The weights were not changed by this step and nothing was overwritten. "
+        f"{saved_in(last_checkpoint)} Lower the learning rates or --max_grad_norm, or use --mixed_precision bf16 or "
+        "no."
     )
+
+
+def saved_in(last_checkpoint: Path | None) -> str:
+    return f"The newest checkpoint is {last_checkpoint}." if last_checkpoint else "There is no checkpoint yet."
 
 
 class LossLog:
@@ -37,11 +84,18 @@ class LossLog:
         if first_step and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= first_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a line, or leave the file as it was if there is no room for the whole of it."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:
+            os.truncate(self.path, size)
+            raise
 
 
 def _step_of(line: str) -> float:

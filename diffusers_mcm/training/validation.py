@@ -8,7 +8,9 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..base_models import Text
+from ..files import whole_folder
 from ..video_io import comparison, write_image, write_mp4
+from .disk import room_for
 from .randomness import draw_normal, sample_generator
 from .step import Student
 
@@ -38,10 +40,10 @@ def sample_clip(
 
 
 def write_validation(folder: Path, clips: dict[str, np.ndarray], fps: int) -> np.ndarray:
-    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, clip in enumerate(clips.values()):
-        write_mp4(folder / f"{number:02d}.mp4", clip, fps=fps)
+    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none."""
     picture = comparison({prompt: [clip] for prompt, clip in clips.items()}, [folder.name], frames_per_video=8)
-    write_image(folder / "overview.png", picture)
+    with room_for("the validation clips", folder), whole_folder(folder) as temporary:
+        for number, clip in enumerate(clips.values()):
+            write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
+        write_image(temporary / "overview.png", picture)
     return np.asarray(picture)

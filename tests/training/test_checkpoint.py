@@ -1,30 +1,43 @@
+import errno
+import shutil
+
 import pytest
 import torch
 
 from diffusers_mcm.files import whole_files
-from diffusers_mcm.training.checkpoint import (
-    STATE_FILE,
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from diffusers_mcm.training.checkpoint import STATE_FILE, checkpoints, load_checkpoint, save_checkpoint
+from diffusers_mcm.training.disk import DiskFull
 
 
-def save(folder, step, **options):
-    return save_checkpoint(folder, step, {"step": step}, lambda path: (path / "more").write_text("x"), **options)
+def save(folder, step):
+    return save_checkpoint(folder, step, {"step": step}, lambda path: (path / "more").write_text("x"))
 
 
-def test_latest_is_the_highest_step_and_the_limit_drops_the_oldest(tmp_path):
+def test_checkpoints_are_found_oldest_first(tmp_path):
     for step in (2, 9, 10):
-        save(tmp_path, step, total_limit=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    latest = find_checkpoint(tmp_path, "latest")
-    assert latest.name == "checkpoint-10" and (latest / "more").is_file()
-    assert load_checkpoint(latest) == {"step": 10}
-    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
-    save(tmp_path, 11, total_limit=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-11"]
+        save(tmp_path, step)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    assert load_checkpoint(tmp_path / "checkpoint-10") == {"step": 10}
+    assert (tmp_path / "checkpoint-10" / "more").is_file()
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_there_were(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=5_000))
+
+    def half(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffusers_mcm.training.checkpoint.save_state", half)
+    said = r"for the checkpoint of step 2: it takes about 8 kB, and 5 kB are free.*--checkpoints_total_limit"
+    for step in (1, 2):
+        with pytest.raises(DiskFull, match=said.replace("step 2", f"step {step}")):
+            save_checkpoint(tmp_path, step, {"weights": torch.zeros(2000)}, lambda path: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert load_checkpoint(tmp_path / "checkpoint-1") == {"step": 1}
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path):
@@ -43,14 +56,11 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     save(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     (tmp_path / "checkpoint-7").mkdir()  # what another program left; no state in it
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
-def test_what_cannot_be_resumed_says_so(tmp_path):
-    assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+def test_a_damaged_state_says_so(tmp_path):
     save(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"'checkpoint-4' is not a checkpoint .* Checkpoints in .*: checkpoint-3\."):
-        find_checkpoint(tmp_path, "checkpoint-4")
     (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"not a state")
     with pytest.raises(ValueError, match="checkpoint-3 cannot be read"):
         load_checkpoint(tmp_path / "checkpoint-3")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,8 +18,10 @@ from diffusers_mcm.cli import main
 from diffusers_mcm.files import whole_files
 from diffusers_mcm.losses import pseudo_huber
 from diffusers_mcm.publish import PublishError
+from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
+from diffusers_mcm.training.parts import MissingGradient
 from diffusers_mcm.training.tracking import NonFiniteLoss
 from tests.hub_server import hub_server
 
@@ -211,6 +214,97 @@ def test_nan_stops_the_run_with_its_cause_and_spoils_nothing(world, tmp_path, mo
     after = flatten(trainer.state())
     assert all(torch.equal(before[0][name], after[name]) for name in after)
     assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("lora_B", r"step 1: 1 of \d+ trained parameters of the student have no gradient \(denoiser\..*lora_B"),
+        ("motion", r"step 1: 6 of \d+ trained parameters of the student .* \(motion\..*, …\)"),
+        ("heads", r"of the discriminator have no gradient \(heads\."),
+    ],
+)
+def test_what_gets_no_gradient_stops_the_run_before_a_weight_changes(world, tmp_path, cut, message):
+    """As under the cached weights of torch before 2.11: the forward pass is right, and its history is gone."""
+    trainer = Trainer(tiny_config(world, tmp_path, gradient_accumulation_steps=2, train_batch_size=1))
+    student, discriminator = trainer.networks.student, trainer.networks.discriminator
+    loras = [module for name, module in student.denoiser.named_modules() if name.endswith("lora_B.default")]
+    module = {"lora_B": loras[0], "motion": student.motion, "heads": discriminator.heads}[cut]
+    # Its parameters are cut off, what comes in is not: gradients reach all that is before it.
+    module.register_forward_pre_hook(lambda module, args: freeze(module, False))
+    module.register_forward_hook(lambda module, args, output: freeze(module, True))
+
+    def freeze(module, trained):
+        for parameter in module.parameters():
+            parameter.requires_grad_(trained)
+
+    before = flatten(trainer.state())
+    with pytest.raises(MissingGradient, match=message):
+        trainer.train()
+    after = flatten(trainer.state())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_accelerates_settings_are_those_of_the_run(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    options = dict(lambda_adv=0.0, image_data=None, train_batch_size=1, checkpointing_steps=1)
+    trainer, seen = Trainer(tiny_config(world, tmp_path, **options, validation_prompts=(CAPTIONS[0],))), set()
+    trainer.networks.student.denoiser.register_forward_pre_hook(
+        lambda *_: seen.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    trainer.train()
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    assert seen == {(True, False)}  # training and validation alike: autocast, and no cache
+    made = json.loads((tmp_path / "mcm_config.json").read_text())["training"]
+    assert (made["mixed_precision"], made["gradient_accumulation_steps"], made["total_batch"]) == ("bf16", 2, 2)
+
+    options |= dict(resume_from_checkpoint="latest", max_train_steps=3)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    with pytest.raises(ValueError, match="total_batch was 2, is 1"):
+        Trainer(tiny_config(world, tmp_path, **options))
+    videos = shutil.copytree(world["video_data"], tmp_path / "other videos")
+    options |= dict(gradient_accumulation_steps=2, video_data=str(videos))
+    caplog.clear()
+    assert Trainer(tiny_config(world, tmp_path, **options)).step == 2
+    assert "goes on with something else" in caplog.text and "video_data was " in caplog.text
+    assert "mixed_precision" not in caplog.text
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(tiny_config(world, tmp_path, **options))
+    assert "mixed_precision was bf16, is no" in caplog.text
+
+
+def test_fewer_steps_than_asked_for_are_an_error(world, tmp_path, monkeypatch, caplog):
+    whole = Batches.__iter__
+    monkeypatch.setattr(Batches, "__iter__", lambda self: (batch for batch, _ in zip(whole(self), range(3))))
+    options = dict(lambda_adv=0.0, image_data=None, train_batch_size=1, gradient_accumulation_steps=2)
+    with pytest.raises(RuntimeError, match="1 of 2 steps were made .* no LoRA is written. There is no checkpoint yet"):
+        train(tiny_config(world, tmp_path, **options, learning_rate=1e-6))
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert caplog.text.count("learning rates add up to 1.5e-06 over the 2 steps of this run") == 1
+
+
+def test_latest_goes_on_where_a_run_went_back_to(world, tmp_path, caplog):
+    options = dict(lambda_adv=0.0, image_data=None, train_batch_size=1, checkpointing_steps=1)
+    train(tiny_config(world, tmp_path, **options, max_train_steps=3))
+    with pytest.raises(ValueError, match="holds checkpoints of another run .checkpoint-1, checkpoint-2, checkpoint-3"):
+        Trainer(tiny_config(world, tmp_path, **options))
+    train(tiny_config(world, tmp_path, **options, max_train_steps=2, resume_from_checkpoint="checkpoint-1"))
+    assert "checkpoint-2, checkpoint-3" in caplog.text and "'latest' will not mean them" in caplog.text
+    assert Trainer(tiny_config(world, tmp_path, **options, resume_from_checkpoint="latest")).step == 2
+    with pytest.raises(ValueError, match="checkpoint-3 is of step 3, beyond --max_train_steps 2"):
+        Trainer(tiny_config(world, tmp_path, **options, resume_from_checkpoint="checkpoint-3"))
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    (tmp_path / "mcm_run.json").unlink()  # a checkpoint as it was before runs were recorded
+    file = tmp_path / "checkpoint-3" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    for name in ("run", "circumstances", "data_sizes"):
+        del state[name]
+    torch.save(state, file)
+    options |= dict(resume_from_checkpoint="latest", max_train_steps=4)
+    assert Trainer(tiny_config(world, tmp_path, **options)).step == 3
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):

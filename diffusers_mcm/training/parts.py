@@ -1,0 +1,109 @@
+"""What is trained, with all that belongs to it: parameters, optimiser, schedule."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Under this sum of the rates over a run no LoRA is known to have learnt anything; the paper's is a hundred times that.
+LEAST_SUM_OF_RATES = 0.0015
+_PAPERS_SUM = "the paper's is 5e-6 × 30,000 steps = 0.15"
+
+
+class MissingGradient(RuntimeError):
+    """Something that is trained got no gradient in a step; no weight was changed by it."""
+
+
+class TrainedPart:
+    """One of the two things that are trained: its wrapped module, parameters, optimiser and schedule."""
+
+    def __init__(self, name: str, module: nn.Module, rate: float, config: TrainingConfig, accelerator: "Accelerator"):
+        self.name, self.num_steps = name, config.max_train_steps
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.module = accelerator.prepare_model(module)
+        # Not prepared by accelerate: its wrapper updates the fp16 scale once per optimiser, and there are two.
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+
+    @property
+    def rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    def sum_of_rates(self) -> float:
+        """The learning rates of all steps of the run, added up: about how far AdamW can move a weight."""
+        (full,), (factor,) = self.schedule.base_lrs, self.schedule.lr_lambdas
+        return full * sum(factor(step) for step in range(self.num_steps))
+
+    def check_gradients(self, step: int) -> None:
+        """Stop the run if anything that is trained has no gradient after all micro-batches of a step.
+
+        None is what is looked for. A gradient of zeros is one: matrix A of a fresh LoRA has it in the first step, and
+        so has a discriminator that is sure of everything.
+        """
+        missing = [name for name, parameter in zip(self.names, self.parameters) if parameter.grad is None]
+        if not missing:
+            return
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise MissingGradient(
+            f"Training stopped at step {step}: {len(missing)} of {len(self.names)} trained parameters of the "
+            f"{self.name} have no gradient ({shown}), so they would be saved as they were at the start. No weight was "
+            "changed by this step. Likely causes: autocast gives weights back that it converted where no gradients "
+            "are kept (a torch before 2.11, with its cache on), a layer whose input or output is detached or that "
+            "these clips never reach, or a module that was frozen or exchanged after the optimiser was made."
+        )
+
+    def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
+        """Scale the gradients down to `max_norm`; the norm they had."""
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def update(self, scaler: Any) -> None:
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def slow_learning(student: TrainedPart, config: TrainingConfig, total_batch: int) -> str | None:
+    """What to warn of if the student's rates over the whole run are too small to learn by; None if they are not."""
+    total, full = student.sum_of_rates(), config.learning_rates(total_batch)[0]
+    if total >= LEAST_SUM_OF_RATES:
+        return None
+    scaled = f"scaled to {full:.2g} by a total batch of {total_batch}" if config.scale_lr else "not scaled"
+    remedies = ["more --max_train_steps", "a larger --learning_rate"]
+    if config.scale_lr:
+        remedies.insert(0, "a larger batch (--gradient_accumulation_steps, --train_batch_size, more processes)")
+    return (
+        f"The student's learning rates add up to {total:.2g} over the {config.max_train_steps} steps of this run, and "
+        f"below {LEAST_SUM_OF_RATES} a LoRA learns next to nothing ({_PAPERS_SUM}): --learning_rate "
+        f"{config.learning_rate:g} is {scaled}, the schedule is {config.lr_scheduler} with --lr_warmup_steps "
+        f"{config.lr_warmup_steps}. Take {', '.join(remedies[:-1])} or {remedies[-1]}."
+    )

@@ -1,0 +1,119 @@
+"""Which of the checkpoints in a folder belong to the run that writes there, and how they follow from each other."""
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import whole_file
+from .checkpoint import checkpoints, is_checkpoint, named_checkpoint
+
+RECORD_NAME = "mcm_run.json"
+
+
+@dataclass
+class RunRecord:
+    """The run that writes into a folder, and the line of checkpoints that its state follows from.
+
+    Going back to one of them leaves those after it out of the line, in their places: `latest` no longer means them.
+
+    Args:
+        id: Of the run; its checkpoints hold it too.
+        line: Names, oldest first. The first may be a path to another folder, from which the run was gone on with here.
+    """
+
+    output_dir: Path
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    line: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, output_dir: Path) -> "RunRecord | None":
+        """The record of the run that wrote into a folder last; None if none was kept. ValueError if it is damaged."""
+        file = output_dir / RECORD_NAME
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(output_dir, str(values["run"]), [str(name) for name in values["checkpoints"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}). Without the file, 'latest' is the checkpoint with the most steps."
+            ) from error
+
+    @property
+    def existing(self) -> list[Path]:
+        """Those of the line that are still there."""
+        return [self.output_dir / name for name in self.line if is_checkpoint(self.output_dir / name)]
+
+    @property
+    def others(self) -> list[Path]:
+        """Checkpoints in the folder that are not of the line."""
+        return [folder for folder in checkpoints(self.output_dir) if folder.name not in self.line]
+
+    def add(self, folder: Path) -> None:
+        """A checkpoint was written in the folder."""
+        self.line = [*(name for name in self.line if name != folder.name), folder.name]
+        self.write()
+
+    def drop_beyond(self, limit: int) -> None:
+        """Delete the checkpoints of the line that are in this folder, but for the newest `limit`."""
+        own = [folder for folder in self.existing if folder.parent == self.output_dir]
+        for folder in own[:-limit]:
+            shutil.rmtree(folder)
+
+    def write(self) -> None:
+        with whole_file(self.output_dir / RECORD_NAME) as temporary:
+            values = {"run": self.id, "checkpoints": self.line}
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
+    """The folder to go on from, as `--resume_from_checkpoint` says; None where a run is to start.
+
+    'latest' is the newest checkpoint of the run that wrote into `output_dir` last, on the branch that it was on.
+    Raises ValueError where there is no such checkpoint, and where a new run would write among those of another.
+    """
+    if wanted is not None and wanted != "latest":
+        return named_checkpoint(output_dir, wanted)
+    present, record = checkpoints(output_dir), RunRecord.read(output_dir)
+    if wanted is None:
+        if present:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another run ({_names(present)}), among which a new run would "
+                "write its own. Go on with that run by --resume_from_checkpoint latest, name another --output_dir, or "
+                "move or delete those checkpoints."
+            )
+        return None
+    line = present if record is None else record.existing
+    if not line and present:
+        raise ValueError(
+            f"--resume_from_checkpoint latest: the run that wrote into {output_dir} last has no checkpoint there; "
+            f"those that are there ({_names(present)}) are of another one. Name one of them, or another --output_dir."
+        )
+    return line[-1] if line else None
+
+
+def go_on(output_dir: Path, folder: Path, run: str | None) -> RunRecord:
+    """The record of a run that goes on from the checkpoint `folder`, which says that it is of `run` (None: nothing).
+
+    Raises ValueError if it would write among the checkpoints of another run.
+    """
+    record, inside = RunRecord.read(output_dir), folder.resolve().parent == output_dir.resolve()
+    others = [one for one in checkpoints(output_dir) if not inside or one.name != folder.resolve().name]
+    same = run == record.id if record and run else inside
+    if others and not same:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run ({_names(others)}) than {folder}, and what goes on from "
+            "that would write among them. Name another --output_dir, or move or delete those checkpoints."
+        )
+    name = folder.resolve().name if inside else Path(os.path.relpath(folder, output_dir)).as_posix()
+    # Before runs were recorded a folder's checkpoints were those of one run.
+    line = record.line if record else [one.name for one in checkpoints(output_dir)]
+    line = line[: line.index(name) + 1] if name in line else [name]
+    return RunRecord(output_dir, run or (record.id if record and same else uuid.uuid4().hex), line)
+
+
+def _names(folders: list[Path]) -> str:
+    return ", ".join(folder.name for folder in folders)

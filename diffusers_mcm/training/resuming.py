@@ -1,0 +1,60 @@
+"""What must be, and what should be, the same in the parts of one run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .config import TrainingConfig, default_values
+from .networks import Networks
+from .output import recordable_source
+
+# With one of these changed, or a flag of the method, it would not be the same run that goes on.
+_FIXED = (
+    "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
+    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval"
+).split()
+# These may change on purpose: a path, where a folder was moved, a precision on another machine.
+_SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
+_TOLD = "revision caption_column image_caption_column mixed_precision fold_lora".split()
+
+
+def identity(config: TrainingConfig, networks: Networks, total_batch: int) -> dict[str, Any]:
+    """What must not change between the parts of one run."""
+    values = {**config.to_dict(), "total_batch": total_batch, "clip_size": list(networks.clip_size)}
+    values["base_model"] = networks.base.name
+    method = [entry.name for entry in dataclasses.fields(config) if entry.metadata["group"] == "method"]
+    return {name: values[name] for name in (*_FIXED, *method)}
+
+
+def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
+    """What should not change, and is told if it does: data, networks, precision; paths relative to the output."""
+    values = config.to_dict()
+    sources = {
+        name: None if values[name] is None else recordable_source(values[name], output_dir) for name in _SOURCES
+    }
+    return sources | {name: values[name] for name in _TOLD}
+
+
+def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the run in a checkpoint, whose identity is recorded as JSON, cannot be gone on with."""
+    # What a checkpoint does not record was no flag yet, and was done as its default says.
+    then = default_values() | json.loads(recorded)
+    changed = _changes(then, now)
+    if changed:
+        raise ValueError(f"The run in {folder} cannot be gone on with other settings: {changed}.")
+
+
+def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str | None:
+    """What to warn of: circumstances that are not what they were; None if nothing is known to have changed."""
+    changed = _changes(then, {name: value for name, value in now.items() if name in then})
+    if not changed:
+        return None
+    return (
+        f"The run in {folder} goes on with something else than it was begun with: {changed}. If it is not the same "
+        "under another name, what comes out is no longer one run's; a new one takes another --output_dir."
+    )
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name])

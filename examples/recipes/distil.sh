@@ -1,0 +1,30 @@
+#!/bin/sh
+# Distils a base model with the paper's settings:
+#   [GPUS=8] [BATCH=2] sh distil.sh modelscope|animatediff VIDEOS IMAGES OUTPUT [more flags of train_mcm_distill.py]
+# The total batch is 128, for which the paper states its learning rates, whatever the number of GPUs: BATCH clips at a
+# time on each (1 if nothing is said, which needs the least memory), the rest by accumulation. Run it again to go on.
+set -e
+model=$1 videos=$2 images=$3 output=$4
+shift 4
+recipes=$(dirname "$0")
+GPUS=${GPUS:-1} BATCH=${BATCH:-1}
+if [ $((128 % (GPUS * BATCH))) -ne 0 ]; then
+  echo "GPUS × BATCH must divide the total batch of 128; $GPUS × $BATCH does not" >&2
+  exit 2
+fi
+if [ "$GPUS" -gt 1 ]; then machine=many_gpus; else machine=one_gpu; fi
+
+case $model in
+  modelscope) teacher=ali-vilab/text-to-video-ms-1.7b ;;                 # 16 frames of 256×256
+  animatediff) teacher=stable-diffusion-v1-5/stable-diffusion-v1-5 ;;    # 16 frames of 512×512
+  *) echo "the base model must be modelscope or animatediff, not $model" >&2; exit 2 ;;
+esac
+
+accelerate launch --config_file "$recipes/$machine.yaml" --num_processes "$GPUS" \
+  "$recipes/../train_mcm_distill.py" \
+  --pretrained_teacher_model "$teacher" --video_data "$videos" --image_data "$images" --output_dir "$output" \
+  --train_batch_size "$BATCH" --gradient_accumulation_steps $((128 / (GPUS * BATCH))) --gradient_checkpointing \
+  --dataloader_num_workers 4 --max_train_steps 30000 --lr_warmup_steps 500 --lr_scheduler cosine \
+  --learning_rate 5e-6 --discriminator_learning_rate 5e-5 --lora_rank 64 --lora_alpha 64 \
+  --checkpointing_steps 500 --checkpoints_total_limit 3 --resume_from_checkpoint latest \
+  --validation_steps 500 --validation_prompts "a corgi running on the beach" "$@"

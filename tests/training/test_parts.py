@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusers_mcm.training.config import TrainingConfig
+from diffusers_mcm.training.parts import MissingGradient, TrainedPart, slow_learning
+
+REQUIRED = dict(pretrained_teacher_model="teacher", video_data="videos")
+
+
+def build_part(config, total_batch=128):
+    rate = config.learning_rates(total_batch)[0]
+    return TrainedPart("student", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), rate, config, Accelerator(cpu=True))
+
+
+def warning(total_batch=128, **flags):
+    config = TrainingConfig(**REQUIRED, **flags)
+    return slow_learning(build_part(config, total_batch), config, total_batch)
+
+
+def test_the_sum_of_the_rates_is_that_of_the_schedule():
+    """Against the steps themselves."""
+    for scheduler in ("constant", "constant_with_warmup", "linear", "cosine"):
+        config = TrainingConfig(**REQUIRED, max_train_steps=50, lr_warmup_steps=10, lr_scheduler=scheduler)
+        part, rates = build_part(config), []
+        for _ in range(50):
+            rates.append(part.rate)
+            part.optimizer.step()
+            part.schedule.step()
+        assert part.sum_of_rates() == pytest.approx(sum(rates), rel=1e-12), scheduler
+    papers = TrainingConfig(**REQUIRED, lr_scheduler="constant")
+    assert build_part(papers).sum_of_rates() == pytest.approx(0.15)
+
+
+def test_rates_that_teach_nothing_are_told_with_what_to_do():
+    said = warning(total_batch=1)
+    assert "add up to 0.00059 over the 30000 steps" in said and "5e-6 × 30,000 steps = 0.15" in said
+    assert "--learning_rate 5e-06 is scaled to 3.9e-08 by a total batch of 1" in said
+    assert "--gradient_accumulation_steps" in said
+    given = warning(scale_lr=False, max_train_steps=100, lr_warmup_steps=0)
+    assert "5e-06 is not scaled" in given and "a larger batch" not in given
+
+
+def test_the_papers_rates_are_enough_and_so_are_fewer_steps():
+    assert warning() is None
+    assert warning(max_train_steps=3000) is None
+    assert warning(lr_scheduler="constant", max_train_steps=300, lr_warmup_steps=0) is None
+    assert warning(lr_scheduler="constant", max_train_steps=299, lr_warmup_steps=0) is not None
+
+
+def test_a_parameter_without_a_gradient_is_named_and_one_of_zeros_is_not():
+    part = build_part(TrainingConfig(**REQUIRED))
+    first, second = part.module
+    with pytest.raises(MissingGradient, match=r"step 3: 4 of 4 .* student .*\(0.weight, 0.bias, 1.weight, …\)"):
+        part.check_gradients(3)
+    second(first(torch.ones(1, 2)).detach()).sum().backward()
+    with pytest.raises(MissingGradient, match=r"2 of 4 trained parameters .* no gradient \(0.weight, 0.bias\)"):
+        part.check_gradients(1)
+    (0 * second(first(torch.ones(1, 2)))).sum().backward()  # another micro-batch
+    part.check_gradients(1)
+    assert not first.weight.grad.any()
+
+
+def test_what_is_frozen_from_the_start_is_not_trained():
+    config = dataclasses.replace(TrainingConfig(**REQUIRED), learning_rate=1.0)
+    module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    part = TrainedPart("student", module, 1.0, config, Accelerator(cpu=True))
+    assert part.names == ["1.weight", "1.bias"]
+    part.module(torch.ones(1, 2)).sum().backward()
+    part.check_gradients(1)

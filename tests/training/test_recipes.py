@@ -1,0 +1,67 @@
+"""The recipes of `examples/recipes` and the README, read by the parsers that read them in earnest."""
+
+import subprocess
+
+import pytest
+from accelerate import Accelerator
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch import nn
+
+from diffusers_mcm.base_models import BASE_MODELS
+from diffusers_mcm.training.arguments import parse_config
+from diffusers_mcm.training.config import MIXED_PRECISION
+from diffusers_mcm.training.parts import TrainedPart, slow_learning
+from tests.documents import ROOT, blocks, commands, launches
+
+RECIPE = str(ROOT / "examples/recipes/distil.sh")
+
+
+def check(arguments: list[str]) -> None:
+    """`accelerate launch` with these arguments trains with the paper's batch and rates, in half precision."""
+    launch = launch_command_parser().parse_args(arguments)
+    machine = load_config_from_file(launch.config_file)
+    config = parse_config(launch.training_script_args)
+    assert machine.mixed_precision in MIXED_PRECISION[1:] and config.mixed_precision is None
+    processes = launch.num_processes or machine.num_processes
+    assert (machine.distributed_type.value == "MULTI_GPU") == (processes > 1)
+    total = config.train_batch_size * config.gradient_accumulation_steps * processes
+    assert total == 128 and config.learning_rates(total) == (5e-6, 1e-4)
+    assert config.max_train_steps == 30_000 and config.dataloader_num_workers > 0 and config.gradient_checkpointing
+    student = TrainedPart("student", nn.Linear(1, 1), 5e-6, config, Accelerator(cpu=True))
+    assert slow_learning(student, config, total) is None
+
+
+@pytest.mark.parametrize("gpus", ["1", "8"])
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_each_base_model_has_a_whole_recipe(name, gpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (call,) = launches(["sh", RECIPE, name, "my videos", "images", "out"], GPUS=gpus, BATCH="2")
+    check(call[1:])
+    config = parse_config(call[next(n for n, word in enumerate(call) if word.endswith(".py")) + 1 :])
+    assert config.pretrained_teacher_model == BASE_MODELS[name].default_repository
+    assert (config.video_data, config.resume_from_checkpoint) == ("my videos", "latest")
+
+
+def test_a_batch_that_cannot_be_made_is_refused(tmp_path):
+    for words, message in (
+        (["modelscope"], "GPUS × BATCH must divide"),
+        (["wan"], "must be modelscope or animatediff"),
+    ):
+        environment = {"PATH": "/usr/bin:/bin"} | ({"GPUS": "3"} if words == ["modelscope"] else {})
+        done = subprocess.run(["sh", RECIPE, *words, "v", "i", "o"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_the_readmes_command_learns(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = [
+        words
+        for language, text in blocks("README.md")
+        if language == "bash"
+        for words in commands(text)
+        if words[:2] == ["accelerate", "launch"]
+    ]
+    assert found
+    for words in found:
+        check(words[2:])
