@@ -44,9 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="a list of prompts: .txt, .jsonl, .csv, or - for stdin")
     add(
         *("-o", "--output"),
-        default="out.mp4",
-        type=Path,
-        help=".mp4, .gif, .webp or .png (all frames in one picture); without an ending a folder (default: out.mp4)",
+        default="out.mp4",  # a text, not a path, which would forget a slash at the end
+        help=".mp4, .gif, .webp or .png (all frames in one picture); without an ending, or with a slash at the end, a"
+        " folder (default: out.mp4)",
     )
     add("--format", choices=FORMATS, help="of the videos in a folder; frames: each a folder of .png (default: mp4)")
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
@@ -119,23 +119,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What to make and where, with everything checked that can be checked before a model is loaded."""
-    from ..video_io import writer_for
+    from ..video_io import check_fps, names_folder, writer_for
 
-    if arguments.fps is not None and arguments.fps <= 0:
-        raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
+    if arguments.fps is not None:
+        check_fps(arguments.fps, "--fps")
     if arguments.num_videos < 1:
         raise ValueError(f"expected --num_videos of at least 1, got {arguments.num_videos}")
     output = arguments.output
-    suffix = None
-    if output.is_dir() or not output.suffix:
+    path = Path(output)
+    if names_folder(output) or not path.suffix:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"expected a folder as --output, got {output!r}, which is a file")
         suffix = FORMATS[arguments.format or "mp4"]
     else:
         writer_for(output)
         if arguments.format is not None:
-            raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {str(output)!r}")
+            raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
+        suffix = None
     return plan(
         read_prompts(arguments.prompt, arguments.prompts),
-        output,
+        path,
         suffix,
         seed=arguments.seed,
         negative_prompt=arguments.negative_prompt,

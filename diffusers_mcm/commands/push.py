@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--create_pr", action="store_true", help="open a pull request instead of committing")
     add("--token", help="token for the Hub (default: HF_TOKEN, or that of `hf auth login`)")
     add("--base_model", metavar="REPO", help="the base model's repository, if it was trained with a local copy")
+    add("--overwrite_card", action="store_true", help="replace a card that was edited on the Hub (default: it stays)")
     add("--prompt", help="make the sample clip anew, of this, and keep it in DIR; needs the base model")
     add("--device", help="where the clip is made (default: the best there is)")
     add("--dry_run", action="store_true", help="check everything and list what would be published, and stop there")
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         revision=arguments.revision,
         create_pr=arguments.create_pr,
         base_model=arguments.base_model,
+        overwrite_card=arguments.overwrite_card,
     )
     print(f"Published: {address}")
     return None
