@@ -143,9 +143,8 @@ class HubVerbs:
             self.save_mcm_lora(folder, name)
             record_sample(folder, np.asarray(video), prompt, self.sampling_default("fps"))
             options: dict[str, Any] = dict(private=private, token=token, commit_message=commit_message)
-            options |= dict(
-                revision=revision, create_pr=create_pr, base_model=base_model, overwrite_card=overwrite_card
-            )
+            options |= dict(revision=revision, create_pr=create_pr, base_model=base_model)
+            options["overwrite_card"] = overwrite_card
             return publish_lora(folder, repo_id, **options)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
