@@ -27,6 +27,7 @@ from .cards import (
     render_folder_card,
 )
 from .files import disk_full_told, whole_files, write_text
+from .hub import check_repository_name
 from .lora import (
     CONFIG_NAME,
     MOTION_HEAD_NAME,
@@ -174,15 +175,6 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
             " that. Ask for neither, or change it in the repository's settings."
         )
     return repository
-
-
-def check_repository_name(repo_id: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"Expected a repository such as 'owner/name', got {repo_id!r}.") from error
 
 
 @contextmanager

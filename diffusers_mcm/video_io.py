@@ -99,7 +99,10 @@ def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Map
 
 
 def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
-    """Write frames (T, H, W, 3) as an endless WebP; the metadata become the description in its EXIF."""
+    """Write frames (T, H, W, 3) as an endless WebP; the metadata become the description in its EXIF.
+
+    It counts in milliseconds. Where all frames are equal it becomes a picture, which has no delays.
+    """
     exif = Image.Exif()
     if metadata:
         exif[_EXIF_DESCRIPTION] = _to_json(metadata)

@@ -39,9 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the folder, then publish it."""
     arguments = build_parser().parse_args(argv)
-    from ..publish import check_repository_name, publish_lora
+    from ..hub import check_repository_name
 
     check_repository_name(arguments.repository)
+    from ..publish import publish_lora
+
     if arguments.prompt:
         _make_sample(arguments)
     if arguments.dry_run:
