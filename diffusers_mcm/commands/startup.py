@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import LazyLoader, find_spec, module_from_spec
+from importlib.util import find_spec, module_from_spec
 
 
 @contextmanager
@@ -26,15 +26,25 @@ def quick_imports() -> Iterator[None]:
 
 
 def _import_when_used(package: str, name: str) -> None:
-    """Leave a module, if it is there, to be read when something is first looked up in it."""
+    """Leave a module, if it is there, to be read when something is first looked up in it.
+
+    `importlib.util.LazyLoader` would read it as soon as it is imported a second time, for that looks up `__spec__`.
+    """
     full_name = f"{package}.{name}"
     if full_name in sys.modules or find_spec(package) is None:
         return
     spec = find_spec(full_name)
-    if spec is not None and spec.loader is not None:
-        spec.loader = LazyLoader(spec.loader)
-        sys.modules[full_name] = module = module_from_spec(spec)
+    if spec is None or spec.loader is None:
+        return
+    module = module_from_spec(spec)
+
+    def read_and_get(attribute: str):
+        vars(module).pop("__getattr__", None)
         spec.loader.exec_module(module)
+        return getattr(module, attribute)
+
+    module.__getattr__ = read_and_get
+    sys.modules[full_name] = module
 
 
 @contextmanager
