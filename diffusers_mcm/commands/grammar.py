@@ -22,8 +22,10 @@ def read_grammar(model: str | os.PathLike | None) -> dict[str, Any] | None:
 
 def is_drawn(prompt: str, grammar: dict[str, Any]) -> bool:
     """Whether a prompt is a sentence of the grammar, however it is written in capitals and spaced."""
-    choices = {name: f"(?:{'|'.join(map(re.escape, words))})" for name, words in grammar["words"].items()}
-    return re.fullmatch(grammar["template"].format(**choices), " ".join(prompt.lower().split())) is not None
+    sentence = re.escape(grammar["template"])
+    for name, words in grammar["words"].items():
+        sentence = sentence.replace(re.escape(f"{{{name}}}"), f"(?:{'|'.join(map(re.escape, words))})")
+    return re.fullmatch(sentence, " ".join(prompt.split()), re.IGNORECASE) is not None
 
 
 def notice(prompts: Iterable[str], model: str | os.PathLike | None, name: str) -> str | None:
