@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         import_module(table[name][0], __package__).main(rest)
+        sys.stdout.flush()  # where that goes to a full disk, it is an error like any other
     except (ValueError, OSError, ImportError) as error:
         print(f"diffusers-mcm: error: {error}", file=sys.stderr)
         return 2

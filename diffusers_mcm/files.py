@@ -1,61 +1,138 @@
-"""Writing files: whole or not at all."""
+"""Writing files: whole or not at all, and what a full disk is told as."""
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a library says whose errors carry no number: safetensors and tarfile wrap that of the system into their own.
+_DISK_FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122", "File too large")
+
+
+class DiskFullError(OSError):
+    """There was no room for a file. Nothing of it is left behind."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one it was raised from, says that a disk, a quota or a limit of file sizes is full."""
+    while error is not None:
+        if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _DISK_FULL:
+            return True
+        if any(text in str(error) for text in _DISK_FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def disk_full_told(path: str | Path) -> Iterator[None]:
+    """Says which disk is full, whatever the library that met it says: a `DiskFullError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        if isinstance(error, DiskFullError):  # of a part of what is written here, in a place that nobody knows
+            error = error.__cause__
+        told = DiskFullError(
+            f"The disk is full: there was no room to write {path}{_free(Path(path))}. Nothing half-written was left;"
+            f" make room, or choose a place on another disk. ({error})"
+        )
+        told.errno = getattr(error, "errno", None) or errno.ENOSPC
+        raise told from error
+
+
+def _free(path: Path) -> str:
+    """How much room is left where `path` is or would be."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
+    return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free there)" if there else ""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; if the block raises, what was made goes again, unless something is in it."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in made:
+            if not each.is_dir() or any(each.iterdir()):
+                break
+            each.rmdir()
+        raise
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, and vanishes if it raises."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_full_told(path), new_folders(path.parent):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises."""
     path = Path(path)
-    temporary = _emptied(path.with_name(f".{path.name}.tmp"))  # beside it, so that relative paths hold
+    temporary = path.with_name(f".{path.name}.tmp")  # beside it, so that relative paths hold
     replaced = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        if path.is_dir():  # a folder cannot replace one that holds something
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-    finally:
-        if replaced.is_dir() and not path.exists():
-            os.replace(replaced, path)
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with disk_full_told(path), new_folders(path.parent):
+        try:
+            yield _emptied(temporary)
+            if path.is_dir():  # a folder cannot replace one that holds something
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(path, replaced)
+            os.replace(temporary, path)
+        finally:
+            if replaced.is_dir() and not path.exists():
+                os.replace(replaced, path)
+            for leftover in (temporary, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
-def whole_files(folder: Path, last: str) -> Iterator[Path]:
+def whole_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
 
-    An older `last` goes first: a process that is killed in between leaves no folder of which half is old.
+    An older `last` goes first, and with it the files and folders `stale` of an older save: a process that is killed in
+    between leaves no folder of which half is old.
     """
+    folder = Path(folder)
     # Inside it, not beside it: the folder may be the mount point of a file system of its own.
-    temporary = _emptied(folder / ".unfinished")
-    try:
-        yield temporary
-        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-        (folder / last).unlink(missing_ok=True)
-        for name in sorted(files, key=lambda name: str(name) == last):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder / ".unfinished"
+    with disk_full_told(folder), new_folders(folder):
+        try:
+            yield _emptied(temporary)
+            files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+            for name in (last, *stale):
+                _remove(folder / name)
+            for name in sorted(files, key=lambda name: str(name) == last):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary / name, folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _emptied(temporary: Path) -> Path:

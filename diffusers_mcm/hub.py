@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -39,6 +40,16 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1 and not name.startswith((".", "~"))
+
+
+def check_repository_name(repo_id: str) -> None:
+    """`ValueError` unless a repository may have this name: `owner/name`, or a name in one's own namespace."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repository such as 'owner/name', got {repo_id!r}.") from error
 
 
 def resolve_recorded(name: str, folder: str | os.PathLike | None) -> str:
@@ -146,6 +157,8 @@ def explain(error: BaseException, name: str, revision: str | None = None) -> str
 
     while error.__cause__ is not None and getattr(error, "response", None) is None:
         error = error.__cause__
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: there is no room for the files of {name} ({error}). HF_HOME names another place."
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
         return f"{name} is gated: accept its terms on its page on the Hub, and log in with `hf auth login`."

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from . import hub
-from .files import whole_file
+from .files import whole_file, whole_files, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -471,7 +471,6 @@ def save_lora(
     holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`; `scheduler` is the one to sample with.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lora = extract_lora(denoiser, adapter_name)
     lora.config = {
         "base_model": base_model.name,
@@ -484,17 +483,20 @@ def save_lora(
         "training": dict(training or {}),
     }
     lora.scheduler_config = None if scheduler is None else json.loads(scheduler.to_json_string())
-    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model.denoiser_name, dtype)
-    write_settings(folder, lora)
+    write_lora_folder(folder, lora, base_model.denoiser_name, dtype)
     return folder
+
+
+def write_lora_folder(folder: Path, lora: LoRA, prefix: str, dtype: torch.dtype | None = None) -> None:
+    """The weights and the settings beside them, all of it or nothing; other files in the folder stay."""
+    with whole_files(folder, WEIGHTS_NAME) as temporary:
+        write_lora_weights(temporary / WEIGHTS_NAME, lora, prefix, dtype)
+        write_settings(temporary, lora)
 
 
 def write_settings(folder: Path, lora: LoRA) -> None:
     """The files beside the weights: mcm_config.json and scheduler/scheduler_config.json, where there is either."""
-    if lora.config:
-        text = json.dumps(lora.config, indent=2, sort_keys=True, default=str)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-    if lora.scheduler_config is not None:
-        (folder / "scheduler").mkdir(exist_ok=True)
-        text = json.dumps(lora.scheduler_config, indent=2, sort_keys=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(text + "\n", encoding="utf-8")
+    settings = {CONFIG_NAME: lora.config or None, "scheduler/scheduler_config.json": lora.scheduler_config}
+    for name, content in settings.items():
+        if content is not None:
+            write_text(folder / name, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +26,8 @@ from .cards import (
     public_training,
     render_folder_card,
 )
-from .files import whole_file
+from .files import disk_full_told, whole_files, write_text
+from .hub import check_repository_name
 from .lora import (
     CONFIG_NAME,
     MOTION_HEAD_NAME,
@@ -37,7 +40,11 @@ from .lora import (
     write_settings,
 )
 
+logger = logging.getLogger(__name__)
+
 COMMIT_MESSAGE = "Upload a motion consistency LoRA"
+# What the description of a commit says of the card in it, by which a later push knows a card that nobody has edited.
+_CARD_MARK = "diffusers-mcm card"
 
 
 class PublishError(OSError):
@@ -54,6 +61,7 @@ def publish_lora(
     revision: str | None = None,
     create_pr: bool = False,
     base_model: str | None = None,
+    overwrite_card: bool = False,
 ) -> str:
     """Put a LoRA folder on the Hub in one commit; the address of the commit.
 
@@ -68,6 +76,7 @@ def publish_lora(
         revision: branch to commit to, created if it is not there; default: `main`.
         create_pr: open a pull request instead.
         base_model: repository of the base model, where the folder names one that only this machine has.
+        overwrite_card: put the folder's card in the place of one that was edited on the Hub, which otherwise stays.
 
     Raises:
         ValueError: for a folder that cannot be published as it is.
@@ -76,7 +85,8 @@ def publish_lora(
     check_repository_name(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
-        stage_lora(Path(folder), staged, repo_id, base_model)
+        with disk_full_told(staged):
+            stage_lora(Path(folder), staged, repo_id, base_model)
         return publish_folder(
             staged,
             repo_id,
@@ -85,6 +95,7 @@ def publish_lora(
             commit_message=commit_message or COMMIT_MESSAGE,
             revision=revision,
             create_pr=create_pr,
+            overwrite_card=overwrite_card,
         )
 
 
@@ -97,26 +108,59 @@ def publish_folder(
     commit_message: str,
     revision: str | None = None,
     create_pr: bool = False,
+    overwrite_card: bool = False,
 ) -> str:
-    """Put all files of a folder on the Hub in one commit; the address of the commit."""
+    """Put all files of a folder on the Hub in one commit; the address of the commit.
+
+    A card that was edited on the Hub stays as it is there, and a warning says so, unless `overwrite_card`.
+    """
     from huggingface_hub import CommitOperationAdd
 
     repository = open_repository(repo_id, private=private, token=token)
-    files = [
-        path
+    files = {
+        path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    # `upload_folder` may split its work into several commits; half a model could be left behind.
-    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    }
     outcome = "What was there before is untouched; the same command finishes the job."
     with _told_plainly(repository, token, outcome) as api:
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
+        parent = api.model_info(repository, revision=revision).sha
+        if CARD_NAME in files and not overwrite_card and _edited_on_hub(api, repository, parent, files[CARD_NAME]):
+            del files[CARD_NAME]
+            logger.warning(
+                "The card of %s was edited on the Hub and stays as it is there; everything else is published. To put"
+                " this folder's card in its place: --overwrite_card, in Python overwrite_card=True.",
+                repository,
+            )
+        # `upload_folder` may split its work into several commits; half a model could be left behind. The parent: an
+        # edit that comes in between is not overwritten unseen.
         commit = api.create_commit(
-            repository, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repository,
+            [CommitOperationAdd(name, path) for name, path in files.items()],
+            commit_message=commit_message,
+            commit_description=f"{_CARD_MARK} {_digest(files[CARD_NAME])}" if CARD_NAME in files else None,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
         )
         return commit.pr_url or commit.commit_url
+
+
+def _edited_on_hub(api: Any, repository: str, revision: str, ours: Path) -> bool:
+    """Whether the card there is neither this one nor one that an earlier push has put there."""
+    theirs = hub.find_file(repository, CARD_NAME, revision=revision, token=api.token)
+    if theirs is None or _digest(theirs) == _digest(ours):
+        return False
+    mark = f"{_CARD_MARK} {_digest(theirs)}"
+    return not any(mark in commit.message for commit in api.list_repo_commits(repository, revision=revision))
+
+
+def _digest(card: Path) -> str:
+    # The Hub's editor may end lines, or the text, in its own way without a word being changed.
+    text = card.read_text(encoding="utf-8").rstrip()
+    return hashlib.sha256("\n".join(text.splitlines()).encode()).hexdigest()
 
 
 def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -131,15 +175,6 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
             " that. Ask for neither, or change it in the repository's settings."
         )
     return repository
-
-
-def check_repository_name(repo_id: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"Expected a repository such as 'owner/name', got {repo_id!r}.") from error
 
 
 @contextmanager
@@ -186,7 +221,7 @@ def stage_lora(folder: Path, target: Path, repo_id: str, base_model: str | None 
     write_settings(target, lora)
     card = _card(folder, repo_id, lora.config)
     check_card(card, str(folder / CARD_NAME))
-    (target / CARD_NAME).write_text(card, encoding="utf-8")
+    write_text(target / CARD_NAME, card)
     mentioned = {path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() in card}
     for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample["file"])}):
         copy = target / path.relative_to(folder)
@@ -235,15 +270,17 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     from .video_io import write_mp4
 
     repository = _card_made_for(folder)
-    write_mp4(folder / SAMPLE_NAME, video, fps=fps)
     source, weights, _ = locate_lora(folder)
     with open_safetensors(weights) as file:
         config = read_settings(source, file.metadata() or {})["config"]
     config["sample"] = {"file": SAMPLE_NAME, "prompt": prompt}
-    with whole_file(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if repository is not None:
-        (folder / CARD_NAME).write_text(render_folder_card(folder, repository), encoding="utf-8")
+    with whole_files(folder, CONFIG_NAME) as temporary:
+        write_mp4(temporary / SAMPLE_NAME, video, fps=fps)
+        write_text(temporary / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if repository is not None:
+            if (folder / SCORES_NAME).is_file():
+                shutil.copyfile(folder / SCORES_NAME, temporary / SCORES_NAME)  # the card shows them
+            write_text(temporary / CARD_NAME, render_folder_card(temporary, repository))
 
 
 def pipeline_card(repository: str) -> str:

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,12 @@ _MARGIN = 4
 _LABEL_WIDTH = 190
 _EXIF_DESCRIPTION = 0x010E
 _METADATA_FILE = "metadata.json"
+_SLOWEST, _FASTEST = 0.01, 1000  # frames per second that every one of the formats can hold
+_TELEVISION = (12, 15, 24, 30, 48, 60, 120, 240)  # times 1000/1001, which is written 23.976, 29.97, 59.94 …
+# In seconds: what a format counts delays in, and the shortest that browsers play as it is written. They play a GIF's
+# delay of one hundredth five to ten times slower, and take ten milliseconds in a WebP for a hundred.
+_GIF_DELAYS = (Fraction(1, 100), 2)
+_WEBP_DELAYS = (Fraction(1, 1000), 11)
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
@@ -29,11 +38,29 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
     return (video.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def check_fps(fps: float, name: str = "fps") -> float:
+    """Frames per second as they came; `ValueError` that names the argument unless they are from 0.01 to 1000."""
+    is_number = isinstance(fps, Real) and not isinstance(fps, bool)
+    if not is_number or not 0 < fps < float("inf"):  # nan is on neither side
+        raise ValueError(f"expected {name} above 0, got {f'{fps:g}' if is_number else repr(fps)}")
+    if not _SLOWEST <= fps <= _FASTEST:
+        raise ValueError(f"expected {name} from {_SLOWEST} to {_FASTEST}, got {fps:g}")
+    return fps
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Frames per second as a ratio; what is written 23.976 or 29.97 is television's 24000/1001 or 30000/1001."""
+    check_fps(fps)
+    ratios = [Fraction(1000 * rate, 1001) for rate in _TELEVISION]
+    near = [ratio for ratio in ratios if abs(fps - ratio) < 0.005]  # two digits are enough
+    return near[0] if near else Fraction(float(fps)).limit_denominator(100_000)
+
+
 def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None) -> bytes:
     """Frames (T, H, W, 3) as an H.264 mp4; the same frames and metadata always give the same bytes."""
     import av
 
-    video = to_uint8(video)
+    video, rate = to_uint8(video), exact_rate(fps)
     # yuv420p holds even sizes only
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
@@ -42,7 +69,7 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mappi
             container.metadata["comment"] = _to_json(metadata)
         # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
         options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in video:
@@ -60,21 +87,52 @@ def write_mp4(
 
 
 def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
-    """Write frames (T, H, W, 3) as an endless GIF; the metadata become its comment."""
-    _write_animation(path, video, fps, format="GIF", **({"comment": _to_json(metadata).encode()} if metadata else {}))
+    """Write frames (T, H, W, 3) as an endless GIF; the metadata become its comment.
+
+    A GIF counts in hundredths of a second: delays alternate, so that the clip lasts as long as it should. Above 50
+    frames per second it cannot; it then plays 50, and a warning says so. Equal frames in a row may be one that stays.
+    """
+    if message := slower_gif(fps):
+        warnings.warn(message, stacklevel=2)
+    comment = {"comment": _to_json(metadata).encode()} if metadata else {}
+    _write_animation(path, video, fps, _GIF_DELAYS, format="GIF", **comment)
 
 
 def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
-    """Write frames (T, H, W, 3) as an endless WebP; the metadata become the description in its EXIF."""
+    """Write frames (T, H, W, 3) as an endless WebP; the metadata become the description in its EXIF.
+
+    It counts in milliseconds. Where all frames are equal it becomes a picture, which has no delays.
+    """
     exif = Image.Exif()
     if metadata:
         exif[_EXIF_DESCRIPTION] = _to_json(metadata)
-    _write_animation(path, video, fps, format="WEBP", quality=90, exif=exif)
+    _write_animation(path, video, fps, _WEBP_DELAYS, format="WEBP", quality=90, exif=exif)
 
 
-def _write_animation(path: str | Path, video: np.ndarray, fps: float, **options) -> None:
+def slower_gif(fps: float) -> str | None:
+    """Why a GIF of so many frames per second plays slower than it should; `None` if it does not."""
+    unit, shortest = _GIF_DELAYS
+    fastest = 1 / (unit * shortest)
+    if check_fps(fps) <= fastest:
+        return None
+    times = float(fps / fastest)
+    return f"a GIF plays {fastest} frames per second at most: asked for {fps:g}, it lasts {times:.3g} times as long"
+
+
+def delays(count: int, fps: float, unit: Fraction, shortest: int) -> list[int]:
+    """How long each of `count` frames stays, in whole units (seconds) and at least `shortest` of them.
+
+    The sum is never off by more than half a unit, unless `shortest` makes the clip slower.
+    """
+    step = max(float(1 / (Fraction(float(check_fps(fps))) * unit)), shortest)
+    ends = np.round(np.arange(count + 1) * step).astype(int)
+    return np.diff(ends).tolist()
+
+
+def _write_animation(path: str | Path, video: np.ndarray, fps: float, kind: tuple[Fraction, int], **options) -> None:
     frames = [Image.fromarray(frame) for frame in to_uint8(video)]
-    options |= dict(save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    milliseconds = [int(delay * kind[0] * 1000) for delay in delays(len(frames), fps, *kind)]
+    options |= dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     with whole_file(path) as temporary:
         frames[0].save(temporary, **options)
 
@@ -112,16 +170,28 @@ WRITERS: dict[str, Callable] = {".mp4": write_mp4, ".gif": write_gif, ".webp": w
 def writer_for(path: str | Path) -> Callable:
     """The function that writes the format of the path's extension; that of a folder is none."""
     suffix = Path(path).suffix.lower()
-    if suffix and suffix not in WRITERS:
-        raise ValueError(f"expected a file name ending in {', '.join(WRITERS)}, got {str(path)!r}")
-    return WRITERS[suffix] if suffix else write_frames
+    if names_folder(path) or not suffix:
+        return write_frames
+    if suffix not in WRITERS:
+        raise ValueError(
+            f"expected a file name ending in {', '.join(WRITERS)}, got {str(path)!r}; a folder is written with a"
+            f" slash at its end: '{path}/'"
+        )
+    return WRITERS[suffix]
+
+
+def names_folder(path: str | Path) -> bool:
+    """Whether a path says by a slash at its end that it is a folder, or one is there; its name may hold dots."""
+    return os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(path)
 
 
 def write_video(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
     """Write frames (T, H, W, 3), float in [0, 1] or uint8, in the format of the path's extension.
 
-    Without an extension, as a folder of frames. `metadata` is what JSON can say; `read_metadata` reads it back.
+    Without an extension, or with a slash at the end, as a folder of frames. `fps` is from 0.01 to 1000.
+    `metadata` is what JSON can say; `read_metadata` reads it back.
     """
+    check_fps(fps)
     writer_for(path)(path, video, fps=fps, metadata=metadata)
 
 

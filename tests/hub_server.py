@@ -20,17 +20,22 @@ LFS_SIZE = 10 * 2**20
 
 @dataclass
 class Repository:
-    """Commits (id -> path -> content), what the branches point at, and who may see it."""
+    """Commits (id -> path -> content), what the branches point at, and who may see it.
+
+    `history` tells of each commit its parent, and its description.
+    """
 
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    history: dict[str, tuple[str | None, str]] = field(default_factory=dict)
 
-    def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
+    def commit(self, branch: str, files: dict[str, bytes], message: str, description: str = "") -> str:
         digests = [f"{path} {hashlib.sha1(content).hexdigest()}" for path, content in sorted(files.items())]
         identity = hashlib.sha1("\n".join([str(len(self.commits)), *digests]).encode()).hexdigest()
+        self.history[identity] = self.branches.get(branch, self.branches.get("main")), description
         self.commits[identity], self.branches[branch] = files, identity
         self.messages.append(message)
         return identity
@@ -171,6 +176,18 @@ class _Handler(BaseHTTPRequestHandler):
         linked = {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(content))} if _is_lfs(path, content) else {}
         return self._send(200, content, {"X-Repo-Commit": found[0], "ETag": f'"{tag}"', **linked})
 
+    def commits(self, name: str, revision: str):
+        found = self._at(name, revision)
+        if not found:
+            return
+        listed, identity = [], found[0]
+        while identity is not None:
+            parent, description = self.server.repository(name).history[identity]
+            entry = {"id": identity, "title": "", "message": description, "authors": []}
+            listed.append(entry | {"date": "2024-01-01T00:00:00.000Z"})
+            identity = parent
+        self._json(listed)
+
     # --- writing -----------------------------------------------------------------------------------------------------
     def create(self):
         if self._refused():
@@ -233,17 +250,20 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._at(name, revision)
         if not found or self._refused():
             return
-        files, message = dict(found[1]), ""
+        files, message, description = dict(found[1]), "", ""
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
-                message = value["summary"]
+                message, description = value["summary"], value.get("description", "")
+                if value.get("parentCommit") not in (None, found[0]):
+                    return self._send(412, b"{}", {"X-Error-Message": "A commit has happened since"})
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.lfs[value["oid"]]
         pull_request = "create_pr" in self.query
-        identity = self.server.repositories[name].commit("refs/pr/1" if pull_request else revision, files, message)
+        branch = "refs/pr/1" if pull_request else revision
+        identity = self.server.repositories[name].commit(branch, files, message, description)
         answer = {"commitUrl": f"{self.server.url}/{name}/commit/{identity}", "commitOid": identity}
         self._json(answer | ({"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"} if pull_request else {}))
 
@@ -252,6 +272,7 @@ _ID = "([^/]+/[^/]+)"
 _ROUTES = (
     (rf"GET /api/models/{_ID}(?:/revision/(.+))?", _Handler.describe),
     (rf"GET /api/models/{_ID}/tree/([^/]+)", _Handler.tree),
+    (rf"GET /api/models/{_ID}/commits/([^/]+)", _Handler.commits),
     (rf"(?:GET|HEAD) /{_ID}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Handler.resolve),
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),

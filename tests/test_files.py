@@ -1,8 +1,21 @@
+import errno
 import os
+import resource
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
 
-from diffusers_mcm.files import whole_file, whole_folder
+from diffusers_mcm import MCMPipeline
+from diffusers_mcm.files import DiskFullError, is_disk_full, whole_file, whole_files, whole_folder, write_text
+from diffusers_mcm.formats import convert
+from diffusers_mcm.lora import WEIGHTS_NAME
+from diffusers_mcm.publish import record_sample, stage_lora
+from diffusers_mcm.shapes.build import build
+from diffusers_mcm.video_io import WRITERS, write_video
+from tests.tiny import save_tiny_base, save_tiny_lora
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
@@ -42,3 +55,122 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), whole_folder(path) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["kept", "kept/old.txt"]
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+@contextmanager
+def no_room(size=0):
+    """No file may grow beyond so many bytes: the system refuses the rest of a write, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny base model, and a LoRA folder with a sample clip."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny_base(root / "base")
+    save_tiny_lora(root / "lora", base=root / "base")
+    record_sample(root / "lora", np.zeros((4, 16, 16, 3), np.uint8), "a red circle", fps=8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipe(world):
+    return MCMPipeline.from_pretrained(world / "lora")
+
+
+VIDEO = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+WRITE = {
+    **{f"v{suffix}": lambda path, *_: write_video(path, VIDEO) for suffix in WRITERS},
+    "frames": lambda path, *_: write_video(path, VIDEO, metadata={"seed": 1}),
+    "lora": lambda path, _, pipe: pipe.save_mcm_lora(path),
+    "pipeline": lambda path, _, pipe: pipe.save_pretrained(path),
+    "converted": lambda path, world, _: convert(world / "lora", path, "peft", overwrite=True),
+    "one.safetensors": lambda path, world, _: convert(world / "lora", path, "diffusers", overwrite=True),
+    "table.md": lambda path, *_: write_text(path, "a line\n" * 200),
+}
+
+
+@pytest.mark.parametrize("room", [0, 700])
+@pytest.mark.parametrize("name", WRITE)
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, world, pipe, name, room):
+    path = tmp_path / "new" / name
+    with no_room(room), pytest.raises(DiskFullError, match=f"The disk is full: there was no room to write .*{name}"):
+        WRITE[name](path, world, pipe)
+    assert list(tmp_path.iterdir()) == []  # nor the folders that were made for it
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_full_disk_leaves_what_was_there(tmp_path, world, pipe, name):
+    WRITE[name](tmp_path / name, world, pipe)
+    before = contents(tmp_path)
+    with no_room(), pytest.raises(DiskFullError, match="MB are free there"):
+        WRITE[name](tmp_path / name, world, pipe)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_leaves_a_lora_folder_as_it_was(tmp_path, world):
+    folder = save_tiny_lora(tmp_path / "lora", base=world / "base")
+    before = contents(tmp_path)
+    with no_room(1500), pytest.raises(DiskFullError, match="no room to write .*lora"):
+        record_sample(folder, VIDEO, "a red circle", fps=8)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("format", ["folder", "tars"])
+def test_a_full_disk_leaves_no_half_of_a_world(tmp_path, format):
+    with no_room(100), pytest.raises(DiskFullError, match="no room to write .*world"):
+        build(tmp_path / "new" / "world", num_videos=1, num_images=1, size=32, num_frames=2, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_staged_on_a_full_disk_is_told(tmp_path, world):
+    (tmp_path / "staged").mkdir()
+    with no_room(700), pytest.raises(DiskFullError, match="The disk is full"):
+        stage_lora(world / "lora", tmp_path / "staged", "me/mcm", base_model="owner/base")
+    assert list((tmp_path / "staged").iterdir()) == []
+
+
+def test_full_disks_are_known_by_number_and_by_what_libraries_say():
+    assert is_disk_full(OSError(errno.ENOSPC, "x")) and is_disk_full(OSError(errno.EDQUOT, "x"))
+    assert is_disk_full(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied")) and not is_disk_full(ValueError("space"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError, match="not yours"), whole_file(tmp_path / "a" / "b.txt"):
+        raise PermissionError(errno.EACCES, "not yours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_of_files_takes_the_place_of_an_older_one(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old/part.txt", "notes.txt", "last.txt"):
+        (tmp_path / name).write_text("old")
+    with whole_files(tmp_path, "last.txt", stale=["old", "never"]) as temporary:
+        write_text(temporary / "new" / "part.txt", "new")
+        write_text(temporary / "last.txt", "new")
+        assert (tmp_path / "old" / "part.txt").is_file()  # up to the end
+    assert {name.as_posix(): text for name, text in contents(tmp_path).items()} == {
+        "notes.txt": b"old",
+        "new/part.txt": b"new",
+        "last.txt": b"new",
+    }
+
+
+def test_a_saved_lora_is_the_same_as_before(tmp_path, pipe, world):
+    pipe.save_mcm_lora(tmp_path / "lora")
+    names = {path.as_posix() for path in contents(tmp_path / "lora")}
+    assert names == {WEIGHTS_NAME, "mcm_config.json", "scheduler/scheduler_config.json"}
+    again = MCMPipeline.from_pretrained(tmp_path / "lora")
+    ours, theirs = (p.denoiser.state_dict() for p in (again, pipe))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -311,6 +311,86 @@ def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
 
 
+def edited_on_the_hub(server, name="me/mcm", branch="main", text="By hand, on the Hub."):
+    """Somebody writes something at the end of the card there."""
+    repository = server.repositories[name]
+    files = dict(repository.at(branch)[1])
+    files["README.md"] += f"\n{text}\n".encode()
+    repository.commit(branch, files, "Update README.md")
+    return files["README.md"]
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(server, lora, caplog):
+    assert push(lora) == 0
+    repository = server.repositories["me/mcm"]
+    edited = edited_on_the_hub(server)
+    (lora / "README.md").write_text((lora / "README.md").read_text() + "\nBy hand, at home.\n")  # even so
+    make_other = save_tiny_lora(lora.parent / "other", base="owner/base", seed=5)
+    (lora / WEIGHTS_NAME).write_bytes((make_other / WEIGHTS_NAME).read_bytes())
+    before = repository.files[WEIGHTS_NAME]
+    for _ in range(2):
+        caplog.clear()
+        assert push(lora) == 0
+        assert repository.files["README.md"] == edited and repository.files[WEIGHTS_NAME] != before
+        assert (
+            "The card of me/mcm was edited on the Hub and stays" in caplog.text and "--overwrite_card" in caplog.text
+        )
+    assert push(lora, "--overwrite_card") == 0
+    assert repository.files["README.md"].decode() == (lora / "README.md").read_text()
+    caplog.clear()
+    (lora / "README.md").write_text((lora / "README.md").read_text() + "\nMore.\n")
+    assert push(lora) == 0 and not caplog.text  # what the last push has put there is nobody's edit
+    assert repository.files["README.md"].decode() == (lora / "README.md").read_text()
+
+
+def test_cards_that_nobody_has_edited_on_the_hub_are_replaced(server, lora, caplog):
+    assert push(lora) == 0
+    repository = server.repositories["me/mcm"]
+    for line in ("First.", "Second."):  # edited at home, again and again
+        (lora / "README.md").write_text((lora / "README.md").read_text() + f"\n{line}\n")
+        assert push(lora) == 0 and repository.files["README.md"].decode().endswith(f"\n{line}\n")
+    files = repository.files
+    repository.commit("main", {**files, "README.md": files["README.md"].replace(b"\n", b"\r\n")}, "no word changed")
+    (lora / "README.md").write_text((lora / "README.md").read_text() + "\nThird.\n")
+    assert push(lora) == 0 and b"Third." in repository.files["README.md"]
+    assert not caplog.text
+
+
+def test_a_branch_and_a_pull_request_keep_an_edited_card(server, lora):
+    assert push(lora, "--revision", "v1") == 0
+    edited = edited_on_the_hub(server, branch="v1")
+    make_lora(lora, seed=3)
+    assert push(lora, "--revision", "v1") == 0
+    assert server.repositories["me/mcm"].at("v1")[1]["README.md"] == edited
+    assert push(lora) == 0  # nothing of it on main
+    edited = edited_on_the_hub(server)
+    make_lora(lora, seed=4)
+    assert push(lora, "--create_pr") == 0
+    assert server.repositories["me/mcm"].at("refs/pr/1")[1]["README.md"] == edited
+
+
+def test_an_edit_that_comes_in_between_is_not_overwritten(server, lora, monkeypatch, capsys):
+    from huggingface_hub import HfApi
+
+    assert push(lora) == 0
+    list_commits, edited = HfApi.list_repo_commits, []
+
+    def late(self, *arguments, **options):
+        found = list_commits(self, *arguments, **options)
+        edited.append(edited_on_the_hub(server, text="Late."))
+        return found
+
+    make_lora(lora, seed=3)
+    (lora / "README.md").write_text((lora / "README.md").read_text() + "\nMine.\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "list_repo_commits", late)
+        assert push(lora) == 2
+    assert "Publishing me/mcm failed" in capsys.readouterr().err
+    assert server.repositories["me/mcm"].files["README.md"] == edited[0]
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].files["README.md"] == edited[0]
+
+
 # --- from a pipeline -------------------------------------------------------------------------------------------------
 def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
     pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
@@ -325,6 +405,11 @@ def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
     assert repository.messages == ["initial commit", "From a pipeline"] and repository.files.keys() == FILES
     assert address.endswith(repository.branches["main"])
     assert "text: a blue ring" in repository.files["README.md"].decode()
+    edited = edited_on_the_hub(server)
+    pipe.push_to_hub("me/mcm", adapter_name="mcm", prompt="a red ring")
+    assert repository.files["README.md"] == edited
+    pipe.push_to_hub("me/mcm", adapter_name="mcm", prompt="a red ring", overwrite_card=True)
+    assert b"text: a red ring" in repository.files["README.md"]
     assert pipe.get_active_adapters() == ["mcm", "style"] and pipe._adapters.weights == {"mcm": 0.9, "style": 0.5}
     options = dict(cache_dir=tmp_path / "cache", token=SECRET)
     assert torch.equal(sample(MCMPipeline.from_pretrained("me/mcm", **options)), video)
@@ -344,13 +429,19 @@ def test_a_pipeline_publishes_all_of_itself(server, root, tmp_path):
     check_card(repository.files["README.md"].decode())
     assert json.loads(repository.files[f"mcm_adapters/mcm/{CONFIG_NAME}"])["training"]["video_data"] == "videos"
     assert not [name for name, content in repository.files.items() if b"alice" in content]
+    edited = edited_on_the_hub(server, "me/whole")
+    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole")  # whose README.md is the old one
+    assert repository.files["README.md"] == edited
+    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", overwrite_card=True)
+    assert repository.files["README.md"] == (tmp_path / "whole" / "README.md").read_bytes() != edited
+    count = len(repository.messages)
     again = MCMPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
     assert torch.equal(sample(again), sample(pipe))
     server.fail(STAGES["commit"], 500, times=99)
     pipe.scheduler.register_to_config(timestep_scaling=5.0)
     with pytest.raises(PublishError, match="Publishing me/whole failed. .* finishes the job"):
         pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole")
-    assert len(repository.messages) == 2 and (tmp_path / "whole" / "model_index.json").is_file()
+    assert len(repository.messages) == count and (tmp_path / "whole" / "model_index.json").is_file()
 
 
 def test_a_saved_lora_is_the_one_that_was_loaded(lora, root, tmp_path):

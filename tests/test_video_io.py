@@ -1,9 +1,20 @@
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_mcm.video_io import comparison, contact_sheet, read_metadata, to_uint8, write_frames, write_video
+from diffusers_mcm.video_io import (
+    check_fps,
+    comparison,
+    contact_sheet,
+    exact_rate,
+    read_metadata,
+    to_uint8,
+    write_frames,
+    write_video,
+)
 
 
 @pytest.fixture
@@ -39,6 +50,91 @@ def test_gif_holds_the_frames_and_their_rate(tmp_path, video):
     write_video(tmp_path / "v.gif", video, fps=8)
     with Image.open(tmp_path / "v.gif") as image:
         assert (image.n_frames, image.size, image.info["duration"]) == (6, (48, 32), 120)
+
+
+def timing(path):
+    """How long each frame of an animation stays, in milliseconds."""
+    with Image.open(path) as image:
+        durations = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            image.load()
+            durations.append(image.info["duration"])
+        return durations
+
+
+@pytest.mark.parametrize("fps", [0.7, 7, 8, 12, 15, 23.976, 24, 30, 33, 48, 50])
+@pytest.mark.parametrize(("name", "unit"), [("v.gif", 10), ("v.webp", 1)])
+def test_an_animation_lasts_as_long_as_it_should(tmp_path, video, fps, name, unit):
+    frames = np.concatenate([video] * 4)
+    write_video(tmp_path / name, frames, fps=fps)
+    found = timing(tmp_path / name)
+    assert len(found) == 24 and max(found) - min(found) <= unit
+    assert abs(sum(found) - 24_000 / fps) <= unit / 2 + 1e-6
+    ends = np.cumsum(found) - np.arange(1, 25) * 1000 / fps
+    assert np.abs(ends).max() <= unit / 2 + 1e-6  # and never drifts in between
+
+
+@pytest.mark.parametrize("fps", [51, 60, 120.0])
+def test_a_gif_that_would_be_too_fast_is_slower_and_says_so(tmp_path, video, fps):
+    with pytest.warns(UserWarning, match=f"a GIF plays 50 frames per second at most: asked for {fps:g}, it lasts"):
+        write_video(tmp_path / "v.gif", video, fps=fps)
+    assert timing(tmp_path / "v.gif") == [20] * 6
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_slow_enough_warns_of_nothing(tmp_path, video):
+    write_video(tmp_path / "v.gif", video, fps=50)
+    write_video(tmp_path / "v.webp", video, fps=60)
+    assert sum(timing(tmp_path / "v.webp")) == 100
+
+
+@pytest.mark.parametrize("name", ["v.gif", "v.webp"])
+def test_frames_that_stay_the_same_take_their_time(tmp_path, video, name):
+    still = np.concatenate([video[:2], video[[2] * 7], video[3:]])  # 12 frames, 7 of them alike
+    write_video(tmp_path / name, still, fps=24)
+    assert sum(timing(tmp_path / name)) == 500
+
+
+def test_a_gif_that_never_moves_takes_its_time(tmp_path, video):
+    write_video(tmp_path / "v.gif", video[[0] * 12], fps=24)
+    assert sum(timing(tmp_path / "v.gif")) == 500
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [(23.976, Fraction(24000, 1001)), (29.97, Fraction(30000, 1001)), (12.5, Fraction(25, 2)), (0.3, Fraction(3, 10))],
+)
+def test_an_mp4_has_the_rate_that_is_meant(tmp_path, video, fps, rate):
+    assert exact_rate(fps) == rate
+    write_video(tmp_path / "v.mp4", video, fps=fps)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        stream = container.streams.video[0]
+        seconds = [float(frame.pts * stream.time_base) for frame in container.decode(stream)]
+    np.testing.assert_allclose(np.diff(seconds), float(1 / rate), rtol=1e-3)  # the container counts in ticks
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), None, "8", True])
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png", "v"])
+def test_rates_that_are_none_are_refused(tmp_path, video, fps, name):
+    with pytest.raises(ValueError, match="expected fps above 0, got"):
+        write_video(tmp_path / name, video, fps=fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fps", [0.001, 2000])
+def test_rates_that_no_player_has_are_refused(fps):
+    with pytest.raises(ValueError, match="expected fps from 0.01 to 1000, got"):
+        check_fps(fps)
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path, video):
+    for _ in range(2):  # by its slash, then because it is there
+        write_video(f"{tmp_path}/run_0.5/", video)
+    write_video(tmp_path / "run_0.5", video[:3])
+    assert [path.name for path in sorted((tmp_path / "run_0.5").iterdir())] == ["0001.png", "0002.png", "0003.png"]
+    with pytest.raises(ValueError, match=r"a folder is written with a slash at its end: 'run_0.7/'"):
+        write_video("run_0.7", video)
 
 
 def test_webp_holds_the_frames_and_their_rate(tmp_path, video):

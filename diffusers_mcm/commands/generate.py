@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .grammar import notice
 from .prompts import Job, plan, read_prompts
+from .startup import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
     from .. import MCMPipeline
@@ -44,12 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="a list of prompts: .txt, .jsonl, .csv, or - for stdin")
     add(
         *("-o", "--output"),
-        default="out.mp4",
-        type=Path,
-        help=".mp4, .gif, .webp or .png (all frames in one picture); without an ending a folder (default: out.mp4)",
+        default="out.mp4",  # a text, not a path, which would forget a slash at the end
+        help=".mp4, .gif, .webp or .png (all frames in one picture); without an ending, or with a slash at the end, a"
+        " folder (default: out.mp4)",
     )
     add("--format", choices=FORMATS, help="of the videos in a folder; frames: each a folder of .png (default: mp4)")
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
+    add("-v", "--verbose", action="store_true", help="show the libraries' notices and their bars of loading as well")
 
     model = parser.add_argument_group("model").add_argument
     model("--model", help="packaged model, folder or Hub id: an MCM LoRA or a base model (default: mcm-shapes)")
@@ -88,54 +91,76 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
     jobs = plan_jobs(arguments)
 
-    from accelerate import PartialState
-    from tqdm import tqdm
+    with quick_imports():
+        from ..devices import choose_device
 
-    from ..devices import choose_device
+        device = choose_device(arguments.device)
+        check_offload(arguments.offload, device)
+        tell(headline(arguments, device))
+        from accelerate import PartialState
+        from tqdm import tqdm
 
-    device = choose_device(arguments.device)
-    check_offload(arguments.offload, device)
-    state = PartialState(cpu=device == "cpu")
-    if state.num_processes > 1:
-        device = str(state.device)
-    pipeline = load_pipeline(arguments, device)
-    # the bar of one video's steps, or that of the list
-    pipeline.set_progress_bar_config(disable=len(jobs) > 1)
-    settings = settings_of(arguments, pipeline)
+        state = PartialState(cpu=device == "cpu")
+        if state.num_processes > 1:
+            device = str(state.device)
+    with quiet_libraries(arguments.verbose):
+        with quick_imports():
+            pipeline = load_pipeline(arguments, device)
+        # the bar of one video's steps, or that of the list
+        pipeline.set_progress_bar_config(disable=len(jobs) > 1)
+        settings = settings_of(arguments, pipeline)
+        tell(notice([job.prompt for job in jobs], pipeline.config.get("_name_or_path"), settings["model"]))
 
-    pending = [job for job in jobs if arguments.overwrite or not is_made(job, settings)]
-    if len(pending) < len(jobs) and state.is_main_process:
-        print(f"{len(jobs) - len(pending)} of {len(jobs)} videos are there already, made by the same settings")
-    state.wait_for_everyone()  # nobody writes before everybody has looked, so that all share the same list
-    share = pending[state.process_index :: state.num_processes]
-    with tqdm(share, unit="video", disable=len(jobs) == 1 or not state.is_main_process) as bar:
-        for job in bar:
-            length = make(job, pipeline, settings, arguments)
-            bar.clear()
-            print(f"{job.path}  ({length} frames, seed {job.seed}): {job.prompt}", flush=True)
-    state.wait_for_everyone()
-    state.destroy_process_group()
+        pending = [job for job in jobs if arguments.overwrite or not is_made(job, settings)]
+        if len(pending) < len(jobs) and state.is_main_process:
+            print(f"{len(jobs) - len(pending)} of {len(jobs)} videos are there already, made by the same settings")
+        state.wait_for_everyone()  # nobody writes before everybody has looked, so that all share the same list
+        share = pending[state.process_index :: state.num_processes]
+        with tqdm(share, unit="video", disable=len(jobs) == 1 or not state.is_main_process) as bar:
+            for job in bar:
+                length = make(job, pipeline, settings, arguments)
+                bar.clear()
+                print(f"{job.path}  ({length} frames, seed {job.seed}): {job.prompt}", flush=True)
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
+def tell(text: str | None) -> None:
+    """A line, if there is one, to whom it may concern: once from all processes, and apart from the list of files."""
+    if text and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def headline(arguments: argparse.Namespace, device: str) -> str:
+    """The one line that a run begins with: model, device, precision."""
+    lora = f" with {public_name(arguments.lora)}" if arguments.lora else ""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    many = f", {processes} processes" if processes > 1 else ""
+    return f"{public_name(arguments.model)}{lora} on {device}{many}, {arguments.dtype}"
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What to make and where, with everything checked that can be checked before a model is loaded."""
-    from ..video_io import writer_for
+    from ..video_io import check_fps, names_folder, writer_for
 
-    if arguments.fps is not None and arguments.fps <= 0:
-        raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
+    if arguments.fps is not None:
+        check_fps(arguments.fps, "--fps")
     if arguments.num_videos < 1:
         raise ValueError(f"expected --num_videos of at least 1, got {arguments.num_videos}")
     output = arguments.output
-    suffix = None
-    if output.is_dir() or not output.suffix:
+    path = Path(output)
+    if names_folder(output) or not path.suffix:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"expected a folder as --output, got {output!r}, which is a file")
         suffix = FORMATS[arguments.format or "mp4"]
     else:
         writer_for(output)
         if arguments.format is not None:
-            raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {str(output)!r}")
+            raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
+        suffix = None
     return plan(
         read_prompts(arguments.prompt, arguments.prompts),
-        output,
+        path,
         suffix,
         seed=arguments.seed,
         negative_prompt=arguments.negative_prompt,

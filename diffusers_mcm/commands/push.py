@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--create_pr", action="store_true", help="open a pull request instead of committing")
     add("--token", help="token for the Hub (default: HF_TOKEN, or that of `hf auth login`)")
     add("--base_model", metavar="REPO", help="the base model's repository, if it was trained with a local copy")
+    add("--overwrite_card", action="store_true", help="replace a card that was edited on the Hub (default: it stays)")
     add("--prompt", help="make the sample clip anew, of this, and keep it in DIR; needs the base model")
     add("--device", help="where the clip is made (default: the best there is)")
     add("--dry_run", action="store_true", help="check everything and list what would be published, and stop there")
@@ -38,9 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the folder, then publish it."""
     arguments = build_parser().parse_args(argv)
-    from ..publish import check_repository_name, publish_lora
+    from ..hub import check_repository_name
 
     check_repository_name(arguments.repository)
+    from ..publish import publish_lora
+
     if arguments.prompt:
         _make_sample(arguments)
     if arguments.dry_run:
@@ -54,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         revision=arguments.revision,
         create_pr=arguments.create_pr,
         base_model=arguments.base_model,
+        overwrite_card=arguments.overwrite_card,
     )
     print(f"Published: {address}")
     return None

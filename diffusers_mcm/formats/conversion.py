@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
+from ..files import disk_full_told, new_folders
 from ..lora import (
     CONFIG_NAME,
     MOTION_HEAD_NAME,
@@ -83,18 +84,19 @@ def convert(
     _complete(lora)
     _rebase(lora, destination.parent if single else destination)
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        layout.write(lora, temporary, motion_adapter)
-        if single:
-            os.replace(temporary / layout.file_name, destination)
-            return destination
-        write_settings(temporary, lora)
-        if head is not None:
-            shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
-        _put_in_place(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk_full_told(destination), new_folders(temporary.parent):
+        try:
+            temporary.mkdir()
+            layout.write(lora, temporary, motion_adapter)
+            if single:
+                os.replace(temporary / layout.file_name, destination)
+                return destination
+            write_settings(temporary, lora)
+            if head is not None:
+                shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
+            _put_in_place(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return destination
 
 

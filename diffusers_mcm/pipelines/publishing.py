@@ -14,10 +14,12 @@ import torch
 
 from .. import hub
 from ..cards import CARD_NAME, DEFAULT_PROMPT, is_local
-from ..lora import WEIGHTS_NAME, write_lora_weights, write_settings
+from ..files import whole_files, write_text
+from ..lora import write_lora_folder
 from . import loading
+from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER
 
-_PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
+_PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr", "overwrite_card")
 
 
 class HubVerbs:
@@ -27,14 +29,16 @@ class HubVerbs:
         """Save the clean base model, and every LoRA beside it; `from_pretrained` restores both to the bit.
 
         The arguments are those of diffusers' `save_pretrained`. With `push_to_hub` the whole of it, base model
-        included, is published as `repo_id` in one commit; [`~MCMPipeline.push_to_hub`] publishes the LoRA alone.
+        included, is published as `repo_id` in one commit; [`~MCMPipeline.push_to_hub`] publishes the LoRA alone. A
+        card that was edited on the Hub stays, unless `overwrite_card=True`.
         """
         folder = Path(save_directory)
         hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
-        with self._clean_networks():
-            super().save_pretrained(str(folder), **kwargs)
-        loading.forget_local_paths(folder)
-        self._save_adapters(folder)
+        with whole_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
+            with self._clean_networks():
+                super().save_pretrained(str(temporary), **kwargs)
+            loading.forget_local_paths(temporary)
+            self._save_adapters(temporary)
         if push_to_hub:
             self._push_pipeline(folder, **hub_options)
 
@@ -46,15 +50,17 @@ class HubVerbs:
         token: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        overwrite_card: bool = False,
     ) -> str:
         from ..publish import open_repository, pipeline_card, publish_folder
 
         repository = open_repository(repo_id or folder.resolve().name, private=private, token=token)
         card = folder / CARD_NAME
         if not card.is_file() and hub.find_file(repository, CARD_NAME, token=token) is None:
-            card.write_text(pipeline_card(repository), encoding="utf-8")
+            write_text(card, pipeline_card(repository))
         message = commit_message or f"Upload {type(self).__name__}"
-        return publish_folder(folder, repository, token=token, commit_message=message, create_pr=create_pr)
+        options = dict(create_pr=create_pr, overwrite_card=overwrite_card)
+        return publish_folder(folder, repository, token=token, commit_message=message, **options)
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -67,7 +73,6 @@ class HubVerbs:
         if list(parts := self._parts(name)) != [self.base_model.denoiser_name]:
             raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         lora = self._extract(name)[self.base_model.denoiser_name]
         sampling = {key: self.sampling_default(key) for key in loading.SAMPLING_KEYS}
         lora.config = {
@@ -83,8 +88,7 @@ class HubVerbs:
         lora.config.pop("sample", None)  # that clip is not here
         if isinstance(self.scheduler, self.base_model.scheduler_class):
             lora.scheduler_config = dict(self.scheduler.config)
-        write_lora_weights(folder / WEIGHTS_NAME, lora, self.base_model.denoiser_name)
-        write_settings(folder, lora)
+        write_lora_folder(folder, lora, self.base_model.denoiser_name)
 
     def push_to_hub(
         self,
@@ -98,6 +102,7 @@ class HubVerbs:
         adapter_name: str | None = None,
         prompt: str | None = None,
         base_model: str | None = None,
+        overwrite_card: bool = False,
     ) -> str:
         """
         Publish the MCM LoRA: weights, settings, scheduler, model card and a sample clip, in one commit.
@@ -119,6 +124,8 @@ class HubVerbs:
                 Of the sample clip, which is made with this LoRA alone and seed 0.
             base_model (`str`, *optional*):
                 Repository of the base model, if the LoRA was trained with a copy on this machine.
+            overwrite_card (`bool`, defaults to `False`):
+                Put a new card in the place of one that was edited on the Hub, which otherwise stays.
 
         Returns:
             `str`: The address of the commit, or of the pull request.
@@ -137,6 +144,7 @@ class HubVerbs:
             record_sample(folder, np.asarray(video), prompt, self.sampling_default("fps"))
             options: dict[str, Any] = dict(private=private, token=token, commit_message=commit_message)
             options |= dict(revision=revision, create_pr=create_pr, base_model=base_model)
+            options["overwrite_card"] = overwrite_card
             return publish_lora(folder, repo_id, **options)
 
     def _one_adapter(self, adapter_name: str | None) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..files import disk_full_told, new_folders
 from ..video_io import encode_mp4
 from .captions import Caption, held_out_captions, training_captions
 from .render import DOMAINS, render_image, render_video
@@ -218,11 +219,11 @@ def _whole_directory(directory: Path) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its place when the block ends, and vanishes if it raises."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk_full_told(directory), new_folders(directory.parent):
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

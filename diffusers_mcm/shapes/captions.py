@@ -26,6 +26,9 @@ MOTIONS = {
 BACKGROUNDS = {"black": (13, 13, 13), "white": (242, 242, 242), "gray": (128, 128, 128), "cyan": (100, 215, 230)}
 
 
+TEMPLATE = "a {colour} {shape} {motion} on a {background} background"
+
+
 class Caption(NamedTuple):
     """The four attributes of one caption; `str()` gives the sentence."""
 
@@ -35,7 +38,13 @@ class Caption(NamedTuple):
     background: str
 
     def __str__(self) -> str:
-        return f"a {self.colour} {self.shape} {self.motion} on a {self.background} background"
+        return TEMPLATE.format(**self._asdict())
+
+
+def grammar() -> dict[str, str | dict[str, list[str]]]:
+    """The grammar as a model's `grammar.json` holds it, for `diffusers-mcm generate` to tell what the model draws."""
+    words = zip(Caption._fields, (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
+    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in words}}
 
 
 def parse(caption: "str | Caption") -> Caption:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import whole_file
+from ..files import write_text
 from .captions import Caption
 from .oracle import read_video
 
@@ -128,8 +128,3 @@ def replace_section(path: Path, mark: str, text: str) -> None:
         raise ValueError(f"expected one {opening} and then one {closing} in {path}")
     before, after = content.split(opening)[0], content.split(closing)[1]
     write_text(path, f"{before}{opening}\n{text.strip()}\n{closing}{after}")
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.publish import record_sample
+from diffusers_mcm.shapes.captions import grammar
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 PROMPT = "a red circle moving left on a black background"
@@ -58,6 +59,7 @@ def package_teacher(models: Path, teacher: Path) -> None:
     index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
     index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"} | index
     (teacher / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (teacher / "grammar.json").write_text(json.dumps(grammar(), indent=2) + "\n")
 
 
 def package_features(models: Path, target: Path) -> None:

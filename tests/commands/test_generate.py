@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_a_folder_holds_a_named_video_for_each_prompt(base, tmp_path, kind, name
     if kind == "frames":
         names = sorted(path.name for path in (tmp_path / "videos" / name).iterdir())
         assert names == ["0001.png", "0002.png", "0003.png", "0004.png", "metadata.json"]
+
+
+def test_the_name_of_a_folder_may_hold_a_dot(base, tmp_path):
+    for _ in range(2):
+        assert generate(base, "a blue ring", "-o", f"{tmp_path}/run_0.5/", "--seed", 3, "--overwrite") == 0
+    assert generate(base, "a red ring", "-o", tmp_path / "run_0.5", "--format", "frames") == 0  # now it is there
+    assert sorted(path.name for path in (tmp_path / "run_0.5").iterdir()) == [
+        "0001-a-blue-ring.mp4",
+        "0001-a-red-ring",
+    ]
 
 
 def test_guidance_and_negative_prompt_reach_the_pipeline(base, tmp_path):
@@ -250,6 +261,57 @@ def test_processes_share_a_list(base, tmp_path):
     assert done.stdout.count("1 of 5 videos are there already") == 1
 
 
+# --- what a run says -------------------------------------------------------------------------------------------------
+def test_a_run_says_one_line_draws_one_bar_and_names_the_file(tmp_path):
+    """In a process of its own, for the libraries say most of what they say when they are first imported."""
+    command = [sys.executable, "-m", "diffusers_mcm", "generate", "a cat", "-o", "v.gif", "--steps", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, "--device", "cpu", "--fps", "60"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["v.gif  (16 frames, seed 0): a cat"]
+    first, cannot, *rest = [line for line in re.split(r"[\r\n]+", run.stderr) if line.strip()]
+    assert first == "mcm-shapes on cpu, float32"
+    assert cannot.startswith("mcm-shapes cannot draw 'a cat': all it knows is «a {red|green|")
+    assert "--model yhzhai/mcm" in cannot
+    *bar, warning = rest
+    assert warning.startswith("diffusers-mcm: warning: a GIF plays 50 frames per second at most")
+    assert bar and all(re.search(r"[01]/1 \[", state) for state in bar), bar  # of one step
+
+
+def test_the_rest_is_told_when_it_is_asked_for(base, tmp_path, capsys):
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    before = [library.get_verbosity() for library in (of_diffusers, of_transformers)]
+    for options, shown in (([], False), (["-v"], True)):
+        assert generate(base, PROMPT, "-o", tmp_path / "v.mp4", "--overwrite", *options) == 0
+        error = capsys.readouterr().err
+        assert ("Loading pipeline components" in error) is shown
+        assert ("Loading weights" in error) is shown
+        assert error.startswith("base on cpu, float32\n")
+        assert [library.get_verbosity() for library in (of_diffusers, of_transformers)] == before
+        assert of_diffusers.is_progress_bar_enabled() and of_transformers.is_progress_bar_enabled()
+
+
+def test_a_gif_that_is_too_fast_is_told_once_for_a_list(base, tmp_path, capsys):
+    assert generate(base, *LIST, "-o", tmp_path / "videos", "--format", "gif", "--fps", 100) == 0
+    assert capsys.readouterr().err.count("diffusers-mcm: warning: a GIF plays 50") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(base, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        for kind in ("mp4", "frames"):
+            assert generate(base, PROMPT, "-o", tmp_path / "videos", "--format", kind) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.count("diffusers-mcm: error: The disk is full: there was no room to write") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 def test_compiling_compiles_the_denoiser(base, tmp_path, monkeypatch):
     compiled = []
@@ -279,6 +341,13 @@ def test_offloading_reaches_the_pipeline_with_its_device(base, monkeypatch, offl
         (["-o", "out.mp4", "--format", "gif"], "expected a folder as --output with --format gif, got 'out.mp4'"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--fps", "0"], "expected --fps above 0, got 0"),
+        (["--fps", "nan"], "expected --fps above 0, got nan"),
+        (["--fps", "5000"], "expected --fps from 0.01 to 1000, got 5000"),
+        (
+            ["-o", "run_0.5"],
+            "ending in .* a folder is written with a slash at its end: 'run_0.5/'",
+        ),
+        (["-o", f"{__file__}/"], "expected a folder as --output, got '.*py/', which is a file"),
         (["--num_videos", "0"], "expected --num_videos of at least 1, got 0"),
         (["--device", "abacus"], "expected a device out of .*cpu.* got 'abacus'"),
         (["--offload", "model"], r"expected an accelerator .* for --offload model, got the cpu"),
