@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .files import whole_file, whole_folder
 
+_HALF_A_LEVEL = 0.5 / 255
 _MARGIN = 4
 _LABEL_WIDTH = 190
 _EXIF_DESCRIPTION = 0x010E
@@ -20,20 +23,43 @@ _METADATA_FILE = "metadata.json"
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
-    """Frames (T, H, W, 3), float in [0, 1] or uint8 -> uint8 in [0, 255]."""
-    video = np.asarray(video)
+    """Frames (T, H, W, 3), float in [0, 1] or uint8 -> uint8 in [0, 255].
+
+    Float values may leave [0, 1] by half a level, which rounding takes away; `ValueError` for others, and for NaN.
+    """
+    try:
+        video = np.asarray(video)
+    except (TypeError, RuntimeError) as error:  # a tensor of a type that NumPy lacks, on a GPU, or with gradients
+        raise ValueError(f"expected frames as a NumPy array, got {type(video).__name__} ({error})") from error
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"expected frames of shape (T, H, W, 3), none of them 0, got {video.shape}")
     if video.dtype == np.uint8:
         return video
+    if not np.issubdtype(video.dtype, np.floating):
+        raise ValueError(f"expected frames of type uint8, or float in [0, 1], got {video.dtype}")
+    if not_finite := video.size - np.count_nonzero(np.isfinite(video)):
+        raise ValueError(f"expected finite frames, got {not_finite} values of {video.size} that are NaN or infinite")
+    low, high = float(video.min()), float(video.max())
+    if low < -_HALF_A_LEVEL or high > 1 + _HALF_A_LEVEL:
+        raise ValueError(
+            f"expected float frames in [0, 1], got values from {low:g} to {high:g}; of [-1, 1] take video / 2 + 0.5,"
+            " of [0, 255] video.astype(np.uint8)"
+        )
     return (video.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def check_fps(fps: float) -> float:
+    """Frames per second as a number above 0; `ValueError` for what is none."""
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not math.isfinite(fps) or fps <= 0:
+        raise ValueError(f"expected fps above 0, got {fps!r}")
+    return float(fps)
 
 
 def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None) -> bytes:
     """Frames (T, H, W, 3) as an H.264 mp4; the same frames and metadata always give the same bytes."""
     import av
 
-    video = to_uint8(video)
+    video, fps = to_uint8(video), check_fps(fps)
     # yuv420p holds even sizes only
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
@@ -74,7 +100,7 @@ def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Ma
 
 def _write_animation(path: str | Path, video: np.ndarray, fps: float, **options) -> None:
     frames = [Image.fromarray(frame) for frame in to_uint8(video)]
-    options |= dict(save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    options |= dict(save_all=True, append_images=frames[1:], duration=round(1000 / check_fps(fps)), loop=0)
     with whole_file(path) as temporary:
         frames[0].save(temporary, **options)
 
@@ -86,6 +112,8 @@ def write_png(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Map
 
 def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None = None) -> None:
     """Write a PNG; the metadata become its comment."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"expected a PIL image, got {type(image).__name__}; of a video contact_sheet() makes one")
     text = PngInfo()
     if metadata:
         text.add_text("Comment", _to_json(metadata))
@@ -122,7 +150,7 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 8, metadata: M
 
     Without an extension, as a folder of frames. `metadata` is what JSON can say; `read_metadata` reads it back.
     """
-    writer_for(path)(path, video, fps=fps, metadata=metadata)
+    writer_for(path)(path, video, fps=check_fps(fps), metadata=metadata)
 
 
 def read_metadata(path: str | Path) -> dict | None:

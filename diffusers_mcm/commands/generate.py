@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -121,6 +122,9 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What to make and where, with everything checked that can be checked before a model is loaded."""
     from ..video_io import writer_for
 
+    for flag in ("lora_scale", "guidance_scale", "fps"):
+        if (value := getattr(arguments, flag)) is not None and not math.isfinite(value):
+            raise ValueError(f"expected a finite number as --{flag}, got {value}")
     if arguments.fps is not None and arguments.fps <= 0:
         raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
     if arguments.num_videos < 1:
