@@ -162,20 +162,6 @@ def test_frames_that_are_no_video_leave_no_file(tmp_path, name, frames, message)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, -8, "8", None, True])
-@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png", "v"])
-def test_frame_rates_that_are_none(tmp_path, video, name, fps):
-    with pytest.raises(ValueError, match=f"expected fps above 0, got {fps!r}"):
-        write_video(tmp_path / name, video, fps=fps)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_frame_rate_of_numpy(tmp_path, video):
-    write_video(tmp_path / "v.mp4", video, fps=np.float32(12))
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        assert container.streams.video[0].average_rate == 12
-
-
 def test_a_picture_is_a_picture(tmp_path, video):
     with pytest.raises(ValueError, match="expected a PIL image, got ndarray; of a video contact_sheet"):
         write_image(tmp_path / "v.png", video)

@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.model is None:
         arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
+    check_numbers(arguments)
     jobs = plan_jobs(arguments)
 
     from accelerate import PartialState
@@ -122,9 +123,6 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What to make and where, with everything checked that can be checked before a model is loaded."""
     from ..video_io import writer_for
 
-    for flag in ("lora_scale", "guidance_scale", "fps"):
-        if (value := getattr(arguments, flag)) is not None and not math.isfinite(value):
-            raise ValueError(f"expected a finite number as --{flag}, got {value}")
     if arguments.fps is not None and arguments.fps <= 0:
         raise ValueError(f"expected --fps above 0, got {arguments.fps:g}")
     if arguments.num_videos < 1:
@@ -145,6 +143,13 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         negative_prompt=arguments.negative_prompt,
         num_videos=arguments.num_videos,
     )
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """`ValueError` for a flag that is `nan` or `inf`, which Python reads as numbers."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"expected a finite number as --{name}, got {value}")
 
 
 def check_offload(offload: str, device: str) -> None:

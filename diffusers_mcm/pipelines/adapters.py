@@ -52,12 +52,13 @@ class AdapterState:
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
-    call_scale: float | None = None  # of the call that is under way
-    unscaled: dict[nn.Module, dict[str, float]] = field(default_factory=dict)  # what its layers go back to afterwards
 
 
 class LoRAVerbs:
     """Mixin of `MCMPipeline`; needs `denoiser` and `base_model`."""
+
+    _call_scale: float | None = None  # `lora_scale` of the call that is under way
+    _unscaled: Mapping[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
 
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
@@ -241,7 +242,7 @@ class LoRAVerbs:
             component = path.partition(".")[0]
             for name, weight in weights.items():
                 layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
-            if self._adapters.call_scale is not None:  # in a callback: the weights are for the steps to come, too
+            if self._call_scale is not None:  # in a callback: the weights are for the steps to come, too
                 self._scale_for_call(layer, names)
         self._adapters.weights.update(weights)
 
@@ -265,24 +266,27 @@ class LoRAVerbs:
         self._require_unfused(f"scale the LoRA by {scale}")
         if not self.get_active_adapters():
             raise ValueError(f"A LoRA scale of {scale} was given, but no LoRA is active.")
-        state = self._adapters
-        with self._weighted(self.get_active_adapters(), scale) as before:
-            state.call_scale, state.unscaled = scale, before
+        with self._weighted(self.get_active_adapters(), scale) as self._unscaled:
+            self._call_scale = scale
             try:
                 yield
             finally:
-                state.call_scale, state.unscaled = None, {}
+                self._call_scale = None
+        self._unscaled = {}
 
     def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
         """A layer that has just got weights of its own, at the strength of the call that is under way."""
         for name in names:
             if name in layer.scaling:
-                self._adapters.unscaled.setdefault(layer, {})[name] = layer.scaling[name]
-                layer.scaling[name] *= self._adapters.call_scale
+                self._unscaled.setdefault(layer, {})[name] = layer.scaling[name]
+                layer.scaling[name] *= self._call_scale
 
     @contextmanager
     def _weighted(self, names: Sequence[str], scale: float) -> Iterator[dict[nn.Module, dict[str, float]]]:
         """Adapters at `scale` times their weights, active or not; yields what the layers go back to."""
+        scale = number("lora_scale", scale)
+        if self._call_scale is not None:
+            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         before = {layer: dict(layer.scaling) for layer in self._layers.values()}
         for layer in before:
             layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
@@ -300,9 +304,6 @@ class LoRAVerbs:
         original weights are kept in host memory, so that `unfuse_lora` is exact.
         """
         self._require_unfused("fuse again")
-        if self._adapters.call_scale is not None:
-            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
-        lora_scale = number("lora_scale", lora_scale)
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
@@ -321,7 +322,7 @@ class LoRAVerbs:
         except BaseException:  # a broken LoRA, no memory left, Ctrl-C
             self._restore()
             raise
-        self._adapters.fused = {name: lora_scale for name in names}
+        self._adapters.fused = {name: float(lora_scale) for name in names}
         self._set_aside()
 
     def unfuse_lora(self) -> None:
