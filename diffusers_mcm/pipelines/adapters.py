@@ -271,8 +271,7 @@ class LoRAVerbs:
             try:
                 yield
             finally:
-                self._call_scale = None
-        self._unscaled = {}
+                self._call_scale, self._unscaled = None, {}
 
     def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
         """A layer that has just got weights of its own, at the strength of the call that is under way."""

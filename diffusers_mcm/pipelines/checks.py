@@ -96,7 +96,7 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
     """A tensor of finite floating-point numbers; `shape` is what the error says it should be."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {shown(value)}.")
-    if not value.isfinite().all():
+    if not all_finite(value):
         raise ValueError(f"`{name}` holds {count_of_not_finite(value)}; every value must be finite.")
 
 
@@ -194,13 +194,20 @@ def check_names(name: str, given: Any, valid: Sequence[str]) -> list[str]:
 
 
 # --- what was sampled ------------------------------------------------------------------------------------------------
+def all_finite(values: torch.Tensor) -> bool:
+    total = values.sum(
+        dtype=torch.promote_types(values.dtype, torch.float32)
+    )  # a tenth of the time of looking at each
+    return bool(total.isfinite()) or bool(values.isfinite().all())  # a sum may overflow where no value does
+
+
 def count_of_not_finite(values: torch.Tensor) -> str:
     return f"{int((~values.isfinite()).sum())} values of {values.numel()} that are NaN or infinite"
 
 
 def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
     """Latents that the denoiser has made are finite; the error says what usually makes them otherwise."""
-    if latents.isfinite().all():
+    if all_finite(latents):
         return
     raise ValueError(
         f"The sampled latents hold {count_of_not_finite(latents)}. The usual causes: a LoRA that is far too strong"
@@ -212,7 +219,7 @@ def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
 
 def check_decoded(frames: torch.Tensor, vae: nn.Module) -> None:
     """Frames that the VAE has decoded from finite latents are finite."""
-    if frames.isfinite().all():
+    if all_finite(frames):
         return
     raise ValueError(
         f"The decoded frames hold {count_of_not_finite(frames)}, though the latents are finite: the VAE overflows its"

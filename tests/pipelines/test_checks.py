@@ -212,6 +212,20 @@ def broken(request):
     return break_it
 
 
+def test_finite_is_every_value_and_not_their_sum():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        largest = torch.full((2, 70_000), torch.finfo(dtype).max, dtype=dtype)
+        assert checks.all_finite(largest) and checks.all_finite(-largest)
+        for value in (NAN, float("inf"), -float("inf")):
+            spoilt = torch.zeros(2, 3, dtype=dtype)
+            spoilt[1, 2] = value
+            assert not checks.all_finite(spoilt)
+            largest[0, 0] = value
+            assert not checks.all_finite(largest)
+            spoilt[0, 0] = -value
+            assert not checks.all_finite(spoilt)
+
+
 @pytest.mark.parametrize("output_type", ["latent", "np", "pil", "pt"])
 def test_latents_that_are_not_finite(modelscope, broken, output_type):
     broken(modelscope.unet)
