@@ -471,8 +471,8 @@ def _weight(weight: float | dict[str, float], components: Sequence[str]) -> floa
     """A checked weight of an adapter."""
     if not isinstance(weight, Mapping):
         return number("adapter_weights", weight)
-    for component in weight:
-        if component not in components:
+    for component, value in weight.items():
+        if component not in components or isinstance(value, Mapping):
             raise ValueError(
                 f"An adapter's weight must be a number, or one for each of {', '.join(components)}; got {weight!r}."
             )
