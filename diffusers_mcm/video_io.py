@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .files import whole_file, whole_folder
 
+_HALF_A_LEVEL = 0.5 / 255
 _MARGIN = 4
 _LABEL_WIDTH = 190
 _EXIF_DESCRIPTION = 0x010E
@@ -29,12 +30,28 @@ _WEBP_DELAYS = (Fraction(1, 1000), 11)
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
-    """Frames (T, H, W, 3), float in [0, 1] or uint8 -> uint8 in [0, 255]."""
-    video = np.asarray(video)
+    """Frames (T, H, W, 3), float in [0, 1] or uint8 -> uint8 in [0, 255].
+
+    Float values may leave [0, 1] by half a level, which rounding takes away; `ValueError` for others, and for NaN.
+    """
+    try:
+        video = np.asarray(video)
+    except (TypeError, RuntimeError) as error:  # a tensor of a type that NumPy lacks, on a GPU, or with gradients
+        raise ValueError(f"expected frames as a NumPy array, got {type(video).__name__} ({error})") from error
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"expected frames of shape (T, H, W, 3), none of them 0, got {video.shape}")
     if video.dtype == np.uint8:
         return video
+    if not np.issubdtype(video.dtype, np.floating):
+        raise ValueError(f"expected frames of type uint8, or float in [0, 1], got {video.dtype}")
+    if not_finite := video.size - np.count_nonzero(np.isfinite(video)):
+        raise ValueError(f"expected finite frames, got {not_finite} values of {video.size} that are NaN or infinite")
+    low, high = float(video.min()), float(video.max())
+    if low < -_HALF_A_LEVEL or high > 1 + _HALF_A_LEVEL:
+        raise ValueError(
+            f"expected float frames in [0, 1], got values from {low:g} to {high:g}; of [-1, 1] take video / 2 + 0.5,"
+            " of [0, 255] video.astype(np.uint8)"
+        )
     return (video.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -144,6 +161,8 @@ def write_png(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Map
 
 def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None = None) -> None:
     """Write a PNG; the metadata become its comment."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"expected a PIL image, got {type(image).__name__}; of a video contact_sheet() makes one")
     text = PngInfo()
     if metadata:
         text.add_text("Comment", _to_json(metadata))

@@ -3,6 +3,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusers_mcm.video_io import (
@@ -13,6 +14,7 @@ from diffusers_mcm.video_io import (
     read_metadata,
     to_uint8,
     write_frames,
+    write_image,
     write_video,
 )
 
@@ -209,9 +211,9 @@ def test_comparison_shows_first_and_last_frames_of_every_method(video):
         comparison({"one": [video]}, ["a", "b"])
 
 
-def test_float_frames_are_clipped_and_rounded():
+def test_float_frames_are_rounded():
     frames = np.full((1, 2, 2, 3), 0.5)
-    frames[0, 0, 0] = (-1, 2, 0.999)
+    frames[0, 0, 0] = (-0.001, 1.001, 0.999)  # less than half a level outside
     np.testing.assert_array_equal(to_uint8(frames)[0, 0], [[0, 255, 255], [128, 128, 128]])
 
 
@@ -224,3 +226,32 @@ def test_other_shapes_are_refused(shape):
 def test_unknown_extension_lists_the_known_ones(video):
     with pytest.raises(ValueError, match=r"ending in .mp4, .gif, .webp, .png, got 'v.avi'"):
         write_video("v.avi", video)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.full((2, 4, 4, 3), np.nan), "expected finite frames, got 96 values of 96 that are NaN or infinite"),
+        (np.full((2, 4, 4, 3), np.inf, np.float16), "expected finite frames, got 96 values of 96"),
+        (
+            np.linspace(-1, 1, 96).reshape(2, 4, 4, 3),
+            r"in \[0, 1\], got values from -1 to 1; of \[-1, 1\] take video / 2",
+        ),
+        (np.full((2, 4, 4, 3), 255.0), r"values from 255 to 255; .* of \[0, 255\] video.astype\(np.uint8\)"),
+        (np.zeros((2, 4, 4, 3), int), r"expected frames of type uint8, or float in \[0, 1\], got int64"),
+        (np.zeros((2, 4, 4, 3), bool), r"expected frames of type uint8, or float in \[0, 1\], got bool"),
+        (np.zeros((2, 3, 4, 4)), r"expected frames of shape \(T, H, W, 3\), none of them 0, got \(2, 3, 4, 4\)"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.bfloat16), r"expected frames as a NumPy array, got Tensor \(.*BFloat16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "v.png", "v"])
+def test_frames_that_are_no_video_leave_no_file(tmp_path, name, frames, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / name, frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_a_picture(tmp_path, video):
+    with pytest.raises(ValueError, match="expected a PIL image, got ndarray; of a video contact_sheet"):
+        write_image(tmp_path / "v.png", video)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ which is in a repository of its own. This file is everything the package knows a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .. import hub
+from ..pipelines import checks
 from ..pipelines.loading import HUB_OPTIONS
 from ..pipelines.mcm import MCMPipeline
+from ..pipelines.sole_use import alone, sole_use
 from ..scheduler import MCMScheduler
 from .base import Text
 from .stable_diffusion import StableDiffusionModel
@@ -140,6 +143,12 @@ def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAda
     return unet
 
 
+@alone(
+    *("enable_free_noise", "disable_free_noise", "enable_free_noise_split_inference", "enable_free_init"),
+    *("disable_free_init", "enable_freeu", "disable_freeu", "fuse_qkv_projections", "unfuse_qkv_projections"),
+    *("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"),
+    *("load_textual_inversion", "unload_textual_inversion"),
+)
 class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
     """
     Few-step text to video with AnimateDiff.
@@ -242,34 +251,62 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
         """
-        others = dict(cross_attention_kwargs or {})
-        if "scale" in others:
-            kwargs["cross_attention_kwargs"] = {"scale": others.pop("scale")}
-        if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
+        with sole_use(self, to_call=True):
+            self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
+            self._clip_skip = self._checked_clip_skip(clip_skip)
+            self._eta = checks.eta(eta)
+            scale, others = checks.split_scale(cross_attention_kwargs)
+            self._cross_attention_kwargs = others or None
+            self._pictures = (ip_adapter_image, ip_adapter_image_embeds)
+            try:
+                return super().__call__(prompt, *args, cross_attention_kwargs=scale, **kwargs)
+            finally:
+                self._pictures = (None, None)
+
+    def _check_pictures(self, pictures, embeds) -> None:
+        if pictures is not None and embeds is not None:
             raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-        given = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        given = pictures is not None or embeds is not None
         if given != self._has_ip_adapter:
             raise ValueError(
                 "An IP-Adapter and a picture go together: "
                 + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
             )
-        self._pictures = (ip_adapter_image, ip_adapter_image_embeds)
-        self._clip_skip, self._eta, self._cross_attention_kwargs = clip_skip, eta, others or None
-        try:
-            return super().__call__(prompt, *args, **kwargs)
-        finally:
-            self._pictures = (None, None)
+        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError(
+                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
+                " `ip_adapter_image_embeds` without."
+            )
+        if given:
+            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+            checks.check_one_each(name, embeds if pictures is None else pictures, self._ip_adapters)
+
+    def _checked_clip_skip(self, clip_skip) -> int | None:
+        if clip_skip is None or self.text_encoder is None:
+            return clip_skip
+        clip_skip, layers = (
+            checks.whole_number("clip_skip", clip_skip, least=0),
+            self.text_encoder.config.num_hidden_layers,
+        )
+        if clip_skip > layers:
+            raise ValueError(f"`clip_skip` must be at most {layers}, the layers of the text encoder, got {clip_skip}.")
+        return clip_skip
 
     @property
     def _has_ip_adapter(self) -> bool:
         return self.unet.encoder_hid_proj is not None
 
-    def enable_free_noise(self, *args, **kwargs) -> None:
-        """diffusers' own, with the LoRAs that are loaded."""
+    @property
+    def _ip_adapters(self) -> int:
+        return len(self.unet.encoder_hid_proj.image_projection_layers)
+
+    def enable_free_noise(self, context_length: int | None = 16, *args, **kwargs) -> None:
+        """diffusers' own, with the LoRAs that are loaded; a clip of fewer frames than the context has one window."""
+        context_length = context_length or self.unet.config.motion_max_seq_length
         self.motion_adapter = self.unet  # which knows the longest clip as well
         try:
             with self._clean_networks():  # new blocks are made from the weights of the old
-                super().enable_free_noise(*args, **kwargs)
+                super().enable_free_noise(context_length, *args, **kwargs)
         finally:
             self.motion_adapter = None
 
@@ -291,6 +328,19 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         frames_fit = all(isinstance(frame, int) and frame >= 0 for frame in value) and 0 in value
         if not frames_fit or not all(isinstance(text, str) for text in value.values()):
             raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
+
+    def _check_embeds(self, name, embeds, num_frames):
+        if isinstance(embeds, torch.Tensor) and embeds.ndim == 4:  # a text for each frame
+            if embeds.shape[1] != num_frames:
+                raise ValueError(f"`{name}` has texts for {embeds.shape[1]} frames of a clip of {num_frames}.")
+            embeds = embeds.flatten(0, 1)
+        super()._check_embeds(name, embeds, num_frames)
+
+    def _check_latents(self, latents, shape):
+        repeated = self.free_noise_enabled and self._free_noise_noise_type == "repeat_context"
+        if repeated and getattr(latents, "ndim", 0) == 5 and latents.shape[2] == self._free_noise_context_length:
+            shape = (*shape[:2], self._free_noise_context_length, *shape[3:])
+        super()._check_latents(latents, shape)
 
     def _encode(self, prompt, prompt_embeds, num_videos_per_prompt, num_frames, device):
         text = super()._encode(prompt, prompt_embeds, num_videos_per_prompt, num_frames, device)
@@ -317,8 +367,10 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
     def _add_conditions(self, text, negative, device):
         if not self._has_ip_adapter:
             return
-        batch = len(text["prompt_embeds"])
-        found = self.prepare_ip_adapter_image_embeds(*self._pictures, device, batch, negative is not None)
+        batch, (pictures, given) = len(text["prompt_embeds"]), self._pictures
+        if given is not None:
+            checks.check_image_embeds(given, guided=negative is not None)
+        found = self.prepare_ip_adapter_image_embeds(pictures, given, device, batch, negative is not None)
         for i, embeds in enumerate(found):
             embeds = embeds.to(self.unet.dtype)
             if negative is not None:
@@ -339,6 +391,25 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         return super()._start_latents(shape, generator, latents, device)
 
     def _sample(self, latents, timesteps, text, negative, generator, callback):
+        with self._window_within(latents.shape[2]):
+            return self._sample_iteratively(latents, timesteps, text, negative, generator, callback)
+
+    @contextmanager
+    def _window_within(self, num_frames: int) -> Iterator[None]:
+        """FreeNoise with a window no longer than the clip: a short one is then sampled as without FreeNoise."""
+        modules = self.unet.modules() if self.free_noise_enabled else ()
+        blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
+        lengths = [block.context_length for block in blocks]
+        for block in blocks:
+            block.context_length = min(block.context_length, num_frames)
+        try:
+            yield
+        finally:
+            for block, length in zip(blocks, lengths):
+                block.context_length = length
+
+    def _sample_iteratively(self, latents, timesteps, text, negative, generator, callback):
+        """As often as FreeInit is set to."""
         if not self.free_init_enabled:
             return super()._sample(latents, timesteps, text, negative, generator, callback)
         steps, options = len(timesteps), (latents.device, latents.dtype, generator)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.model is None:
         arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
+    check_numbers(arguments)
     jobs = plan_jobs(arguments)
 
     with quick_imports():
@@ -166,6 +168,13 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         negative_prompt=arguments.negative_prompt,
         num_videos=arguments.num_videos,
     )
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """`ValueError` for a flag that is `nan` or `inf`, which Python reads as numbers."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"expected a finite number as --{name}, got {value}")
 
 
 def check_offload(offload: str, device: str) -> None:

@@ -35,6 +35,7 @@ from ..lora import (
     lora_layers,
     read_lora,
 )
+from .checks import is_one_value, number
 from .style_lora import TEXT_ENCODER, read_parts, write_parts
 
 ADAPTERS_FILE = "mcm_adapters.json"
@@ -55,6 +56,9 @@ class AdapterState:
 
 class LoRAVerbs:
     """Mixin of `MCMPipeline`; needs `denoiser` and `base_model`."""
+
+    _call_scale: float | None = None  # `lora_scale` of the call that is under way
+    _unscaled: Mapping[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
 
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
@@ -226,7 +230,7 @@ class LoRAVerbs:
         A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`.
         """
         names = self._known(adapter_names)
-        if adapter_weights is None or isinstance(adapter_weights, (int, float, dict)):
+        if adapter_weights is None or is_one_value(adapter_weights):
             adapter_weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
         if len(adapter_weights) != len(names):
             raise ValueError(f"{len(names)} adapters were named, but {len(adapter_weights)} weights given.")
@@ -238,6 +242,8 @@ class LoRAVerbs:
             component = path.partition(".")[0]
             for name, weight in weights.items():
                 layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
+            if self._call_scale is not None:  # in a callback: the weights are for the steps to come, too
+                self._scale_for_call(layer, names)
         self._adapters.weights.update(weights)
 
     def disable_lora(self) -> None:
@@ -260,21 +266,34 @@ class LoRAVerbs:
         self._require_unfused(f"scale the LoRA by {scale}")
         if not self.get_active_adapters():
             raise ValueError(f"A LoRA scale of {scale} was given, but no LoRA is active.")
-        with self._weighted(self.get_active_adapters(), scale):
-            yield
+        with self._weighted(self.get_active_adapters(), scale) as self._unscaled:
+            self._call_scale = scale
+            try:
+                yield
+            finally:
+                self._call_scale, self._unscaled = None, {}
+
+    def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
+        """A layer that has just got weights of its own, at the strength of the call that is under way."""
+        for name in names:
+            if name in layer.scaling:
+                self._unscaled.setdefault(layer, {})[name] = layer.scaling[name]
+                layer.scaling[name] *= self._call_scale
 
     @contextmanager
-    def _weighted(self, names: Sequence[str], scale: float) -> Iterator[None]:
-        """Adapters at `scale` times their weights, active or not."""
-        layers = list(self._layers.values())
-        before = [dict(layer.scaling) for layer in layers]
-        for layer in layers:
+    def _weighted(self, names: Sequence[str], scale: float) -> Iterator[dict[nn.Module, dict[str, float]]]:
+        """Adapters at `scale` times their weights, active or not; yields what the layers go back to."""
+        scale = number("lora_scale", scale)
+        if self._call_scale is not None:
+            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
+        before = {layer: dict(layer.scaling) for layer in self._layers.values()}
+        for layer in before:
             layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
         try:
-            yield
+            yield before
         finally:
-            for layer, scaling in zip(layers, before):
-                layer.scaling.update(scaling)
+            for layer, scaling in before.items():
+                layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
     # --- fusing ------------------------------------------------------------------------------------------------------
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
@@ -450,12 +469,14 @@ def _activate(layer: nn.Module, names: Sequence[str]) -> None:
 
 def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
     """A checked weight of an adapter."""
-    for component, value in weight.items() if isinstance(weight, dict) else ():
-        if component not in components or not isinstance(value, (int, float)):
+    if not isinstance(weight, Mapping):
+        return number("adapter_weights", weight)
+    for component, value in weight.items():
+        if component not in components or isinstance(value, Mapping):
             raise ValueError(
                 f"An adapter's weight must be a number, or one for each of {', '.join(components)}; got {weight!r}."
             )
-    return {name: float(value) for name, value in weight.items()} if isinstance(weight, dict) else float(weight)
+    return {name: number(f"adapter_weights[{name!r}]", value) for name, value in weight.items()}
 
 
 def _free_name(stem: str, taken: Sequence[str]) -> str:

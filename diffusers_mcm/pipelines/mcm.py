@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,19 +12,17 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import nn
 
 from .. import hub
 from ..lora import LoRA
-from . import loading
+from . import checks, loading
 from .adapters import LoRAVerbs, _as_lora, _free_name
+from .callbacks import TENSORS, step_callback
 from .publishing import HubVerbs
-
-logger = logging.getLogger(__name__)
-
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+from .sampling import Sampling
+from .sole_use import alone, one_call
 
 
 @dataclass
@@ -44,7 +39,14 @@ class MCMPipelineOutput(BaseOutput):
     frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]
 
 
-class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
+@alone(
+    *("load_mcm_lora", "load_lora_weights", "unload_lora_weights", "delete_adapters", "set_adapters"),
+    *("enable_lora", "disable_lora", "fuse_lora", "unfuse_lora"),
+    *("save_pretrained", "save_mcm_lora", "push_to_hub"),
+    *("to", "reset_device_map", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    *("remove_all_hooks", "maybe_free_model_hooks", "set_attention_slice", "enable_attention_slicing"),
+)
+class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
     """
     Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
 
@@ -76,9 +78,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         return_dict (`bool`, defaults to `True`):
             Whether to return an [`MCMPipelineOutput`] or a tuple.
         callback_on_step_end (`Callable`, *optional*):
-            Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors.
+            Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors, and
+            use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks work.
         callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-            Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets.
+            Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets. Under guidance
+            `prompt_embeds` are, as in diffusers, the negative ones and then the others.
         decode_chunk_size (`int`, *optional*, defaults to 16):
             How many frames the VAE decodes at a time; `None` for all at once.
         lora_scale (`float`, *optional*):
@@ -88,7 +92,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
     """
 
     base_model: Any  # a `BaseModel`
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = list(TENSORS)
 
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
         """What `__init__` of a subclass does, once the components have their names."""
@@ -272,6 +276,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         return self.config.get(name) or self.base_model.sampling_default(name, self.denoiser, self.vae)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
+    @one_call
     @torch.no_grad()
     def __call__(
         self,
@@ -300,186 +305,50 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
+
+        Raises:
+            `ValueError`: for an argument that is wrong, before anything is sampled, and for values that are not finite
+                in what was sampled. `RuntimeError`: while the pipeline, or what it shares, is at another call.
         """
-        num_frames = self.sampling_default("num_frames") if num_frames is None else num_frames
-        height = self.sampling_default("height") if height is None else height
-        width = self.sampling_default("width") if width is None else width
+        num_frames, height, width = self._size(num_frames, height, width)
         shape = self.base_model.latent_shape(self.denoiser, self.vae, num_frames, height, width)
-        lora_scale = _lora_scale(lora_scale, cross_attention_kwargs)
-        self._check_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, num_videos_per_prompt,
-            output_type, callback_on_step_end_tensor_inputs, decode_chunk_size,
-        )  # fmt: skip
+        lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
+        guidance_scale = checks.number("guidance_scale", guidance_scale)
+        num_videos_per_prompt = checks.whole_number("num_videos_per_prompt", num_videos_per_prompt, least=1)
+        if decode_chunk_size is not None:
+            decode_chunk_size = checks.whole_number("decode_chunk_size", decode_chunk_size, least=1)
+        checks.check_output_type(output_type)
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        batch_size = self._check_texts(*texts, num_frames, guidance_scale) * num_videos_per_prompt
+        device = self._execution_device
+        generator = checks.generators(generator, batch_size, device)
+        if latents is not None:
+            self._check_latents(latents, (batch_size, *shape))
+        callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        device = self._execution_device
 
         timesteps = self._set_timesteps(num_inference_steps, timesteps, device)
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs) if callback_on_step_end else None
         with self._lora_scaled(lora_scale):
             size = (num_videos_per_prompt, num_frames, device)
             text, negative = self._encode(prompt, prompt_embeds, *size), None
-            batch_size = len(text["prompt_embeds"])
             if self.do_classifier_free_guidance:
                 if negative_prompt is None or isinstance(negative_prompt, str):
                     negative_prompt = [negative_prompt or ""] * (batch_size // num_videos_per_prompt)
                 negative = self._encode(negative_prompt, negative_prompt_embeds, *size)
-                _check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+                checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
             self._add_conditions(text, negative, device)
             latents = self._start_latents((batch_size, *shape), generator, latents, device)
             latents = self._sample(latents, timesteps, text, negative, generator, callback)
 
+        checks.check_sampled(latents, self.denoiser)
         frames = latents
         if output_type != "latent":
             video = self.base_model.decode_video(self.vae, latents, decode_chunk_size)
+            checks.check_decoded(video, self.vae)
             frames = self.video_processor.postprocess_video(video, output_type=output_type)
         self.maybe_free_model_hooks()
         return MCMPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    def _sample(self, latents, timesteps, text, negative, generator, callback) -> torch.Tensor:
-        """From noise to a clean sample."""
-        options = self._step_options(generator)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                output = self._predict(latents, t, text, negative)
-                latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
-                if callback is not None:
-                    latents = self._call_back(*callback, i, t, latents, text, negative)
-                progress_bar.update()
-        return latents
-
-    def _step_options(self, generator) -> dict[str, Any]:
-        """What the scheduler's step takes; deterministic ones take no generator."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
-    def _call_back(self, function, names, i, t, latents, text, negative) -> torch.Tensor:
-        """Show the callback the tensors it asked for, and go on with those it returns."""
-        tensors = {"latents": latents, "prompt_embeds": text["prompt_embeds"]}
-        tensors["negative_prompt_embeds"] = None if negative is None else negative["prompt_embeds"]
-        tensors.update(function(self, i, t, {name: tensors[name] for name in names}) or {})
-        text["prompt_embeds"] = tensors["prompt_embeds"]
-        if negative is not None:
-            negative["prompt_embeds"] = tensors["negative_prompt_embeds"]
-        return tensors["latents"]
-
-    def _predict(self, latents, t, text, negative) -> torch.Tensor:
-        """The network's output, guided if there is a `negative` text; one call either way."""
-        if negative is None:
-            return self._denoise(self.scheduler.scale_model_input(latents, t), t, text)
-        latents = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
-        both = {key: torch.cat([negative[key], text[key]]) for key in text}
-        without, given = self._denoise(latents, t, both).chunk(2)
-        return without + self._guidance_scale * (given - without)
-
-    def _denoise(self, latents, t, text) -> torch.Tensor:
-        return self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text)
-
-    def _encode(
-        self, prompt, prompt_embeds, num_videos_per_prompt: int, num_frames: int, device
-    ) -> dict[str, torch.Tensor]:
-        """The condition for every video: prompts, each repeated `num_videos_per_prompt` times."""
-        if prompt_embeds is not None:
-            text = {"prompt_embeds": prompt_embeds}
-        else:
-            text = self._encode_prompts([prompt] if isinstance(prompt, str) else prompt, num_frames)
-        text = {key: value.to(device).repeat_interleave(num_videos_per_prompt, 0) for key, value in text.items()}
-        return text | {"prompt_embeds": text["prompt_embeds"].to(self.denoiser.dtype)}
-
-    def _encode_prompts(self, prompts: Sequence[str], num_frames: int) -> dict[str, torch.Tensor]:
-        return self.base_model.encode_text(self.tokenizer, self.text_encoder, list(prompts))
-
-    def _add_conditions(self, text: dict, negative: dict | None, device) -> None:
-        """Add to the texts what else a base model's network is conditioned on."""
-
-    def _set_timesteps(self, num_inference_steps, timesteps, device) -> torch.Tensor:
-        if timesteps is not None:
-            if num_inference_steps is not None:
-                raise ValueError("Give either `num_inference_steps` or `timesteps`, not both.")
-            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"{type(self.scheduler).__name__} takes no `timesteps`.")
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            steps = (
-                self.sampling_default("num_inference_steps") if num_inference_steps is None else num_inference_steps
-            )
-            _check_positive("num_inference_steps", steps)
-            self.scheduler.set_timesteps(steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        return self.scheduler.timesteps
-
-    def _start_latents(self, shape, generator, latents, device) -> torch.Tensor:
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
-            raise ValueError(
-                f"{len(generator)} generators were given for {shape[0]} videos; give one, or one for each."
-            )
-        dtype = self.denoiser.dtype  # once: diffusers walks over all modules to find it
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
-
-    def _check_inputs(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, num_videos_per_prompt,
-        output_type, callback_inputs, decode_chunk_size,
-    ) -> None:  # fmt: skip
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("Give either `prompt` or `prompt_embeds`, and not both.")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None:
-                self._check_prompt(name, value)
-        count = len(prompt_embeds) if prompt is None else len(prompt) if isinstance(prompt, (list, tuple)) else 1
-        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != count:
-            raise ValueError(f"{len(negative_prompt)} negative prompts were given for {count} prompts.")
-        if guidance_scale <= 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
-            logger.warning(
-                "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1.", guidance_scale
-            )
-        _check_positive("num_videos_per_prompt", num_videos_per_prompt)
-        if decode_chunk_size is not None:
-            _check_positive("decode_chunk_size", decode_chunk_size)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"Unknown output_type {output_type!r}; valid values are {', '.join(OUTPUT_TYPES)}.")
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"The callback cannot get {unknown[0]!r}; valid are {', '.join(self._callback_tensor_inputs)}."
-            )
-
-    def _check_prompt(self, name: str, value) -> None:
-        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
-        if not isinstance(value, str) and not is_list:
-            raise ValueError(f"`{name}` must be a string or a list of at least one string, got {value!r}.")
-
-
-def _lora_scale(lora_scale: float | None, cross_attention_kwargs: dict[str, Any] | None) -> float:
-    """The strength that either of the two arguments gives."""
-    options = dict(cross_attention_kwargs or {})
-    scale = options.pop("scale", None)
-    if options:
-        raise ValueError(f"`cross_attention_kwargs` takes only 'scale', got {', '.join(map(repr, options))}.")
-    if scale is not None and lora_scale is not None and scale != lora_scale:
-        raise ValueError(f"`lora_scale` is {lora_scale}, but `cross_attention_kwargs` says {scale}; give one of them.")
-    given = scale if lora_scale is None else lora_scale
-    return 1.0 if given is None else float(given)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-
-
-def _check_same_shape(text: torch.Tensor, negative: torch.Tensor) -> None:
-    if text.shape != negative.shape:
-        raise ValueError(
-            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-            f" {tuple(text.shape)} and {tuple(negative.shape)}."
-        )
 
 
 def _local_subfolder(source: str, subfolder: str) -> str:

@@ -374,3 +374,24 @@ def test_unknown_flags_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["generate", PROMPT, "--stepz", "4"])
     assert "unrecognized arguments: --stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["lora_scale", "guidance_scale", "fps"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_not_finite_are_refused_before_a_model_is_loaded(tmp_path, capsys, flag, value):
+    output = tmp_path / "v.mp4"
+    assert main(["generate", PROMPT, "--model", str(tmp_path / "none"), f"--{flag}", value, "-o", str(output)]) == 2
+    assert f"expected a finite number as --{flag}, got {value}" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_frames_that_are_not_finite_are_an_error_and_no_file(base, tmp_path, capsys, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda self, z, **options: (decode(self, z, **options)[0] * float("nan"),)
+    )
+    assert generate(base, PROMPT, "-o", tmp_path / "out" / "v.mp4") == 2
+    assert "error: The decoded frames hold 3072 values of 3072 that are NaN or infinite" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.*"))

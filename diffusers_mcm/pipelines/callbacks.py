@@ -1,0 +1,121 @@
+"""What a callback at the end of a step is shown, and what becomes of the tensors it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
+
+from .checks import check_names, check_same_shape, shown
+
+TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+class StepCallback:
+    """A user's `callback(pipeline, step, timestep, tensors)` and the names of the tensors that it asks for.
+
+    As in diffusers, `prompt_embeds` are those of the network's batch: under guidance the negative half first, then the
+    other. `negative_prompt_embeds` are that first half again, and `None` without guidance.
+    """
+
+    def __init__(self, function: Callable, names: Sequence[str]):
+        self.function, self.names = function, names
+
+    def __call__(self, pipeline, step: int, timestep, latents, text: dict, negative: dict | None) -> torch.Tensor:
+        """Call it; returns the latents to go on with, and changes the texts in their dictionaries."""
+        offered = {"latents": latents} | self._offered_texts(text, negative if guided(pipeline, negative) else None)
+        returned = self.function(pipeline, step, timestep, {name: offered[name] for name in self.names})
+        if returned is not None and not isinstance(returned, Mapping):
+            raise ValueError(f"The callback must return a dictionary of tensors or None, got {shown(returned)}.")
+        unknown = [name for name in returned or {} if name not in TENSORS]
+        if unknown:
+            raise ValueError(f"The callback returned {unknown[0]!r}; valid are {', '.join(TENSORS)}.")
+        tensors = offered | dict(returned or {})  # one that returns nothing may have changed them in place
+        if tensors.get("prompt_embeds") is not None:
+            _take_prompt_embeds(tensors["prompt_embeds"], offered, text, negative)
+        if tensors.get("negative_prompt_embeds") is not offered.get("negative_prompt_embeds"):
+            _take_negative(tensors["negative_prompt_embeds"], negative)
+        if guided(pipeline, negative):
+            check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+        return _like("latents", tensors["latents"], latents, latents.shape)
+
+    def _offered_texts(self, text: dict, negative: dict | None) -> dict[str, torch.Tensor | None]:
+        if not {"prompt_embeds", "negative_prompt_embeds"} & set(self.names):
+            return {}
+        embeds = text["prompt_embeds"]
+        if negative is None:
+            return {"prompt_embeds": embeds, "negative_prompt_embeds": None}
+        both = torch.cat([negative["prompt_embeds"], embeds])
+        return {"prompt_embeds": both, "negative_prompt_embeds": both[: len(embeds)]}  # shares its memory
+
+
+def guided(pipeline, negative: dict | None) -> bool:
+    """Whether the next step has guidance; a callback may have switched it off, and on again."""
+    if pipeline.do_classifier_free_guidance and negative is None:
+        raise ValueError(
+            "A callback switched guidance on in a call without; start the call with a `guidance_scale` above 1."
+        )
+    return pipeline.do_classifier_free_guidance
+
+
+def step_callback(pipeline, function: Any, names: Any) -> StepCallback | None:
+    """The two arguments of a call as one; diffusers' own callbacks bring the names of the tensors they need."""
+    if isinstance(function, (PipelineCallback, MultiPipelineCallbacks)):
+        names = list(dict.fromkeys(function.tensor_inputs))
+    names = check_names("callback_on_step_end_tensor_inputs", names, pipeline._callback_tensor_inputs)
+    if function is None:
+        return None
+    if not callable(function):
+        raise ValueError(f"`callback_on_step_end` must be a function, got {shown(function)}.")
+    each = function.callbacks if isinstance(function, MultiPipelineCallbacks) else [function]
+    for one in each:
+        if isinstance(one, IPAdapterScaleCutoffCallback) and not hasattr(pipeline, "set_ip_adapter_scale"):
+            raise ValueError(f"{type(one).__name__} needs an IP-Adapter, which {type(pipeline).__name__} cannot load.")
+    return StepCallback(function, names)
+
+
+def _take_prompt_embeds(given: Any, offered: Mapping, text: dict, negative: dict | None) -> None:
+    before, rows = text["prompt_embeds"], len(text["prompt_embeds"])
+    both = negative is not None and offered.get("negative_prompt_embeds") is not None
+    if isinstance(given, torch.Tensor) and both and len(given) == 2 * rows:
+        given = _like("prompt_embeds", given, before, (2 * rows, None))
+        negative["prompt_embeds"], text["prompt_embeds"] = given.chunk(2)
+    elif isinstance(given, torch.Tensor) and _is_last_row(given, before):
+        # diffusers' cutoff of the guidance keeps the last row, as if there were but one video: no text is changed
+        pass
+    else:
+        text["prompt_embeds"] = _like("prompt_embeds", given, before, (rows, None))
+
+
+def _is_last_row(given: torch.Tensor, before: torch.Tensor) -> bool:
+    last = before[-1:]
+    return len(before) > 1 and given.shape == last.shape and torch.equal(given.to(last.device, last.dtype), last)
+
+
+def _take_negative(given: Any, negative: dict | None) -> None:
+    if given is None:
+        return
+    if negative is None:
+        raise ValueError(
+            "The callback returned `negative_prompt_embeds`, but the call has no guidance; start it with a"
+            " `guidance_scale` above 1."
+        )
+    before = negative["prompt_embeds"]
+    negative["prompt_embeds"] = _like("negative_prompt_embeds", given, before, (len(before), None))
+
+
+def _like(name: str, given: Any, before: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
+    """A tensor that a callback returned, of the type and on the device of the one it replaces.
+
+    `shape` is what it must have; after `None` any length, and then what the one before has.
+    """
+    expected = [*shape, *before.shape[len(shape) :]]
+    if before.ndim == 4 and len(shape) == 2:  # a text for each frame
+        expected[1], expected[2] = before.shape[1], None
+    fits = isinstance(given, torch.Tensor) and len(given.shape) == len(expected)
+    if not fits or any(size is not None and size != found for size, found in zip(expected, given.shape)):
+        wanted = ", ".join("length" if size is None else str(size) for size in expected)
+        raise ValueError(f"The callback must return `{name}` as a tensor of shape ({wanted}), got {shown(given)}.")
+    return given.to(before.device, before.dtype)

@@ -1,0 +1,232 @@
+"""What is wrong with the arguments of a call, found before anything is sampled, and with what was sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it; arrays by their kind and shape."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim > 0:
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def is_one_value(value: Any) -> bool:
+    """Whether a value stands for itself and not for several; text does, as do tensors and arrays of no dimension."""
+    return isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or _is_scalar(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+def number(name: str, value: Any) -> float:
+    """A finite number: Python's, NumPy's, or a tensor of no dimension."""
+    found = value.item() if _is_scalar(value) else value
+    if not isinstance(found, Real) or isinstance(found, bool) or not math.isfinite(found):
+        raise ValueError(f"`{name}` must be a finite number, got {shown(value)}.")
+    return float(found)
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, at least `least` if that is given: Python's, NumPy's, or a tensor of no dimension."""
+    found = value.item() if _is_scalar(value) else value
+    if not isinstance(found, Integral) or isinstance(found, bool) or (least is not None and found < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise ValueError(f"`{name}` must be a whole number{at_least}, got {shown(value)}.")
+    return int(found)
+
+
+def lora_scale(lora_scale: Any, cross_attention_kwargs: Mapping[str, Any] | None) -> float:
+    """The strength that either of the two arguments gives."""
+    scale, others = split_scale(cross_attention_kwargs)
+    if others:
+        raise ValueError(f"`cross_attention_kwargs` takes only 'scale', got {', '.join(map(repr, others))}.")
+    given = [] if lora_scale is None else [number("lora_scale", lora_scale)]
+    given += [number("cross_attention_kwargs['scale']", value) for value in scale.values()]
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"`lora_scale` is {given[0]:g}, but `cross_attention_kwargs` says {given[1]:g}; give one of them."
+        )
+    return given[0] if given else 1.0
+
+
+def split_scale(cross_attention_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The LoRA's strength among the options of the attention layers, if it is there, and the others."""
+    if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, Mapping):
+        raise ValueError(f"`cross_attention_kwargs` must be a dictionary, got {shown(cross_attention_kwargs)}.")
+    options = dict(cross_attention_kwargs or {})
+    scale = options.pop("scale", None)
+    return ({} if scale is None else {"scale": scale}), options
+
+
+def eta(value: Any) -> float:
+    """How much noise DDIM adds, from none to that of DDPM."""
+    found = number("eta", value)
+    if not 0 <= found <= 1:
+        raise ValueError(f"`eta` must lie between 0 and 1, got {found:g}.")
+    return found
+
+
+def timesteps_list(timesteps: Any) -> list[float]:
+    """Timesteps to visit, at least one and descending, as a list of numbers."""
+    values = timesteps.tolist() if isinstance(timesteps, (torch.Tensor, np.ndarray)) else timesteps
+    if is_one_value(values) or not (values := list(values)):
+        raise ValueError(f"`timesteps` must be a list of at least one timestep, got {shown(timesteps)}.")
+    found = [number("timesteps", value) for value in values]
+    if any(later >= earlier for earlier, later in zip(found, found[1:])):
+        raise ValueError(f"`timesteps` must be descending, got {shown(values)}.")
+    return [int(value) if value.is_integer() else value for value in found]
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+def check_tensor(name: str, value: Any, shape: str) -> None:
+    """A tensor of finite floating-point numbers; `shape` is what the error says it should be."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {shown(value)}.")
+    if not all_finite(value):
+        raise ValueError(f"`{name}` holds {count_of_not_finite(value)}; every value must be finite.")
+
+
+def check_embeds(name: str, embeds: Any, features: int | None) -> None:
+    """Encoded prompts `(B, length, features)`; of any number of features where that is unknown."""
+    shape = f"(batch, length, {features or 'features'})"
+    check_tensor(name, embeds, shape)
+    if embeds.ndim != 3 or 0 in embeds.shape or (features is not None and embeds.shape[-1] != features):
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(embeds.shape)}.")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Noise to start from, of this shape."""
+    check_tensor("latents", latents, str(shape))
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+
+
+def check_one_each(name: str, values: Any, adapters: int) -> None:
+    """One entry for each IP-Adapter; one that is no list stands for a list of it."""
+    count = len(values) if isinstance(values, list) else 1
+    if count != adapters:
+        raise ValueError(f"`{name}` must be a list of one for each of the {adapters} IP-Adapters, got {count}.")
+
+
+def check_image_embeds(embeds: Any, guided: bool) -> None:
+    """`(1, images, [length,] features)` for each IP-Adapter; under guidance two of them, the negative first."""
+    name, rows = "ip_adapter_image_embeds", 2 if guided else 1
+    shape = f"({rows}, images, [length,] features)"
+    if not isinstance(embeds, list):
+        raise ValueError(f"`{name}` must be a list of one tensor for each IP-Adapter, got {shown(embeds)}.")
+    for each in embeds:
+        check_tensor(name, each, shape)
+        if each.ndim not in (3, 4) or len(each) != rows:
+            why = ", under guidance the negative first" if guided else ""
+            raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
+
+
+def check_same_shape(text: torch.Tensor, negative: torch.Tensor) -> None:
+    if text.shape != negative.shape:
+        raise ValueError(
+            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
+            f" {tuple(text.shape)} and {tuple(negative.shape)}."
+        )
+
+
+def generators(generator: Any, videos: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:
+    """One generator for all videos, or a list of one for each, on the CPU or the pipeline's kind of device."""
+    if generator is None:
+        return None
+    several = isinstance(generator, (list, tuple))
+    each = list(generator) if several else [generator]
+    wrong = [value for value in each if not isinstance(value, torch.Generator)]
+    if wrong:
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of one for each video, got {shown(wrong[0])};"
+            " torch.Generator().manual_seed(42) makes one of the seed 42."
+        )
+    if several and len(each) != videos:
+        raise ValueError(f"{len(each)} generators were given for {videos} videos; give one, or one for each.")
+    elsewhere = [value.device for value in each if value.device.type not in ("cpu", device.type)]
+    if elsewhere:
+        raise ValueError(f"`generator` is on {elsewhere[0]}, the pipeline on {device}; it may also be on the cpu.")
+    return each if several else generator
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
+    """Which of the texts may be given together."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("Give either `prompt` or `prompt_embeds`, and not both.")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
+
+
+def check_prompt(name: str, value: Any) -> None:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
+    if not isinstance(value, str) and not is_list:
+        raise ValueError(f"`{name}` must be a string or a list of at least one string, got {shown(value)}.")
+
+
+def check_output_type(output_type: Any) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"Unknown output_type {shown(output_type)}; valid values are {', '.join(OUTPUT_TYPES)}.")
+
+
+def check_names(name: str, given: Any, valid: Sequence[str]) -> list[str]:
+    """The tensors that a callback asks for."""
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"`{name}` must be a list of names, got {shown(given)}.")
+    unknown = [each for each in given if each not in valid]
+    if unknown:
+        raise ValueError(f"The callback cannot get {unknown[0]!r}; valid are {', '.join(valid)}.")
+    return list(given)
+
+
+# --- what was sampled ------------------------------------------------------------------------------------------------
+def all_finite(values: torch.Tensor) -> bool:
+    total = values.sum(
+        dtype=torch.promote_types(values.dtype, torch.float32)
+    )  # a tenth of the time of looking at each
+    return bool(total.isfinite()) or bool(values.isfinite().all())  # a sum may overflow where no value does
+
+
+def count_of_not_finite(values: torch.Tensor) -> str:
+    return f"{int((~values.isfinite()).sum())} values of {values.numel()} that are NaN or infinite"
+
+
+def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
+    """Latents that the denoiser has made are finite; the error says what usually makes them otherwise."""
+    if all_finite(latents):
+        return
+    raise ValueError(
+        f"The sampled latents hold {count_of_not_finite(latents)}. The usual causes: a LoRA that is far too strong"
+        " (`lora_scale`, or the weights of `set_adapters`), weights that are broken, a callback that returned such"
+        f" values, or a network that overflows its type ({_type_of(denoiser)}): where that is float16, load the"
+        " pipeline with dtype=torch.bfloat16 or torch.float32."
+    )
+
+
+def check_decoded(frames: torch.Tensor, vae: nn.Module) -> None:
+    """Frames that the VAE has decoded from finite latents are finite."""
+    if all_finite(frames):
+        return
+    raise ValueError(
+        f"The decoded frames hold {count_of_not_finite(frames)}, though the latents are finite: the VAE overflows its"
+        f" type ({_type_of(vae)}), or the latents are far too large. In float16 `pipe.vae.to(torch.float32)` helps, or"
+        " loading the pipeline with dtype=torch.bfloat16; otherwise a weaker LoRA (`lora_scale`)."
+    )
+
+
+def _type_of(network: nn.Module) -> str:
+    return str(network.dtype).removeprefix("torch.")
