@@ -311,6 +311,14 @@ def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_a_card_from_another_editor_is_published_in_utf8(server, lora, encoding):
+    text = "---\nlicense: mit\n---\n\nUn café\n"
+    (lora / "README.md").write_bytes(text.encode(encoding))
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].files["README.md"].decode("utf-8") == text
+
+
 # --- from a pipeline -------------------------------------------------------------------------------------------------
 def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
     pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
