@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "diffusers_mcm" / "__init__.py").read_text(encoding="utf-8"))
-TRAIN = ["datasets>=5.2", "tensorboard>=2.14"]
+TRAIN = ["datasets>=5.2", "pyarrow>=24", "tensorboard>=2.14"]
 EVAL = ["scipy>=1.11"]
 TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]
 

@@ -218,7 +218,7 @@ def render_folder_card(
     """
     folder = Path(folder)
     if config is None:
-        config = json.loads((folder / "mcm_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "mcm_config.json").read_bytes())
     sample = config.get("sample")
     if sample and not (folder / sample["file"]).is_file():
         sample = None
@@ -228,7 +228,7 @@ def render_folder_card(
         title=repository.rpartition("/")[2],
         repository=repository,
         sample=sample,
-        scores=json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else None,
+        scores=json.loads(scores.read_bytes()) if scores.is_file() else None,
         **more,
     )
 

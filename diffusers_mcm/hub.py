@@ -198,6 +198,6 @@ def read_json(name: str | os.PathLike, filename: str, **options) -> dict[str, An
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # of bytes it knows the encoding, byte order marks included
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -39,6 +39,7 @@ from .lora import (
     write_lora_weights,
     write_settings,
 )
+from .text_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def _card(folder: Path, repo_id: str, config: Mapping[str, Any]) -> str:
     """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
     path = folder / CARD_NAME
     if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder) is None:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     return render_folder_card(folder, repo_id, config)
 
 
@@ -259,7 +260,7 @@ def _card_made_for(folder: Path) -> str | None:
     path, config = folder / CARD_NAME, hub.read_json(folder, CONFIG_NAME) or {}
     if not path.is_file() or "base_model_repository" not in config:
         return None
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
     return name[1] if name and text == render_folder_card(folder, name[1]) else None
 

@@ -66,3 +66,12 @@ def test_read_json(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="a.json is not valid JSON"):
         hub.read_json(tmp_path, "a.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_that_somebody_has_edited_is_read_in_any_encoding(tmp_path, encoding):
+    (tmp_path / "mcm_config.json").write_bytes('{"note": "café"}'.encode(encoding))
+    assert hub.read_json(tmp_path, "mcm_config.json") == {"note": "café"}
+    (tmp_path / "mcm_config.json").write_bytes('{"note": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mcm_config\.json is not valid JSON"):
+        hub.read_json(tmp_path, "mcm_config.json")

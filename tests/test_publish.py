@@ -391,6 +391,14 @@ def test_an_edit_that_comes_in_between_is_not_overwritten(server, lora, monkeypa
     assert server.repositories["me/mcm"].files["README.md"] == edited[0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_a_card_from_another_editor_is_published_in_utf8(server, lora, encoding):
+    text = "---\nlicense: mit\n---\n\nUn café\n"
+    (lora / "README.md").write_bytes(text.encode(encoding))
+    assert push(lora) == 0
+    assert server.repositories["me/mcm"].files["README.md"].decode("utf-8") == text
+
+
 # --- from a pipeline -------------------------------------------------------------------------------------------------
 def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
     pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")

@@ -24,6 +24,7 @@ EPILOG = """
 lists of prompts (--prompts FILE, or - for stdin):
   .txt, stdin   a prompt a line; blank lines and lines that start with # are skipped
   .jsonl        {"prompt": "a corgi", "negative_prompt": "blurry", "seed": 7} a line, the last two if wanted
+  .json         an array of such objects, or of texts
   .csv          the same as columns, under a header
 
 Every file holds how it was made. Where one is there already and was made by the same settings, it is not made again,
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="what to show; - reads prompts from stdin")
-    add("--prompts", metavar="FILE", help="a list of prompts: .txt, .jsonl, .csv, or - for stdin")
+    add("--prompts", metavar="FILE", help="a list of prompts: .txt, .json, .jsonl, .csv, or - for stdin")
     add(
         *("-o", "--output"),
         default="out.mp4",  # a text, not a path, which would forget a slash at the end

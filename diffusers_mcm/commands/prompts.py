@@ -1,17 +1,18 @@
 """The list of videos to make: prompts from arguments, a file or stdin, and where each video goes."""
 
-import csv
-import io
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..text_files import decode_text, find_name, read_table, read_text
+
 COLUMNS = ("prompt", "negative_prompt", "seed")
+_BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,87 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[Prompt]:
 
 
 def read_list(file: str) -> list[Prompt]:
-    """`.csv` with a header, `.jsonl` with an object a line, anything else (and stdin) with a prompt a line."""
+    """The prompts of a file, or of stdin for `-`, in any encoding of `decode_text`.
+
+    `.csv` and `.tsv` have a header and one of the usual separators, `.json` is an array of texts or objects (or an
+    object with such an array as its `prompts`), `.jsonl` has an object a line, and anything else a prompt a line,
+    unless it begins as JSON does.
+
+    Raises:
+        ValueError: names the file, and the line or the number of the prompt that is wrong.
+    """
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
-    suffix = Path(file).suffix.lower()
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    lines = text.split("\n")  # `splitlines` also splits where a prompt holds U+2028 or the like
-    if suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        rows = [{key: value for key, value in row.items() if value} for row in reader]
-    elif suffix in (".jsonl", ".ndjson"):
-        rows = [_parse_json(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        stripped = map(str.strip, lines)
-        rows = [{"prompt": line} for line in stripped if line and not line.startswith("#")]
     name = "stdin" if file == "-" else file
+    text = _read_stdin() if file == "-" else read_text(file)
+    suffix = Path(file).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        rows = list(_csv_rows(text, name))
+    elif suffix == ".json":
+        rows = _json_rows(text, name)
+    elif suffix in (".jsonl", ".ndjson"):
+        rows = _json_lines(text, name)
+    else:
+        rows = _guessed_rows(text, name)
     prompts = [_to_prompt(row, f"{name}, prompt {number}") for number, row in enumerate(rows, 1)]
     if not prompts:
         raise ValueError(f"expected at least one prompt in {name}, got none")
     return prompts
 
 
-def _parse_json(line: str, where: str) -> Any:
+def _read_stdin() -> str:
+    stream = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if stream is None else decode_text(stream.read()).checked("stdin")
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers."""
+    lines = enumerate(text.split("\n"), 1)  # `splitlines` also splits where a prompt holds U+2028 or the like
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def _csv_rows(text: str, name: str) -> Iterator[dict[str, str]]:
+    table = read_table(text, ".csv", COLUMNS)
+    names = {column: known for known in COLUMNS if (column := find_name(table.columns, known)) is not None}
+    for row in table.rows:
+        if row.problem:
+            raise ValueError(f"{name}, line {row.line}: {row.problem}")
+        yield {names.get(key, key): value for key, value in row.values.items() if value}
+
+
+def _json_lines(text: str, name: str) -> list[Any]:
+    return [_parse_json(line, f"{name}, line {number}", "a JSON object") for number, line in _lines(text)]
+
+
+def _json_rows(text: str, name: str) -> list[Any]:
+    """An array of prompts; of texts each is a prompt."""
+    content = _parse_json(text, name, "an array of prompts")
+    if isinstance(content, dict) and set(content) == {"prompts"}:
+        content = content["prompts"]
+    elif isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        got = json.dumps(content, ensure_ascii=False)[:80]
+        raise ValueError(f"expected an array of prompts in {name}, got {got}")
+    return [{"prompt": row} if isinstance(row, str) else row for row in content]
+
+
+def _guessed_rows(text: str, name: str) -> list[Any]:
+    """A prompt a line, comments left out. What begins as JSON does is JSON: nobody wants its brackets drawn."""
+    lines = _lines(text)
+    if not _BEGINS_AS_JSON.match(text):
+        return [{"prompt": line} for _, line in lines if not line.startswith("#")]
+    if text.lstrip().startswith("{") and len(lines) > 1 and lines[0][1].endswith("}"):
+        return _json_lines(text, name)
+    return _json_rows(text, name)
+
+
+def _parse_json(text: str, where: str, what: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object in {where}, got {line!r} ({error})") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        got = f"{text[:200]!r} ({error})" if "\n" not in text.strip() else f"something else: {error}"
+        raise ValueError(f"expected {what} in {where}, got {got}") from None
 
 
 def _to_prompt(row: Any, where: str) -> Prompt:

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from .images import UnusableItem, read_image
-from .sources import IMAGES, VIDEOS, MediaRows, open_rows
+from .rows import MediaRows, examples
+from .sources import IMAGES, VIDEOS, open_rows
 from .video import read_clip
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,13 @@ class KeyedDataset(Dataset):
     """Items of `rows`, in a new order each epoch, keyed by the global sample index.
 
     Index `i` may be any number from 0 on: epoch `i // len(self)`. An item that cannot be used is replaced by another
-    one; which one depends on the seed and the index only. `skipped` maps the name of each such item to the reason.
+    one; which one depends on the seed and the index only. `skipped` maps the name of each such item to the reason,
+    those that were left out on opening first.
     """
 
     def __init__(self, rows: MediaRows, seed: int, purpose: str):
         self.rows, self.seed, self.purpose = rows, seed, purpose
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = dict(rows.skipped)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +84,7 @@ class KeyedDataset(Dataset):
         for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
             item = self.rows[row]
             try:
-                caption = self.rows.caption(item)
+                caption = self.rows.caption(item, draw_uniform(self.seed, f"{self.purpose} caption", index))
                 pixels = self.read_pixels(self.rows.media(item), index)
             except UnusableItem as reason:
                 skipped[self.rows.name(row, item)] = str(reason)
@@ -91,10 +93,9 @@ class KeyedDataset(Dataset):
                 continue
             pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
             return {"pixels": pixels, "caption": caption}, skipped
-        examples = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
-            f"tried in a row can be used, for example{examples}"
+            f"tried in a row can be used, for example{examples(skipped)}"
         )
 
     def record_skipped(self, skipped: dict[str, str]) -> None:
@@ -123,13 +124,15 @@ class VideoDataset(KeyedDataset):
     `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced.
 
     Args:
-        source: a folder with `metadata.csv` or `.jsonl`, WebDataset tars (folder or glob), or a Hub data set id.
+        source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), or a Hub
+            data set id.
         num_frames: frames per clip.
         frame_interval: every how many frames one is taken; shrinks to fit a short video.
         height, width: size of the clips: the shortest side is scaled, then the centre cropped.
         seed: keys the order and the starts.
         split: of the Hub data set, or a subfolder.
-        caption_column, video_column: if they are not to be detected.
+        caption_column, video_column: if they are not to be detected. Of several captions in a list each is drawn
+            equally often.
         config_name, revision: of a Hub data set.
     """
 

@@ -73,7 +73,7 @@ def few_step_scheduler(base_model, scheduler):
 def forget_local_paths(folder: Path) -> None:
     """Remove the paths of this machine that the libraries note down in the configurations they save."""
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             continue
         local = [

@@ -66,6 +66,7 @@ def build_batches(
         width=width,
         seed=config.seed,
         caption_column=config.caption_column,
+        video_column=config.video_column,
     )
     options = dict(
         batch_size=config.train_batch_size,
@@ -82,7 +83,11 @@ def build_batches(
         images = FrameDataset(videos)
     elif config.adversarial:
         images = ImageDataset(
-            config.image_data, size=(height, width), seed=config.seed, caption_column=config.image_caption_column
+            config.image_data,
+            size=(height, width),
+            seed=config.seed,
+            caption_column=config.image_caption_column,
+            image_column=config.image_column,
         )
     image_loader = images and build_loader(images, items_per_sample=config.num_adversarial_frames, **options)
     return Batches(build_loader(videos, **options), image_loader)

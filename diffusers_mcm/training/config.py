@@ -80,8 +80,8 @@ class TrainingConfig:
 
     # -- data
     video_data: str = _flag(
-        help="Videos with captions: a VideoFolder with metadata.csv or .jsonl, a directory or glob of WebDataset tars "
-        "(mp4 + json), or a Hub data set id.",
+        help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
+        "or glob of WebDataset tars (mp4 + json), or a Hub data set id.",
         group="data",
     )
     image_data: str | None = _flag(
@@ -95,6 +95,12 @@ class TrainingConfig:
     )
     image_caption_column: str | None = _flag(
         None, help="Column of the image captions, if not found by itself.", group="data"
+    )
+    video_column: str | None = _flag(
+        None, help="Column (in tars: ending) of the video files, if not found by itself.", group="data"
+    )
+    image_column: str | None = _flag(
+        None, help="Column (in tars: ending) of the image files, if not found by itself.", group="data"
     )
     num_frames: int | None = _flag(None, help="Frames per clip. Default: the base model's.", group="data")
     frame_interval: int = _flag(8, help="Take every n-th frame; shrinks to fit a short clip.", group="data")

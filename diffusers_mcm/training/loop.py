@@ -377,7 +377,8 @@ class Trainer:
             ):
                 self.write_folder(folder, sample, relative_to=self.output_dir)
             if skipped:
-                logger.warning("%d items of the data could not be used.", len(skipped))
+                first = ", ".join(sorted(skipped)[:5]) + (", …" if len(skipped) > 5 else "")
+                logger.warning("%d items of the data could not be used: %s", len(skipped), first)
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -30,6 +30,59 @@ def test_csv_and_jsonl_say_the_same(file):
     assert read_list(file("list.jsonl", objects)) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[\n  "a corgi, wet",\n  "a cat"\n]\n', [Prompt("a corgi, wet"), Prompt("a cat")]),
+        ('[{"prompt": "a", "negative_prompt": "b", "seed": 1}, "c"]', [Prompt("a", "b", 1), Prompt("c")]),
+        ('{"prompts": ["a", {"prompt": "b", "seed": null}]}', [Prompt("a"), Prompt("b")]),
+        ('{"prompt": "a",\n "seed": 3}', [Prompt("a", seed=3)]),
+    ],
+)
+@pytest.mark.parametrize("name", ["list.json", "LIST.JSON", "list.txt", "-"])
+def test_json_is_read_as_json_wherever_it_stands(file, monkeypatch, text, expected, name):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert read_list(name if name == "-" else file(name, "\ufeff" + text)) == expected
+
+
+def test_json_lines_under_another_name(file):
+    text = '{"prompt": "a"}\n{"prompt": "b"}\n'
+    assert read_list(file("list.txt", text)) == [Prompt("a"), Prompt("b")]
+    with pytest.raises(ValueError, match=r"expected a JSON object in .*list\.txt, line 2, got 'oops'"):
+        read_list(file("list.txt", '{"prompt": "a"}\noops\n'))
+
+
+def test_brackets_alone_are_no_json(file):
+    assert read_list(file("list.txt", "[wide shot] a corgi\n{a|b} cat\n")) == [
+        Prompt("[wide shot] a corgi"), Prompt("{a|b} cat"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.txt", "un café\r\n"),
+        ("l.csv", "Prompt;Seed\r\nun café;\r\n"),
+        ("l.tsv", "prompt\tseed\nun café\t\n"),
+        ("l.json", '["un café"]'),
+        ("l.jsonl", '{"prompt": "un café"}'),
+    ],
+)
+def test_any_encoding_and_separator(tmp_path, monkeypatch, encoding, name, text):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_list(str(tmp_path / name)) == [Prompt("un café")]
+    if name == "l.txt":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode(encoding)), encoding="ascii"))
+        assert read_list("-") == [Prompt("un café")]
+
+
+def test_bytes_that_are_no_known_text_are_told_by_line(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a dog\nсобака бежит\n".encode("cp1251"))
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: expected text in UTF-8.*Save the file as UTF-8"):
+        read_list(str(tmp_path / "list.txt"))
+
+
 @pytest.mark.parametrize("as_file", [False, True])
 def test_stdin(monkeypatch, as_file):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
@@ -61,6 +114,15 @@ def test_arguments_come_before_the_file(file):
         ("list.jsonl", '{"prompt": "a"}\n{"prompt"\n', r"expected a JSON object in .*list.jsonl, line 2, got"),
         ("list.jsonl", '"a corgi"', r"expected `prompt` and perhaps negative_prompt and seed in .*prompt 1, got"),
         ("list.jsonl", '{"prompt": "a", "sede": 1}', "got {'prompt': 'a', 'sede': 1}"),
+        ("list.json", '["a",\n "b",\n]', r"expected an array of prompts in .*list\.json, got something else: .*line"),
+        ("list.txt", '["a",\n "b",\n]', r"expected an array of prompts in .*list\.txt, got something else: .*line"),
+        ("list.json", "3", r"expected an array of prompts in .*list\.json, got 3"),
+        ("list.json", '["a", 3]', r"expected `prompt` and perhaps .* in .*list\.json, prompt 2, got 3"),
+        ("list.json", '["a", " "]', r"expected a text as the prompt in .*list\.json, prompt 2, got ' '"),
+        ("list.json", "[]", r"at least one prompt in .*list\.json, got none"),
+        ("list.json", '{"prompts": ["a"], "seed": 1}', r"expected `prompt` and perhaps .*list\.json, prompt 1"),
+        ("list.csv", "prompt,seed\na cat, wet,1\n", r"list\.csv, line 2: it has 3 cells where the header has 2"),
+        ("list.csv", 'prompt,seed\n"a cat,1\n', r"list\.csv, line 2: its quotes do not match"),
         ("list.csv", "text\na corgi\n", "expected `prompt` .* got {'text': 'a corgi'}"),
         ("list.csv", "prompt,seed\na,x\n", "expected a whole number as the seed in .*prompt 1, got 'x'"),
         ("list.jsonl", '{"prompt": "a", "seed": 1.5}', "expected a whole number as the seed .* got 1.5"),

@@ -135,6 +135,25 @@ def test_unreachable_hub_id(monkeypatch):
         open_videos("owner/name")
 
 
+def test_what_the_library_cannot_read_is_named(monkeypatch, tmp_path):
+    def load(*args, **kwargs):
+        try:
+            raise UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid")
+        except ValueError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match="video data 'owner/name' cannot be read by `datasets`: 'utf-8' codec"):
+        open_videos("owner/name")
+
+
+def test_hub_captions_may_be_lists(hub, clip):
+    table = datasets.Dataset.from_dict({"video": [{"bytes": clip, "path": None}], "caption": [["a", "b"]]})
+    hub["owner/lists"] = table.cast_column("video", datasets.Video(decode=False))
+    dataset = open_videos("owner/lists")
+    assert {dataset[i]["caption"] for i in range(12)} == {"a", "b"}
+
+
 def test_folders_that_do_not_fit(tmp_path, clip):
     with pytest.raises(ValueError, match="neither a local folder, nor .tar files, nor a Hub data set id"):
         open_videos(tmp_path / "nowhere")
@@ -146,7 +165,7 @@ def test_folders_that_do_not_fit(tmp_path, clip):
     with pytest.raises(ValueError, match="no captions: add a metadata.csv or metadata.jsonl"):
         open_videos(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,7\n")
-    with pytest.raises(ValueError, match=r"No caption column found .*its columns are \['video', 'label'\]"):
+    with pytest.raises(ValueError, match=r"No caption column found .*its columns are \['file_name', 'label'\]"):
         open_videos(tmp_path)
 
 

@@ -56,6 +56,7 @@ def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     assert_same_training(start, flatten(one.state()), flatten(state), double)
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
     assert "4 items of the data could not be used" in said
+    assert "broken-0.mp4, " in said.rpartition("could not be used")[2]  # with their names
 
 
 def test_so_do_two_processes_with_animatediff(animatediff, tmp_path):

@@ -1,0 +1,128 @@
+"""Which column holds the files and which the captions, and what counts as a caption."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..text_files import find_name
+
+#: Names under which captions are looked for, in this order, first among the columns, then inside `json`.
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
+_FILE_COLUMNS = ("file_name", "{0}_file_name", "{0}", "{0}_path", "{0}_file", "file_path", "path", "file", "clip_path")
+
+
+@dataclass(frozen=True)
+class MediaKind:
+    """What differs between video and image data."""
+
+    name: str  # also the canonical column
+    builder: str  # the loader of `datasets` for a folder
+    feature: str  # the feature type of `datasets`
+    columns: tuple[str, ...]  # names under which the files are looked for in a table of `datasets`, if none is typed
+    extensions: tuple[str, ...]
+    needs_caption: bool
+    caption_flag: str  # of the training script; the column of the files has `--{name}_column`
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """Names under which a metadata file may give the files, in the order in which they are looked for."""
+        return tuple(name.format(self.name) for name in _FILE_COLUMNS)
+
+    @property
+    def ask_for_media(self) -> str:
+        """How to name the column of the files, in Python and on the command line."""
+        return f"{self.name}_column (--{self.name}_column)"
+
+    @property
+    def ask_for_caption(self) -> str:
+        """How to name the column of the captions."""
+        return f"caption_column ({self.caption_flag})"
+
+
+VIDEOS = MediaKind(
+    name="video",
+    builder="videofolder",
+    feature="Video",
+    columns=("video", "mp4", "webm", "mkv", "mov", "avi", "m4v"),
+    extensions=tuple(".mp4 .webm .mkv .mov .avi .m4v .mpeg .mpg .ts .m2ts .mts .wmv .flv .3gp .ogv".split()),
+    needs_caption=True,
+    caption_flag="--caption_column",
+)
+IMAGES = MediaKind(
+    name="image",
+    builder="imagefolder",
+    feature="Image",
+    columns=("image", "jpg", "jpeg", "png", "webp"),
+    extensions=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    needs_caption=False,
+    caption_flag="--image_caption_column",
+)
+
+
+def caption_texts(value: Any) -> list[str] | None:
+    """The captions that a value holds: a text or a list of several; None if it is something else.
+
+    They are stripped, and empty ones left out. Whatever the text is, it stays as it is written: "NaN", "007", "true".
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        text = value.encode("utf-8", "replace").decode() if re.search("[\ud800-\udfff]", value) else value
+        return [text.strip()] if text.strip() else []
+    if isinstance(value, Sequence) and not isinstance(value, bytes) and all(isinstance(v, str) for v in value):
+        return [text for entry in value for text in caption_texts(entry)]
+    return None
+
+
+def find_file_column(columns: Sequence[str], name: str, kind: MediaKind, asked: str | None) -> str:
+    """The column of a metadata file that names the media files.
+
+    Raises:
+        ValueError: if there is none, or two of that name; the message names the file and its columns.
+    """
+    wanted = kind.file_columns if asked is None else (asked, *(kind.file_columns if asked == kind.name else ()))
+    found = _first_found(columns, wanted, name)
+    if found is not None:
+        return found
+    if asked is not None:
+        raise ValueError(f"{name} has no {kind.name} column {asked!r}; its columns are {list(columns)}.")
+    if any(str(column).lower().endswith(kind.extensions) for column in columns):
+        raise ValueError(
+            f"{name} has no header: its first line is {list(columns)}. Put a line with the names of the columns above "
+            "it, such as file_name,caption."
+        )
+    raise ValueError(
+        f"{name} has no column that names the {kind.name} files; its columns are {list(columns)}. Call it file_name, "
+        f"or name it with {kind.ask_for_media}."
+    )
+
+
+def find_caption_column(columns: Sequence[str], name: str, kind: MediaKind, asked: str | None) -> str | None:
+    """The column of a metadata file that holds the captions; None if images have none.
+
+    Raises:
+        ValueError: as `find_file_column`.
+    """
+    found = _first_found(columns, CAPTION_COLUMNS if asked is None else (asked,), name)
+    if found is None and asked is not None:
+        raise ValueError(f"{name} has no caption column {asked!r} of text; its columns are {list(columns)}.")
+    if found is None and kind.needs_caption:
+        raise ValueError(no_caption_column(name, columns, kind))
+    return found
+
+
+def no_caption_column(name: str, columns: Collection[str], kind: MediaKind) -> str:
+    """What to say where no column is a caption's."""
+    return (
+        f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
+        f"Name it with {kind.ask_for_caption}."
+    )
+
+
+def _first_found(columns: Sequence[str], wanted: Sequence[str], name: str) -> str | None:
+    names = [column for column in columns if isinstance(column, str)]
+    found = [column for column in (find_name(names, one) for one in wanted) if column is not None]
+    if found and names.count(found[0]) > 1:
+        raise ValueError(f"{name} has {names.count(found[0])} columns named {found[0]!r}: rename all but one.")
+    return found[0] if found else None

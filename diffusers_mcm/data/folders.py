@@ -1,0 +1,282 @@
+"""Folders of videos or images, with metadata tables that give the captions."""
+
+import logging
+import os
+import unicodedata
+from collections.abc import Collection, Iterator
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+from ..text_files import Row, Table, Text, decode_text, read_table
+from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, find_caption_column, find_file_column
+from .images import is_remote
+from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
+
+logger = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+METADATA_FILES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+_CHUNK = 65_536  # rows that are Python objects at one time
+
+
+def open_folder(
+    source: str,
+    folder: str,
+    files: list[str],
+    kind: MediaKind,
+    media_column: str | None,
+    caption_column: str | None,
+    metadata: list[str] | None = None,
+) -> FolderRows:
+    """The rows of the metadata in a folder; without metadata its images.
+
+    Args:
+        source: what the user asked for, for messages.
+        folder: where the files are.
+        files: their paths relative to the folder, as `walk` gives them.
+        kind: `VIDEOS` or `IMAGES`.
+        media_column, caption_column: names of the columns, if they are not to be detected.
+        metadata: which of the files are metadata; by default those that are named so.
+
+    Raises:
+        ValueError: if nothing there can be used; the message names the file, and the row if it is one.
+    """
+    metadata = [path for path in files if is_metadata(path)] if metadata is None else metadata
+    media = [path for path in files if path.lower().endswith(kind.extensions)]
+    if not metadata:
+        _check_captionless(source, files, media, kind, caption_column)
+    _check_one_table_each(folder, metadata)
+    reader = _MetadataReader(folder, files, kind, media_column, caption_column)
+    for path in media if not metadata else ():
+        reader.add(path, [])
+    for path in metadata:
+        try:
+            reader.read(path)
+        except ValueError as error:  # one wrong table of many does not refuse the others
+            if len(metadata) == 1:
+                raise
+            reader.skipped[os.path.join(folder, path)] = str(error)
+    rows = FolderRows(source, kind, reader.table(), folder, reader.skipped)
+    if not len(rows):
+        _refuse(folder, metadata, reader)
+    if metadata:
+        _warn_of_unnamed(folder, media, reader.used, kind)
+    return rows
+
+
+def is_metadata(path: str) -> bool:
+    """Whether a file is a metadata table by its name."""
+    return os.path.basename(path).lower() in METADATA_FILES
+
+
+def walk(folder: str) -> list[str]:
+    """Paths of all files below a folder, relative to it and sorted; through links, but not what is hidden."""
+    return sorted(_walk(folder, "", ()))
+
+
+def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    status = os.stat(os.path.join(folder, below))
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to where it came from
+        return
+    try:
+        entries = list(os.scandir(os.path.join(folder, below)))
+    except OSError as error:
+        if not below:
+            raise
+        logger.warning("What lies in %s is not read: %s", os.path.join(folder, below), error)
+        return
+    for entry in entries:
+        path = os.path.join(below, entry.name)
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            yield from _walk(folder, path, (*above, here))
+        else:
+            yield path
+
+
+class _MetadataReader:
+    """Collects the rows of metadata tables, and what is wrong with the others."""
+
+    def __init__(
+        self,
+        folder: str,
+        files: Collection[str],
+        kind: MediaKind,
+        media_column: str | None,
+        caption_column: str | None,
+    ):
+        self.folder, self.kind = folder, kind
+        self.media_column, self.caption_column = media_column, caption_column
+        self.listed = set(files)
+        self.used: set[str] = set()
+        self.skipped: dict[str, str] = {}
+        self._files: list[bytes] = []
+        self._captions: list[list[str]] = []
+        self._chunks: list[pa.Table] = []
+
+    def read(self, path: str) -> None:
+        """Add the rows of one table, given by its path relative to the folder."""
+        name = os.path.join(self.folder, path)
+        asked = [column for column in (self.media_column, self.caption_column) if column is not None]
+        table, text = _open_table(name, (*self.kind.file_columns, *CAPTION_COLUMNS, *asked))
+        if not table.columns:
+            problem = next((f"; {table.unit} {row.line}: {row.problem}" for row in table.rows if row.problem), "")
+            raise ValueError(
+                f"{name} holds no rows{problem}. Expected the columns file_name and caption, and a row for each "
+                f"{self.kind.name}."
+            )
+        columns = (
+            find_file_column(table.columns, name, self.kind, self.media_column),
+            find_caption_column(table.columns, name, self.kind, self.caption_column),
+        )
+        for row in table.rows:
+            where = f"{name}, {table.unit} {row.line}"
+            self._take(row, where, os.path.dirname(path), columns, bool(text and text.broken_lines))
+
+    def _take(self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool) -> None:
+        file, caption = (row.values.get(column) if column else None for column in columns)
+        if row.problem:
+            self.skipped[where] = row.problem
+        elif file is None or file == "":
+            self.skipped[where] = "it names no file"
+        elif not isinstance(file, str) or not file.strip():
+            self.skipped[where] = f"expected a file name, got {file!r}"
+        elif damaged and "\ufffd" in f"{file}{caption}":
+            self.skipped[where] = "it holds bytes that are not UTF-8; save the table as UTF-8"
+        else:
+            path, captions = self._find(below, file.strip()), caption_texts(caption)
+            self.used.add(path or file)
+            if path is None:
+                self._skip(below, file, where, f"[Errno 2] No such file or directory; {where} names it")
+            elif not captions and self.kind.needs_caption:
+                self._skip(below, file, where, NO_CAPTION if captions is not None else NO_TEXT)
+            else:
+                self.add(path, captions or [])
+
+    def _skip(self, below: str, file: str, where: str, reason: str) -> None:
+        name = os.path.join(self.folder, below, file.strip())
+        self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
+
+    def _find(self, below: str, name: str) -> str | None:
+        """The path of a file, relative to the folder, however its name is written; None if there is none."""
+        path = os.path.join(below, name) if below else name
+        if path in self.listed:
+            return path
+        if is_remote(name):
+            return name
+        slashed = name.replace("\\", "/")
+        spellings = dict.fromkeys((name, slashed, *(unicodedata.normalize(f, slashed) for f in ("NFC", "NFD"))))
+        paths = [os.path.normpath(os.path.join(below, spelling)) for spelling in spellings]
+        found = next((path for path in paths if path in self.listed), None)
+        if found is not None:
+            return found
+        return next((path for path in paths if os.path.isfile(os.path.join(self.folder, path))), None)
+
+    def add(self, path: str, captions: list[str]) -> None:
+        """Add a row."""
+        self._files.append(os.fsencode(path))
+        self._captions.append(captions)
+        if len(self._files) == _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = [pa.array(self._files, pa.binary()), pa.array(self._captions, pa.list_(pa.string()))]
+        self._chunks.append(pa.table(columns, names=["file", "captions"]))
+        self._files, self._captions = [], []
+
+    def table(self) -> pa.Table:
+        """All rows, sorted by path (stably): several tables come in an order that says nothing."""
+        self._flush()
+        table = pa.concat_tables(self._chunks)
+        return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
+
+
+def _open_table(name: str, known: Collection[str]) -> tuple[Table, Text | None]:
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix == ".parquet":
+        return _open_parquet(name), None
+    with open(name, "rb") as file:
+        text = decode_text(file.read())
+    if text.encoding == "cp1252":
+        number, line = next((n, line) for n, line in enumerate(text.content.split("\n"), 1) if not line.isascii())
+        logger.warning(
+            "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
+            name, number, line[:100],
+        )  # fmt: skip
+    try:
+        return read_table(text.content, suffix, known), text
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+
+
+def _open_parquet(name: str) -> Table:
+    try:
+        file = pa.parquet.ParquetFile(name)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{name} cannot be read as parquet: {error}") from error
+
+    schema = file.schema_arrow
+    columns = [entry.name for entry in schema if not pa.types.is_binary(entry.type)]
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in file.iter_batches(columns=columns):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(number, values)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            yield Row(number + 1, {}, f"from here on the table cannot be read ({error})")
+
+    return Table(columns, rows(), "row")
+
+
+def _check_captionless(
+    source: str, files: list[str], media: list[str], kind: MediaKind, caption_column: str | None
+) -> None:
+    """Without metadata there must be files of the kind, and no need for captions."""
+    if not media:
+        raise ValueError(
+            f"The folder {source!r} holds no {kind.name} files ({', '.join(kind.extensions)}) and no .tar files."
+        )
+    if not kind.needs_caption and caption_column is None:
+        return
+    tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
+    instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
+    raise ValueError(
+        f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
+        f"with the columns file_name and caption.{instead}"
+    )
+
+
+def _check_one_table_each(folder: str, metadata: list[str]) -> None:
+    first: dict[str, str] = {}
+    for path in metadata:
+        other = first.setdefault(os.path.dirname(path), path)
+        if other != path:
+            raise ValueError(
+                f"The folder {os.path.join(folder, os.path.dirname(path))!r} holds {os.path.basename(other)} and "
+                f"{os.path.basename(path)}: keep one of them."
+            )
+
+
+def _refuse(folder: str, metadata: list[str], reader: _MetadataReader) -> None:
+    names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
+    if not reader.skipped:
+        raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {reader.kind.name}.")
+    raise ValueError(
+        f"None of the {len(reader.skipped)} rows of {names} can be used, for example{examples(reader.skipped)}"
+    )
+
+
+def _warn_of_unnamed(folder: str, media: list[str], used: set[str], kind: MediaKind) -> None:
+    unnamed = [path for path in media if path not in used]
+    if unnamed:
+        logger.warning(
+            "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
+            len(unnamed), len(media), kind.name, folder, unnamed[0],
+        )  # fmt: skip

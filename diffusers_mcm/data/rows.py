@@ -1,0 +1,120 @@
+"""The rows of a data set, whatever it was opened from: for each a file, its captions and its name."""
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .columns import MediaKind, caption_texts
+from .images import UnusableItem, is_remote
+
+NO_CAPTION = "it has no caption"
+NO_TEXT = "its caption is neither a text nor a list of texts"
+
+
+def examples(reasons: Mapping[str, str]) -> str:
+    """The first of what was skipped, a line each, for a message."""
+    return "".join(f"\n  {name}: {reason}" for name, reason in itertools.islice(reasons.items(), 5))
+
+
+class MediaRows:
+    """The rows of a data set, kept as columns of Arrow and not as objects.
+
+    Args:
+        source: what the user asked for, for messages.
+        kind: `VIDEOS` or `IMAGES`.
+        table: a `pyarrow.Table`, or a `datasets.Dataset`, with what the subclass reads.
+        skipped: name and reason of what was seen on opening to be of no use, and is not among the rows.
+    """
+
+    def __init__(self, source: str, kind: MediaKind, table, skipped: Mapping[str, str] | None = None):
+        self.source, self.kind, self.table = source, kind, table
+        self.skipped = dict(skipped or {})
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: self.table[name][row].as_py() for name in self.table.column_names}
+
+    def media(self, item: Mapping) -> dict:
+        """The item's file: `{"path": str | None, "bytes": bytes | None}`."""
+        raise NotImplementedError
+
+    def captions(self, item: Mapping) -> list[str] | None:
+        """All captions of the item, none of them empty; None if what stands there is no caption."""
+        raise NotImplementedError
+
+    def name(self, row: int, item: Mapping) -> str:
+        """How to name the item in a message: its path, within its tar if it lies in one."""
+        raise NotImplementedError
+
+    def caption(self, item: Mapping, uniform: float = 0.0) -> str:
+        """The item's caption, "" for an image without one; of several the one that `uniform` in [0, 1) chooses.
+
+        Raises:
+            UnusableItem: if a video has no caption.
+        """
+        texts = self.captions(item)
+        if texts:
+            return texts[int(uniform * len(texts))]
+        if self.kind.needs_caption:
+            raise UnusableItem(NO_CAPTION if texts is not None else NO_TEXT)
+        return ""
+
+
+class FolderRows(MediaRows):
+    """Files of a folder.
+
+    The table has the columns `file`, a path (bytes, as the file system has it) relative to `folder`, and `captions`,
+    a list of texts.
+    """
+
+    def __init__(self, source: str, kind: MediaKind, table, folder: str, skipped: Mapping[str, str] | None = None):
+        super().__init__(source, kind, table, skipped)
+        self.folder = folder
+
+    def path(self, file: bytes) -> str:
+        """The path of the file, or its address."""
+        name = os.fsdecode(file)
+        return name if is_remote(name) else os.path.join(self.folder, name)
+
+    def media(self, item: Mapping) -> dict:
+        return {"path": self.path(item["file"]), "bytes": None}
+
+    def captions(self, item: Mapping) -> list[str]:
+        return item["captions"] or []
+
+    def name(self, row: int, item: Mapping) -> str:
+        return self.path(item["file"])
+
+
+class HubRows(MediaRows):
+    """Rows of a `datasets.Dataset`, its media column not decoded.
+
+    Args:
+        media_column: the column with the files.
+        caption_path: keys that lead to the caption, or None if there are no captions.
+    """
+
+    def __init__(self, source: str, kind: MediaKind, table, media_column: str, caption_path: tuple[str, ...] | None):
+        wanted = {media_column, "__key__", "__url__", *(caption_path or ())[:1]}
+        super().__init__(source, kind, table.select_columns([c for c in table.column_names if c in wanted]))
+        self.media_column, self.caption_path = media_column, caption_path
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.table[row]
+
+    def media(self, item: Mapping) -> dict:
+        return item[self.media_column]
+
+    def captions(self, item: Mapping) -> list[str] | None:
+        value = item if self.caption_path is not None else None
+        for key in self.caption_path or ():
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return caption_texts(value)
+
+    def name(self, row: int, item: Mapping) -> str:
+        path = (item[self.media_column] or {}).get("path") or item.get("__key__") or f"row {row}"
+        url = item.get("__url__")
+        return f"{os.path.basename(url)}/{path}" if url else path

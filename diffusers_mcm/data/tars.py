@@ -1,0 +1,247 @@
+"""WebDataset tars, read in place: only their headers when they are opened, and of a sample what it needs."""
+
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..text_files import decode_text, find_name, parse_json
+from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, no_caption_column
+from .images import UnusableItem
+from .rows import NO_CAPTION, MediaRows, examples
+from .shards import Member, Sample, field_of, group, read_headers
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 100  # samples whose json says which keys there are
+
+
+@dataclass
+class _Places:
+    """Where the files of one field are: rows, offsets and sizes."""
+
+    rows: array = field(default_factory=lambda: array("q"))
+    offsets: array = field(default_factory=lambda: array("q"))
+    sizes: array = field(default_factory=lambda: array("q"))
+
+    def add(self, row: int, member: Member) -> None:
+        self.rows.append(row)
+        self.offsets.append(member.offset)
+        self.sizes.append(member.size)
+
+    def dense(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and sizes of all rows, -1 where there is no such file."""
+        columns = np.full((2, num_rows), -1, dtype=np.int64)
+        columns[0, np.asarray(self.rows)], columns[1, np.asarray(self.rows)] = self.offsets, self.sizes
+        return columns[0], columns[1]
+
+
+class TarIndex:
+    """Where the samples of a set of tars are, from their headers alone.
+
+    Attributes:
+        paths: the tars.
+        names: of the samples' videos or images, as chunks of Arrow.
+        shards: number of each sample's tar.
+        media: where the videos or images are.
+        fields: where the other files are, by field.
+        others: fields of files that are neither.
+        skipped: tars and files that are of no use, with the reason.
+    """
+
+    def __init__(self, paths: list[str], kind: MediaKind, media_field: str | None):
+        self.paths = paths
+        self.names: list[pa.Array] = []
+        self.shards, self.media = array("i"), _Places()
+        self.fields: dict[str, _Places] = {}
+        self.others: set[str] = set()
+        self.skipped: dict[str, str] = {}
+        self.num_readable = 0
+        for shard, path in enumerate(paths):
+            members, problem = read_headers(path)
+            if problem:
+                self.skipped[path] = problem
+            self.num_readable += bool(members)
+            self.others.update(field_of(member.name) for member in members)
+            samples, left = group(members, kind, media_field and media_field.lower())
+            self.skipped |= {f"{os.path.basename(path)}/{name}": reason for name, reason in left.items()}
+            self._add(shard, samples)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def _add(self, shard: int, samples: list[Sample]) -> None:
+        for sample in samples:
+            row = len(self.shards)
+            self.shards.append(shard)
+            self.media.add(row, sample.media)
+            for name, member in sample.fields.items():
+                self.fields.setdefault(name, _Places()).add(row, member)
+        self.names.append(pa.array([sample.media.name for sample in samples], pa.string()))
+
+    def table(self, fields: Iterable[str]) -> pa.Table:
+        """A row for each sample: `shard`, `name`, and `offset` and `size` of the media and of each of the fields."""
+        columns: dict[str, Any] = {"shard": np.asarray(self.shards), "name": pa.chunked_array(self.names, pa.string())}
+        for name, places in {"media": self.media, **{name: self.fields[name] for name in fields}}.items():
+            columns[f"{name} offset"], columns[f"{name} size"] = places.dense(len(self))
+        return pa.table(columns).combine_chunks()
+
+
+class TarRows(MediaRows):
+    """Samples of tars, read in place.
+
+    Args:
+        index: where they are.
+        caption_paths: a field and the key in its json (None in a text file) for each place where a caption may be; the
+            first that has one counts.
+    """
+
+    def __init__(self, source: str, kind: MediaKind, index: TarIndex, caption_paths: list[tuple[str, str | None]]):
+        fields = dict.fromkeys(name for name, _ in caption_paths)
+        super().__init__(source, kind, index.table(fields), index.skipped)
+        self.paths, self.caption_paths = index.paths, caption_paths
+        if kind.needs_caption:
+            self._leave_out_captionless(fields)
+
+    def _leave_out_captionless(self, fields: Iterable[str]) -> None:
+        has_one = np.any([self.table[f"{name} offset"].to_numpy() >= 0 for name in fields], axis=0)
+        for row in np.flatnonzero(~has_one).tolist():
+            self.skipped[self.name(row, self[row])] = NO_CAPTION
+        self.table = self.table.filter(pa.array(has_one)).combine_chunks()
+
+    def _read(self, item: Mapping, name: str) -> bytes | None:
+        offset, size = item[f"{name} offset"], item[f"{name} size"]
+        return None if offset < 0 else _read_at(self.paths[item["shard"]], offset, size)
+
+    def media(self, item: Mapping) -> dict:
+        return {"path": item["name"], "bytes": self._read(item, "media")}
+
+    def captions(self, item: Mapping) -> list[str] | None:
+        texts: list[str] | None = []
+        for name, key in self.caption_paths:
+            data = self._read(item, name)
+            if data is None:
+                continue
+            value = _read_value(data, name, self.paths[item["shard"]])
+            if key is not None:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            texts = caption_texts(value)
+            if texts:
+                break
+        return texts
+
+    def name(self, row: int, item: Mapping) -> str:
+        return f"{os.path.basename(self.paths[item['shard']])}/{item['name']}"
+
+
+def open_tars(
+    source: str, paths: list[str], kind: MediaKind, media_column: str | None, caption_column: str | None
+) -> TarRows:
+    """The samples of tars.
+
+    Args:
+        source: what the user asked for, for messages.
+        paths: the tars.
+        kind: `VIDEOS` or `IMAGES`.
+        media_column, caption_column: the field of the files ("mp4"), and that of the captions ("txt", "json.title" or
+            just "title"), if they are not to be detected.
+
+    Raises:
+        ValueError: if no tar can be read, or none holds what is needed.
+    """
+    index = TarIndex(paths, kind, media_column)
+    if not index.num_readable:
+        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped)}")
+    if not len(index):
+        _refuse(index, source, kind, media_column)
+    return TarRows(source, kind, index, _find_captions(index, source, kind, caption_column))
+
+
+def _refuse(index: TarIndex, source: str, kind: MediaKind, asked: str | None) -> None:
+    """Say why there is no sample in tars that can be read."""
+    fields = sorted(index.others - {""})
+    of_kind = [name for name in fields if f".{name}".endswith(kind.extensions)]
+    if asked is not None:
+        raise ValueError(f"{source!r} has no {kind.name} column {asked!r}; its columns are {fields}.")
+    if of_kind:
+        raise ValueError(
+            f"{source!r} has several {kind.name} columns, {of_kind}: say which with {kind.ask_for_media}."
+        )
+    broken = {path: index.skipped[path] for path in index.paths if path in index.skipped}
+    raise ValueError(
+        f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{examples(broken)}"
+    )
+
+
+def _find_captions(index: TarIndex, source: str, kind: MediaKind, asked: str | None) -> list[tuple[str, str | None]]:
+    """Where captions may be: in a text file, and in json; nowhere if an image set has none."""
+    keys = {name: _keys(index, name) for name in index.fields if name.endswith("json")}
+    files = [name for name in index.fields if name not in keys]
+    if asked is None:
+        in_files = [(name, None) for name in CAPTION_COLUMNS if name in files]
+        in_json = [("json", find_name(keys.get("json", ()), name)) for name in CAPTION_COLUMNS]
+        found = in_files[:1] + [place for place in in_json if place[1] is not None][:1]
+    else:
+        outer, _, inner = asked.rpartition(".")
+        places = [("json", asked), (outer.lower(), inner)]
+        in_json = [(name, find_name(keys.get(name, ()), key)) for name, key in places]
+        in_files = [(asked.lower(), None)] if asked.lower() in files else []
+        found = (in_files + [place for place in in_json if place[1] is not None])[:1]
+    columns = sorted(index.others - {"", *keys}) + [f"{name}.{key}" for name in keys for key in keys[name]]
+    if not found and asked is not None:
+        raise ValueError(f"{source!r} has no caption column {asked!r} of text; its columns are {columns}.")
+    if not found and kind.needs_caption:
+        raise ValueError(no_caption_column(repr(source), columns, kind))
+    return found
+
+
+def _keys(index: TarIndex, name: str) -> list[str]:
+    """The keys under which some samples' json has text."""
+    places, keys = index.fields[name], {}
+    for at in np.unique(np.linspace(0, len(places.rows) - 1, _LOOKED_AT).astype(int)).tolist():
+        path = index.paths[index.shards[places.rows[at]]]
+        try:
+            value = _read_value(_read_at(path, places.offsets[at], places.sizes[at]), name, path)
+        except UnusableItem:
+            continue  # it is skipped and counted when its turn comes
+        if isinstance(value, Mapping):
+            keys |= {key: None for key, entry in value.items() if caption_texts(entry)}
+    return list(keys)
+
+
+def _read_at(path: str, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UnusableItem(f"its tar cannot be read ({error})") from error
+    if len(data) < size:
+        raise UnusableItem("its tar has become shorter since it was opened")
+    return data
+
+
+def _read_value(data: bytes, name: str, path: str) -> Any:
+    """What a text or json file of a sample holds."""
+    text = decode_text(data)
+    if text.broken_lines:
+        raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
+    if text.encoding == "cp1252":
+        _warn_of_encoding(path)
+    if not name.endswith("json"):
+        return text.content
+    try:
+        return parse_json(text.content)
+    except ValueError as error:
+        raise UnusableItem(f"its {name} is broken ({error})") from error
+
+
+@cache
+def _warn_of_encoding(path: str) -> None:
+    logger.warning("%s holds texts that are not in UTF-8 and are read as Windows-1252.", path)

@@ -1,0 +1,271 @@
+"""Text that people hand over (prompts, captions, tables, cards), in whatever encoding and notation it was written."""
+
+import codecs
+import csv
+import itertools
+import json
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DELIMITERS = (",", ";", "\t", "|")
+_BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A decoded text.
+
+    Attributes:
+        content: the text, its lines ended by "\\n", without a byte order mark.
+        encoding: how it was encoded, in Python's name.
+        broken_lines: numbers of the lines, from 1, whose bytes fit no encoding that is known here; U+FFFD stands for
+            those bytes.
+    """
+
+    content: str
+    encoding: str
+    broken_lines: tuple[int, ...] = ()
+
+    def checked(self, name: str) -> str:
+        """The content; `ValueError` that names the file and its first broken line if there is one."""
+        if self.broken_lines:
+            raise ValueError(
+                f"{name}, line {self.broken_lines[0]}: expected text in UTF-8, UTF-16 or Windows-1252, got other "
+                "bytes. Save the file as UTF-8."
+            )
+        return self.content
+
+
+def decode_text(data: bytes) -> Text:
+    """Decode UTF-8, UTF-16 and UTF-32 with a byte order mark, UTF-8 and UTF-16 without one, and Windows-1252.
+
+    What Latin-1 can write Windows-1252 reads alike. Bytes that could be several encodings are not guessed at: they
+    are in `broken_lines`.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return _decode(data[len(mark) :], encoding)
+    start = data[:4096]
+    if start.count(0) > len(start) // 4:  # ASCII in UTF-16 has a zero in every character
+        return _decode(data, "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be")
+    try:
+        return Text(_with_unix_lines(data.decode("utf-8")), "utf-8")
+    except UnicodeDecodeError:
+        return _decode_western(data) or _decode(data, "utf-8")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file in any encoding of `decode_text`; `ValueError` that names file and line if it is in none."""
+    return decode_text(Path(path).read_bytes()).checked(os.fspath(path))
+
+
+def _decode(data: bytes, encoding: str) -> Text:
+    content = _with_unix_lines(data.decode(encoding, "replace"))
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        broken = (number for number, line in enumerate(content.split("\n"), 1) if "\ufffd" in line)
+        return Text(content, encoding, tuple(broken))
+    return Text(content, encoding)
+
+
+def _decode_western(data: bytes) -> Text | None:
+    """Windows-1252, or None where more lines speak against it than for it; those that do are broken."""
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    telling = [(number, line) for number, line in enumerate(lines, 1) if not line.isascii()]
+    broken = {number for number, line in telling if not _looks_western(line)}
+    if any(_is_utf8(line) for _, line in telling) or 2 * len(broken) >= len(telling):
+        return None
+    content = "\n".join(
+        line.decode("utf-8", "replace") if number in broken else line.decode("cp1252")
+        for number, line in enumerate(lines, 1)
+    )
+    return Text(content, "cp1252", tuple(sorted(broken)))
+
+
+def _with_unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _looks_western(line: bytes) -> bool:
+    """Whether this may be Windows-1252: no byte that it lacks, and no words wholly of letters beyond ASCII."""
+    runs = re.findall(rb"[\x80-\xff]{4,}", line)  # Cyrillic, Greek and Chinese words are such, French ones are not
+    return not re.search(rb"[\x81\x8d\x8f\x90\x9d]", line) and all(len(set(run)) == 1 for run in runs)
+
+
+class Row(NamedTuple):
+    """One row of a table: its values by column, or the problem with it."""
+
+    line: int  # in the file, from 1; where there are no lines its place in the table
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+class Table(NamedTuple):
+    """A table of which the rows are read while they are asked for."""
+
+    columns: list[str]  # of csv as in its header; of JSON those of the first rows
+    rows: Iterator[Row]
+    unit: str = "line"  # what `Row.line` counts: "line", or "row"
+
+
+def plain_name(name: str) -> str:
+    """A column's name without what people write in different ways: case, spaces, dashes and underscores."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def find_name(names: Collection[str], wanted: str) -> str | None:
+    """The name among `names` that is `wanted`, or else is written a little differently; None if there is none."""
+    if wanted in names:
+        return wanted
+    return next((name for name in names if plain_name(name) == plain_name(wanted)), None)
+
+
+def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
+    """The rows of a table in csv (`.csv`, `.tsv`, any of `DELIMITERS`), JSON lines (`.jsonl`) or JSON (`.json`).
+
+    Args:
+        text: the table.
+        suffix: the notation, as a file's suffix in lower case.
+        known: names of columns that are hoped for: the delimiter is the one with which the header has most of them.
+
+    Raises:
+        ValueError: if the whole is not JSON, with line and column. A bad row is a `Row` with its problem.
+    """
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(text, known)
+    try:
+        whole, error = parse_json(text), None
+    except ValueError as reason:
+        whole, error = None, reason
+    if suffix == ".json" and isinstance(whole, dict):
+        whole = [whole]
+    if isinstance(whole, list):
+        rows = (_object_row(number, value) for number, value in enumerate(whole, 1))
+    else:  # JSON lines, which some people call .json
+        rows = _json_lines(text)
+    first = list(itertools.islice(rows, 100))
+    if suffix == ".json" and error is not None and all(row.problem for row in first):
+        raise error
+    columns = list(dict.fromkeys(key for row in first for key in row.values))
+    return Table(columns, itertools.chain(first, rows), "row" if isinstance(whole, list) else "line")
+
+
+def parse_json(text: str) -> Any:
+    """The value, its numbers as they are written (`7`, `1e5`) and what is not a number as None; `ValueError` else."""
+    try:
+        # Tabs and line ends within a text are no reason to lose it: not strict.
+        return json.loads(text, strict=False, parse_int=str, parse_float=str, parse_constant=lambda name: None)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object_row(line: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(line, value)
+    return Row(line, {}, f"expected an object, got {json.dumps(value, ensure_ascii=False)[:60]}")
+
+
+def _json_lines(text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also splits where a text holds U+2028
+        if not line.strip():
+            continue
+        try:
+            yield _object_row(number, parse_json(line))
+        except ValueError as error:
+            yield Row(number, {}, f"it is not JSON ({error})")
+
+
+def _read_csv(text: str, known: Collection[str]) -> Table:
+    lines = text.split("\n")
+    first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
+    delimiter = None
+    if first < len(lines) and (said := re.fullmatch(r'"?sep=(.)"?', lines[first].strip("\ufeff "))):  # Excel's
+        delimiter, first = said[1], first + 1
+    delimiter = delimiter or _find_delimiter("\n".join(lines[first : first + 20]), known)
+    records = _csv_records(lines, first, delimiter)
+    header = next(records, None)
+    if header is None:
+        return Table([], iter(()))
+    names = [cell.strip() for cell in header.cells]
+    while names and not names[-1]:  # a spreadsheet's empty columns
+        names.pop()
+    return Table(names, (_csv_row(record, names, delimiter) for record in records))
+
+
+class _Record(NamedTuple):
+    line: int
+    cells: list[str]
+    problem: str | None = None
+
+
+def _csv_row(record: _Record, names: list[str], delimiter: str) -> Row:
+    cells, width = record.cells, len(names)
+    problem = record.problem
+    if any(cell.strip() for cell in cells[width:]):
+        problem = problem or (
+            f"it has {len(cells)} cells where the header has {width}; a text that holds {delimiter!r} needs quotes"
+        )
+    values = dict(zip(reversed(names), reversed((cells + [""] * width)[:width])))  # of two equal names the first
+    values.pop("", None)
+    return Row(record.line, values, problem)
+
+
+def _find_delimiter(start: str, known: Collection[str]) -> str:
+    plain = {plain_name(name) for name in known}
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        header = next(_csv_records(start.split("\n"), 0, delimiter), None)
+        cells = header.cells if header else []
+        return sum(plain_name(cell) in plain for cell in cells), len(cells)
+
+    return max(DELIMITERS, key=fit)
+
+
+def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Record]:
+    """Records of csv, from line number `first` (counted from 0) on, blank ones left out.
+
+    A quote that is never closed, or that others stand in, would swallow the rows that follow: such a line is read as
+    if it held no quoting, or is a record with a problem, and the next line begins a new record.
+    """
+    position, width = first, None
+
+    def feed() -> Iterator[str]:
+        nonlocal position
+        while position < len(lines):
+            position += 1
+            yield lines[position - 1] + "\n"
+
+    reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+    while position < len(lines):
+        start = position
+        try:
+            cells = next(reader, [])
+            problem = None
+        except csv.Error as error:
+            position = start + 1
+            reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+            cells = lines[start].split(delimiter)
+            literal = lines[start].count('"') % 2 == 0 and width in (None, len(cells))
+            problem = None if literal else f"its quotes do not match ({error}); a quote within a text is written twice"
+        if any(cell.strip() for cell in cells):
+            width = width or len(cells)
+            yield _Record(start + 1, cells, problem)
