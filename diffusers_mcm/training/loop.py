@@ -42,7 +42,8 @@ TRACKER_PROJECT = "mcm"
 # With one of these changed, or a flag of the method, it would not be the same run that goes on.
 _FIXED_ON_RESUME = (
     "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
-    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval"
+    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval "
+    "data_fps"
 ).split()
 
 
