@@ -22,7 +22,7 @@ setup(
     package_data={"diffusers_mcm": ["py.typed", "card_template.md", "shapes/weights/**"]},
     install_requires=[
         "accelerate>=1.0",
-        "av>=14",
+        "av>=15",
         "diffusers>=0.42",
         "huggingface_hub>=1.0",
         "numpy>=1.26",

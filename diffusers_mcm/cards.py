@@ -31,6 +31,7 @@ _TRAINING_ROWS = {
     "images": ("image_data",),
     "frames, height, width": ("num_frames", "height", "width"),
     "frame interval": ("frame_interval",),
+    "frames per second of the data": ("data_fps",),
     "motion representation": ("motion",),
     "lambda_real, lambda_adv": ("lambda_real", "lambda_adv"),
     "teacher's guidance, w": ("guidance_min", "guidance_max"),

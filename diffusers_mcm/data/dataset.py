@@ -127,20 +127,21 @@ class VideoDataset(KeyedDataset):
         source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), or a Hub
             data set id.
         num_frames: frames per clip.
-        frame_interval: every how many frames one is taken; shrinks to fit a short video.
+        frame_interval: every how many frames one is taken; shrinks to fit a short video. Default: 8, without `fps`.
         height, width: size of the clips: the shortest side is scaled, then the centre cropped.
         seed: keys the order and the starts.
         split: of the Hub data set, or a subfolder.
         caption_column, video_column: if they are not to be detected. Of several captions in a list each is drawn
             equally often.
         config_name, revision: of a Hub data set.
+        fps: takes frames at this rate by the times at which they are shown, instead of every n-th one.
     """
 
     def __init__(
         self,
         source: str | os.PathLike,
         num_frames: int = 16,
-        frame_interval: int = 8,
+        frame_interval: int | None = None,
         height: int = 256,
         width: int = 256,
         seed: int = 0,
@@ -149,16 +150,23 @@ class VideoDataset(KeyedDataset):
         video_column: str | None = None,
         config_name: str | None = None,
         revision: str | None = None,
+        fps: float | None = None,
     ):
+        if frame_interval is not None and fps is not None:
+            raise ValueError(f"Give frame_interval ({frame_interval}) or fps ({fps:g}), not both.")
+        if fps is not None and not (math.isfinite(fps) and fps > 0):
+            raise ValueError(f"fps must be greater than 0, not {fps}.")
+        if frame_interval is None:
+            frame_interval = 8
         _check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
         rows = open_rows(source, VIDEOS, split, video_column, caption_column, config_name, revision)
         super().__init__(rows, seed, "videos")
-        self.num_frames, self.frame_interval = num_frames, frame_interval
+        self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
         start = draw_uniform(self.seed, "clip start", index)
-        return read_clip(media, self.num_frames, self.frame_interval, self.height, self.width, start)
+        return read_clip(media, self.num_frames, self.frame_interval, self.height, self.width, start, self.fps)
 
 
 class ImageDataset(KeyedDataset):
@@ -200,8 +208,8 @@ class FrameDataset(KeyedDataset):
 
     def __init__(self, videos: VideoDataset):
         super().__init__(videos.rows, videos.seed, "frames")
-        self.height, self.width = videos.height, videos.width
+        self.height, self.width, self.fps = videos.height, videos.width, videos.fps
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
         start = draw_uniform(self.seed, "frame", index)
-        return read_clip(media, 1, 1, self.height, self.width, start)[0]
+        return read_clip(media, 1, 1, self.height, self.width, start, self.fps)[0]

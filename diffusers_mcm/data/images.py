@@ -1,9 +1,18 @@
 """Reading one image, and fitting any picture to the size that training wants."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+# What PIL's readers raise for files that are broken in one way or another; MemoryError is not about the file.
+_BROKEN_FILE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 class UnusableItem(Exception):
@@ -28,37 +37,106 @@ def media_file(media: dict):
     return media["path"]
 
 
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:
     """Scale the shortest side to the target and crop the centre (antialiased bicubic).
 
     Both happen in one resampling of the central box, so that no size in between is rounded to whole pixels.
+
+    Args:
+        image: of any size.
+        height, width: the target.
+        pixel_aspect: width of the image's pixels in heights; the target's pixels are square.
     """
-    scale = min(image.width / width, image.height / height)  # source pixels per target pixel
-    box_width, box_height = min(width * scale, image.width), min(height * scale, image.height)
+    scale = min(image.width * pixel_aspect / width, image.height / height)  # source lines per target pixel
+    box_width, box_height = min(width * scale / pixel_aspect, image.width), min(height * scale, image.height)
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     right, bottom = min(left + box_width, image.width), min(top + box_height, image.height)
     return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
 
+def _deep_gray(image: Image.Image) -> np.ndarray:
+    """Brightness in [0, 1] of a gray image with more than 8 bits per pixel: float64 (H, W).
+
+    Raises:
+        UnusableItem: if nobody can say which value is white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise UnusableItem("its floating-point values are not all between 0 (black) and 1 (white)")
+    elif image.mode.startswith("I;16"):
+        bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
+        values /= 2**bits - 1
+    elif image.format in ("PNG", "PPM"):  # formats of at most 16 bits, which some versions of PIL open as "I"
+        values /= 65535
+    else:
+        raise UnusableItem(f"its {image.format} values are 32-bit integers, of which nobody can say which is white")
+    return 1 - values if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else values
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """PIL clips what is over 255 when it converts; here white stays white."""
+    levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        levels[np.asarray(image) == transparent] = 255
+    gray = Image.fromarray(levels)
+    if "icc_profile" in image.info:
+        gray.info["icc_profile"] = image.info["icc_profile"]
+    return gray
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours by the image's own profile; one that does not fit the image is left aside, as browsers do."""
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):
+        return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image mode to RGB; what is transparent becomes white, as a browser would show it."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """Any image mode to sRGB; what is transparent becomes white, as a browser would show it.
+
+    Raises:
+        UnusableItem: for numbers of which nobody can say how bright they are.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_eight_bits(image)
+    profile = image.info.get("icc_profile")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+    elif image.mode not in ("RGB", "CMYK", "L"):
+        try:
+            image = image.convert("RGB")
+        except ValueError as error:
+            raise UnusableItem(f"its colours ({image.mode}) cannot be converted: {error}") from error
+    if profile:
+        image = _to_srgb(image, profile)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
 
 
-def read_image(media: dict, height: int, width: int) -> np.ndarray:
-    """Decode one image with PIL, upright and fitted: uint8 (H, W, 3).
-
-    Raises:
-        UnusableItem: if the file is missing or broken.
-    """
+def _decode(media: dict) -> tuple[Image.Image, int]:
+    """The image as stored, and its EXIF orientation. Here is PIL's code only, whose complaints are about the file."""
     try:
         with Image.open(media_file(media)) as image:
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(fit(to_rgb(upright), height, width))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL reports broken PNG chunks as SyntaxError and truncated files as OSError.
+            image.load()
+            return image, image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BROKEN_FILE as error:
         raise UnusableItem(f"the image cannot be read ({type(error).__name__}: {error})") from error
+
+
+def read_image(media: dict, height: int, width: int) -> np.ndarray:
+    """Decode one image with PIL, upright and fitted: uint8 (H, W, 3). Of an animation it is the first picture.
+
+    Raises:
+        UnusableItem: if the file is missing or broken, or holds numbers of which nobody can say how bright they are.
+    """
+    image, orientation = _decode(media)
+    rgb = to_rgb(image)
+    rgb.info.clear()  # or PIL reads the whole EXIF block again, which may be broken
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(fit(ImageOps.exif_transpose(rgb), height, width))

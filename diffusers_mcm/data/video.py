@@ -1,94 +1,143 @@
 """Reading one clip with PyAV, decoding only what is needed for the frames that are used."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
 from av.error import FFmpegError
-from PIL import Image
 
-from .images import UnusableItem, fit, media_file
+from .film import FilmIndex, open_film, read_index, read_packets
+from .frames import ShownFrame, orientation_of, picture
+from .images import UnusableItem
+from .timing import ClipChoice, clip_positions, timed_clip_positions, times_in_output_order
 
-_UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-
-
-@dataclass(frozen=True)
-class FrameTimes:
-    """Presentation times of a video's frames, read off its packets without decoding.
-
-    Attributes:
-        times: ascending presentation time of every frame, in the stream's time base.
-        keyframes: those among them where decoding can start.
-    """
-
-    times: tuple[int, ...]
-    keyframes: tuple[int, ...]
+__all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
 
 
-def clip_positions(num_available: int, num_frames: int, frame_interval: int, uniform: float) -> list[int]:
-    """Positions of a clip's frames: every `frame_interval`-th, from a start chosen by `uniform` in [0, 1).
+class _Contradiction(Exception):
+    """The decoder gives other frames than the packets promise."""
 
-    The interval shrinks to the largest one at which `num_frames` fit into `num_available`.
+
+def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Decoded frames in the order in which they are shown, from the next keyframe on."""
+    started = False
+    for packet in read_packets(container, stream):
+        started = started or packet.is_keyframe or not packet.size
+        if started:
+            yield from packet.decode()
+
+
+def _decode(
+    container: av.container.InputContainer, index: FilmIndex, positions: Sequence[int], seek_to: int, since: int
+) -> list[ShownFrame] | None:
+    """Seek, then decode the frames at `positions`; None if that lands behind the first of them.
+
+    From the time `since` on the decoder must give one frame after the other as the packets promise: it gives them in
+    the order of presentation, so that times which mean anything else come out of order.
 
     Raises:
-        UnusableItem: if there are fewer frames than asked for.
+        _Contradiction: if it does not.
     """
-    if num_available < num_frames:
-        raise UnusableItem(f"it has {num_available} frames, fewer than the {num_frames} asked for")
-    if num_frames > 1:
-        frame_interval = min(frame_interval, (num_available - 1) // (num_frames - 1))
-    span = (num_frames - 1) * frame_interval + 1
-    start = int(uniform * (num_available - span + 1))
-    return [start + i * frame_interval for i in range(num_frames)]
+    stream, times = container.streams[index.stream], index.times
+    try:
+        container.seek(seek_to, stream=stream, backward=True, any_frame=False)
+    except FFmpegError:
+        return None  # the container cannot seek
+    found, expected, wanted, orientation = {}, None, set(positions), index.orientation
+    for frame in _frames(container, stream):
+        orientation = orientation_of(frame) or orientation
+        if frame.pts is None:
+            raise _Contradiction
+        if expected is None:
+            if frame.pts < since:
+                continue
+            if frame.pts > times[positions[0]]:
+                return None
+            expected = bisect_left(times, frame.pts)
+        if frame.pts != times[expected]:
+            raise _Contradiction
+        if expected in wanted:
+            found[expected] = ShownFrame.of(frame, stream, orientation)
+        expected += 1
+        if expected > positions[-1]:
+            return [found[position] for position in positions]  # by time, one may come more than once
+    raise _Contradiction
 
 
-def _frame_times(container: av.container.InputContainer, stream: av.VideoStream) -> FrameTimes:
-    packets = [p for p in container.demux(stream) if p.size and not p.is_discard and not p.is_corrupt]
-    times = sorted(p.pts for p in packets if p.pts is not None)
-    if len(times) < len(packets) or len(set(times)) < len(times):
-        raise UnusableItem("its packets carry no usable presentation times; remux it, for example to mp4")
-    return FrameTimes(tuple(times), tuple(sorted(p.pts for p in packets if p.is_keyframe)))
+def _decode_by_seeking(
+    container: av.container.InputContainer, index: FilmIndex, choice: ClipChoice
+) -> list[ShownFrame] | None:
+    """The clip, from the keyframe before it; None if no seeking leads there."""
+    positions = choice.positions(index.times, index.time_base)
+    try:
+        for seek_to, since in index.starts(index.times[positions[0]]):
+            found = _decode(container, index, positions, seek_to, since)
+            if found is not None:
+                return found
+    except _Contradiction:
+        pass  # decoding from the start numbers the frames as they come
+    return None
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int], seek_to: int):
-    """Frames at the times `wanted`, as far as decoding from the keyframe at or before `seek_to` gives them."""
-    container.seek(seek_to, stream=stream, backward=True, any_frame=False)
-    found, remaining = {}, set(wanted)
-    for frame in container.decode(stream):
-        if frame.pts in remaining:
-            if frame.is_corrupt:
-                raise UnusableItem(f"its frame at {float(frame.pts * stream.time_base):.2f} s is corrupt")
-            found[frame.pts] = frame
-            remaining.discard(frame.pts)
-        if not remaining or (frame.pts is not None and frame.pts > wanted[-1]):
-            break
+def _decode_from_start(
+    media: dict, index: FilmIndex, positions: Sequence[int], believed: Sequence[int | None]
+) -> tuple[list[ShownFrame], list[int | None] | None]:
+    """Frames at `positions`, counted from the first one decoded, and the times of all frames.
+
+    As long as the frames come with the times `believed`, reading stops at the last position; the times are None then.
+    """
+    seen, found, wanted, orientation, as_believed = [], {}, set(positions), index.orientation, True
+    with open_film(media) as container:
+        stream = container.streams[index.stream]
+        for frame in _frames(container, stream):
+            orientation = orientation_of(frame) or orientation
+            if len(seen) in wanted:
+                found[len(seen)] = ShownFrame.of(frame, stream, orientation)
+            as_believed = as_believed and len(seen) < len(believed) and frame.pts == believed[len(seen)]
+            if as_believed and len(seen) == positions[-1]:
+                return [found[position] for position in positions], None
+            seen.append(frame.pts)
+    return [found[position] for position in positions if position in found], seen
+
+
+def _decode_by_counting(media: dict, index: FilmIndex, choice: ClipChoice) -> list[ShownFrame]:
+    """The clip of a film whose packets do not say where its frames are, or not rightly."""
+    positions = choice.positions(index.times, index.time_base)
+    found, times = _decode_from_start(media, index, positions, index.times if index.sound else [])
+    if times is None:
+        return found
+    right = choice.positions(times_in_output_order(times, index.time_base, index.rate), index.time_base)
+    if right == positions:
+        return found
+    found, times = _decode_from_start(media, index, right, times)
+    if times is not None:
+        raise UnusableItem("it gives other frames each time it is decoded")
     return found
 
 
-def _wanted_frames(container, stream, index: FrameTimes, wanted: list[int]) -> list[av.VideoFrame]:
-    """Seek to the last keyframe before the clip; where a container seeks inexactly, start from the beginning."""
-    first = index.times[0]
-    near = max((k for k in index.keyframes if k <= wanted[0]), default=first)
-    for seek_to in dict.fromkeys((near, first)):
-        found = _decode(container, stream, wanted, seek_to)
-        if len(found) == len(wanted):
-            return [found[time] for time in wanted]
-    raise UnusableItem(f"only {len(found)} of the {len(wanted)} frames needed can be decoded")
-
-
-def _picture(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    turn = round(frame.rotation) % 360  # counterclockwise, as telephones store what they film upright
-    if turn in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[turn])
-    return np.asarray(fit(image, height, width))
+def _clip_frames(media: dict, choice: ClipChoice) -> list[ShownFrame]:
+    with open_film(media) as container:
+        index = read_index(container)
+        found = _decode_by_seeking(container, index, choice) if index.sound else None
+    if found is None:
+        found = _decode_by_counting(media, index, choice)
+    for frame in (shown.frame for shown in found):
+        if frame.is_corrupt:
+            raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
+    return found
 
 
 def read_clip(
-    media: dict, num_frames: int, frame_interval: int, height: int, width: int, uniform: float
+    media: dict,
+    num_frames: int,
+    frame_interval: int,
+    height: int,
+    width: int,
+    uniform: float,
+    fps: float | None = None,
 ) -> np.ndarray:
-    """Decode one clip of a video.
+    """Decode one clip of a video as players show it: in order, upright, with square pixels, HDR as an SDR screen does.
 
     Args:
         media: `{"path": str | None, "bytes": bytes | None}`, as `datasets.Video(decode=False)` gives it.
@@ -96,25 +145,18 @@ def read_clip(
         frame_interval: every how many frames of the file one is taken; shrinks to fit a short video.
         height, width: size of the frames returned (shortest side scaled, then the centre).
         uniform: number in [0, 1) that chooses the start.
+        fps: if given, frames are taken at this rate by the times at which they are shown, whatever `frame_interval`
+            is: see `timed_clip_positions`.
 
     Returns:
         uint8 array (T, H, W, 3).
 
     Raises:
-        UnusableItem: if the video is missing, broken or shorter than `num_frames` frames.
+        UnusableItem: if the video is missing, broken or shorter than `num_frames` frames, or if its colours cannot be
+            converted.
     """
+    choice = ClipChoice(num_frames, frame_interval, fps, uniform)
     try:
-        with av.open(media_file(media), metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise UnusableItem("it has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise UnusableItem("its codec is unknown, or its header is damaged")
-            stream.codec_context.thread_count = 1  # the workers of the loader are the parallelism
-            index = _frame_times(container, stream)
-            positions = clip_positions(len(index.times), num_frames, frame_interval, uniform)
-            wanted = [index.times[p] for p in positions]
-            frames = _wanted_frames(container, stream, index, wanted)
-            return np.stack([_picture(frame, height, width) for frame in frames])
+        return np.stack([picture(shown, height, width) for shown in _clip_frames(media, choice)])
     except (FFmpegError, OSError) as error:
         raise UnusableItem(f"the video cannot be read ({type(error).__name__}: {error})") from error

@@ -62,6 +62,7 @@ def build_batches(
         config.video_data,
         num_frames=num_frames,
         frame_interval=config.frame_interval,
+        fps=config.data_fps,
         height=height,
         width=width,
         seed=config.seed,

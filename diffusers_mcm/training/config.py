@@ -21,6 +21,7 @@ TRACKERS = (
     "none",
 )
 _RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a secret in it
+FRAME_INTERVAL = 8  # the authors' code, for WebVid
 
 
 def _flag(
@@ -103,7 +104,17 @@ class TrainingConfig:
         None, help="Column (in tars: ending) of the image files, if not found by itself.", group="data"
     )
     num_frames: int | None = _flag(None, help="Frames per clip. Default: the base model's.", group="data")
-    frame_interval: int = _flag(8, help="Take every n-th frame; shrinks to fit a short clip.", group="data")
+    frame_interval: int | None = _flag(
+        None,
+        help=f"Take every n-th frame; shrinks to fit a short clip. Default: {FRAME_INTERVAL}, without --data_fps.",
+        group="data",
+    )
+    data_fps: float | None = _flag(
+        None,
+        help="Take so many frames per second, by the times at which they are shown, instead of every n-th frame: for "
+        "videos of several or of varying frame rates. A short clip is read faster; a slower one repeats frames.",
+        group="data",
+    )
     height: int | None = _flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
     width: int | None = _flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
     dataloader_num_workers: int = _flag(
@@ -261,6 +272,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("validation_prompts", "extra_repositories", "discriminator_augmentation"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.frame_interval is None and self.data_fps is None:
+            object.__setattr__(self, "frame_interval", FRAME_INTERVAL)
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -285,9 +298,8 @@ class TrainingConfig:
 
 def default_values() -> dict[str, Any]:
     """The defaults of all fields that have one, as `to_dict` gives values."""
-    return _plain(
-        {e.name: e.default for e in dataclasses.fields(TrainingConfig) if e.default is not dataclasses.MISSING}
-    )
+    values = {e.name: e.default for e in dataclasses.fields(TrainingConfig) if e.default is not dataclasses.MISSING}
+    return _plain(values | {"frame_interval": FRAME_INTERVAL})  # what None stands for
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +315,7 @@ def _check_choices(config: TrainingConfig) -> None:
 
 
 _POSITIVE = (
-    "lora_rank lora_alpha num_frames frame_interval height width num_adversarial_frames num_solver_steps "
+    "lora_rank lora_alpha num_frames frame_interval data_fps height width num_adversarial_frames num_solver_steps "
     "timestep_scaling sigma_data huber_c train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
     "discriminator_learning_rate adam_epsilon max_grad_norm checkpoints_total_limit logging_steps validation_steps "
     "num_inference_steps fps"
@@ -339,6 +351,11 @@ def _check_combinations(config: TrainingConfig) -> None:
     if config.guidance_min is not None and config.guidance_min > config.guidance_max:
         raise ValueError(
             f"--guidance_min must not exceed --guidance_max, but {config.guidance_min} > {config.guidance_max}."
+        )
+    if config.frame_interval is not None and config.data_fps is not None:
+        raise ValueError(
+            f"--frame_interval ({config.frame_interval}) takes frames by number, --data_fps ({config.data_fps:g}) by "
+            "time: give one of them."
         )
     if config.pretrained_lora_subfolder and not config.pretrained_lora:
         raise ValueError("--pretrained_lora_subfolder has no effect without --pretrained_lora.")

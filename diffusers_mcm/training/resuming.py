@@ -12,11 +12,12 @@ from .output import recordable_source
 # With one of these changed, or a flag of the method, it would not be the same run that goes on.
 _FIXED = (
     "base_model clip_size lora_rank lora_alpha seed total_batch learning_rate discriminator_learning_rate scale_lr "
-    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval"
+    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm frame_interval "
+    "data_fps"
 ).split()
 # These may change on purpose: a path, where a folder was moved, a precision on another machine.
 _SOURCES = "pretrained_teacher_model discriminator_features discriminator_text video_data image_data".split()
-_TOLD = "revision caption_column image_caption_column mixed_precision fold_lora".split()
+_TOLD = "revision caption_column image_caption_column video_column image_column mixed_precision fold_lora".split()
 
 
 def identity(config: TrainingConfig, networks: Networks, total_batch: int) -> dict[str, Any]:

@@ -28,12 +28,13 @@ def flat_frames(num_frames, width=32, height=24):
     return [np.full((height, width, 3), 20 + 4 * k, dtype=np.uint8) for k in range(num_frames)]
 
 
-def encode_mp4(frames, gop=8, b_frames=0, container="mp4"):
-    """Frames (H, W, 3) to the bytes of an H.264 file."""
+def encode_mp4(frames, gop=8, b_frames=0, container="mp4", codec="libx264", rate=8):
+    """Frames (H, W, 3) to the bytes of a file, H.264 in mp4 unless said otherwise."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska" if container == "mkv" else container) as output:
-        options = {"crf": "1", "g": str(gop), "bf": str(b_frames), "keyint_min": str(gop), "sc_threshold": "0"}
-        stream = output.add_stream("libx264", rate=8, options=options)
+        options = {"g": str(gop), "bf": str(b_frames), "keyint_min": str(gop)}
+        options |= {"crf": "1", "sc_threshold": "0"} if codec == "libx264" else {"q": "2", "flags": "+qscale"}
+        stream = output.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1

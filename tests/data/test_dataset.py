@@ -113,3 +113,15 @@ def test_pickled_data_set_reads_the_same(video_folder):
     dataset = open_videos(video_folder)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[3]["pixels"], dataset[3]["pixels"])
+
+
+def test_a_rate_instead_of_an_interval(video_folder):
+    """The clips have 8 frames per second."""
+    dataset = VideoDataset(video_folder, num_frames=4, height=16, width=16, fps=2)
+    numbers = frame_numbers(dataset[0]["pixels"])
+    assert [b - a for a, b in zip(numbers, numbers[1:], strict=False)] == [4, 4, 4]
+    assert FrameDataset(dataset)[0]["pixels"].shape == (3, 16, 16)
+    with pytest.raises(ValueError, match=r"Give frame_interval \(8\) or fps \(2\), not both"):
+        VideoDataset(video_folder, frame_interval=8, fps=2)
+    with pytest.raises(ValueError, match="fps must be greater than 0, not nan"):
+        VideoDataset(video_folder, fps=float("nan"))

@@ -1,9 +1,12 @@
 """Decoding a clip: the right frames, no others, and clear reasons when it cannot be done."""
 
+import io
+
 import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from diffusers_mcm.data import video
@@ -44,7 +47,7 @@ def test_too_few_frames_says_both_numbers():
         clip_positions(15, 16, 1, 0.0)
 
 
-@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("container", ["mp4", "mkv", "mpegts", "avi", "h264"])  # AVI numbers frames as decoded
 @pytest.mark.parametrize("b_frames", [0, 2])
 def test_frames_are_the_ones_asked_for(container, b_frames):
     data = encode_mp4(flat_frames(24), b_frames=b_frames, container=container)
@@ -54,22 +57,14 @@ def test_frames_are_the_ones_asked_for(container, b_frames):
 
 def test_seeks_to_the_keyframe_and_stops_after_the_last_frame(clip, monkeypatch):
     decoded = []
-    decode = av.container.InputContainer.decode
+    original = video._frames
 
-    class Counting:
-        def __init__(self, container):
-            self.container = container
+    def counting(container, stream):
+        for frame in original(container, stream):
+            decoded.append(int(frame.time * 8))
+            yield frame
 
-        def seek(self, *args, **kwargs):
-            return self.container.seek(*args, **kwargs)
-
-        def decode(self, stream):
-            for frame in decode(self.container, stream):
-                decoded.append(int(frame.time * 8))
-                yield frame
-
-    original = video._decode
-    monkeypatch.setattr(video, "_decode", lambda container, *rest: original(Counting(container), *rest))
+    monkeypatch.setattr(video, "_frames", counting)
     assert read_numbers(clip, 2, 2, 0.999) == [21, 23]
     assert decoded == list(range(16, 24))  # from the keyframe at 16
     decoded.clear()
@@ -78,13 +73,71 @@ def test_seeks_to_the_keyframe_and_stops_after_the_last_frame(clip, monkeypatch)
 
 
 def test_inexact_seek_falls_back_to_the_beginning(clip, monkeypatch):
-    original = video._decode
-
-    def lands_too_late(container, stream, wanted, seek_to):
-        return {} if seek_to else original(container, stream, wanted, seek_to)
-
-    monkeypatch.setattr(video, "_decode", lands_too_late)
+    monkeypatch.setattr(video, "_decode", lambda *args: None)
     assert read_numbers(clip, 2, 2, 0.999) == [21, 23]
+
+
+def test_every_start_of_a_program_stream_is_read():
+    """Seeking searches such a file by decoding times and lands late."""
+    data = encode_mp4(flat_frames(48), gop=12, b_frames=2, container="mpeg", codec="mpeg2video", rate=24)
+    for uniform in np.linspace(0, 0.999, 6):
+        assert read_numbers(data, 3, 2, uniform) == clip_positions(48, 3, 2, uniform)
+
+
+def test_a_film_by_time(clip):
+    """8 frames per second; the clip starts with a frame, and times are met to within half a frame."""
+    media = {"path": None, "bytes": clip}
+    for fps, expected in ((8, [0, 1, 2, 3]), (4, [0, 2, 4, 6]), (1, [0, 8, 15, 23]), (16, [0, 0, 1, 1])):
+        frames = read_clip(media, 4, 5, 24, 32, 0.0, fps=fps)
+        assert frame_numbers(torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1) == expected
+
+
+def test_a_cover_picture_is_not_the_film():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as output:
+        cover, film = output.add_stream("mjpeg", rate=1), output.add_stream("libx264", rate=8)
+        cover.disposition = Disposition.attached_pic
+        for stream, pixel_format in ((cover, "yuvj420p"), (film, "yuv420p")):
+            stream.width, stream.height, stream.pix_fmt = 32, 24, pixel_format
+        output.mux(cover.encode(av.VideoFrame.from_ndarray(flat_frames(40)[-1], format="rgb24")))
+        for frame in flat_frames(12):
+            output.mux(film.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(film.encode())
+    assert read_numbers(buffer.getvalue(), 4, 1, 0.0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "mpegts", "avi", "mpeg"])
+def test_whatever_is_broken_is_unusable_or_read(container):
+    codec = dict(codec="mpeg2video", rate=24) if container == "mpeg" else {}
+    data = encode_mp4(flat_frames(24), b_frames=2, container=container, **codec)
+    random, usable = np.random.default_rng(0), 0
+    for trial in range(40):
+        broken = bytearray(data[: random.integers(1, len(data))] if trial % 4 == 0 else data)
+        for place in random.integers(0, len(broken), 1 + trial % 8):
+            broken[place] = random.integers(0, 256)
+        try:
+            frames = read_clip(
+                {"path": None, "bytes": bytes(broken)}, 3, 2, 8, 8, random.random(), [None, 5.0][trial % 2]
+            )
+        except UnusableItem:
+            continue
+        usable += frames.shape == (3, 8, 8, 3)
+    assert usable
+
+
+def test_a_stream_that_pyav_does_not_know_makes_the_file_unusable(clip, monkeypatch):
+    class Demuxing:
+        def __init__(self, container):
+            self.streams, self.seek = container.streams, container.seek
+
+        def demux(self, streams):
+            raise IndexError("list index out of range")
+            yield
+
+    original = video.read_index
+    monkeypatch.setattr(video, "read_index", lambda container: original(Demuxing(container)))
+    with pytest.raises(UnusableItem, match="a stream begins in the middle of the file"):
+        read_numbers(clip, 2, 2, 0.0)
 
 
 @pytest.mark.parametrize(

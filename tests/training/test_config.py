@@ -53,6 +53,11 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         (dict(guidance_min=3.0, guidance_max=1.0), "--guidance_min must not exceed --guidance_max, but 3.0 > 1.0"),
         (dict(num_frames=1), r"--num_adversarial_frames \(2\) must not exceed --num_frames \(1\)"),
         (dict(num_inference_steps=8, num_solver_steps=5), r"--num_inference_steps \(8\) must not exceed .* \(5\)"),
+        (
+            dict(frame_interval=8, data_fps=8.0),
+            r"--frame_interval \(8\) takes frames by number, --data_fps \(8\) by time",
+        ),
+        (dict(data_fps=0.0), "--data_fps must be greater than 0, not 0.0"),
         (dict(num_frames=1, lambda_adv=0.0, motion="diff"), "--motion diff compares consecutive frames"),
         (dict(timesteps="late"), "--timesteps must be one of uniform, visited, not 'late'"),
         (dict(fold_lora=True, mixed_precision="bf16"), "--fold_lora needs --mixed_precision no: in bf16 most of"),

@@ -153,6 +153,18 @@ def test_a_checkpoint_from_before_a_flag_was_made_as_its_default_says(world, tmp
         Trainer(tiny_config(world, tmp_path, timesteps="visited", **options))
 
 
+def test_frames_by_time_are_recorded_and_belong_to_the_run(world, tmp_path):
+    by_time = dict(frame_interval=None, data_fps=4.0)
+    folder = train(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1, **by_time))
+    training = json.loads((folder / "mcm_config.json").read_text())["training"]
+    assert (training["frame_interval"], training["data_fps"]) == (None, 4.0)
+    assert "frames per second of the data" in (folder / "README.md").read_text()
+    options = dict(resume_from_checkpoint="latest", max_train_steps=2)
+    assert Trainer(tiny_config(world, tmp_path, **options, **by_time)).step == 1
+    with pytest.raises(ValueError, match="data_fps was 4.0, is 8.0"):
+        Trainer(tiny_config(world, tmp_path, **options, frame_interval=None, data_fps=8.0))
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_accumulation_equals_one_big_batch(world, tmp_path, double):
     with double_precision() if double else nullcontext():

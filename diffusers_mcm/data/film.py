@@ -1,0 +1,147 @@
+"""Which stream of a file is the film, and what its packets say about its frames."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+from av.error import FFmpegError
+from av.stream import Disposition
+
+from .frames import Orientation, orientation_of
+from .images import UnusableItem, media_file
+from .timing import at_constant_rate
+
+# Streams of these codecs may tell their orientation themselves, and once for all.
+_TELL_ORIENTATION = {"h264", "hevc", "vvc"}
+# Colours of Dolby Vision's profile 5 mean nothing without what only its own decoders apply.
+_DOLBY_VISION_TAGS = {"dvh1", "dvhe", "dav1", "dva1", "dvav"}
+
+
+class Entry(NamedTuple):
+    """What a packet says about its frame, in the stream's time base."""
+
+    pts: int | None
+    dts: int | None
+    is_keyframe: bool
+
+
+@dataclass(frozen=True)
+class FilmIndex:
+    """What a film's packets say, read without decoding (but for the first frame).
+
+    Attributes:
+        stream: number of the film's stream in its container.
+        times: ascending presentation time of every frame, in the stream's time base.
+        sound: whether the packets carry these times; else they are a guess, at a constant rate.
+        keyframes: the frames where decoding can start, ascending; none if the times are a guess.
+        time_base: seconds of one unit of time.
+        rate: frames per second as far as it is known.
+        orientation: what the first frame says.
+    """
+
+    stream: int
+    times: list
+    sound: bool
+    keyframes: list[Entry]
+    time_base: Fraction
+    rate: Fraction | None
+    orientation: Orientation
+
+    def starts(self, time: int) -> Iterator[tuple[int, int]]:
+        """Where to seek for the frame of a time, and from which keyframe's time on frames are then to be expected.
+
+        Containers with an index seek by presentation times; others search the file by decoding times and may land
+        late, so that an earlier keyframe is worth another try.
+        """
+        before = [keyframe for keyframe in self.keyframes if keyframe.pts <= time]
+        for keyframe in before[-1:] + before[-3:-2]:
+            for target in dict.fromkeys((keyframe.pts, keyframe.dts)):
+                if target is not None:
+                    yield target, keyframe.pts
+
+
+@contextmanager
+def open_film(media: dict) -> Iterator[av.container.InputContainer]:
+    with av.open(media_file(media), metadata_errors="ignore") as container:
+        for stream in container.streams.video:
+            if stream.codec_context is not None:
+                stream.codec_context.thread_count = 1  # the workers of the loader are the parallelism
+        yield container
+
+
+def read_packets(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
+    """The packets of one or several streams, in the order of the file, with an empty one for each at the end.
+
+    Raises:
+        UnusableItem: where PyAV loses count of the streams.
+    """
+    packets = container.demux(streams)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except IndexError as error:
+            raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
+        yield packet
+
+
+def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The streams that may be the film, the likeliest first: by default flag, then by size. Covers are none."""
+    if not container.streams.video:
+        raise UnusableItem("it has no video stream")
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    films = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not films:
+        raise UnusableItem("it has no video stream, only a cover picture")
+    films = [stream for stream in films if stream.codec_context is not None]
+    if not films:
+        raise UnusableItem("its codec is unknown, or its header is damaged")
+    films.sort(key=lambda stream: (not stream.disposition & Disposition.default, -stream.width * stream.height))
+    if films[0].codec_context.codec_tag in _DOLBY_VISION_TAGS:
+        raise UnusableItem("its colours are Dolby Vision's own, which cannot be converted")
+    return films
+
+
+def _first_orientation(packet: av.Packet) -> Orientation | None:
+    """What the frame of a keyframe's packet says; the decoder is left as it was."""
+    decoder = packet.stream.codec_context
+    try:
+        frames = [*packet.decode(), *decoder.decode(None)]
+    except FFmpegError:
+        return None  # a broken first frame does no harm to a clip that lies elsewhere
+    finally:
+        decoder.flush_buffers()
+    return orientation_of(frames[0]) if frames else None
+
+
+def read_index(container: av.container.InputContainer) -> FilmIndex:
+    """Find the film and read its packets. A stream of a single picture is the film only if there is no other."""
+    streams = _film_streams(container)
+    entries: dict[int, list[Entry]] = {stream.index: [] for stream in streams}
+    orientations: dict[int, Orientation | None] = {}
+    for packet in read_packets(container, streams):
+        if not packet.size or packet.is_discard or packet.is_corrupt:
+            continue
+        number = packet.stream.index
+        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe))
+        if packet.is_keyframe and number not in orientations:
+            tells = packet.stream.codec_context.name in _TELL_ORIENTATION
+            orientations[number] = _first_orientation(packet) if tells else None
+    film = next((stream for stream in streams if len(entries[stream.index]) > 1), streams[0])
+    found = entries[film.index]
+    times = sorted(entry.pts for entry in found if entry.pts is not None)
+    sound = len(times) == len(found) and len(set(times)) == len(times)
+    rate = film.guessed_rate or film.average_rate
+    return FilmIndex(
+        stream=film.index,
+        times=times if sound else at_constant_rate(len(found), film.time_base, rate),
+        sound=sound,
+        keyframes=sorted((e for e in found if e.is_keyframe), key=lambda e: e.pts) if sound else [],
+        time_base=film.time_base,
+        rate=rate,
+        orientation=orientations.get(film.index) or Orientation(),
+    )

@@ -1,0 +1,103 @@
+"""One decoded frame as a picture: upright, with square pixels and the colours of an ordinary screen."""
+
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+from PIL import Image
+
+from .colour import HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
+from .images import UnusableItem, fit
+
+_TANGENT_OF_ONE_DEGREE = 0.0175
+
+
+class Orientation(NamedTuple):
+    """How stored pixels (H, W, 3) become upright: rows and columns change places, then the axes are reversed."""
+
+    transposed: bool = False
+    reverse_x: bool = False
+    reverse_y: bool = False
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        if self.transposed:
+            pixels = pixels.swapaxes(0, 1)
+        return pixels[:: -1 if self.reverse_y else 1, :: -1 if self.reverse_x else 1]
+
+
+def orientation_of(frame: av.VideoFrame) -> Orientation | None:
+    """The turn and the mirroring that a frame asks for; None if it says nothing about it.
+
+    Raises:
+        UnusableItem: for a turn that is no multiple of a quarter.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV refuses the whole list where one kind of side data is unknown to it
+        quarters = round(frame.rotation / 90) % 4
+        return (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))[
+            quarters
+        ]
+    if matrix is None:
+        return None
+    # x' = a·x + c·y and y' = b·x + d·y, in FFmpeg's layout a b u, c d v, x y w
+    a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])
+    straight, across = sorted((abs(a), abs(d))), sorted((abs(b), abs(c)))
+    if across[1] <= _TANGENT_OF_ONE_DEGREE * straight[0]:
+        return Orientation(False, a < 0, d < 0)
+    if straight[1] <= _TANGENT_OF_ONE_DEGREE * across[0]:
+        return Orientation(True, c < 0, b < 0)
+    raise UnusableItem(f"it is to be shown turned by {frame.rotation} degrees, which is no multiple of 90")
+
+
+def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
+    """Every other line of an interlaced frame: the lines between belong to another moment."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    field, sink = graph.add("field", "type=top"), graph.add("buffersink")
+    source.link_to(field)
+    field.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return graph.pull()
+
+
+class ShownFrame(NamedTuple):
+    """A decoded frame with what its film says about showing it."""
+
+    frame: av.VideoFrame
+    orientation: Orientation
+    pixel_aspect: float  # width of a stored pixel in heights
+    transfer: int  # these two are numbers of H.273
+    primaries: int
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation) -> "ShownFrame":
+        """The frame that the decoder of `stream` gave last."""
+        decoder = stream.codec_context
+        aspect = stream.sample_aspect_ratio
+        return cls(frame, orientation, float(aspect or 1), decoder.color_trc, decoder.color_primaries)
+
+
+def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
+    """The frame as it is to be shown, scaled and cropped: uint8 (height, width, 3).
+
+    Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
+
+    Raises:
+        UnusableItem: for colours that cannot be converted.
+    """
+    frame, orientation, aspect, transfer, primaries = shown
+    check_known(transfer, frame.colorspace)
+    if frame.interlaced_frame and frame.height > 1:
+        frame, aspect = _upper_field(frame), aspect / 2
+    aspect = 1 / aspect if orientation.transposed else aspect
+    if is_ordinary(transfer, primaries):
+        pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
+        return np.asarray(fit(Image.fromarray(pixels), height, width, aspect))
+    untold = transfer in (PQ, HLG) and frame.colorspace == UNSPECIFIED
+    frame = frame.reformat(format="rgb48le", src_colorspace=Colorspace.BT2020 if untold else None)
+    signal = orientation.apply(frame.to_ndarray()).astype(np.float32) / 65535
+    planes = [fit(Image.fromarray(np.ascontiguousarray(signal[..., i])), height, width, aspect) for i in range(3)]
+    return to_ordinary(np.stack([np.asarray(plane) for plane in planes], axis=-1), transfer, primaries)
