@@ -29,7 +29,7 @@ def sample(pipe, output_type="pt", **options):
     ids=["float16", "bfloat16"],
 )
 def test_half_precision_makes_the_same_video(pipe, dtype, most, mean):
-    """From the same noise, which is drawn in the type of the network."""
+    """From the same noise."""
     whole = sample(pipe)
     pipe.to(dtype=dtype)
     assert sample(pipe, "latent").dtype == dtype

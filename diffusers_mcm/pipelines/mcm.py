@@ -101,6 +101,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
                 for name, parameter in module.named_parameters():
                     if ".lora_" not in name:
                         parameter.requires_grad_(False)
+        self.base_model.prepare_denoiser(self.denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
         self._interrupt = False
         self._guidance_scale = 1.0
@@ -252,6 +253,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
         return getattr(self, self.base_model.denoiser_name)
 
     @property
+    def _latents_dtype(self) -> torch.dtype:
+        """Of the latents between two steps: float32, whatever the networks compute in, or wider."""
+        return torch.promote_types(self.denoiser.dtype, torch.float32)
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -329,7 +335,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
             latents = self._start_latents((batch_size, *shape), generator, latents, device)
             latents = self._sample(latents, timesteps, text, negative, generator, callback)
 
-        frames = latents
+        frames = latents.to(self.denoiser.dtype)
         if output_type != "latent":
             video = self.base_model.decode_video(self.vae, latents, decode_chunk_size)
             frames = self.video_processor.postprocess_video(video, output_type=output_type)
@@ -415,7 +421,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, DiffusionPipeline):
             raise ValueError(
                 f"{len(generator)} generators were given for {shape[0]} videos; give one, or one for each."
             )
-        dtype = self.denoiser.dtype  # once: diffusers walks over all modules to find it
+        dtype = self._latents_dtype  # once: diffusers walks over all modules to find it
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:

@@ -137,6 +137,29 @@ def test_the_target_head_is_the_moving_average_and_gets_no_gradient():
     assert not any(parameter.requires_grad for parameter in student.target_motion.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_under_autocast_both_sides_of_the_distance_are_float32(kind):
+    """The networks' outputs and what the motion head makes of them: half types do not tell c = 0.001 apart."""
+    student = make_student(lambda_adv=0.0)
+    for module in (student.denoiser, student.vae):
+        for name, parameter in module.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(kind)
+    for head in (student.motion, student.target_motion):  # no longer the identity
+        torch.nn.init.normal_(head.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for module in (student.motion, student.target_motion, student.motion.conv_in, student.target_motion.conv_out):
+        module.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    text, negative = ({key: value.to(kind) for key, value in each.items()} for each in (TEXT, NEGATIVE))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = student(PIXELS, text, negative, make_draws(student, 999))
+    losses.total.backward()
+    assert len(seen) == 8 and {tensor.dtype for tensor in seen} == {torch.float32}
+    heads = [seen[i] for i in range(8) if seen[i].shape[1] == 4]
+    assert not any(torch.equal(each, each.bfloat16().float()) for each in heads)
+    assert losses.total.dtype == torch.float32 and student.motion.conv_out.weight.grad.any()
+
+
 def test_a_folded_lora_gives_the_same_losses_and_gradients():
     results = []
     for fold_lora in (False, True):
