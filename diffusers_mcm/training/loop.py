@@ -26,7 +26,7 @@ from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, default_values
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
-from .randomness import draw_adversarial, draw_step
+from .randomness import Coins, draw_adversarial, draw_step
 from .step import Judge
 from .tracking import LossLog, check_finite
 from .validation import sample_clip, write_validation
@@ -189,6 +189,12 @@ class Trainer:
         return {**losses, **gradients, **rates}
 
     # --- its inputs --------------------------------------------------------------------------------------------------
+    @property
+    def samples_per_coin(self) -> int:
+        """With --coin batch, what all processes work on at the same time."""
+        together = self.config.train_batch_size * self.accelerator.num_processes
+        return together if self.config.coin == "batch" else 1
+
     def draw(self, batch: Batch):
         networks = self.networks
         draws = draw_step(
@@ -198,6 +204,7 @@ class Trainer:
             self.timesteps,
             networks.guidance_range,
             self.config.num_adversarial_frames,
+            Coins(self.config.lambda_real, self.total_batch, self.samples_per_coin),
         )
         return draws.to(self.device)
 
@@ -295,6 +302,8 @@ class Trainer:
         """What must not change between the parts of one run."""
         values = {**self.config.to_dict(), "total_batch": self.total_batch, "clip_size": list(self.networks.clip_size)}
         values["base_model"] = self.networks.base.name
+        if self.config.coin == "batch":  # which then depends on how the total batch is split
+            values["coin"] = f"batch (of {self.samples_per_coin})"
         method = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata["group"] == "method"]
         return {name: values[name] for name in (*_FIXED_ON_RESUME, *method)}
 
