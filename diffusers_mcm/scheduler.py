@@ -42,7 +42,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     """
     Multistep consistency sampling (algorithm 1 of Song et al. 2023): predict the clean sample, add noise again for the
     next timestep. With the same settings it equals [`LCMScheduler`] bit for bit; what differs is the default
-    `timestep_scaling`, the one MCM is trained with.
+    `timestep_scaling`, the one MCM is trained with, and that half types are stepped in float32: near the last timestep
+    x̂_0 is a small difference of two large tensors, divided by a small α.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
@@ -271,6 +272,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         """
         Predict the clean sample and add noise again for the next timestep (none after the last).
 
+        Computed in float32 for half types, and returned in the type of `sample`.
+
         Args:
             model_output (`torch.Tensor`):
                 The network's output for `sample` at `timestep`.
@@ -294,6 +297,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
                 f"All {len(self.timesteps)} steps of the schedule have been taken; call `set_timesteps` to start over."
             )
 
+        dtype, working = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
+        model_output, sample = model_output.to(working), sample.to(working)
         # Coefficients are float32 scalars, whatever the sample's type.
         alpha_bar = self.alphas_cumprod[timestep]
         predict_x0 = get_prediction_type(self.config.prediction_type).x0
@@ -309,6 +314,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(sample.shape, generator=generator, device=model_output.device, dtype=denoised.dtype)
             prev_sample = alpha_bar.sqrt() * denoised + (1 - alpha_bar).sqrt() * noise
 
+        prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
             return prev_sample, denoised
         return MCMSchedulerOutput(prev_sample=prev_sample, denoised=denoised)
@@ -335,11 +341,10 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     def _limit(self, x0: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding or clipping of the predicted clean sample, if configured."""
         if self.config.thresholding:
-            # Half types have neither a quantile nor, on the CPU, a clamp with tensor bounds.
-            flat = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1)
+            flat = x0.flatten(1)
             limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
             limit = limit.clamp(min=1, max=self.config.sample_max_value)
-            return (torch.clamp(flat, -limit, limit) / limit).reshape(x0.shape).to(x0.dtype)
+            return (torch.clamp(flat, -limit, limit) / limit).reshape(x0.shape)
         if self.config.clip_sample:
             return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0

@@ -9,6 +9,8 @@ HOME = tempfile.mkdtemp(prefix="mcm-tests-")
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
     del os.environ[name]
 os.environ["HF_HOME"] = HOME
+# The Hub that answers is a thread of the tests: on a machine that is busy with other work it may take its time.
+os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = "600"
 
 
 def pytest_unconfigure():

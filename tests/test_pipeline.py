@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
-from tests.tiny import LATENT_CHANNELS, NUM_FRAMES, SCHEDULER, SIZE, TEXT_DIM, TEXT_LENGTH, tiny_components
+from tests.tiny import EXACT, LATENT_CHANNELS, NUM_FRAMES, SCHEDULER, SIZE, TEXT_DIM, TEXT_LENGTH, tiny_components
 
 PROMPT = "a red circle moving left on a black background"
 LATENTS = (LATENT_CHANNELS, NUM_FRAMES, SIZE // 2, SIZE // 2)
@@ -24,6 +25,14 @@ def pipe(components):
     pipe.scheduler = MCMScheduler(**SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def exact_pipe(components):
+    """In float64, with networks of its own."""
+    pipe = ModelScopeMCMPipeline(**copy.deepcopy(components), num_frames=NUM_FRAMES, num_inference_steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(dtype=torch.float64)
 
 
 def generator(seed=0):
@@ -71,12 +80,14 @@ def test_one_network_call_a_step_and_one_of_twice_the_batch_with_guidance(pipe):
     assert calls.batches == [1, 1, 1, 2, 2]
 
 
-def test_guidance_against_its_formula(pipe):
+def test_guidance_against_its_formula(exact_pipe):
+    pipe = exact_pipe
+
     def predict(prompt):
         tokens = pipe.tokenizer([prompt], padding="max_length", return_tensors="pt").input_ids
         return pipe.unet(x, 999, pipe.text_encoder(tokens)[0]).sample
 
-    x = torch.randn(1, *LATENTS, generator=generator(3))
+    x = torch.randn(1, *LATENTS, generator=generator(3)).double()
     for negative in (None, "a blue square"):
         with torch.no_grad():
             without = predict(negative or "")
@@ -84,7 +95,7 @@ def test_guidance_against_its_formula(pipe):
         pipe.scheduler.set_timesteps(1)
         expected = pipe.scheduler.step(output, pipe.scheduler.timesteps[0], x).denoised
         options = dict(num_inference_steps=1, guidance_scale=5.0, latents=x, negative_prompt=negative)
-        torch.testing.assert_close(sample(pipe, **options), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample(pipe, **options), expected, **EXACT)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
@@ -107,22 +118,22 @@ def test_explicit_timesteps(pipe):
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
-def test_a_batch_is_its_videos_one_by_one(pipe):
+def test_a_batch_is_its_videos_one_by_one(exact_pipe):
+    pipe = exact_pipe
     prompts = [PROMPT, "a blue ring growing on a white background"]
     batch = sample(pipe, prompts, generator=[generator(0), generator(1)])
     for i, prompt in enumerate(prompts):
-        torch.testing.assert_close(
-            batch[i : i + 1], sample(pipe, prompt, generator=[generator(i)]), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(batch[i : i + 1], sample(pipe, prompt, generator=[generator(i)]), **EXACT)
 
 
-def test_videos_of_one_prompt_follow_each_other(pipe):
+def test_videos_of_one_prompt_follow_each_other(exact_pipe):
+    pipe = exact_pipe
     prompts = [PROMPT, "a blue ring"]
     latents = torch.randn(4, *LATENTS, generator=generator(5))
     videos = sample(pipe, prompts, num_videos_per_prompt=2, latents=latents, num_inference_steps=1)
     for i, prompt in enumerate([prompts[0], prompts[0], prompts[1], prompts[1]]):
         alone = sample(pipe, prompt, latents=latents[i : i + 1], num_inference_steps=1)
-        torch.testing.assert_close(videos[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(videos[i : i + 1], alone, **EXACT)
 
 
 def test_prompt_embeds_do_what_the_prompt_does(pipe):

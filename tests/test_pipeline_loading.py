@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, hub
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, lora_layers
 from tests.hub_server import hub_server
-from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, save_tiny_base, save_tiny_lora, tiny_unet
+from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, realign, save_tiny_base, save_tiny_lora, tiny_unet
 
 PROMPT = "a red circle moving left on a black background"
 
@@ -37,6 +37,7 @@ def video(pipe):
 
 
 def sample(pipe, **options):
+    realign(pipe)
     pipe.set_progress_bar_config(disable=True)
     options = dict(num_frames=NUM_FRAMES) | options
     return pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="pt", **options).frames

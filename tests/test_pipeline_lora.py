@@ -6,10 +6,9 @@ from diffusers import DDIMScheduler
 
 from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
-from tests.tiny import FEW_MODULES, NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
+from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
 
 # The rounding that fusing costs in float32: W + BA applied at once, instead of Wx + BAx.
-FUSE_TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def make_pipe():
         **tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER)), num_frames=NUM_FRAMES
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(dtype=torch.float64)
 
 
 def some_lora(pipe, seed=0, rank=2, alpha=2.0, scale=0.5):
@@ -55,7 +54,7 @@ def scaled(lora, factor):
     """The same LoRA with its B times `factor`: what a strength should amount to."""
     for key in lora.tensors:
         if ".lora_B." in key:
-            lora.tensors[key] = lora.tensors[key] * factor
+            lora.tensors[key] = lora.tensors[key].double() * factor
     return lora
 
 
@@ -67,14 +66,13 @@ def test_every_way_to_give_a_strength_has_the_same_effect(pipe):
     pipe.load_lora_weights(some_lora(pipe), "a")
     full = sample(pipe)
     assert not torch.allclose(full, expected, rtol=1e-2)
-    close = dict(rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sample(pipe, lora_scale=0.3), expected, **close)
-    torch.testing.assert_close(sample(pipe, cross_attention_kwargs={"scale": 0.3}), expected, **close)
+    torch.testing.assert_close(sample(pipe, lora_scale=0.3), expected, **EXACT)
+    torch.testing.assert_close(sample(pipe, cross_attention_kwargs={"scale": 0.3}), expected, **EXACT)
     assert torch.equal(sample(pipe), full)
     pipe.set_adapters("a", 0.3)
-    torch.testing.assert_close(sample(pipe), expected, **close)
+    torch.testing.assert_close(sample(pipe), expected, **EXACT)
     pipe.set_adapters("a", 0.6)
-    torch.testing.assert_close(sample(pipe, lora_scale=0.5), expected, **close)
+    torch.testing.assert_close(sample(pipe, lora_scale=0.5), expected, **EXACT)
 
 
 def test_strength_zero_is_the_base(pipe, plain):
@@ -115,7 +113,7 @@ def test_two_adapters_add_up(pipe):
     assert pipe.get_active_adapters() == ["first", "second"]
     assert pipe.get_list_adapters() == {"unet": ["first", "second"]}
     pipe.set_adapters(["first", "second"], [0.5, 2.0])
-    torch.testing.assert_close(sample(pipe), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sample(pipe), expected, **EXACT)
     pipe.set_adapters("second")
     assert pipe.get_active_adapters() == ["second"]
     alone = sample(pipe)
@@ -164,7 +162,7 @@ def test_fusing_is_the_lora_to_rounding_and_unfusing_is_exact(pipe, plain, lora_
     fused = sample(pipe)
     pipe.unfuse_lora()
     assert torch.equal(sample(pipe), adapted)
-    torch.testing.assert_close(fused, sample(pipe, lora_scale=lora_scale), **FUSE_TOLERANCE)
+    torch.testing.assert_close(fused, sample(pipe, lora_scale=lora_scale), **EXACT)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert torch.equal(sample(pipe), plain)
@@ -179,7 +177,7 @@ def test_fusing_one_of_two(pipe):
     adapted = sample(pipe)
     pipe.fuse_lora("b")
     assert pipe.get_active_adapters() == ["b"]
-    torch.testing.assert_close(sample(pipe), expected, **FUSE_TOLERANCE)
+    torch.testing.assert_close(sample(pipe), expected, **EXACT)
     pipe.unfuse_lora()
     assert torch.equal(sample(pipe), adapted)
 
@@ -197,7 +195,7 @@ def test_what_is_not_fused_is_off_where_nothing_is_fused_too(pipe):
     both = sample(pipe)
     pipe.fuse_lora("a")
     assert pipe.get_active_adapters() == ["a"]
-    torch.testing.assert_close(sample(pipe), alone, **FUSE_TOLERANCE)
+    torch.testing.assert_close(sample(pipe), alone, **EXACT)
     pipe.unfuse_lora()
     assert pipe.get_active_adapters() == ["a", "b"] and torch.equal(sample(pipe), both)
 

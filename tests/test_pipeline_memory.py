@@ -29,7 +29,7 @@ def sample(pipe, output_type="pt", **options):
     ids=["float16", "bfloat16"],
 )
 def test_half_precision_makes_the_same_video(pipe, dtype, most, mean):
-    """From the same noise, which is drawn in the type of the network."""
+    """From the same noise."""
     whole = sample(pipe)
     pipe.to(dtype=dtype)
     assert sample(pipe, "latent").dtype == dtype
@@ -38,6 +38,10 @@ def test_half_precision_makes_the_same_video(pipe, dtype, most, mean):
     assert 0 < difference.max() < most
     assert difference.mean() < mean
     assert whole.std() > 0.1  # there is something to see
+
+
+# A frame in float32 is rounded otherwise in a batch of another size: 6e-8, as often as the decoder has layers.
+ROUNDING = dict(atol=1e-5, rtol=0)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -51,7 +55,7 @@ def decoded_at_a_time(pipe):
 def test_chunked_decoding_makes_the_same_video(pipe):
     sizes = decoded_at_a_time(pipe)
     whole = sample(pipe, decode_chunk_size=None)
-    torch.testing.assert_close(sample(pipe, decode_chunk_size=3), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample(pipe, decode_chunk_size=3), whole, **ROUNDING)
     assert sizes == [4, 3, 1]
 
 
@@ -59,7 +63,7 @@ def test_vae_slicing_makes_the_same_video(pipe):
     sizes = decoded_at_a_time(pipe)
     whole = sample(pipe)
     pipe.vae.enable_slicing()
-    torch.testing.assert_close(sample(pipe), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample(pipe), whole, **ROUNDING)
     assert sizes == [4, 1, 1, 1, 1]
 
 

@@ -57,17 +57,50 @@ def pair(**config):
 # --- the same as LCMScheduler, bit for bit
 
 
+class InFloat32:
+    """A scheduler that is shown half-precision tensors as float32 ones; each of its results is rounded once."""
+
+    def __init__(self, scheduler, dtype):
+        self.scheduler, self.dtype, self.timesteps = scheduler, dtype, scheduler.timesteps
+
+    def step(self, model_output, timestep, sample, **options):
+        output = self.scheduler.step(model_output.float(), timestep, sample.float(), **options)
+        return type(output)(**{name: value.to(self.dtype) for name, value in output.items()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_sampling_is_bit_identical_to_lcm(steps, prediction_type, dtype):
+    """In float32; of half types LCM rounds every intermediate result, and ours none."""
     ours, theirs = pair(prediction_type=prediction_type)
     ours.set_timesteps(steps)
     theirs.set_timesteps(steps)
     assert torch.equal(ours.timesteps, theirs.timesteps)
-    results = sample_with(ours, dtype), sample_with(theirs, dtype)
+    results = sample_with(ours, dtype), sample_with(InFloat32(theirs, dtype), dtype)
     assert results[0][-1].dtype == dtype and torch.isfinite(results[0][-1]).all()
     assert identical(*results)
+
+
+def test_a_half_precision_step_costs_x0_no_more_than_one_rounding():
+    """At the last timestep x̂_0 is a thousand times the rounding of what it is the difference of; LCM shows it."""
+    ours, theirs = pair()
+    sample, output = latents(1, torch.bfloat16), latents(2, torch.bfloat16)
+    errors = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(1)
+        exact = scheduler.step(output.double(), 999, sample.double()).denoised
+        scheduler.set_timesteps(1)
+        error = (scheduler.step(output, 999, sample).denoised.double() - exact).abs()
+        errors.append(float((error / exact.abs().clamp(min=1)).max()))
+    assert errors[0] < 2**-8 < 4 * 2**-8 < errors[1]
+
+
+def test_a_float32_output_may_go_with_half_latents():
+    scheduler = MCMScheduler()
+    scheduler.set_timesteps(1)
+    result = scheduler.step(latents(2), 999, latents(1, torch.bfloat16))
+    assert result.prev_sample.dtype == result.denoised.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -97,7 +130,8 @@ def test_every_setting_means_what_it_means_to_lcm(config):
     assert identical(sample_with(ours), sample_with(theirs))
     ours.set_timesteps(4)
     theirs.set_timesteps(4)
-    assert identical(sample_with(ours, torch.float16), sample_with(theirs, torch.float16))
+    half = torch.float16
+    assert identical(sample_with(ours, half), sample_with(InFloat32(theirs, half), half))
 
 
 @pytest.mark.parametrize("original_inference_steps", [None, 8, 30, 1000])

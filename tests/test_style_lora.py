@@ -7,9 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
 from tests.base_models.test_animatediff_pipeline import PROMPT, random_lora
-from tests.tiny import ANIMATEDIFF_SCHEDULER, NUM_FRAMES, SIZE, tiny_animatediff_components
+from tests.tiny import ANIMATEDIFF_SCHEDULER, EXACT, NUM_FRAMES, SIZE, tiny_animatediff_components
 
-CLOSE = dict(rtol=1e-3, atol=1e-3)
 SPATIAL = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0",
@@ -34,6 +33,7 @@ def make(pipeline_class, **components):
 def sample(pipe, **options):
     size = dict(num_frames=NUM_FRAMES, height=SIZE, width=SIZE, num_inference_steps=1, guidance_scale=1.0)
     options = size | dict(output_type="latent", generator=torch.Generator().manual_seed(0)) | options
+    pipe.to(dtype=torch.float64)
     return pipe(prompt=PROMPT, **options).frames
 
 
@@ -61,10 +61,10 @@ def older_diffusers(parts):
     tensors = {}
     for key, tensor in parts["unet"].items():
         key = key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
-        tensors[f"unet.{key}"] = tensor * ALPHA / 2 if ".up." in key else tensor
+        tensors[f"unet.{key}"] = tensor.double() * ALPHA / 2 if ".up." in key else tensor
     for key, tensor in parts["text_encoder"].items():
         key = key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
-        tensors[f"text_encoder.text_model.{key}"] = tensor * ALPHA / 2 if ".up." in key else tensor
+        tensors[f"text_encoder.text_model.{key}"] = tensor.double() * ALPHA / 2 if ".up." in key else tensor
     return tensors
 
 
@@ -85,12 +85,12 @@ def test_a_kohya_lora_is_what_diffusers_makes_of_it(pipe, parts, tmp_path):
     stock = load_as_stock(parts, tmp_path)
     pipe.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
     assert pipe.get_list_adapters() == {"unet": ["style"], "text_encoder": ["style"]}
-    torch.testing.assert_close(sample(pipe), sample(stock), **CLOSE)
+    torch.testing.assert_close(sample(pipe), sample(stock), **EXACT)
     assert not torch.allclose(sample(pipe), plain, rtol=1e-2)
     for weight in (0.4, {"unet": 0.3, "text_encoder": 0.8}):
         pipe.set_adapters("style", weight)
         stock.set_adapters("style", dict(weight) if isinstance(weight, dict) else weight)
-        torch.testing.assert_close(sample(pipe), sample(stock), **CLOSE)
+        torch.testing.assert_close(sample(pipe), sample(stock), **EXACT)
 
 
 @pytest.mark.parametrize("naming", [kohya, older_diffusers], ids=lambda f: f.__name__)
@@ -99,7 +99,7 @@ def test_every_naming_is_the_same_lora(pipe, parts, naming):
     expected = sample(pipe)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(naming(parts), "b")
-    torch.testing.assert_close(sample(pipe), expected, **CLOSE)
+    torch.testing.assert_close(sample(pipe), expected, **EXACT)
 
 
 # --- the verbs reach the text encoder too ----------------------------------------------------------------------------
@@ -110,11 +110,11 @@ def test_scale_fuse_and_unload(pipe, parts):
     pipe.set_adapters("style", 0.5)
     half = sample(pipe)
     pipe.set_adapters("style")
-    torch.testing.assert_close(sample(pipe, lora_scale=0.5), half, **CLOSE)
+    torch.testing.assert_close(sample(pipe, lora_scale=0.5), half, **EXACT)
     assert torch.equal(sample(pipe, lora_scale=0.0), plain)
     pipe.fuse_lora(lora_scale=0.5)
     assert (pipe.fused_loras, pipe.num_fused_loras) == ({"style"}, 1)
-    torch.testing.assert_close(sample(pipe), half, **CLOSE)
+    torch.testing.assert_close(sample(pipe), half, **EXACT)
     pipe.unfuse_lora()
     assert torch.equal(sample(pipe), full)
     pipe.disable_lora()
@@ -136,7 +136,7 @@ def test_beside_the_mcm_lora_each_with_its_weight(pipe, parts, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = MCMPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(sample(again), both, **CLOSE)
+    torch.testing.assert_close(sample(again), both, **EXACT)
     assert again.get_list_adapters() == {"unet": ["mcm", "style"], "text_encoder": ["style"]}
     assert not any("lora" in key for key in load_file(tmp_path / "text_encoder" / "model.safetensors"))
     with pytest.raises(ValueError, match="'style' lies on unet, text_encoder; an MCM LoRA lies on the denoiser alone"):
@@ -144,7 +144,7 @@ def test_beside_the_mcm_lora_each_with_its_weight(pipe, parts, tmp_path):
     # The saved style is a LoRA that diffusers reads.
     stock = make(AnimateDiffPipeline, motion_adapter=None)
     stock.load_lora_weights(tmp_path / "mcm_adapters" / "style", weight_name="pytorch_lora_weights.safetensors")
-    torch.testing.assert_close(sample(stock), sample(load_as_stock(parts, tmp_path)), **CLOSE)
+    torch.testing.assert_close(sample(stock), sample(load_as_stock(parts, tmp_path)), **EXACT)
     pipe.delete_adapters("style")
     assert torch.equal(sample(pipe), alone) and pipe.get_list_adapters() == {"unet": ["mcm"]}
 

@@ -32,6 +32,7 @@ from ..pipelines.mcm import MCMPipeline
 from ..pipelines.sole_use import alone, sole_use
 from ..scheduler import MCMScheduler
 from .base import Text
+from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
 ADAPTER = "motion_adapter"
@@ -108,7 +109,8 @@ class AnimateDiff(StableDiffusionModel):
         pictures = [value for key, value in text.items() if key.startswith(IMAGE_EMBEDS)]
         if pictures:
             network_options["added_cond_kwargs"] = {"image_embeds": pictures}
-        return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **network_options)[0]
+        with float32_ends(denoiser):
+            return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **network_options)[0]
 
 
 def _has_motion(model_index: Mapping[str, Any]) -> bool:
@@ -384,7 +386,7 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             one_each = latents is None and isinstance(generator, (list, tuple))
             latents = torch.cat(
                 [
-                    self._prepare_latents_free_noise(count, *size, self.unet.dtype, device, each, latents)
+                    self._prepare_latents_free_noise(count, *size, self._latents_dtype, device, each, latents)
                     for count, each in ([(1, each) for each in generator] if one_each else [(batch, generator)])
                 ]
             )

@@ -114,6 +114,10 @@ class BaseModel(ABC):
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         """Full names of the modules that get a LoRA, sorted."""
 
+    def prepare_denoiser(self, denoiser: nn.Module) -> None:
+        """What has to be done to a pipeline's denoiser before anything wraps its modules, such as an offload."""
+        return None
+
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         denoiser.enable_gradient_checkpointing()
@@ -150,4 +154,8 @@ class BaseModel(ABC):
 
     @abstractmethod
     def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
-        """The network's output (of the latents' shape) at `timesteps (B,)`."""
+        """The network's output (of the latents' shape) at `timesteps (B,)`.
+
+        A half-precision network is given float32 latents, and its output is float32: what is rounded of either comes
+        back tens of times as large in x̂_0 near the last timestep.
+        """

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..pipelines.mcm import MCMPipeline
 from .base import Text
+from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
 
@@ -37,7 +38,8 @@ class ModelScope(StableDiffusionModel):
         return ModelScopeMCMPipeline
 
     def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
-        return denoiser(latents, timesteps, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[0]
+        with float32_ends(denoiser):
+            return denoiser(latents, timesteps, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[0]
 
 
 class ModelScopeMCMPipeline(MCMPipeline):

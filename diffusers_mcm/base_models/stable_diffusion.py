@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .. import hub
 from ..lora import base_layer
 from .base import BaseModel, Components, Text
+from .precision import find_ends
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ class StableDiffusionModel(BaseModel):
             if isinstance(base_layer(module), (nn.Linear, nn.Conv2d)) and name.endswith(suffixes)
         )
 
+    def prepare_denoiser(self, denoiser: nn.Module) -> None:
+        find_ends(denoiser)
+
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         # diffusers' own switch is refused by UNet3D, and leaves out the motion modules of AnimateDiff.
         for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
@@ -135,9 +139,9 @@ class StableDiffusionModel(BaseModel):
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         batch = pixels.shape[0]
         posterior = vae.encode(_frames(pixels).to(vae.dtype)).latent_dist
-        latents = posterior.mean
+        latents = _at_least_float32(posterior.mean)
         if noise is not None:
-            latents = latents + posterior.std * _frames(noise).to(latents.dtype)
+            latents = latents + _at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
         return _videos(latents * vae.config.scaling_factor, batch)
 
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
@@ -152,7 +156,7 @@ class StableDiffusionModel(BaseModel):
         return self._decode(vae, chosen.flatten(0, 1))
 
     def _decode(self, vae: nn.Module, frames: torch.Tensor) -> torch.Tensor:
-        return vae.decode(frames.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return vae.decode((frames / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Text:
@@ -171,6 +175,10 @@ class StableDiffusionModel(BaseModel):
             return {"prompt_embeds": output[0]}
         normalise = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
         return {"prompt_embeds": normalise(output.hidden_states[-1 - clip_skip])}
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _frames(videos: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
                 for name, parameter in module.named_parameters():
                     if ".lora_" not in name:
                         parameter.requires_grad_(False)
+        self.base_model.prepare_denoiser(self.denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
         self._interrupt = False
         self._guidance_scale = 1.0
@@ -256,6 +257,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         return getattr(self, self.base_model.denoiser_name)
 
     @property
+    def _latents_dtype(self) -> torch.dtype:
+        """Of the latents between two steps: float32, whatever the networks compute in, or wider."""
+        return torch.promote_types(self.denoiser.dtype, torch.float32)
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -342,7 +348,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
             latents = self._sample(latents, timesteps, text, negative, generator, callback)
 
         checks.check_sampled(latents, self.denoiser)
-        frames = latents
+        frames = latents.to(self.denoiser.dtype)
         if output_type != "latent":
             video = self.base_model.decode_video(self.vae, latents, decode_chunk_size)
             checks.check_decoded(video, self.vae)

@@ -85,7 +85,7 @@ class Sampling:
         return self.scheduler.timesteps
 
     def _start_latents(self, shape, generator, latents, device) -> torch.Tensor:
-        dtype = self.denoiser.dtype  # once: diffusers walks over all modules to find it
+        dtype = self._latents_dtype  # once: diffusers walks over all modules to find it
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma

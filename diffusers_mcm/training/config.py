@@ -15,6 +15,7 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
+COINS = ("sample", "batch")
 # accelerate's trackers, and none.
 TRACKERS = (
     *("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"),
@@ -134,6 +135,15 @@ class TrainingConfig:
         help="Share of samples that start from the encoded real video; the others start from the student's own "
         "one-step sample (eq. 7, 9). 1 switches the mixed trajectory off.",
         group="method",
+    )
+    coin: str = _flag(
+        "sample",
+        help="'sample': each sample is real or the student's own by itself, in equal numbers, to within one, for "
+        "processes of several samples. 'batch': all samples that the processes work on at the same time are the "
+        "same; with one sample a process none then waits for another's, but what is drawn depends on "
+        "--train_batch_size and the number of processes, and a step needs --gradient_accumulation_steps to have both.",
+        group="method",
+        choices=COINS,
     )
     lambda_adv: float = _flag(
         1.0, help="Weight of the adversarial loss (eq. 4, 9). 0 trains without a discriminator.", group="method"

@@ -26,7 +26,7 @@ from .disk import room_for, size_of
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
 from .parts import TrainedPart, slow_learning
-from .randomness import draw_adversarial, draw_step
+from .randomness import Coins, draw_adversarial, draw_step
 from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_identity, circumstances, identity, told_changes
 from .step import Judge
@@ -149,6 +149,12 @@ class Trainer:
         return {**losses, **gradients, **rates}
 
     # --- its inputs --------------------------------------------------------------------------------------------------
+    @property
+    def samples_per_coin(self) -> int:
+        """With --coin batch, what all processes work on at the same time."""
+        together = self.config.train_batch_size * self.accelerator.num_processes
+        return together if self.config.coin == "batch" else 1
+
     def draw(self, batch: Batch):
         networks = self.networks
         draws = draw_step(
@@ -158,6 +164,7 @@ class Trainer:
             self.timesteps,
             networks.guidance_range,
             self.config.num_adversarial_frames,
+            Coins(self.config.lambda_real, self.total_batch, self.samples_per_coin),
         )
         return draws.to(self.device)
 
@@ -266,6 +273,10 @@ class Trainer:
     def validation_folder(self, step: int) -> Path:
         return self.output_dir / "validation" / f"step-{step:06d}"
 
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of this run."""
+        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin)
+
     def state(self) -> dict[str, Any]:
         student = self.networks.student
         discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
@@ -273,7 +284,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "run": self.run.id,
-            "identity": json.dumps(identity(self.config, self.networks, self.total_batch)),
+            "identity": json.dumps(self.identity()),
             "circumstances": json.dumps(circumstances(self.config, self.output_dir)),
             "data_sizes": self.data_sizes,
             "lora": lora_state_dict(student.denoiser),
@@ -325,7 +336,7 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
         state, student = load_checkpoint(folder), self.networks.student
-        check_identity(state["identity"], identity(self.config, self.networks, self.total_batch), folder)
+        check_identity(state["identity"], self.identity(), folder)
         self.run = go_on(self.output_dir, folder, state.get("run"))
         if state["step"] > self.config.max_train_steps:
             raise ValueError(

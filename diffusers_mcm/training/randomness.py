@@ -32,6 +32,42 @@ def draw_integer(seed: int, purpose: str, indices: Sequence[int], high: int) -> 
 
 
 @dataclass(frozen=True)
+class Coins:
+    """Which samples start from the real video: each with probability λ_real, and their number left to chance no more
+    than it must be, so that processes which work side by side have as much to generate as each other.
+
+    Of any n consecutive samples of a block, ⌊n λ_real⌋ or ⌈n λ_real⌉ are real; a keyed draw for each block decides
+    which of the two, and where they lie. A block is one optimiser step, which micro-batches divide, however long they
+    are. For λ_real = ½ pairs will do: a micro-batch is made of whole pairs, and at most one half of one.
+
+    Args:
+        lambda_real: λ_real in [0, 1].
+        total_batch: samples of one optimiser step.
+        samples_per_coin: so many consecutive samples share a coin; it divides `total_batch`.
+    """
+
+    lambda_real: float = 0.5
+    total_batch: int = 1
+    samples_per_coin: int = 1
+
+    @property
+    def block(self) -> int:
+        """Coins that are drawn together."""
+        return 2 if self.lambda_real in (0, 0.5, 1) else max(1, self.total_batch // self.samples_per_coin)
+
+    def draw(self, seed: int, indices: Sequence[int]) -> torch.Tensor:
+        """(B,) in [0, 1), float64, each uniform by itself; a sample is real where its coin is below λ_real."""
+        coins = [divmod(index // self.samples_per_coin, self.block) for index in indices]
+        offsets = {block: draw_uniform(seed, "coin", [block]).item() for block in {block for block, _ in coins}}
+        # Multiples of λ, wound around a circle of length 1: a turn is complete, and a real sample due, once in 1/λ.
+        turns = [offsets[block] - place * self.lambda_real for block, place in coins]
+        return torch.tensor(turns, dtype=torch.float64).remainder(1)
+
+
+FAIR_COINS = Coins()
+
+
+@dataclass(frozen=True)
 class StepDraws:
     """Everything random in the student's part of a step, one row per sample."""
 
@@ -40,7 +76,7 @@ class StepDraws:
     noise: torch.Tensor  # (B, C, T, h, w) added to the trajectory's start
     start_noise: torch.Tensor  # (B, C, T, h, w) for the one-step sample (eq. 7)
     encoder_noise: torch.Tensor  # (B, C, T, h, w) for the VAE's posterior
-    coin: torch.Tensor  # (B,) uniform; generated where it is not below lambda_real
+    coin: torch.Tensor  # (B,) in [0, 1), of `Coins`; generated where it is not below lambda_real
     frames: torch.Tensor  # (B, l) uniforms, one per segment of the clip
 
     def to(self, device: torch.device) -> "StepDraws":
@@ -56,6 +92,7 @@ def draw_step(
     solver_timesteps: torch.Tensor,
     guidance_range: tuple[float, float],
     num_adversarial_frames: int,
+    coins: Coins = FAIR_COINS,
 ) -> StepDraws:
     """The draws of the samples with these global indices; `latent_shape` is (C, T, h, w)."""
     low, high = guidance_range
@@ -65,7 +102,7 @@ def draw_step(
         noise=draw_normal(seed, "noise", indices, latent_shape),
         start_noise=draw_normal(seed, "start noise", indices, latent_shape),
         encoder_noise=draw_normal(seed, "encoder noise", indices, latent_shape),
-        coin=draw_uniform(seed, "coin", indices),
+        coin=coins.draw(seed, indices),
         frames=draw_uniform(seed, "frames", indices, (num_adversarial_frames,)),
     )
 

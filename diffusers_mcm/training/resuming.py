@@ -20,10 +20,12 @@ _SOURCES = "pretrained_teacher_model discriminator_features discriminator_text v
 _TOLD = "revision caption_column image_caption_column video_column image_column mixed_precision fold_lora".split()
 
 
-def identity(config: TrainingConfig, networks: Networks, total_batch: int) -> dict[str, Any]:
+def identity(config: TrainingConfig, networks: Networks, total_batch: int, samples_per_coin: int) -> dict[str, Any]:
     """What must not change between the parts of one run."""
     values = {**config.to_dict(), "total_batch": total_batch, "clip_size": list(networks.clip_size)}
     values["base_model"] = networks.base.name
+    if config.coin == "batch":  # which then depends on how the total batch is split
+        values["coin"] = f"batch (of {samples_per_coin})"
     method = [entry.name for entry in dataclasses.fields(config) if entry.metadata["group"] == "method"]
     return {name: values[name] for name in (*_FIXED, *method)}
 

@@ -15,6 +15,7 @@ from diffusers_mcm.base_models import get_base_model, infer_base_model
 from diffusers_mcm.lora import CONFIG_NAME, add_lora, fresh_lora, load_lora_into, lora_layers, save_lora
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
+    EXACT,
     NUM_FRAMES,
     SCHEDULER,
     TEXT_DIM,
@@ -30,8 +31,6 @@ from tests.tiny import (
 )
 
 ANIMATEDIFF = get_base_model("animatediff")
-# Weights that were read from a file lie elsewhere in memory than composed ones, and matrix products differ with that.
-ALIGNMENT = dict(rtol=1e-4, atol=1e-4)
 LINEAR = DDIMScheduler(**ANIMATEDIFF_SCHEDULER).alphas_cumprod
 
 
@@ -54,6 +53,7 @@ def world(tmp_path_factory):
 
 def sample(pipe, **options):
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(dtype=torch.float64)  # read from a file weights lie elsewhere in memory: float32 products differ with that
     options = dict(num_frames=NUM_FRAMES, num_inference_steps=2, output_type="latent") | options
     return pipe("a red ring", generator=torch.Generator().manual_seed(0), **options).frames
 
@@ -168,7 +168,7 @@ def test_saved_pipelines(world, tmp_path, video, kind):
         index = json.loads((tmp_path / "model_index.json").read_text())
         assert index["unet"][1] == "UNet2DConditionModel" and index["motion_adapter"][1] == "MotionAdapter"
     lora = MCMPipeline.from_pretrained(tmp_path, lora=world / "lora")
-    torch.testing.assert_close(sample(lora), video, **ALIGNMENT)
+    torch.testing.assert_close(sample(lora), video, **EXACT)
     loaded = ANIMATEDIFF.load(tmp_path)
     reference = tiny_motion_unet().state_dict()
     assert all(torch.equal(reference[key], value) for key, value in loaded.denoiser.state_dict().items())
@@ -185,13 +185,13 @@ def test_saving_and_reloading_with_the_lora(world, tmp_path, video):
     unet = pipe.unet.state_dict()
     again = MCMPipeline.from_pretrained(tmp_path)
     assert all(torch.equal(unet[key], value) for key, value in again.unet.state_dict().items())
-    torch.testing.assert_close(sample(again), video, **ALIGNMENT)
+    torch.testing.assert_close(sample(again), video, **EXACT)
     alone = tmp_path / "mcm_adapters" / "mcm"
     assert torch.equal(sample(MCMPipeline.from_pretrained(alone)), sample(again))
     assert str(world) not in (alone / CONFIG_NAME).read_text()
     pipe.save_mcm_lora(tmp_path / "lora")
     assert str(tmp_path) not in (tmp_path / "lora" / CONFIG_NAME).read_text()
-    torch.testing.assert_close(sample(MCMPipeline.from_pretrained(tmp_path / "lora")), video, **ALIGNMENT)
+    torch.testing.assert_close(sample(MCMPipeline.from_pretrained(tmp_path / "lora")), video, **EXACT)
 
 
 def test_an_image_unet_needs_motion_modules():
@@ -201,16 +201,16 @@ def test_an_image_unet_needs_motion_modules():
 
 # --- the denoiser ----------------------------------------------------------------------------------------------------
 def test_every_frame_gets_the_text_of_its_sample():
-    unet = tiny_motion_unet()
-    latents, t = torch.randn(2, 4, NUM_FRAMES, 8, 8), torch.tensor([9, 99])
-    embeds = torch.randn(2, NUM_FRAMES, TEXT_LENGTH, TEXT_DIM)
+    unet = tiny_motion_unet().double()
+    latents, t = torch.randn(2, 4, NUM_FRAMES, 8, 8).double(), torch.tensor([9, 99])
+    embeds = torch.randn(2, NUM_FRAMES, TEXT_LENGTH, TEXT_DIM).double()
     with torch.no_grad():
         per_frame = ANIMATEDIFF.denoise(unet, latents, t, {"prompt_embeds": embeds})
         assert torch.equal(per_frame, unet(latents, t, embeds.flatten(0, 1)).sample)
         output = ANIMATEDIFF.denoise(unet, latents, t, {"prompt_embeds": embeds[:, 0]})
         assert torch.equal(output, unet(latents, t, embeds[:, 0].repeat_interleave(NUM_FRAMES, 0)).sample)
         alone = ANIMATEDIFF.denoise(unet, latents[1:], t[1:], {"prompt_embeds": embeds[1:, 0]})
-    torch.testing.assert_close(output[1:], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[1:], alone, **EXACT)
 
 
 def test_more_frames_than_the_motion_modules_know():
@@ -231,13 +231,15 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(name):
     """UNet3D refuses diffusers' own; AnimateDiff's motion modules are left out of it."""
     model = get_base_model(name)
     make = {"animatediff": tiny_motion_unet, "modelscope": tiny_unet}[name]
-    latents = torch.randn(1, 4, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = {"prompt_embeds": torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=torch.Generator().manual_seed(1))}
+    latents = torch.randn(1, 4, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    embeds = torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=torch.Generator().manual_seed(1))
+    text = {"prompt_embeds": embeds.double()}
     gradients, kept = [], []
     for checkpointing in (False, True):
         unet = make()
         add_lora(unet, model.lora_target_modules(unet), rank=2, generator=torch.Generator().manual_seed(0))
         randomise_lora(unet)
+        unet.double()
         if checkpointing:
             model.enable_gradient_checkpointing(unet)
         with saved_numbers() as sizes:
@@ -248,13 +250,14 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(name):
     assert kept[1] < 0.3 * kept[0]
     assert gradients[0].keys() == gradients[1].keys() and all(g is not None for g in gradients[0].values())
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+        torch.testing.assert_close(gradients[1][name], gradient, **EXACT)
 
 
 def test_a_lora_on_the_motion_modules_projections_runs():
     """diffusers calls them with `input=`, which peft's layers do not know."""
-    unet, generator = tiny_motion_unet(), torch.Generator().manual_seed(0)
-    inputs = (torch.randn(1, 4, NUM_FRAMES, 8, 8), torch.tensor(500), torch.randn(NUM_FRAMES, TEXT_LENGTH, TEXT_DIM))
+    unet, generator = tiny_motion_unet().double(), torch.Generator().manual_seed(0)
+    embeds = torch.randn(NUM_FRAMES, TEXT_LENGTH, TEXT_DIM).double()
+    inputs = (torch.randn(1, 4, NUM_FRAMES, 8, 8).double(), torch.tensor(500), embeds)
     targets = [name for name in ANIMATEDIFF.lora_target_modules(unet) if ".motion_modules." in name]
     projections = [name for name in targets if name.endswith(("proj_in", "proj_out"))]
     assert len(projections) == 2 * 7
@@ -271,8 +274,9 @@ def test_a_lora_on_the_motion_modules_projections_runs():
             layer.set_adapter(["a"])
         unmerged = unet(*inputs).sample
         assert not torch.allclose(unmerged, plain, rtol=1e-2)
-        merged = tiny_motion_unet()
+        merged = tiny_motion_unet().double()
         for name in projections:
-            delta = lora.tensors[f"{name}.lora_B.weight"] @ lora.tensors[f"{name}.lora_A.weight"]
+            down, up = (lora.tensors[f"{name}.lora_{half}.weight"].double() for half in "AB")
+            delta = up @ down
             merged.get_submodule(name).weight += delta
-        torch.testing.assert_close(unmerged, merged(*inputs).sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unmerged, merged(*inputs).sample, **EXACT)

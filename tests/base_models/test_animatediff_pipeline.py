@@ -8,6 +8,7 @@ from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler
 from diffusers_mcm.lora import LoRA, fresh_lora, lora_layers
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
+    EXACT,
     NUM_FRAMES,
     SIZE,
     TEXT_DIM,
@@ -27,7 +28,7 @@ def pipe():
         **tiny_animatediff_components() | dict(scheduler=MCMScheduler(**ANIMATEDIFF_SCHEDULER))
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(dtype=torch.float64)
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def both():
         pipe.set_progress_bar_config(disable=True)
         for network in (pipe.unet, pipe.text_encoder):
             network.requires_grad_(False)  # which decides torch's choice of a matrix product
+        pipe.to(dtype=torch.float64)
     return ours, stock
 
 
@@ -54,7 +56,8 @@ def assert_same(both, equal=True, **options):
     if equal:
         assert torch.equal(ours, stock)
     else:
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+        close = EXACT if stock.dtype == torch.float64 else dict(rtol=1e-6, atol=1e-6)  # diffusers' pixels are float32
+        torch.testing.assert_close(ours.to(stock.dtype), stock, **close)
 
 
 # --- the same as diffusers' pipeline ---------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_several_videos_for_a_prompt(pipe):
     pair = sample(pipe, num_videos_per_prompt=2, latents=latents, **options)
     for i in range(2):
         alone = sample(pipe, latents=latents[i : i + 1], **options)
-        torch.testing.assert_close(pair[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pair[i : i + 1], alone, **EXACT)
 
 
 # --- what diffusers' pipeline offers besides -------------------------------------------------------------------------
@@ -116,13 +119,13 @@ def test_ip_adapter(both, tmp_path):
     plain = sample(ours)
     for pipe in both:
         give_ip_adapter(pipe)
-    picture = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(1))
+    picture = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(1)).double()
     assert_same(both, ip_adapter_image_embeds=[picture])
     assert_same(both, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(picture), picture])], **GUIDED)
     assert not torch.allclose(sample(ours, ip_adapter_image_embeds=[picture]), plain)
     mask = {"ip_adapter_masks": [torch.zeros(1, 1, SIZE, SIZE)]}
     masked = sample(ours, ip_adapter_image_embeds=[picture], cross_attention_kwargs=mask)
-    torch.testing.assert_close(masked, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masked, plain, **EXACT)
     with pytest.raises(ValueError, match="An IP-Adapter and a picture go together: give `ip_adapter_image`"):
         sample(ours)
     with pytest.raises(ValueError, match="An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter"):
@@ -145,7 +148,7 @@ def test_free_noise(both):
     assert_same(both, equal=False, prompt={0: PROMPT, 9: "a blue square"}, **long)
     ours, pair = both[0], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     latents = ours([PROMPT] * 2, generator=pair, output_type="latent", height=SIZE, width=SIZE, **long).frames
-    torch.testing.assert_close(latents[:1], sample(ours, **long), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents[:1], sample(ours, **long), **EXACT)
     with pytest.raises(ValueError, match="text for frame 12 of a clip of 10"):
         sample(ours, prompt={0: PROMPT, 12: "a blue square"}, **long)
     with pytest.raises(ValueError, match="must name a text for frame 0"):
@@ -164,7 +167,7 @@ def test_free_noise_around_a_lora(pipe):
     fused = sample(pipe)
     pipe.enable_free_noise(context_length=4, context_stride=2)
     assert type(pipe.unet.mid_block.motion_modules[0].transformer_blocks[0]).__name__ == "FreeNoiseTransformerBlock"
-    torch.testing.assert_close(sample(pipe), fused, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sample(pipe), fused, **EXACT)
     assert sample(pipe, num_frames=10).shape[2] == 10
     pipe.unfuse_lora()
     pipe.disable_free_noise()
@@ -191,10 +194,10 @@ def test_free_u_and_textual_inversion(both):
 
 def test_clip_skip_is_a_text_encoder_without_its_last_layers(pipe):
     skipped = sample(pipe, clip_skip=1)
-    short = tiny_text_encoder()
+    short = tiny_text_encoder().double()
     del short.encoder.layers[1:]
     pipe.text_encoder = short
-    torch.testing.assert_close(sample(pipe), skipped)
+    torch.testing.assert_close(sample(pipe), skipped, **EXACT)
 
 
 # --- motion LoRAs ----------------------------------------------------------------------------------------------------

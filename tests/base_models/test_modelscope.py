@@ -28,7 +28,7 @@ MODELSCOPE = get_base_model("modelscope")
 
 @pytest.fixture(scope="module")
 def vae():
-    return tiny_vae().requires_grad_(False)
+    return tiny_vae().requires_grad_(False).double()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_recognises_its_own_lora_and_repository():
 
 
 def test_encode_video_is_the_scaled_posterior_frame_by_frame(vae):
-    pixels = torch.rand(2, 3, NUM_FRAMES, SIZE, SIZE) * 2 - 1
+    pixels = torch.rand(2, 3, NUM_FRAMES, SIZE, SIZE).double() * 2 - 1
     noise = torch.randn(2, LATENT_CHANNELS, NUM_FRAMES, SIZE // VAE_FACTOR, SIZE // VAE_FACTOR)
     latents = MODELSCOPE.encode_video(vae, pixels, noise)
     assert latents.shape == noise.shape
@@ -102,7 +102,7 @@ def test_decode_frames_sends_gradients_to_its_frames_only(vae):
 
 
 def test_encode_text_pads_and_says_what_it_cuts_off(caplog):
-    tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder()
+    tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder().double()
     text = MODELSCOPE.encode_text(tokenizer, encoder, ["a red circle", ""])
     assert text["prompt_embeds"].shape == (2, TEXT_LENGTH, TEXT_DIM) and not text["prompt_embeds"].requires_grad
     alone = MODELSCOPE.encode_text(tokenizer, encoder, ["a red circle"])

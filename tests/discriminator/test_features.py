@@ -90,7 +90,9 @@ def test_text_embedding_is_the_projected_one():
 
 def test_text_embedding_does_not_depend_on_its_neighbours():
     text = TextFeatures(tiny_clip_text(), tiny_tokenizer())
-    torch.testing.assert_close(text(PROMPTS)[1:], text(PROMPTS[1:]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        text(PROMPTS)[1:], text(PROMPTS[1:]), atol=1e-5, rtol=0
+    )  # float32: kernels differ with the batch
     assert text(["red " * 100]).shape == (1, TEXT_DIM)  # too long: truncated
 
 
@@ -118,7 +120,7 @@ def test_text_network_from_a_folder(tmp_path, whole):
     loaded = TextFeatures.from_pretrained(tmp_path)
     assert loaded.text_dim == TEXT_DIM
     expected = TextFeatures(tiny_clip_text(), tiny_tokenizer())(PROMPTS)
-    torch.testing.assert_close(loaded(PROMPTS), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loaded(PROMPTS), expected, atol=1e-5, rtol=0)  # and with where weights lie in memory
 
 
 def test_errors(tmp_path):

@@ -83,7 +83,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     features, text = inputs(4)
     whole = heads(features, text)
     halves = [heads([tokens[part] for tokens in features], text[part]) for part in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(whole, torch.cat(halves), atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole, torch.cat(halves), atol=1e-5, rtol=0)  # float32: kernels differ with the batch
 
 
 def test_overall_look_survives_the_normalisation():

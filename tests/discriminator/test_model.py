@@ -113,11 +113,12 @@ def test_batch_may_be_split(frames, images):
     for losses in parts:
         for loss in losses:
             loss.backward()
+    # In float32, whose kernels differ with the batch: a hundred roundings. Whole runs are held to it in float64.
     for index in range(2):
-        torch.testing.assert_close(whole_losses[index], sum(p[index] for p in parts), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(whole_gradient, frames.grad, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(whole_losses[index], sum(p[index] for p in parts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole_gradient, frames.grad, atol=1e-5 * float(whole_gradient.abs().max()), rtol=1e-4)
     for one, other in zip(whole.heads.parameters(), split.heads.parameters()):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-6 * one.grad.abs().max().item() + 1e-7, rtol=1e-5)
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5 * one.grad.abs().max().item() + 1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

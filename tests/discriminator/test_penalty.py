@@ -48,7 +48,7 @@ def test_one_image_at_a_time_is_the_same():
     heads, (features, text) = tiny_heads(), inputs(3)
     whole = gradient_penalty(heads, features, text)
     alone = [gradient_penalty(heads, [t[i : i + 1] for t in features], text[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=1e-5)  # float32: kernels differ with the batch
 
 
 def test_features_are_constants():

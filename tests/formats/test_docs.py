@@ -11,6 +11,7 @@ from diffusers_mcm.consistency import boundary_scalings
 from tests.documents import ROOT, run_document
 from tests.formats.world import sample
 from tests.hub_server import hub_server
+from tests.tiny import EXACT
 
 
 def test_every_block_runs(hub_root, tmp_path, monkeypatch, capsys):
@@ -28,8 +29,8 @@ def test_every_block_runs(hub_root, tmp_path, monkeypatch, capsys):
     assert len(seen["video"]) == 16  # of the custom pipeline
     assert dict(seen["scheduler"].config)["timestep_scaling"] == 4.0
     expected = sample(whole, 4)
-    torch.testing.assert_close(sample(seen["pipe"], 4), expected)
-    whole.unet = seen["unet"]  # PEFT's, merged
+    torch.testing.assert_close(sample(seen["pipe"], 4), expected, **EXACT)
+    whole.unet = seen["unet"]  # PEFT's, merged in float32: the sums are rounded
     torch.testing.assert_close(sample(whole, 4), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

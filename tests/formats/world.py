@@ -1,5 +1,6 @@
 """A Hub with the two base models and the seven released LoRAs, all tiny, written by diffusers and peft themselves."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -145,10 +146,11 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def call(unet, seed: int = 0) -> torch.Tensor:
-    """One call of a denoiser of either kind, `(1, 4, T, 8, 8)`; `unet` may be peft's wrapper."""
+    """One call of a denoiser of either kind in float64, `(1, 4, T, 8, 8)`; `unet` may be peft's wrapper."""
+    unet = copy.deepcopy(unet).double()
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(1, LATENT_CHANNELS, NUM_FRAMES, 8, 8, generator=generator)
-    embeds = torch.randn(1, 5, TEXT_DIM, generator=generator)
+    latents = torch.randn(1, LATENT_CHANNELS, NUM_FRAMES, 8, 8, generator=generator, dtype=torch.float64)
+    embeds = torch.randn(1, 5, TEXT_DIM, generator=generator, dtype=torch.float64)
     inner = unet.get_base_model() if hasattr(unet, "get_base_model") else unet
     if isinstance(inner, UNetMotionModel):
         embeds = embeds.repeat_interleave(NUM_FRAMES, 0)
@@ -157,8 +159,9 @@ def call(unet, seed: int = 0) -> torch.Tensor:
 
 
 def sample(pipe, steps: int = 2, seed: int = 0, **options) -> torch.Tensor:
-    """Latents `(1, 4, T, 8, 8)` of a video without guidance, from any pipeline."""
+    """Latents `(1, 4, T, 8, 8)` of a video without guidance, from any pipeline, which computes in float64 from now."""
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(dtype=torch.float64)
     options = dict(num_frames=NUM_FRAMES, height=SIZE, width=SIZE, guidance_scale=1.0, output_type="latent") | options
     generator = torch.Generator().manual_seed(seed)
     return pipe("a red ring", num_inference_steps=steps, generator=generator, **options).frames

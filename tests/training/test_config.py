@@ -59,6 +59,7 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         ),
         (dict(data_fps=0.0), "--data_fps must be greater than 0, not 0.0"),
         (dict(num_frames=1, lambda_adv=0.0, motion="diff"), "--motion diff compares consecutive frames"),
+        (dict(coin="toss"), "--coin must be one of sample, batch, not 'toss'"),
         (dict(timesteps="late"), "--timesteps must be one of uniform, visited, not 'late'"),
         (dict(fold_lora=True, mixed_precision="bf16"), "--fold_lora needs --mixed_precision no: in bf16 most of"),
         (dict(fold_lora=True, gradient_checkpointing=True), "--fold_lora spends memory, which --gradient_checkpoi"),

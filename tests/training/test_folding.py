@@ -4,7 +4,7 @@ import torch
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.lora import add_lora, lora_state_dict
 from diffusers_mcm.training.folding import folded
-from tests.tiny import TEXT_DIM, randomise_lora, tiny_unet
+from tests.tiny import EXACT, TEXT_DIM, randomise_lora, tiny_unet
 
 MODELSCOPE = get_base_model("modelscope")
 
@@ -13,7 +13,7 @@ MODELSCOPE = get_base_model("modelscope")
 def output(unet):
     generator = torch.Generator().manual_seed(1)
     latents, embeds = torch.randn(1, 4, 3, 8, 8, generator=generator), torch.randn(1, 5, TEXT_DIM, generator=generator)
-    return unet(latents, torch.tensor([500]), embeds).sample
+    return unet(latents.double(), torch.tensor([500]), embeds.double()).sample
 
 
 @pytest.mark.parametrize("alpha", [2, 6])
@@ -21,10 +21,11 @@ def test_folded_is_the_adapted_network_and_leaves_it_alone(alpha):
     unet = tiny_unet().requires_grad_(False)
     add_lora(unet, MODELSCOPE.lora_target_modules(unet), rank=2, alpha=alpha)
     randomise_lora(unet)
+    unet.double()
     adapted, call = output(unet), folded(unet)
-    torch.testing.assert_close(output(call), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(call), adapted, **EXACT)
     assert torch.equal(output(unet), adapted)
     for tensor in lora_state_dict(unet).values():
         tensor.zero_()
     assert not torch.allclose(output(unet), adapted, atol=1e-3)
-    torch.testing.assert_close(output(call), adapted, rtol=1e-4, atol=1e-4)  # the sums were made once
+    torch.testing.assert_close(output(call), adapted, **EXACT)  # the sums were made once

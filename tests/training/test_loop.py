@@ -145,12 +145,28 @@ def test_a_checkpoint_from_before_a_flag_was_made_as_its_default_says(world, tmp
     file = tmp_path / "checkpoint-1" / STATE_FILE
     state = torch.load(file, weights_only=True)
     identity = json.loads(state["identity"])
-    del identity["timesteps"], identity["discriminator_augmentation"]
+    del identity["timesteps"], identity["discriminator_augmentation"], identity["coin"]
     torch.save(state | {"identity": json.dumps(identity)}, file)
     options = dict(resume_from_checkpoint="latest", max_train_steps=2)
     assert Trainer(tiny_config(world, tmp_path, **options)).step == 1
     with pytest.raises(ValueError, match="timesteps was uniform, is visited"):
         Trainer(tiny_config(world, tmp_path, timesteps="visited", **options))
+    with pytest.raises(ValueError, match=r"coin was sample, is batch \(of 4\)"):
+        Trainer(tiny_config(world, tmp_path, coin="batch", **options))
+
+
+def test_with_one_coin_a_batch_all_of_it_is_real_or_none(world, tmp_path):
+    options = dict(train_batch_size=2, gradient_accumulation_steps=2, coin="batch", lambda_adv=0.0, image_data=None)
+    seen = []
+
+    class Watched(Trainer):
+        def draw(self, batch):
+            draws = super().draw(batch)
+            seen.append((draws.coin < self.config.lambda_real).tolist())
+            return draws
+
+    Watched(tiny_config(world, tmp_path, max_train_steps=2, **options)).train()
+    assert sorted(seen[:2]) == sorted(seen[2:]) == [[False, False], [True, True]]
 
 
 def test_frames_by_time_are_recorded_and_belong_to_the_run(world, tmp_path):

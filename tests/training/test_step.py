@@ -50,26 +50,35 @@ def make_judge(student):
     return Judge(discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text)
 
 
+def in_double(draws):
+    return type(draws)(
+        **{key: each.double() if each.is_floating_point() else each for key, each in vars(draws).items()}
+    )
+
+
 def test_plain_lcm_is_the_distance_to_diffusers_ddim_step():
-    student = make_student(motion="raw", lambda_real=1.0, lambda_adv=0.0)
+    """In float64, but for the coefficients, which both have in float32 and round at different places."""
+    student = make_student(motion="raw", lambda_real=1.0, lambda_adv=0.0).double()
+    text, negative = ({key: value.double() for key, value in each.items()} for each in (TEXT, NEGATIVE))
     draws = make_draws(student)
     draws.timestep.copy_(torch.tensor([499, 19]))
-    loss = student(PIXELS, TEXT, NEGATIVE, draws).total
+    draws = in_double(draws)
+    loss = student(PIXELS.double(), text, negative, draws).total
 
     ddim = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(50)  # its step lands on t - 20; below 0 it takes the first alpha, timestep 0's
     with torch.no_grad():
-        x_0 = BASE.encode_video(student.vae, PIXELS, draws.encoder_noise)
+        x_0 = BASE.encode_video(student.vae, PIXELS.double(), draws.encoder_noise)
         x_t = ddim.add_noise(x_0, draws.noise, draws.timestep)
         with lora_disabled(student.denoiser):
-            conditional = student.denoise(x_t, draws.timestep, TEXT)
-            unconditional = student.denoise(x_t, draws.timestep, NEGATIVE)
+            conditional = student.denoise(x_t, draws.timestep, text)
+            unconditional = student.denoise(x_t, draws.timestep, negative)
         guided = conditional + draws.guidance.reshape(-1, 1, 1, 1, 1) * (conditional - unconditional)
         steps = [ddim.step(guided[i], int(draws.timestep[i]), x_t[i]).prev_sample for i in range(2)]
-        target = student.consistency(torch.stack(steps), torch.tensor([479, 0]), TEXT)
-        difference = student.consistency(x_t, draws.timestep, TEXT) - target
+        target = student.consistency(torch.stack(steps), torch.tensor([479, 0]), text)
+        difference = student.consistency(x_t, draws.timestep, text) - target
     expected = ((difference**2 + 0.001**2).sqrt() - 0.001).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_reach_the_lora_and_the_head_and_then_the_discriminator_only():
@@ -137,16 +146,36 @@ def test_the_target_head_is_the_moving_average_and_gets_no_gradient():
     assert not any(parameter.requires_grad for parameter in student.target_motion.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_under_autocast_both_sides_of_the_distance_are_float32(kind):
+    """The networks' outputs and what the motion head makes of them: half types do not tell c = 0.001 apart."""
+    student = make_student(lambda_adv=0.0)
+    for module in (student.denoiser, student.vae):
+        for name, parameter in module.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(kind)
+    for head in (student.motion, student.target_motion):  # no longer the identity
+        torch.nn.init.normal_(head.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for module in (student.motion, student.target_motion, student.motion.conv_in, student.target_motion.conv_out):
+        module.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    text, negative = ({key: value.to(kind) for key, value in each.items()} for each in (TEXT, NEGATIVE))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = student(PIXELS, text, negative, make_draws(student, 999))
+    losses.total.backward()
+    assert len(seen) == 8 and {tensor.dtype for tensor in seen} == {torch.float32}
+    heads = [seen[i] for i in range(8) if seen[i].shape[1] == 4]
+    assert not any(torch.equal(each, each.bfloat16().float()) for each in heads)
+    assert losses.total.dtype == torch.float32 and student.motion.conv_out.weight.grad.any()
+
+
 def test_a_folded_lora_gives_the_same_losses_and_gradients():
     results = []
     for fold_lora in (False, True):
         torch.manual_seed(0)
         student = make_student(fold_lora=fold_lora).double()
         text, negative = ({key: value.double() for key, value in each.items()} for each in (TEXT, NEGATIVE))
-        draws = make_draws(student)
-        draws = type(draws)(
-            **{key: value.double() if value.is_floating_point() else value for key, value in vars(draws).items()}
-        )
+        draws = in_double(make_draws(student))
         losses = student(PIXELS.double(), text, negative, draws)
         losses.total.backward()
         gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
