@@ -4,7 +4,7 @@ import glob
 import itertools
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .images import UnusableItem
@@ -95,6 +95,19 @@ class MediaRows:
         if self.kind.needs_caption:
             raise UnusableItem("it has no caption")
         return ""
+
+    def captions(self) -> Iterator[str]:
+        """The captions of all rows as `caption` gives them, less those that it refuses; no file is read."""
+        if self.caption_path is None:
+            yield from itertools.repeat(self.caption({}), len(self))
+            return
+        column = self.caption_path[0]
+        for rows in self.table.select_columns([column]).iter(batch_size=1000):
+            for value in rows[column]:
+                try:
+                    yield self.caption({column: value})
+                except UnusableItem:
+                    continue
 
     def name(self, row: int, item: Mapping) -> str:
         """How to name the item in a message: its path, within its tar if it lies in one."""

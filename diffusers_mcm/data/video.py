@@ -86,7 +86,7 @@ def _picture(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
 
 
 def read_clip(
-    media: dict, num_frames: int, frame_interval: int, height: int, width: int, uniform: float
+    media: dict, num_frames: int, frame_interval: int, height: int, width: int, uniform: float, min_frames: int = 1
 ) -> np.ndarray:
     """Decode one clip of a video.
 
@@ -96,12 +96,13 @@ def read_clip(
         frame_interval: every how many frames of the file one is taken; shrinks to fit a short video.
         height, width: size of the frames returned (shortest side scaled, then the centre).
         uniform: number in [0, 1) that chooses the start.
+        min_frames: a video of fewer frames is refused even where `num_frames` are fewer still.
 
     Returns:
         uint8 array (T, H, W, 3).
 
     Raises:
-        UnusableItem: if the video is missing, broken or shorter than `num_frames` frames.
+        UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames.
     """
     try:
         with av.open(media_file(media), metadata_errors="ignore") as container:
@@ -112,6 +113,7 @@ def read_clip(
                 raise UnusableItem("its codec is unknown, or its header is damaged")
             stream.codec_context.thread_count = 1  # the workers of the loader are the parallelism
             index = _frame_times(container, stream)
+            clip_positions(len(index.times), min_frames, 1, uniform)
             positions = clip_positions(len(index.times), num_frames, frame_interval, uniform)
             wanted = [index.times[p] for p in positions]
             frames = _wanted_frames(container, stream, index, wanted)

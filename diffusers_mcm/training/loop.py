@@ -17,13 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
+from ..discriminator import PenaltyWeight
 from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from ..trajectory import TIMESTEPS
-from .batches import Batch, build_batches
+from .batches import Batch, build_batches, open_data
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .config import TrainingConfig, default_values
+from .config import VALUES_BEFORE_FLAGS, TrainingConfig, default_values
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
 from .randomness import draw_adversarial, draw_step
@@ -118,6 +119,8 @@ class Trainer:
             self.parts.append(self.critic)
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
+        self.data = open_data(config, self.networks.clip_size)
+        self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
         self.resume()
@@ -162,8 +165,7 @@ class Trainer:
             return
         with self.accelerator.autocast():
             hinge, penalty = judge.discriminator_loss(self.critic.module, losses.judgement.features)
-        weight = self.config.gradient_penalty_weight
-        self.accelerator.backward(hinge if penalty is None else hinge + weight * penalty)
+        self.accelerator.backward(hinge if penalty is None else hinge + self.penalty_weight.value * penalty)
         self.record(adversarial=losses.judgement.loss, discriminator=hinge, gradient_penalty=penalty)
 
     def update(self) -> dict[str, float]:
@@ -186,7 +188,15 @@ class Trainer:
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.critic is not None:
             self.networks.discriminator.update_spectral_norm()
-        return {**losses, **gradients, **rates}
+        return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
+
+    def follow_penalty(self, losses: dict[str, float]) -> dict[str, float]:
+        """The penalty's weight in this step. That of the next is decided here, by all processes alike."""
+        if "gradient_penalty" not in losses:
+            return {}
+        weight = self.penalty_weight.value
+        self.penalty_weight.follow(losses["gradient_penalty"], self.step + 1)
+        return {"gradient_penalty_weight": weight}
 
     # --- its inputs --------------------------------------------------------------------------------------------------
     def draw(self, batch: Batch):
@@ -205,21 +215,20 @@ class Trainer:
         """The discriminator with what it compares against; None if there is none."""
         if self.critic is None:
             return None
-        frames, networks = self.config.num_adversarial_frames, self.networks
-        text = networks.judge_text([caption for caption in batch.captions for _ in range(frames)])["embedding"]
+        networks = self.networks
         return Judge(
             networks.discriminator,
             self.config,
-            draw_adversarial(self.config.seed, batch.indices, frames),
-            text,
+            draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
+            networks.judge_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
-            networks.judge_text(batch.image_captions)["embedding"],
+            networks.judge_text(batch.real_texts)["embedding"],
         )
 
     def open_batches(self):
         return build_batches(
             self.config,
-            self.networks.clip_size,
+            self.data,
             self.step,
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -245,7 +254,16 @@ class Trainer:
             return None
         self.output_dir.mkdir(parents=True, exist_ok=True)
         logger.info("%s; total batch %d", describe(self.networks), self.total_batch)
+        self.tell_image_text()
         return LossLog(self.output_dir, self.step)
+
+    def tell_image_text(self) -> None:
+        """Which text real images get in this run, and why."""
+        text = self.data.image_text
+        if self.critic is not None:
+            logger.info("Text beside real images: %s (%s).", text.rule, text.reason)
+            if text.warning:
+                logger.warning(text.warning)
 
     def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
         if log is None:
@@ -295,6 +313,7 @@ class Trainer:
         """What must not change between the parts of one run."""
         values = {**self.config.to_dict(), "total_batch": self.total_batch, "clip_size": list(self.networks.clip_size)}
         values["base_model"] = self.networks.base.name
+        values["image_text"] = self.data.image_text.rule
         method = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata["group"] == "method"]
         return {name: values[name] for name in (*_FIXED_ON_RESUME, *method)}
 
@@ -312,6 +331,7 @@ class Trainer:
             "parts": {part.name: part.state() for part in self.parts},
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "penalty_weight": self.penalty_weight.state_dict(),
         }
 
     def save(self) -> None:
@@ -331,6 +351,7 @@ class Trainer:
             "effective_learning_rate": rates[0],
             "effective_discriminator_learning_rate": rates[1] if self.critic else None,
             "hours": round(self.seconds / 3600, 3),
+            "image_text": self.data.image_text.rule,
         }
         name = self.output_dir.resolve().name
         with self.averaged():
@@ -358,11 +379,7 @@ class Trainer:
                 logger.warning("There is no checkpoint in %s yet: training starts anew.", self.output_dir)
             return
         state, student = load_checkpoint(folder), self.networks.student
-        # What a checkpoint does not record was no flag yet, and was done as its default says.
-        then, now = default_values() | json.loads(state["identity"]), self.identity()
-        changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name]]
-        if changed:
-            raise ValueError(f"The run in {folder} cannot be gone on with other settings: {'; '.join(changed)}.")
+        self.check_identity(folder, json.loads(state["identity"]))
         self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
         set_lora_state_dict(student.denoiser, state["lora"])
         student.motion.load_state_dict(state["motion"])
@@ -375,10 +392,27 @@ class Trainer:
             begun = state.get("average") or {"shadow_params": [p.detach() for p in self.student.parameters]}
             self.average.load_state_dict({**begun, "decay": self.config.ema_decay})
             self.average.to(self.device)
+        if "penalty_weight" in state:  # before it could grow, it was what its flag says
+            self.penalty_weight.load_state_dict(state["penalty_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:
             logger.info("Resumed from %s at step %d.", folder, self.step)
+
+    def check_identity(self, folder: Path, recorded: dict[str, Any]) -> None:
+        """Refuse to go on with another run than the one whose settings the checkpoint in `folder` recorded."""
+        # What a checkpoint does not record was no flag yet, and was done as its default says, or in a way of its own.
+        before = VALUES_BEFORE_FLAGS if self.critic is not None else {}
+        then, now = default_values() | before | recorded, self.identity()
+        changed = [name for name in now if then[name] != now[name]]
+        if not changed:
+            return
+        settings = "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in changed)
+        flags = " ".join(f"--{name} {then[name]}" for name in changed if name in before.keys() - recorded.keys())
+        raise ValueError(
+            f"The run in {folder} cannot be gone on with other settings: {settings}."
+            + (f" It began before there were flags for all of them; go on with {flags}" if flags else "")
+        )
 
     def finish(self, skipped: list[str]) -> None:
         config = self.config
