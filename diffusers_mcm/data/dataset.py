@@ -204,12 +204,14 @@ class FrameDataset(KeyedDataset):
     """Frames of a video data set as images, each with its clip's caption, in an order of their own.
 
     `dataset[i]` is `{"pixels": float32 (3, H, W) in [-1, 1], "caption": str}`; only that frame is decoded for use.
+    Frames of videos that are too short for a clip are left out: their captions are never those of a clip.
     """
 
     def __init__(self, videos: VideoDataset):
         super().__init__(videos.rows, videos.seed, "frames")
-        self.height, self.width, self.fps = videos.height, videos.width, videos.fps
+        self.height, self.width = videos.height, videos.width
+        self.fps, self.min_frames = videos.fps, videos.num_frames
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
         start = draw_uniform(self.seed, "frame", index)
-        return read_clip(media, 1, 1, self.height, self.width, start, self.fps)[0]
+        return read_clip(media, 1, 1, self.height, self.width, start, self.fps, self.min_frames)[0]

@@ -2,12 +2,13 @@
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .columns import MediaKind, caption_texts
 from .images import UnusableItem, is_remote
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
 NO_CAPTION = "it has no caption"
 NO_TEXT = "its caption is neither a text nor a list of texts"
 
@@ -62,6 +63,18 @@ class MediaRows:
             raise UnusableItem(NO_CAPTION if texts is not None else NO_TEXT)
         return ""
 
+    def all_captions(self) -> Iterator[str]:
+        """One caption of each row, as `caption` gives it, but for rows that it refuses; no media is read."""
+        for row, item in enumerate(self._caption_items()):
+            try:
+                yield self.caption(item, row * GOLDEN_RATIO % 1)
+            except UnusableItem:
+                continue
+
+    def _caption_items(self) -> Iterator[Mapping]:
+        """All rows, of which only the captions will be asked for."""
+        return (self[row] for row in range(len(self)))
+
 
 class FolderRows(MediaRows):
     """Files of a folder.
@@ -113,6 +126,13 @@ class HubRows(MediaRows):
         for key in self.caption_path or ():
             value = value.get(key) if isinstance(value, Mapping) else None
         return caption_texts(value)
+
+    def _caption_items(self) -> Iterator[Mapping]:
+        if self.caption_path is None:
+            yield from itertools.repeat({}, len(self))
+            return
+        for batch in self.table.select_columns(list(self.caption_path[:1])).iter(batch_size=1000):
+            yield from ({self.caption_path[0]: value} for value in batch[self.caption_path[0]])
 
     def name(self, row: int, item: Mapping) -> str:
         path = (item[self.media_column] or {}).get("path") or item.get("__key__") or f"row {row}"

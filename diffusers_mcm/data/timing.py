@@ -72,15 +72,18 @@ class ClipChoice:
         frame_interval: n; shrinks to fit a short film.
         fps: frames per second; None takes every n-th frame.
         uniform: number in [0, 1) that chooses the start.
+        min_frames: a film of fewer frames is refused even where T are fewer still.
     """
 
     num_frames: int
     frame_interval: int
     fps: float | None
     uniform: float
+    min_frames: int = 1
 
     def positions(self, times: Sequence[int], time_base: Fraction) -> list[int]:
         """Where the clip's frames stand among the frames of the film, which are shown at `times` · `time_base`."""
+        _check_enough(len(times), self.min_frames)
         if self.fps is None:
             return clip_positions(len(times), self.num_frames, self.frame_interval, self.uniform)
         seconds = [float(time * time_base) for time in times]

@@ -136,6 +136,7 @@ def read_clip(
     width: int,
     uniform: float,
     fps: float | None = None,
+    min_frames: int = 1,
 ) -> np.ndarray:
     """Decode one clip of a video as players show it: in order, upright, with square pixels, HDR as an SDR screen does.
 
@@ -147,15 +148,16 @@ def read_clip(
         uniform: number in [0, 1) that chooses the start.
         fps: if given, frames are taken at this rate by the times at which they are shown, whatever `frame_interval`
             is: see `timed_clip_positions`.
+        min_frames: a film of fewer frames is refused even where `num_frames` are fewer still.
 
     Returns:
         uint8 array (T, H, W, 3).
 
     Raises:
-        UnusableItem: if the video is missing, broken or shorter than `num_frames` frames, or if its colours cannot be
-            converted.
+        UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames, or
+            if its colours cannot be converted.
     """
-    choice = ClipChoice(num_frames, frame_interval, fps, uniform)
+    choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)
     try:
         return np.stack([picture(shown, height, width) for shown in _clip_frames(media, choice)])
     except (FFmpegError, OSError) as error:

@@ -1,19 +1,32 @@
 """The projected discriminator on frozen DINOv2 features (App. C.1)."""
 
-from .augment import AUGMENTATIONS, AugmentationDraws, augment, crop_and_resize, draw_augmentation
+from .augment import (
+    AUGMENTATIONS,
+    CROPS,
+    MIN_FRAME_AREA,
+    MIN_IMAGE_AREA,
+    AugmentationDraws,
+    augment,
+    crop_and_resize,
+    draw_augmentation,
+)
 from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .model import Discriminator, DiscriminatorOutput, ImageFeatures
-from .penalty import draw_interpolation, gradient_penalty, interpolate
+from .penalty import PenaltyWeight, draw_interpolation, gradient_penalty, interpolate
 
 __all__ = [
     "AUGMENTATIONS",
+    "CROPS",
+    "MIN_FRAME_AREA",
+    "MIN_IMAGE_AREA",
     "AugmentationDraws",
     "Discriminator",
     "DiscriminatorHeads",
     "DiscriminatorOutput",
     "ImageFeatures",
     "PatchFeatures",
+    "PenaltyWeight",
     "TextFeatures",
     "augment",
     "crop_and_resize",

@@ -4,6 +4,7 @@ Every decision is taken from uniform numbers drawn beforehand, one row per image
 however it is split. The numbers do not depend on the image's size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -13,11 +14,15 @@ import torch.nn.functional as F
 SHIFT_RATIO = 0.125  # largest translation, as a part of the side
 CUTOUT_RATIO = 0.2  # side of the removed square, as a part of the side
 CROP_PROBABILITY = 0.5
+CROP_RATIOS = (3 / 4, 4 / 3)  # width / height of a resized crop, uniform on a logarithmic scale
+CROP_ATTEMPTS = 10  # sizes drawn for a resized crop; the first that fits into the image is taken
+# Smallest area of a resized crop, as a part of the image's: the authors' for frames of videos, and for images.
+MIN_FRAME_AREA, MIN_IMAGE_AREA = 0.75, 0.5
 
 
 @dataclass(frozen=True)
 class AugmentationDraws:
-    """Uniform numbers in [0, 1), each field `(N,)` float32 on the CPU."""
+    """Uniform numbers in [0, 1), float32 on the CPU, each field `(N,)` but `crop_size`: `(N, CROP_ATTEMPTS, 2)`."""
 
     brightness: torch.Tensor
     saturation: torch.Tensor
@@ -29,6 +34,7 @@ class AugmentationDraws:
     crop: torch.Tensor
     crop_x: torch.Tensor
     crop_y: torch.Tensor
+    crop_size: torch.Tensor  # area and shape of a resized crop
 
     def __len__(self) -> int:
         return len(self.brightness)
@@ -44,10 +50,12 @@ class AugmentationDraws:
 
 def draw_augmentation(generator: torch.Generator, num_images: int = 1) -> AugmentationDraws:
     """Draws for the `num_images` images of one sample, from that sample's own generator."""
-    uniforms = torch.rand(
-        num_images, len(fields(AugmentationDraws)), generator=generator, device=generator.device, dtype=torch.float32
-    )
-    return AugmentationDraws(*uniforms.cpu().unbind(1))
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
+
+    numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1)
+    return AugmentationDraws(*numbers.unbind(1), crop_size=uniform(num_images, CROP_ATTEMPTS, 2))
 
 
 def _integers(uniforms: torch.Tensor, count: int) -> torch.Tensor:
@@ -116,11 +124,15 @@ def augment(
     return images
 
 
-def crop_and_resize(images: torch.Tensor, draws: AugmentationDraws, size: int) -> torch.Tensor:
-    """`(N, 3, H, W)` → `(N, 3, size, size)`: where larger, a random crop for half of the images; else area resize."""
-    check_images(images, draws)
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """`(N, 3, H, W)` → `(N, 3, size, size)`, each pixel the mean of the area that it covers."""
+    return images if images.shape[-2:] == (size, size) else F.interpolate(images, (size, size), mode="area")
+
+
+def random_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
+    """Where the images are larger than `size`, a crop of that size for half of them; else resized whole."""
     height, width = images.shape[-2:]
-    resized = images if (height, width) == (size, size) else F.interpolate(images, (size, size), mode="area")
+    resized = resize(images, size)
     if min(height, width) < size or max(height, width) == size:
         return resized
     tops = _integers(draws.crop_y, height - size + 1).tolist()
@@ -128,3 +140,62 @@ def crop_and_resize(images: torch.Tensor, draws: AugmentationDraws, size: int) -
     crops = torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(images, tops, lefts)])
     chosen = (draws.crop < CROP_PROBABILITY).to(images.device)
     return torch.where(chosen[:, None, None, None], crops, resized)
+
+
+def central_box(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the largest box in the middle whose shape is within `CROP_RATIOS`."""
+    narrowest, widest = CROP_RATIOS
+    return min(height, round(width / narrowest)), min(width, round(height * widest))
+
+
+def crop_boxes(draws: AugmentationDraws, height: int, width: int, min_area: float) -> list[tuple[int, int, int, int]]:
+    """Top, left, height and width of a resized crop of each image, drawn as torchvision's RandomResizedCrop does.
+
+    The area is uniform from `min_area` of the image's to all of it. Where no attempt fits, a box in the middle.
+    """
+    area, shape = draws.crop_size.double().unbind(-1)  # (N, attempts)
+    area = height * width * (min_area + (1 - min_area) * area)
+    narrowest, widest = map(math.log, CROP_RATIOS)
+    ratio = (narrowest + (widest - narrowest) * shape).exp()
+    heights, widths = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    boxes = []
+    for row, first in enumerate(fits.long().argmax(1).tolist()):
+        if fits[row, first]:
+            box = int(heights[row, first]), int(widths[row, first])
+            top = int(_integers(draws.crop_y[row], height - box[0] + 1))
+            left = int(_integers(draws.crop_x[row], width - box[1] + 1))
+        else:
+            box = central_box(height, width)
+            top, left = (height - box[0]) // 2, (width - box[1]) // 2
+        boxes.append((top, left, *box))
+    return boxes
+
+
+def resized_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
+    """A crop of another place, size and shape of every image, scaled to `size` bilinearly with antialiasing."""
+    boxes = crop_boxes(draws, *images.shape[-2:], min_area)
+    crops = [image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in zip(images, boxes)]
+    return torch.cat([F.interpolate(crop, (size, size), mode="bilinear", antialias=True) for crop in crops])
+
+
+def whole_image(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
+    """Never cropped."""
+    return resize(images, size)
+
+
+CROPS = {"random": random_crop, "resized": resized_crop, "none": whole_image}
+
+
+def crop_and_resize(
+    images: torch.Tensor,
+    draws: AugmentationDraws,
+    size: int,
+    crop: str = "random",
+    min_area: float = MIN_IMAGE_AREA,
+) -> torch.Tensor:
+    """`(N, 3, H, W)` → `(N, 3, size, size)`, differentiable; `crop` is out of `CROPS`, `min_area` for "resized"."""
+    check_images(images, draws)
+    if crop not in CROPS:
+        raise ValueError(f"Unknown crop {crop!r}; choose from {', '.join(CROPS)}.")
+    return CROPS[crop](images, draws, size, min_area)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .augment import AUGMENTATIONS, AugmentationDraws, augment, crop_and_resize
+from .augment import AUGMENTATIONS, MIN_IMAGE_AREA, AugmentationDraws, augment, crop_and_resize
 from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .penalty import gradient_penalty, interpolate
@@ -54,6 +54,8 @@ class Discriminator(nn.Module):
         heads: the trainable part, the only one whose weights need saving.
         text: the frozen text encoder; may be left out if embeddings come from elsewhere.
         augmentation: names out of `AUGMENTATIONS`, in the order in which they are applied.
+        crop: a name out of `CROPS`, how images get to the frozen network's size.
+        min_crop_area: of the crop "resized", as a part of the image's area, 0 to 1.
     """
 
     def __init__(
@@ -62,9 +64,12 @@ class Discriminator(nn.Module):
         heads: DiscriminatorHeads,
         text: TextFeatures | None = None,
         augmentation: Sequence[str] = tuple(AUGMENTATIONS),
+        crop: str = "random",
+        min_crop_area: float = MIN_IMAGE_AREA,
     ):
         super().__init__()
         self.augmentation = tuple(augmentation)
+        self.crop, self.min_crop_area = crop, min_crop_area
         self.features = features
         self.heads = heads
         self.text = text
@@ -77,6 +82,8 @@ class Discriminator(nn.Module):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         augmentation: Sequence[str] = tuple(AUGMENTATIONS),
+        crop: str = "random",
+        min_crop_area: float = MIN_IMAGE_AREA,
     ) -> "Discriminator":
         """Frozen networks by name (folder, packaged name or Hub repository), heads freshly drawn from `generator`.
 
@@ -89,7 +96,7 @@ class Discriminator(nn.Module):
         heads = DiscriminatorHeads(
             len(image_network.blocks), image_network.feature_dim, text_network.text_dim, generator=generator
         )
-        return cls(image_network, heads, text_network, augmentation)
+        return cls(image_network, heads, text_network, augmentation, crop, min_crop_area)
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts → `(N, D)` float32."""
@@ -99,7 +106,8 @@ class Discriminator(nn.Module):
 
     def extract(self, images: torch.Tensor, draws: AugmentationDraws) -> ImageFeatures:
         """Images `(N, 3, H, W)` in [-1, 1], augmented, through the frozen network. Differentiable in the images."""
-        pixels = crop_and_resize(augment(images, draws, self.augmentation), draws, self.features.input_size)
+        images, size = augment(images, draws, self.augmentation), self.features.input_size
+        pixels = crop_and_resize(images, draws, size, self.crop, self.min_crop_area)
         return ImageFeatures(pixels, self.features(pixels))
 
     def generator_logits(self, fake: ImageFeatures, text: torch.Tensor) -> torch.Tensor:
@@ -119,13 +127,13 @@ class Discriminator(nn.Module):
 
         Args:
             fake, fake_text: generated images as `generator_logits` saw them, and their text `(N, D)`.
-            real, real_text: real images and their own text.
+            real, real_text: real images and their text `(N, D)`; it may be the generated images'.
             weights: `(N,)` interpolation draws for the gradient penalty, which is left out without them.
         """
         fake, real = fake.detach(), real.detach()
         penalty = None
         if weights is not None:
-            # A point between a real pair (image, text) and a generated one.
+            # A point between a real pair (image, text) and a generated one; where both have one text, it stays that.
             pixels = interpolate(real.pixels, fake.pixels, weights)
             text = interpolate(real_text, fake_text, weights)
             with torch.no_grad():

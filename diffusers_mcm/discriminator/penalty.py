@@ -1,8 +1,38 @@
 """The discriminator's gradient penalty, in the WGAN-GP form, on the features of interpolated images."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+GROWTH_THRESHOLD = 100.0  # a mean penalty from which on its weight grows
+GROWTH_INTERVAL = 500  # steps for which a weight is kept before it may grow again
+
+
+class PenaltyWeight:
+    """The penalty's weight in the loss: once in a while, where the penalty is large, it grows for the rest of the run.
+
+    Args:
+        initial: the weight of the first step, 0 or more.
+        growth: what it is multiplied by where the mean penalty is `GROWTH_THRESHOLD` or more, at most once in
+            `GROWTH_INTERVAL` steps; 1 keeps it as it is.
+    """
+
+    def __init__(self, initial: float, growth: float):
+        self.value, self.growth = initial, growth
+        self.grown_at: int | None = None
+
+    def follow(self, penalty: float, step: int) -> None:
+        """After step `step`: take note of its mean penalty, over all images of all processes and micro-batches."""
+        rested = self.grown_at is None or step - self.grown_at >= GROWTH_INTERVAL
+        if self.growth != 1 and rested and penalty >= GROWTH_THRESHOLD:
+            self.value, self.grown_at = self.value * self.growth, step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "grown_at": self.grown_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.grown_at = state["value"], state["grown_at"]
 
 
 def draw_interpolation(generator: torch.Generator, num_images: int = 1) -> torch.Tensor:

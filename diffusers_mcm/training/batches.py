@@ -7,6 +7,7 @@ import torch
 
 from ..data import FrameDataset, ImageDataset, StepLoader, VideoDataset, build_loader
 from .config import TrainingConfig
+from .image_text import ImageText, choose_image_text, pair_texts
 
 
 class Batch(NamedTuple):
@@ -16,14 +17,23 @@ class Batch(NamedTuple):
     pixels: torch.Tensor  # (B, 3, T, H, W) in [-1, 1]
     captions: list[str]
     images: torch.Tensor | None = None  # (B * l, 3, H, W) in [-1, 1], the l images of a sample side by side
-    image_captions: list[str] | None = None
+    fake_texts: list[str] | None = None  # B * l, what the discriminator reads beside the sample's generated images
+    real_texts: list[str] | None = None  # B * l, and beside `images`
+
+
+class TrainingData(NamedTuple):
+    """The data sets of a run, and the text of its real images. Without a discriminator there are none."""
+
+    videos: VideoDataset
+    images: ImageDataset | FrameDataset | None
+    image_text: ImageText
 
 
 class Batches:
-    """Micro-batches from one optimiser step on to the end of the run."""
+    """Micro-batches from one optimiser step on to the end of the run; `image_text` is the rule of `pair_texts`."""
 
-    def __init__(self, videos: StepLoader, images: StepLoader | None):
-        self.videos, self.images = videos, images
+    def __init__(self, videos: StepLoader, images: StepLoader | None, image_text: str):
+        self.videos, self.images, self.image_text = videos, images, image_text
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -43,20 +53,14 @@ class Batches:
                 yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"])
             return
         for clips, images in zip(self.videos, self.images, strict=True):
-            yield Batch(
-                clips["index"].tolist(), clips["pixels"], clips["caption"], images["pixels"], images["caption"]
-            )
+            frames = len(images["caption"]) // len(clips["caption"])
+            prompts = [caption for caption in clips["caption"] for _ in range(frames)]
+            texts = pair_texts(self.image_text, prompts, images["caption"])
+            yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"], images["pixels"], *texts)
 
 
-def build_batches(
-    config: TrainingConfig,
-    clip_size: tuple[int, int, int],
-    first_step: int,
-    process: int,
-    num_processes: int,
-    pin_memory: bool,
-) -> Batches:
-    """Loaders of this process; `clip_size` is (T, H, W). Without a discriminator no image is ever opened."""
+def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> TrainingData:
+    """The data sets; `clip_size` is (T, H, W). Without a discriminator no image is ever opened."""
     num_frames, height, width = clip_size
     videos = VideoDataset(
         config.video_data,
@@ -69,16 +73,6 @@ def build_batches(
         caption_column=config.caption_column,
         video_column=config.video_column,
     )
-    options = dict(
-        batch_size=config.train_batch_size,
-        rank=process,
-        num_processes=num_processes,
-        accumulation=config.gradient_accumulation_steps,
-        start_step=first_step,
-        end_step=config.max_train_steps,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=pin_memory,
-    )
     images = None
     if config.adversarial and config.image_data is None:
         images = FrameDataset(videos)
@@ -90,5 +84,28 @@ def build_batches(
             caption_column=config.image_caption_column,
             image_column=config.image_column,
         )
+    return TrainingData(videos, images, choose_image_text(config.image_text, images, videos))
+
+
+def build_batches(
+    config: TrainingConfig,
+    data: TrainingData,
+    first_step: int,
+    process: int,
+    num_processes: int,
+    pin_memory: bool,
+) -> Batches:
+    """Loaders of this process."""
+    options = dict(
+        batch_size=config.train_batch_size,
+        rank=process,
+        num_processes=num_processes,
+        accumulation=config.gradient_accumulation_steps,
+        start_step=first_step,
+        end_step=config.max_train_steps,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=pin_memory,
+    )
+    videos, images, image_text = data
     image_loader = images and build_loader(images, items_per_sample=config.num_adversarial_frames, **options)
-    return Batches(build_loader(videos, **options), image_loader)
+    return Batches(build_loader(videos, **options), image_loader, image_text.rule)

@@ -6,10 +6,12 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..discriminator import AUGMENTATIONS
+from ..discriminator import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
+from ..discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
 from ..losses import DISCRIMINATOR_LOSSES
 from ..motion import MOTION_REPRESENTATIONS
 from ..trajectory import TIMESTEPS, VISITING_STEPS
+from .image_text import ALIKE, IMAGE_TEXTS
 
 REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -37,6 +39,10 @@ def _flag(
     """A dataclass field that carries what its command-line flag needs."""
     metadata = {"help": help, "group": group, "choices": choices, "many": many}
     return field(default=default, metadata=metadata, repr=not secret)
+
+
+# What the discriminator did before there was a flag for it, where that is not what the flag's default says now.
+VALUES_BEFORE_FLAGS = {"image_text": "own", "gradient_penalty_growth": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +168,35 @@ class TrainingConfig:
         choices=tuple(AUGMENTATIONS),
         many=True,
     )
+    discriminator_crop: str = _flag(
+        "random",
+        help="How images get to the size of --discriminator_features: 'random', for half of them a crop of that size "
+        f"out of a larger image, else the whole image scaled; 'resized', a crop of {MIN_IMAGE_AREA:g} to 1 of the "
+        f"area ({MIN_FRAME_AREA:g} to 1 without --image_data), scaled; 'none', the whole image scaled. The same for "
+        "real and generated images.",
+        group="method",
+        choices=tuple(CROPS),
+    )
+    image_text: str = _flag(
+        "auto",
+        help="Text that the discriminator reads beside a real image. 'own': its caption or, if it has none, that "
+        "of the generated image that it is paired with; 'prompt': always that one's; 'none': no text, beside "
+        f"generated images neither; 'auto': 'own' where the captions of images and videos overlap by {ALIKE:.0%} or "
+        "more, else 'none', for texts of another kind tell real from generated images without a look at them.",
+        group="method",
+        choices=IMAGE_TEXTS,
+    )
     num_adversarial_frames: int = _flag(
         2, help="Frames per clip that are decoded and judged, one from each of as many equal segments.", group="method"
     )
     gradient_penalty_weight: float = _flag(
-        1e-5, help="Weight of the discriminator's gradient penalty.", group="method"
+        1e-5, help="Weight of the discriminator's gradient penalty, to begin with.", group="method"
+    )
+    gradient_penalty_growth: float = _flag(
+        5.0,
+        help=f"Multiply that weight by this, for the rest of the run, when the penalty is {GROWTH_THRESHOLD:g} or more"
+        f" (mean over the whole batch), at most once in {GROWTH_INTERVAL} steps. 1 keeps the weight as it is.",
+        group="method",
     )
     guidance_min: float | None = _flag(
         None, help="Lower end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
@@ -334,6 +364,7 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers lambda_adv gradient_penalty_weight guidance_min guidance_max seed lr_warmup_steps "
     "adam_weight_decay checkpointing_steps"
 ).split()
+_AT_LEAST_ONE = ("gradient_penalty_growth",)
 _UNIT = "lambda_real motion_ema_decay ema_decay adam_beta1 adam_beta2".split()
 
 
@@ -341,6 +372,7 @@ def _check_ranges(config: TrainingConfig) -> None:
     for names, holds, wanted in (
         (_POSITIVE, lambda value: value > 0, "greater than 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
         (_UNIT, lambda value: 0 <= value <= 1, "between 0 and 1"),
     ):
         for name in names:

@@ -14,12 +14,13 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
+from ..discriminator import PenaltyWeight
 from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from ..trajectory import TIMESTEPS
 from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
-from .batches import Batch, build_batches
+from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
@@ -68,6 +69,8 @@ class Trainer:
             self.parts.append(self.critic)
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
+        self.data = open_data(config, self.networks.clip_size)
+        self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
         self.data_sizes: dict[str, int] = {}
@@ -120,8 +123,7 @@ class Trainer:
             return
         with self.accelerator.autocast():
             hinge, penalty = judge.discriminator_loss(self.critic.module, losses.judgement.features)
-        weight = self.config.gradient_penalty_weight
-        self.accelerator.backward(hinge if penalty is None else hinge + weight * penalty)
+        self.accelerator.backward(hinge if penalty is None else hinge + self.penalty_weight.value * penalty)
         self.record(adversarial=losses.judgement.loss, discriminator=hinge, gradient_penalty=penalty)
 
     def update(self) -> dict[str, float]:
@@ -146,7 +148,15 @@ class Trainer:
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.critic is not None:
             self.networks.discriminator.update_spectral_norm()
-        return {**losses, **gradients, **rates}
+        return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
+
+    def follow_penalty(self, losses: dict[str, float]) -> dict[str, float]:
+        """The penalty's weight in this step. That of the next is decided here, by all processes alike."""
+        if "gradient_penalty" not in losses:
+            return {}
+        weight = self.penalty_weight.value
+        self.penalty_weight.follow(losses["gradient_penalty"], self.step + 1)
+        return {"gradient_penalty_weight": weight}
 
     # --- its inputs --------------------------------------------------------------------------------------------------
     @property
@@ -172,21 +182,20 @@ class Trainer:
         """The discriminator with what it compares against; None if there is none."""
         if self.critic is None:
             return None
-        frames, networks = self.config.num_adversarial_frames, self.networks
-        text = networks.judge_text([caption for caption in batch.captions for _ in range(frames)])["embedding"]
+        networks = self.networks
         return Judge(
             networks.discriminator,
             self.config,
-            draw_adversarial(self.config.seed, batch.indices, frames),
-            text,
+            draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
+            networks.judge_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
-            networks.judge_text(batch.image_captions)["embedding"],
+            networks.judge_text(batch.real_texts)["embedding"],
         )
 
     def open_batches(self):
         batches = build_batches(
             self.config,
-            self.networks.clip_size,
+            self.data,
             self.step,
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -222,12 +231,21 @@ class Trainer:
             "%s; total batch %d; precision %s", describe(self.networks), self.total_batch, self.config.mixed_precision
         )
         self.warn(slow_learning(self.student, self.config, self.total_batch))
+        self.tell_image_text()
         return log
 
     def warn(self, message: str | None) -> None:
         """Say it once, whatever the number of processes."""
         if message is not None and self.accelerator.is_main_process:
             logger.warning(message)
+
+    def tell_image_text(self) -> None:
+        """Which text real images get in this run, and why."""
+        text = self.data.image_text
+        if self.critic is not None:
+            logger.info("Text beside real images: %s (%s).", text.rule, text.reason)
+            if text.warning:
+                logger.warning(text.warning)
 
     def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
         if log is None:
@@ -275,7 +293,8 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of this run."""
-        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin)
+        image_text = self.data.image_text.rule
+        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, image_text)
 
     def state(self) -> dict[str, Any]:
         student = self.networks.student
@@ -294,6 +313,7 @@ class Trainer:
             "parts": {part.name: part.state() for part in self.parts},
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "penalty_weight": self.penalty_weight.state_dict(),
         }
 
     def save(self) -> None:
@@ -315,6 +335,7 @@ class Trainer:
             "effective_learning_rate": rates[0],
             "effective_discriminator_learning_rate": rates[1] if self.critic else None,
             "hours": round(self.seconds / 3600, 3),
+            "image_text": self.data.image_text.rule,
         }
         name = self.output_dir.resolve().name
         with self.averaged():
@@ -362,6 +383,8 @@ class Trainer:
             begun = state.get("average") or {"shadow_params": [p.detach() for p in self.student.parameters]}
             self.average.load_state_dict({**begun, "decay": self.config.ema_decay})
             self.average.to(self.device)
+        if "penalty_weight" in state:  # before it could grow, it was what its flag says
+            self.penalty_weight.load_state_dict(state["penalty_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:

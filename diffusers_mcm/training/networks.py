@@ -14,7 +14,7 @@ from torch import nn
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..consistency import SIGMA_DATA
-from ..discriminator import Discriminator
+from ..discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
 from ..lora import MOTION_HEAD_NAME, add_lora, check_fits, open_safetensors, read_lora, set_lora_state_dict
 from ..motion import build_motion
 from .config import TrainingConfig
@@ -119,6 +119,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
             generator=sample_generator(config.seed, "discriminator", 0),
             dtype=dtype,
             augmentation=config.discriminator_augmentation,
+            crop=config.discriminator_crop,
+            min_crop_area=MIN_FRAME_AREA if config.image_data is None else MIN_IMAGE_AREA,
         ).to(device)
         judge_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
     return Networks(

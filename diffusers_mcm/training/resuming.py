@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig, default_values
+from .config import VALUES_BEFORE_FLAGS, TrainingConfig, default_values
 from .networks import Networks
 from .output import recordable_source
 
@@ -20,10 +20,12 @@ _SOURCES = "pretrained_teacher_model discriminator_features discriminator_text v
 _TOLD = "revision caption_column image_caption_column video_column image_column mixed_precision fold_lora".split()
 
 
-def identity(config: TrainingConfig, networks: Networks, total_batch: int, samples_per_coin: int) -> dict[str, Any]:
-    """What must not change between the parts of one run."""
+def identity(
+    config: TrainingConfig, networks: Networks, total_batch: int, samples_per_coin: int, image_text: str
+) -> dict[str, Any]:
+    """What must not change between the parts of one run; `image_text` is the rule that --image_text came to."""
     values = {**config.to_dict(), "total_batch": total_batch, "clip_size": list(networks.clip_size)}
-    values["base_model"] = networks.base.name
+    values["base_model"], values["image_text"] = networks.base.name, image_text
     if config.coin == "batch":  # which then depends on how the total batch is split
         values["coin"] = f"batch (of {samples_per_coin})"
     method = [entry.name for entry in dataclasses.fields(config) if entry.metadata["group"] == "method"]
@@ -41,11 +43,17 @@ def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
 
 def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if the run in a checkpoint, whose identity is recorded as JSON, cannot be gone on with."""
-    # What a checkpoint does not record was no flag yet, and was done as its default says.
-    then = default_values() | json.loads(recorded)
+    # What a checkpoint does not record was no flag yet, and was done as its default says, or in a way of its own.
+    then = json.loads(recorded)
+    before = VALUES_BEFORE_FLAGS if now["lambda_adv"] > 0 else {}
+    unrecorded, then = before.keys() - then.keys(), default_values() | before | then
     changed = _changes(then, now)
     if changed:
-        raise ValueError(f"The run in {folder} cannot be gone on with other settings: {changed}.")
+        flags = " ".join(f"--{name} {then[name]}" for name in sorted(unrecorded) if then[name] != now[name])
+        raise ValueError(
+            f"The run in {folder} cannot be gone on with other settings: {changed}."
+            + (f" It began before there were flags for all of them; go on with {flags}" if flags else "")
+        )
 
 
 def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str | None:

@@ -37,8 +37,8 @@ class Judge:
     """The discriminator's part in one step: images of one batch, judged twice with their features taken once.
 
     Args:
-        text: (B * l, D) embeddings of the captions, one row per generated image.
-        real: (B * l, 3, H, W) real images, in [-1, 1]; `real_text`: (B * l, D) of their own captions.
+        text: (B * l, D) embeddings of the text beside each generated image.
+        real: (B * l, 3, H, W) real images, in [-1, 1]; `real_text`: (B * l, D) of the text beside each.
     """
 
     def __init__(

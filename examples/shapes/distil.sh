@@ -19,7 +19,7 @@ distil() {
 adversarial() {
   distil --image_data "$world/images/clean" --lambda_real 0.9 --discriminator_augmentation \
     --discriminator_features mcm-shapes-features --discriminator_text mcm-shapes-clip \
-    --discriminator_learning_rate 2e-4 --gradient_penalty_weight 1e-3 "$@"
+    --discriminator_learning_rate 2e-4 --gradient_penalty_weight 1e-3 --gradient_penalty_growth 1 "$@"
 }
 
 case $method in

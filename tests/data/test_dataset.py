@@ -101,6 +101,13 @@ def test_frames_of_videos_as_images(video_folder):
     assert len(set(numbers)) > 4
 
 
+def test_frames_of_videos_that_give_no_clip_are_left_out(video_folder):
+    """Their captions would stand beside real frames and never beside a clip."""
+    frames = FrameDataset(open_videos(video_folder, num_frames=100))
+    with pytest.raises(ValueError, match="it has 24 frames, fewer than the 100 asked for"):
+        frames[0]
+
+
 def test_broken_image_is_replaced(tmp_path):
     (tmp_path / "good.png").write_bytes(image_bytes(100))
     (tmp_path / "bad.png").write_bytes(image_bytes(100)[:40])

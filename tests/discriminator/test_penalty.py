@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusers_mcm.discriminator.penalty import draw_interpolation, gradient_penalty, interpolate
+from diffusers_mcm.discriminator.penalty import PenaltyWeight, draw_interpolation, gradient_penalty, interpolate
 from tests.discriminator.tiny import BLOCKS, FEATURE_DIM, NUM_PATCHES, TEXT_DIM, random_tensor, tiny_heads
 
 
@@ -93,3 +93,29 @@ def test_errors():
         interpolate(torch.ones(2, 3), torch.ones(1, 3), torch.ones(2))
     with pytest.raises(ValueError, match=r"interpolation weights of shape \(2,\), got \(3,\)"):
         interpolate(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
+
+
+def test_the_weight_grows_at_most_once_in_500_steps_and_for_good():
+    weight = PenaltyWeight(1e-5, 5.0)
+    grown = []
+    for step in range(1, 1701):
+        before = weight.value
+        weight.follow(99.9 if step < 10 or 700 < step < 1600 else 100.0, step)
+        if weight.value != before:
+            assert weight.value == pytest.approx(5 * before)
+            grown.append(step)
+    assert grown == [10, 510, 1600] and weight.value == pytest.approx(125e-5)
+
+    again = PenaltyWeight(1e-5, 5.0)
+    again.load_state_dict(weight.state_dict())
+    for one in (weight, again):
+        one.follow(1e6, 2099)
+        assert one.value == pytest.approx(125e-5)
+        one.follow(1e6, 2100)
+        assert one.value == pytest.approx(625e-5)
+
+
+def test_a_growth_of_one_keeps_the_weight():
+    weight = PenaltyWeight(1e-3, 1.0)
+    weight.follow(1e6, 1)
+    assert weight.state_dict() == {"value": 1e-3, "grown_at": None}

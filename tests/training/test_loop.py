@@ -75,7 +75,9 @@ def test_a_run_leaves_a_complete_lora_folder(world, tmp_path):
     assert row["loss"] == pytest.approx(row["consistency"] + row["adversarial"], rel=1e-5)
 
 
-def test_a_resumed_run_is_bit_identical(world, tmp_path):
+def test_a_resumed_run_is_bit_identical(world, tmp_path, monkeypatch):
+    """The penalty's weight included, which grows after the first step, here, and not again."""
+    monkeypatch.setattr("diffusers_mcm.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
     options = dict(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2, ema_decay=0.5)
     whole = run(tiny_config(world, tmp_path / "whole", **options))
 
@@ -85,6 +87,7 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path):
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert without_time(read_log(tmp_path / "whole")) == without_time(read_log(parts))
+    assert [row["gradient_penalty_weight"] for row in read_log(parts)] == pytest.approx([1e-5, 5e-5, 5e-5])
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_rank=4)))
 
@@ -179,6 +182,48 @@ def test_frames_by_time_are_recorded_and_belong_to_the_run(world, tmp_path):
     assert Trainer(tiny_config(world, tmp_path, **options, **by_time)).step == 1
     with pytest.raises(ValueError, match="data_fps was 4.0, is 8.0"):
         Trainer(tiny_config(world, tmp_path, **options, frame_interval=None, data_fps=8.0))
+
+
+def test_a_checkpoint_from_before_the_discriminators_flags_goes_on_as_it_began(world, tmp_path):
+    as_before = dict(image_text="own", gradient_penalty_growth=1.0)
+    run(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1, **as_before))
+    file = tmp_path / "checkpoint-1" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    identity = {name: value for name, value in json.loads(state["identity"]).items() if name not in as_before}
+    del state["penalty_weight"]
+    torch.save(state | {"identity": json.dumps(identity)}, file)
+    options = dict(resume_from_checkpoint="latest", max_train_steps=2)
+    with pytest.raises(ValueError, match="gradient_penalty_growth was 1.0, is 5.0") as error:
+        Trainer(tiny_config(world, tmp_path, **options))
+    assert "image_text was own, is none" in str(error.value)
+    assert "go on with --image_text own --gradient_penalty_growth 1.0" in str(error.value)
+    trainer = Trainer(tiny_config(world, tmp_path, **options, **as_before))
+    assert trainer.step == 1 and trainer.penalty_weight.value == 1e-5
+    # Without a discriminator none of this was ever done.
+    plain = dict(lambda_adv=0.0, image_data=None)
+    run(tiny_config(world | plain, tmp_path / "plain", checkpointing_steps=1, max_train_steps=1))
+    file = tmp_path / "plain" / "checkpoint-1" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    identity = {name: value for name, value in json.loads(state["identity"]).items() if name not in as_before}
+    torch.save(state | {"identity": json.dumps(identity)}, file)
+    assert Trainer(tiny_config(world | plain, tmp_path / "plain", **options)).step == 1
+
+
+def test_the_penalty_of_the_whole_batch_decides_on_its_weight(world, tmp_path, monkeypatch):
+    """What `accelerate` gives as the mean over all processes, not what this one has."""
+    trainer = Trainer(tiny_config(world, tmp_path, max_train_steps=3))
+    means = iter([99.0, 100.0, 100.0])
+    original = trainer.accelerator.reduce
+
+    def reduce(values, how):
+        assert how == "mean"
+        reduced = original(values, how).clone()
+        reduced[-1] = next(means)  # the last of the losses that are recorded
+        return reduced
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    trainer.train()
+    assert [row["gradient_penalty_weight"] for row in read_log(tmp_path)] == pytest.approx([1e-5, 1e-5, 5e-5])
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
