@@ -20,9 +20,8 @@ def read_model_index(source: str, **where) -> dict[str, Any] | None:
     """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` if `source` is a
     LoRA; an error if it is neither."""
     if os.path.isfile(source):
-        if hub.is_pickled(source):
-            raise ValueError(f"{source} is not a .safetensors file; {hub.how_to_convert(source)}")
-        return dict(single_file.INDEX) if single_file.is_checkpoint(source) else None
+        whole = not hub.is_pickled(source) and single_file.is_checkpoint(source)
+        return dict(single_file.INDEX) if whole else None
     index = hub.read_json(source, "model_index.json", **where)
     if index is None and find_lora_file(source, **where) is None:
         place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
@@ -37,6 +36,8 @@ def read_base_index(source: str, **where) -> dict[str, Any] | None:
     """`model_index.json` of a base model, or what it would be for a single-file checkpoint."""
     if not os.path.isfile(source):
         return hub.read_json(source, "model_index.json", **where)
+    if hub.is_pickled(source):
+        raise ValueError(f"{source} is not a .safetensors file; {hub.how_to_convert(source)}")
     index = read_model_index(source)
     if index is None:
         raise ValueError(f"{source} is not a text-to-video model: the file is no checkpoint of a whole model.")

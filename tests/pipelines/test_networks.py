@@ -101,23 +101,44 @@ def test_a_fused_lora_comes_out_of_weights_that_were_cast_since(pipe, lora):
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["around", "in place"])
-def test_every_verb_on_a_compiled_network(pipe, lora, how):
+def every_verb(pipe, lora, compile_it):
+    """Each verb acts on a network that was compiled, and run, before."""
     plain = sample(pipe)
     pipe.load_lora_weights(lora, "a")
     full = sample(pipe)
     pipe.unload_lora_weights()
-    if how == "around":
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-    else:
-        pipe.unet.compile(backend="eager")
-    torch.testing.assert_close(sample(pipe), plain, **CLOSE)  # compiled without the LoRA
+    compile_it()
+    torch.testing.assert_close(sample(pipe), plain, **CLOSE)
     pipe.load_lora_weights(lora, "a")
     torch.testing.assert_close(sample(pipe), full, **CLOSE)
+    assert not torch.allclose(full, plain, rtol=1e-2)
     pipe.fuse_lora()
     torch.testing.assert_close(sample(pipe), full, **CLOSE)
     pipe.unload_lora_weights()
     torch.testing.assert_close(sample(pipe), plain, **CLOSE)
+
+
+def test_every_verb_with_compile_around_the_network(pipe, lora):
+    """What is around it, that is; tracing the whole of it takes long, and is the next test's for a part."""
+
+    def compile_it():
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+    with torch.compiler.set_stance("force_eager"):
+        every_verb(pipe, lora, compile_it)
+
+
+def test_every_verb_on_a_part_that_was_traced(pipe):
+    torch._dynamo.reset()  # or it gives up tracing code that other tests have traced too often
+    calls = []
+
+    def backend(graph, example_inputs):
+        calls.append(graph)
+        return graph.forward
+
+    lora = random_lora(pipe.unet, ["mid_block.resnets.0.conv1", "mid_block.resnets.1.conv2"])
+    every_verb(pipe, lora, lambda: [resnet.compile(backend=backend) for resnet in pipe.unet.mid_block.resnets])
+    assert len(calls) >= 2  # traced anew with the LoRA in it
 
 
 def test_a_part_that_is_wrapped(pipe, lora):
