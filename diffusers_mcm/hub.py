@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,8 @@ def find_file(
     if os.path.isdir(name):
         path = Path(name, subfolder or "", filename)
         return path if path.is_file() else None
+    if os.path.isfile(name):
+        raise ValueError(f"{name} is a file; expected a folder or a repository with {filename} in it.")
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -116,30 +120,76 @@ def find_file(
 
 def is_pickled(name: str | os.PathLike) -> bool:
     """Whether a file of weights is one that reading could make run code."""
-    return os.fspath(name).lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    return os.fspath(name).lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+
+
+def is_safetensors(name: str | os.PathLike) -> bool:
+    """Whether a file is called as one of safetensors is."""
+    return os.fspath(name).lower().endswith((".safetensors", ".sft"))
+
+
+# Reads nothing but tensors, from a file of them, or of a dictionary that holds them with other things. A tensor that
+# shares its memory with another one is copied; keys of dictionaries in dictionaries are joined by dots.
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file;"
+    " inner = lambda d: next((inner(d[k]) for k in ('state_dict', 'model', 'module', 'params', 'weights')"
+    " if isinstance(d.get(k), dict)), d);"
+    " flat = lambda d, p='': {k: v for a, b in d.items() for k, v in"
+    " (flat(b, f'{p}{a}.') if isinstance(b, dict) else {f'{p}{a}': b}).items() if torch.is_tensor(v)};"
+    " weights = flat(inner(torch.load(sys.argv[1], map_location='cpu', weights_only=True)));"
+    " save_file({k: v.detach().clone().contiguous() for k, v in weights.items()}, sys.argv[2], {'format': 'pt'})"
+)
 
 
 def how_to_convert(name: str | os.PathLike) -> str:
-    """What to do about a file of pickled weights; torch reads tensors out of it, and refuses everything else."""
-    stem = Path(name).stem
+    """What to do about a file of pickled weights: a command that writes a file of safetensors beside it, under the
+    name by which the libraries look for it. torch reads tensors, and refuses everything else."""
+    path = Path(name)
+    stem = "model" if path.stem == "pytorch_model" else path.stem  # transformers has two names
+    names = (os.fspath(path), os.fspath(path.with_name(f"{stem}.safetensors")))
     return (
-        'pickled weights are not read, for they can run code. Convert them: python -c "import torch;'
-        " from safetensors.torch import save_file;"
-        f" weights = torch.load('{name}', map_location='cpu', weights_only=True);"
-        f" save_file({{k: v.contiguous() for k, v in weights.items()}}, '{stem}.safetensors')\""
+        "pickled weights are not read, for they can run code. Convert them:"
+        f' python -c "{_CONVERT}" {" ".join(map(shlex.quote, names))}'
     )
 
 
+def variant_of(source: str | os.PathLike, variant: str | None, subfolder: str | None = None, **where) -> dict:
+    """`{"variant": variant}` if the component in `subfolder` has weights of that variant, or else nothing."""
+    if variant is not None:
+        for name in ("diffusion_pytorch_model", "model"):
+            files = (f"{name}.{variant}.safetensors", f"{name}.safetensors.index.{variant}.json")
+            if any(find_file(source, file, subfolder=subfolder, **where) for file in files):
+                return {"variant": variant}
+    return {}
+
+
 @contextmanager
-def never_pickled(source: str | os.PathLike) -> Iterator[None]:
-    """Says why a model that has no safetensors is not loaded; for calls with `use_safetensors=True`."""
+def never_pickled(source: str | os.PathLike, **where) -> Iterator[None]:
+    """Says why a model that has no safetensors, or only those of a variant, is not loaded.
+
+    For calls with `use_safetensors=True`; `where` are the options to find the files with.
+    """
     try:
         yield
     except OSError as error:
-        if "safetensors" not in str(error):
+        if "safetensors" not in str(error) or os.path.isfile(source):
             raise
-        advice = how_to_convert("pytorch_model.bin")
+        files = list_files(source, **where)
+        variants = _variants(files)
+        if variants:
+            raise OSError(
+                f"{source} has no plain weights ({error}), but those of a variant: give `variant={variants[0]!r}`"
+                f" (--variant {variants[0]})" + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
+            ) from error
+        found = next((name for name in files if is_pickled(name)), "pytorch_model.bin")
+        advice = how_to_convert(Path(source, found) if os.path.isdir(source) else found)
         raise OSError(f"{source} has no safetensors weights ({error}), and {advice}") from error
+
+
+def _variants(files: Iterable[str]) -> list[str]:
+    """`fp16` for `unet/diffusion_pytorch_model.fp16.safetensors`, whole or in parts."""
+    pattern = re.compile(r"(?:^|/)(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
+    return sorted({match[1] for match in map(pattern.search, files) if match})
 
 
 def http_errors() -> tuple[type[Exception], ...]:
@@ -176,18 +226,27 @@ def explain(error: BaseException, name: str, revision: str | None = None) -> str
 
 
 def list_files(
-    name: str | os.PathLike, *, revision: str | None = None, token=None, local_files_only: bool = False, **_
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token=None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    **_,
 ) -> list[str]:
-    """The paths of all files in a folder or repository; none if the Hub must not or cannot be asked."""
+    """The paths of all files in a folder or repository; those in the cache if the Hub must not or cannot be asked."""
     name = os.fspath(name)
     if os.path.isdir(name):
         return [path.relative_to(name).as_posix() for path in sorted(Path(name).rglob("*")) if path.is_file()]
-    if local_files_only:
-        return []
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        return HfApi(token=token).list_repo_files(name, revision=revision)
+        if not local_files_only:
+            return HfApi(token=token).list_repo_files(name, revision=revision)
+    except http_errors():
+        pass  # what the cache holds, then
+    try:
+        return list_files(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
     except http_errors():
         return []
 

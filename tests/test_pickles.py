@@ -67,13 +67,43 @@ def test_a_pickled_lora_on_the_hub_is_not_even_fetched(tmp_path):
         assert not [request for request in server.requests if request.endswith(".bin")]
 
 
+def run_what_is_printed(error):
+    """In a shell, as a user would."""
+    arguments = re.search(r"python( -c .*)", str(error))[1]
+    subprocess.run(f"{shlex.quote(sys.executable)}{arguments}", shell=True, check=True)
+
+
+@pytest.mark.parametrize("name", ['it\'s a "style" $HOME.bin', "two words.PT"])
+def test_the_printed_command_takes_any_name_and_what_is_in_checkpoints(tmp_path, name):
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"unet.a.lora_A.weight": whole, "unet.b.lora_A.weight": whole, "unet.c.lora_A.weight": whole.T}
+    nested = {"unet": {"a": {"lora_A.weight": whole}, "b.lora_A.weight": whole}, "unet.c.lora_A.weight": whole.T}
+    wrapped = {"epoch": 3, "state_dict": {"model": tensors}, "optimizer": {"x": whole}}
+    torch.save(nested if name.endswith("bin") else wrapped, tmp_path / name)  # tensors that share their memory
+    with pytest.raises(ValueError, match="pickled weights are not read") as error:
+        read_lora(tmp_path / name)
+    run_what_is_printed(error.value)
+    converted = load_file((tmp_path / name).with_suffix(".safetensors"))
+    assert converted.keys() == tensors.keys() and all(torch.equal(converted[key], tensors[key]) for key in tensors)
+
+
+def test_a_part_is_converted_to_the_name_that_is_looked_for(world, tmp_path):
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    path = base / "text_encoder" / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    with pytest.raises(OSError, match="has no safetensors weights") as error:
+        MCMPipeline.from_pretrained(base)
+    run_what_is_printed(error.value)
+    MCMPipeline.from_pretrained(base)
+
+
 def test_the_way_to_convert_works(world, tmp_path):
     tensors = load_file(world / "lora" / WEIGHTS_NAME)
     torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(FileNotFoundError) as error:
         read_lora(tmp_path)
-    command = shlex.split(re.search(r'python -c ".*"', str(error.value))[0])
-    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    run_what_is_printed(error.value)
     converted = load_file(tmp_path / WEIGHTS_NAME)
     assert converted.keys() == tensors.keys() and all(torch.equal(converted[key], tensors[key]) for key in tensors)
     assert read_lora(tmp_path).modules == read_lora(world / "lora").modules

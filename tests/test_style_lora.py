@@ -102,6 +102,71 @@ def test_every_naming_is_the_same_lora(pipe, parts, naming):
     torch.testing.assert_close(sample(pipe), expected, **EXACT)
 
 
+def one_trainer(parts):
+    tensors = {}
+    for prefix, part in (("lora_unet", parts["unet"]), ("clip_l.text_model", parts["text_encoder"])):
+        for key, tensor in part.items():
+            module, _, half = key.partition(".lora_")
+            tensors[f"{prefix}.{module}.lora_{'down' if half.startswith('A') else 'up'}.weight"] = tensor
+            tensors[f"{prefix}.{module}.alpha"] = torch.tensor(ALPHA, dtype=torch.bfloat16)
+    return tensors
+
+
+def original_names(parts):
+    """The UNet's modules as Stable Diffusion's first code called them, in kohya's form."""
+    names = {"down_blocks_0_attentions_0": "input_blocks_1_1", "up_blocks_1_attentions_0": "output_blocks_2_1"}
+    tensors = kohya(parts)
+    for ours, theirs in names.items():
+        tensors = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
+    assert not any("attentions" in key for key in tensors)
+    return tensors
+
+
+def mixed(parts):
+    """Two namings in one file, and matrices as convolutions of one pixel."""
+    module = SPATIAL[0].replace(".", "_")
+    tensors = {key: tensor for key, tensor in kohya(parts).items() if module not in key}
+    tensors |= {key: tensor for key, tensor in one_trainer(parts).items() if SPATIAL[0] in key}
+    return {
+        key: tensor[:, :, None, None] if tensor.ndim == 2 and "lora_unet" in key else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("naming", [one_trainer, original_names, mixed], ids=lambda f: f.__name__)
+def test_the_layers_and_scales_of_every_naming(pipe, parts, naming):
+    def found():
+        return {name: (layer.scaling["a"], layer.lora_A["a"].weight.clone()) for name, layer in pipe._layers.items()}
+
+    pipe.load_lora_weights(kohya(parts), "a")
+    expected = found()
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(naming(parts), "a")
+    loaded = found()
+    assert loaded.keys() == expected.keys()
+    for name, (scale, weight) in loaded.items():
+        assert scale == expected[name][0] and torch.equal(weight, expected[name][1])
+
+
+def test_a_tensor_that_is_there_twice(pipe, parts):
+    twice = f"unet.{SPATIAL[0]}.lora_A.weight"
+    with pytest.raises(ValueError, match=rf"lora_A.weight of the unet twice, as 'lora_unet_.*' and as '{twice}'"):
+        pipe.load_lora_weights(kohya(parts) | {twice: parts["unet"][f"{SPATIAL[0]}.lora_A.weight"]})
+
+
+def test_adapters_of_other_kinds_are_named(pipe, parts):
+    for key, message in {
+        "bundle_emb.<style>.clip_l": "bundles textual inversions with the LoRA .<style>;.*load_textual_inversion",
+        "lora_unet_mid_block_resnets_0_conv1.hada_w1_a": "It is a LoHa, and only plain LoRA is supported",
+        "lora_unet_mid_block_resnets_0_conv1.lokr_w1": "It is a LoKr, and only plain LoRA is supported",
+        "lora_unet_mid_block_resnets_0_conv1.lora_mid.weight": "It is a LoCon with a third matrix",
+        "lora_unet_mid_block_resnets_0_conv1.diff": "It is a difference of whole weights",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(kohya(parts) | {key: torch.zeros(2, 2)})
+    assert pipe.get_list_adapters() == {}
+
+
 # --- the verbs reach the text encoder too ----------------------------------------------------------------------------
 def test_scale_fuse_and_unload(pipe, parts):
     plain = sample(pipe)

@@ -6,6 +6,7 @@ which is in a repository of its own. This file is everything the package knows a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,16 +27,22 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .. import hub
+from ..lora import lora_layers
 from ..pipelines import checks
 from ..pipelines.loading import HUB_OPTIONS
 from ..pipelines.mcm import MCMPipeline
+from ..pipelines.single_file import load_checkpoint
 from ..pipelines.sole_use import alone, sole_use
 from ..scheduler import MCMScheduler
 from .base import Text
+from .motion_adapter import load_motion_adapter
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
+logger = logging.getLogger(__name__)
+
 ADAPTER = "motion_adapter"
+_OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one file has none of them
 IMAGE_EMBEDS = "image_embeds."  # keys of a `Text` start with it, one for each IP-Adapter
 
 
@@ -63,18 +70,18 @@ class AnimateDiff(StableDiffusionModel):
     def recognises(self, module_names: Iterable[str]) -> bool:
         return any(".motion_modules." in name for name in module_names)
 
-    def load_denoiser(self, source, index, part, dtype, extra_repositories, hub_options):
+    def load_denoiser(self, source, index, weights_of, extra_repositories, hub_options):
         adapter, origin = None, extra_repositories.get(ADAPTER)
         if _has_motion(index):
-            unet = UNetMotionModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **part("unet"))
+            unet = UNetMotionModel.from_pretrained(source, **weights_of("unet"))
         else:
-            unet = UNet2DConditionModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **part("unet"))
+            unet = UNet2DConditionModel.from_pretrained(source, **weights_of("unet"))
             if origin is None and _has_adapter(index):
-                adapter = MotionAdapter.from_pretrained(source, dtype=dtype, use_safetensors=True, **part(ADAPTER))
+                adapter = MotionAdapter.from_pretrained(source, **weights_of(ADAPTER))
             else:
                 origin = origin or self.extra_repositories[ADAPTER]
         if origin is not None:
-            adapter = load_motion_adapter(origin, dtype, **hub_options)
+            adapter = load_motion_adapter(origin, unet.dtype, **hub_options)
         return with_motion(unet, adapter), {} if origin is None else {ADAPTER: origin}
 
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -124,14 +131,6 @@ def _has_adapter(model_index: Mapping[str, Any]) -> bool:
 def _is_animatediff(model_index: Mapping[str, Any]) -> bool:
     """As opposed to a Stable Diffusion repository."""
     return _has_motion(model_index) or _has_adapter(model_index)
-
-
-def load_motion_adapter(source: MotionAdapter | str | os.PathLike, dtype: torch.dtype, **options) -> MotionAdapter:
-    """A motion adapter as it is, or from a folder or a repository on the Hub."""
-    if isinstance(source, MotionAdapter):
-        return source
-    with hub.never_pickled(source):
-        return MotionAdapter.from_pretrained(hub.resolve(source), dtype=dtype, use_safetensors=True, **options)
 
 
 def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAdapter | None) -> UNetMotionModel:
@@ -197,10 +196,19 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
         )
         self._set_up(sampling, vae=vae, text_encoder=text_encoder, unet=self.unet, image_encoder=image_encoder)
+        betas = self.scheduler.config.get("beta_schedule")
+        if isinstance(unet, UNet2DConditionModel) and betas != "linear":
+            logger.warning(
+                "The scheduler has the %s betas of an image model; the motion modules were trained on linear ones:"
+                ' pipe.scheduler = MCMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear").',
+                betas,
+            )
 
     @classmethod
     def _load_components(cls, source: str, index: Mapping[str, Any], recorded: Mapping[str, str], **options):
         where = {key: options[key] for key in HUB_OPTIONS if key in options}
+        if os.path.isfile(source):
+            return cls._of_checkpoint(source, recorded, where, **options)
         complete = isinstance(options.get("unet"), UNetMotionModel) or _has_motion(index)
         adapter = options.pop(ADAPTER, None)
         if adapter is None and not complete and not _has_adapter(index):
@@ -210,13 +218,61 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             config = cls.base_model.own_schedule(index, hub.read_json(source, "scheduler_config.json", **found))
             options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
         if adapter is not None:
-            adapter = load_motion_adapter(adapter, options["dtype"], **where)
+            adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
         if adapter is not None or complete:
             options[ADAPTER] = None if complete else adapter  # what is in the repository need not be read
         pipeline = super()._load_components(source, index, recorded, **options)
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
         return pipeline
+
+    @classmethod
+    def _of_checkpoint(cls, path, recorded, where, dtype, motion_adapter=None, config=None, **given):
+        """A pipeline of a single-file checkpoint, with the components that are `given`."""
+        parts = load_checkpoint(path, os.fspath(config or cls.base_model.default_repository), dtype, **where)
+        schedule = cls.base_model.own_schedule({}, parts["scheduler"].config)
+        parts["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
+        adapter = motion_adapter or recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
+        given = {key: value for key, value in given.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
+        pipeline = cls(**parts | given, motion_adapter=load_motion_adapter(adapter, dtype, **where))
+        pipeline.register_to_config(_name_or_path=path)
+        return pipeline
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs):
+        """[`~MCMPipeline.from_pretrained`], under the name that diffusers has for a checkpoint in one file."""
+        return cls.from_pretrained(pretrained_model_link_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As diffusers' own; a Stable Diffusion pipeline needs a `motion_adapter` besides.
+
+        Its scheduler stays behind unless one is given: the image model's betas are not those of the motion modules.
+        """
+        unet = kwargs.get("unet", pipeline.unet)
+        if isinstance(unet, UNet2DConditionModel):
+            if lora_layers(unet):
+                raise ValueError(
+                    "A LoRA is loaded in the Stable Diffusion pipeline: `unload_lora_weights()` there first, and load"
+                    " it here."
+                )
+            if "scheduler" not in kwargs:
+                config = cls.base_model.own_schedule({}, pipeline.scheduler.config)
+                kwargs["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+        return super().from_pipe(pipeline, **kwargs)
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """diffusers' own; a LoRA has to be fused into the projections before, for beside them it would do nothing."""
+        if unet and not self.fused_loras:
+            layers = [
+                name for name, layer in self._layers.items() if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")
+            ]
+            if layers:
+                raise ValueError(
+                    "Cannot fuse the attention's projections while a LoRA lies on them"
+                    f" ({len(layers)}, such as {layers[0]!r}): `fuse_lora()` first, or unload it."
+                )
+        super().fuse_qkv_projections(unet, vae)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As [`MCMPipeline.save_pretrained`]; an IP-Adapter, which diffusers cannot load again, has to go before."""

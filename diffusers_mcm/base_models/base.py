@@ -78,11 +78,13 @@ class BaseModel(ABC):
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
         extra_repositories: Mapping[str, str] | None = None,
         **hub_options,
     ) -> Components:
         """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode.
 
+        `variant` says which files of weights to read (`fp16`), of the components that have such;
         `extra_repositories` overrides the class's own, by component name.
         """
 
@@ -121,6 +123,9 @@ class BaseModel(ABC):
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         denoiser.enable_gradient_checkpointing()
+
+    def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
+        """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""
 
     @property
     @abstractmethod

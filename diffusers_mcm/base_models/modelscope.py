@@ -27,8 +27,8 @@ class ModelScope(StableDiffusionModel):
     width = 256
     num_frames = 16
 
-    def load_denoiser(self, source, index, part, dtype, extra_repositories, hub_options):
-        return UNet3DConditionModel.from_pretrained(source, dtype=dtype, use_safetensors=True, **part("unet")), {}
+    def load_denoiser(self, source, index, weights_of, extra_repositories, hub_options):
+        return UNet3DConditionModel.from_pretrained(source, **weights_of("unet")), {}
 
     def recognises(self, module_names: Iterable[str]) -> bool:
         return any(name.startswith("transformer_in.") or ".temp_attentions." in name for name in module_names)

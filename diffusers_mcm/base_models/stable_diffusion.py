@@ -52,6 +52,7 @@ class StableDiffusionModel(BaseModel):
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
         extra_repositories: Mapping[str, str] | None = None,
         **hub_options,
     ) -> Components:
@@ -62,11 +63,16 @@ class StableDiffusionModel(BaseModel):
         def part(name: str) -> dict:
             return dict(subfolder=f"{subfolder}/{name}" if subfolder else name, **where)
 
-        weights = dict(dtype=dtype, use_safetensors=True)
-        with hub.never_pickled(source):
-            denoiser, found = self.load_denoiser(source, index, part, dtype, extra_repositories or {}, hub_options)
-            vae = AutoencoderKL.from_pretrained(source, **weights, **part("vae"))
-            text_encoder = CLIPTextModel.from_pretrained(source, **weights, **part("text_encoder"))
+        def weights_of(name: str) -> dict:
+            place = part(name)
+            return dict(dtype=dtype, use_safetensors=True, **place, **hub.variant_of(source, variant, **place))
+
+        with hub.never_pickled(source, **where):
+            others = dict(hub_options, variant=variant)
+            denoiser, found = self.load_denoiser(source, index, weights_of, extra_repositories or {}, others)
+            vae = AutoencoderKL.from_pretrained(source, **weights_of("vae"))
+            text_encoder = CLIPTextModel.from_pretrained(source, **weights_of("text_encoder"))
+        self.check_components(denoiser, vae)
         for module in (denoiser, vae, text_encoder):
             module.requires_grad_(False).eval()
         scheduler = hub.read_json(source, "scheduler_config.json", **part("scheduler"))
@@ -85,16 +91,24 @@ class StableDiffusionModel(BaseModel):
         self,
         source: str,
         index: Mapping[str, Any],
-        part: Callable[[str], dict],
-        dtype: torch.dtype,
+        weights_of: Callable[[str], dict],
         extra_repositories: Mapping[str, str],
         hub_options: dict,
     ) -> tuple[nn.Module, dict[str, str]]:
         """The UNet of the repository `source`, and where those of its parts are that lie elsewhere.
 
-        `index` is its `model_index.json`, `part(name)` the options to load a component of it, `hub_options` those for
-        any other repository.
+        `index` is its `model_index.json`, `weights_of(name)` the options to load a component of it, `hub_options`
+        those for any other repository.
         """
+
+    def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:
+        channels, latents = denoiser.config.in_channels, vae.config.latent_channels
+        if channels != latents:
+            raise ValueError(
+                f"This {type(denoiser).__name__} takes {channels} channels, the latents have {latents}: it is one for"
+                " inpainting, or for making a picture move. Text to video needs the text-to-image (or text-to-video)"
+                " model of the same name."
+            )
 
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """What of the scheduler configuration in a repository with this `model_index.json` holds for this model."""

@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
+    model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
 
     sampling = parser.add_argument_group("sampling").add_argument
@@ -199,6 +200,7 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         subfolder=arguments.subfolder,
         revision=arguments.revision,
         base_model=arguments.base_model,
+        **({"variant": arguments.variant} if arguments.variant else {}),
         dtype=getattr(torch, arguments.dtype),
     )
     if arguments.fuse_lora:
@@ -233,6 +235,7 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
         "subfolder": arguments.subfolder,
         "revision": arguments.revision,
         "base_model": public_name(arguments.base_model),
+        **({"variant": arguments.variant} if arguments.variant else {}),
         "lora_sha256": lora_sha256(arguments),
         "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
         "guidance_scale": arguments.guidance_scale,

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--token", help="token for the Hub (default: HF_TOKEN, or that of `hf auth login`)")
     add("--base_model", metavar="REPO", help="the base model's repository, if it was trained with a local copy")
     add("--overwrite_card", action="store_true", help="replace a card that was edited on the Hub (default: it stays)")
+    add("--variant", help="with --prompt: which files of the base model's weights to read, as fp16")
     add("--prompt", help="make the sample clip anew, of this, and keep it in DIR; needs the base model")
     add("--device", help="where the clip is made (default: the best there is)")
     add("--dry_run", action="store_true", help="check everything and list what would be published, and stop there")
@@ -70,7 +71,7 @@ def _make_sample(arguments: argparse.Namespace) -> None:
     from ..devices import choose_device
     from ..publish import record_sample
 
-    options = {"base_model": arguments.base_model} if arguments.base_model else {}
+    options = {name: value for name in ("base_model", "variant") if (value := getattr(arguments, name))}
     pipeline = MCMPipeline.from_pretrained(arguments.folder, **options).to(choose_device(arguments.device))
     video = pipeline(arguments.prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
     record_sample(arguments.folder, video, arguments.prompt, pipeline.sampling_default("fps"))

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .. import hub
+from ..base_models.motion_adapter import load_motion_adapter
 from ..lora import LoRA
 from .kohya import MOTION, spatial_modules
 from .pairs import scales
@@ -23,11 +23,8 @@ _RENAMED = {
 
 def merged_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of `motion_adapter` plus what the LoRA adds to them, in the adapter's types."""
-    from diffusers import MotionAdapter
-
     spatial_modules(lora)  # refuses a LoRA of another model
-    with hub.never_pickled(motion_adapter):
-        adapter = MotionAdapter.from_pretrained(hub.resolve(motion_adapter), use_safetensors=True).state_dict()
+    adapter = load_motion_adapter(motion_adapter).state_dict()
     merge(lora, adapter, os.fspath(motion_adapter))
     return original_keys(adapter)
 

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +29,20 @@ from ..lora import (
     WEIGHTS_NAME,
     LoRA,
     check_fits,
-    extract_lora,
     load_lora_into,
     lora_layers,
     read_lora,
 )
 from .checks import is_one_value, number
+from .fusing import FusingVerbs
+from .networks import AdapterState, activate, fused_projections, replace, unwrapped
 from .style_lora import TEXT_ENCODER, read_parts, write_parts
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
 
 
-@dataclass
-class AdapterState:
-    """What peft's layers do not remember; kept on the denoiser, so that pipelines which share it agree."""
-
-    # As given, before the factor alpha / rank; one for each component if the components' differ.
-    weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # mcm_config.json of each adapter
-    fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
-    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
-    set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
-
-
-class LoRAVerbs:
+class LoRAVerbs(FusingVerbs):
     """Mixin of `MCMPipeline`; needs `denoiser` and `base_model`."""
 
     _call_scale: float | None = None  # `lora_scale` of the call that is under way
@@ -63,15 +51,16 @@ class LoRAVerbs:
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
     def _adapters(self) -> AdapterState:
-        if not hasattr(self.denoiser, "_mcm_adapters"):
-            self.denoiser._mcm_adapters = AdapterState()
-        return self.denoiser._mcm_adapters
+        denoiser = unwrapped(self.denoiser)
+        if not hasattr(denoiser, "_mcm_adapters"):
+            denoiser._mcm_adapters = AdapterState()
+        return denoiser._mcm_adapters
 
     @property
     def _networks(self) -> nn.ModuleDict:
         """What a LoRA may lie on, the denoiser first; a name in it is `component.module`."""
         networks = {self.base_model.denoiser_name: self.denoiser, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
-        return nn.ModuleDict({name: network for name, network in networks.items() if network is not None})
+        return nn.ModuleDict({name: unwrapped(network) for name, network in networks.items() if network is not None})
 
     @property
     def _layers(self) -> dict[str, nn.Module]:
@@ -180,6 +169,7 @@ class LoRAVerbs:
         networks = self._networks
         for component, lora in parts.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
+            self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
         for component, lora in parts.items():
             load_lora_into(networks[component], lora, adapter_name)
             self._adapters.configs.setdefault(adapter_name, {}).update(_as_recorded(lora))
@@ -193,11 +183,11 @@ class LoRAVerbs:
         self.unfuse_lora()
         networks = self._networks
         for name, layer in lora_layers(networks).items():
-            _replace(networks, name, layer.get_base_layer())
+            replace(networks, name, layer.get_base_layer())
         for network in networks.values():
             if hasattr(network, "peft_config"):
                 del network.peft_config
-        self.denoiser._mcm_adapters = AdapterState()
+        unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take out some of the LoRAs."""
@@ -217,7 +207,7 @@ class LoRAVerbs:
             self._adapters.configs.pop(name, None)
         for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
-                _replace(networks, name, layer.get_base_layer())
+                replace(networks, name, layer.get_base_layer())
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
@@ -238,7 +228,7 @@ class LoRAVerbs:
         weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, adapter_weights)}
         self._require_unfused("change adapters")
         for path, layer in lora_layers(networks).items():
-            _activate(layer, names)
+            activate(layer, names)
             component = path.partition(".")[0]
             for name, weight in weights.items():
                 layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
@@ -259,7 +249,9 @@ class LoRAVerbs:
 
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
-        """All active adapters at `scale` times their weights; an error if that could have no effect."""
+        """All active adapters at `scale` times their weights; an error if they, or that, could have no effect."""
+        if not self._adapters.fused and fused_projections(unwrapped(self.denoiser)) and self.get_active_adapters():
+            self._require_called("sample with a LoRA", self._layers)
         if scale == 1.0:
             yield
             return
@@ -295,105 +287,7 @@ class LoRAVerbs:
             for layer, scaling in before.items():
                 layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
-    # --- fusing ------------------------------------------------------------------------------------------------------
-    def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
-        """Add the active adapters (or those named) to the base weights, which saves their cost at every step.
-
-        The networks are then the base model's own, module by module, as fast as that: peft's layers are set aside. The
-        original weights are kept in host memory, so that `unfuse_lora` is exact.
-        """
-        self._require_unfused("fuse again")
-        names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
-        if not names or not self._lora_enabled:
-            raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
-        self._require_at_hand("fuse")
-        originals = self._adapters.originals
-        try:
-            with self._weighted(names, lora_scale):
-                for module, layer in self._layers.items():
-                    if not any(name in layer.lora_A for name in names):
-                        _activate(layer, [])  # or what is not fused would act here, and only here
-                        continue
-                    weight = layer.get_base_layer().weight
-                    originals[module] = weight.data  # merging safely makes a new tensor and leaves this one alone
-                    layer.merge(safe_merge=True, adapter_names=names)
-                    originals[module] = originals[module].cpu()
-        except BaseException:  # a broken LoRA, no memory left, Ctrl-C
-            self._restore()
-            raise
-        self._adapters.fused = {name: float(lora_scale) for name in names}
-        self._set_aside()
-
-    def unfuse_lora(self) -> None:
-        """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
-        if self._adapters.fused:
-            self._require_at_hand("unfuse")
-        self._restore()
-        self._adapters.fused = {}
-
-    def _restore(self) -> None:
-        self._put_back()
-        layers, active = self._layers, self._switched_on
-        for module, original in self._adapters.originals.items():
-            weight = layers[module].get_base_layer().weight
-            weight.data = original.to(device=weight.device, dtype=weight.dtype)
-            layers[module].merged_adapters.clear()
-        for layer in layers.values():
-            _activate(layer, active)
-        self._adapters.originals = {}
-
-    def _set_aside(self) -> None:
-        """What peft's layers adapt in their places."""
-        networks, layers = self._networks, self._layers
-        for module, layer in layers.items():
-            _replace(networks, module, layer.get_base_layer())
-        self._adapters.set_aside = layers
-
-    def _put_back(self) -> None:
-        """Undo `_set_aside`, on the device and in the type in which what they adapt is by now."""
-        networks = self._networks
-        for module, layer in self._adapters.set_aside.items():
-            weight = layer.get_base_layer().weight
-            if not weight.is_meta:  # offloaded: the LoRA would be gone
-                layer.to(device=weight.device, dtype=weight.dtype)
-            _replace(networks, module, layer)
-        self._adapters.set_aside = {}
-
-    def _extract(self, name: str) -> dict[str, LoRA]:
-        """An adapter as it would be read from disk, by component; fused or not."""
-        fused = bool(self._adapters.set_aside)
-        self._put_back()
-        try:
-            return {component: extract_lora(network, name) for component, network in self._parts(name).items()}
-        finally:
-            if fused:
-                self._set_aside()
-
     # --- saving ------------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _clean_networks(self) -> Iterator[None]:
-        """The networks as the base model has them, without peft's layers and without what is fused.
-
-        A module that is exchanged meanwhile carries the LoRA afterwards.
-        """
-        networks, layers = self._networks, self._layers
-        fused = {}
-        for name, layer in layers.items():
-            base = layer.get_base_layer()
-            if name in self._adapters.originals:
-                fused[name] = base.weight.data
-                base.weight.data = self._adapters.originals[name]
-            _replace(networks, name, base)
-        try:
-            yield
-        finally:
-            for name, layer in layers.items():
-                layer.base_layer = networks.get_submodule(name)
-                if name not in self._adapters.set_aside:
-                    _replace(networks, name, layer)
-                if name in fused:
-                    layer.get_base_layer().weight.data = fused[name]
-
     def _save_adapters(self, folder: Path) -> None:
         """Every adapter as a LoRA folder of its own, and how they are set."""
         (folder / ADAPTERS_FILE).unlink(missing_ok=True)
@@ -459,14 +353,6 @@ def _as_recorded(lora: LoRA) -> dict[str, Any]:
     )
 
 
-def _activate(layer: nn.Module, names: Sequence[str]) -> None:
-    """These adapters, and no others, act on peft's layer; what is trainable stays so."""
-    trainable = [parameter.requires_grad for parameter in layer.parameters()]
-    layer.set_adapter(list(names))
-    for parameter, requires_grad in zip(layer.parameters(), trainable):
-        parameter.requires_grad_(requires_grad)
-
-
 def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
     """A checked weight of an adapter."""
     if not isinstance(weight, Mapping):
@@ -482,8 +368,3 @@ def _weight(weight: float | dict[str, float], components: Sequence[str]) -> floa
 def _free_name(stem: str, taken: Sequence[str]) -> str:
     candidates = (stem if i == 0 else f"{stem}_{i}" for i in range(len(taken) + 1))
     return next(name for name in candidates if name not in taken)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -10,15 +10,18 @@ from typing import Any
 
 from .. import hub
 from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, LoRA, elsewhere, find_lora_file
+from . import single_file
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
 
 
 def read_model_index(source: str, **where) -> dict[str, Any] | None:
-    """`model_index.json` of a pipeline; `None` if `source` is a LoRA; an error if it is neither."""
+    """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` if `source` is a
+    LoRA; an error if it is neither."""
     if os.path.isfile(source):
-        return None
+        whole = not hub.is_pickled(source) and single_file.is_checkpoint(source)
+        return dict(single_file.INDEX) if whole else None
     index = hub.read_json(source, "model_index.json", **where)
     if index is None and find_lora_file(source, **where) is None:
         place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
@@ -27,6 +30,30 @@ def read_model_index(source: str, **where) -> dict[str, Any] | None:
             + elsewhere(source, **where)
         )
     return index
+
+
+def read_base_index(source: str, **where) -> dict[str, Any] | None:
+    """`model_index.json` of a base model, or what it would be for a single-file checkpoint."""
+    if not os.path.isfile(source):
+        return hub.read_json(source, "model_index.json", **where)
+    if hub.is_pickled(source):
+        raise ValueError(f"{source} is not a .safetensors file; {hub.how_to_convert(source)}")
+    index = read_model_index(source)
+    if index is None:
+        raise ValueError(f"{source} is not a text-to-video model: the file is no checkpoint of a whole model.")
+    return index
+
+
+def checkpoint_config(lora: LoRA, **options) -> str | None:
+    """The base model that a LoRA names, if a single-file checkpoint can take its configurations from there."""
+    try:
+        name = lora.base_repository and hub.resolve_recorded(lora.base_repository, lora.folder)
+        if name is None or os.path.isfile(name):
+            return None
+        index = hub.read_json(name, "model_index.json", **options) or {}
+    except OSError:  # it is not here, or not to be had; its default is then
+        return None
+    return name if index.get("unet") == single_file.INDEX["unet"] else None
 
 
 def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) -> dict[str, str]:

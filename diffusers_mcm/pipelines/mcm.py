@@ -20,6 +20,7 @@ from ..lora import LoRA
 from . import checks, loading
 from .adapters import LoRAVerbs, _as_lora, _free_name
 from .callbacks import TENSORS, step_callback
+from .networks import require_unmerged
 from .publishing import HubVerbs
 from .sampling import Sampling
 from .sole_use import alone, one_call
@@ -96,6 +97,8 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
 
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
         """What `__init__` of a subclass does, once the components have their names."""
+        self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
+        require_unmerged([module for module in components.values() if isinstance(module, nn.Module)])
         self.register_modules(**components)
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,
@@ -134,7 +137,8 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
                 One of the following, as a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
 
                     - an MCM LoRA, as a folder or a `.safetensors` file;
-                    - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`;
+                    - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
+                      a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
                     - a pipeline saved with [`~MCMPipeline.save_pretrained`].
             lora (`str` or `os.PathLike`, *optional*):
                 An MCM LoRA to put in a text-to-video model.
@@ -146,14 +150,20 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
                 Of `pretrained_model_name_or_path`, on the Hub.
             base_model (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
                 The base model to put the LoRA in, instead of the one that its configuration names. For AnimateDiff a
-                Stable Diffusion 1.5 repository will do, or any fine-tune of it.
+                Stable Diffusion 1.5 repository or single-file checkpoint will do, or any fine-tune of it.
             motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*):
-                AnimateDiff's motion modules, instead of those that the LoRA's configuration or the base model names.
+                AnimateDiff's motion modules, instead of those that the LoRA's configuration or the base model names;
+                a folder, a repository, or a `.safetensors` file in diffusers' or AnimateDiff's own layout.
+            config (`str`, *optional*):
+                For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and tokenizer go with it.
+                Defaults to the base model that the LoRA names, or else the usual one.
+            variant (`str`, *optional*):
+                Which files of the base model's weights to read, as `"fp16"`; their values are turned into `dtype`.
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 The type of all weights.
             kwargs:
                 `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model
-                `variant`, `device_map`, components by name, and whatever else diffusers takes.
+                `device_map`, components by name, and whatever else diffusers takes.
         """
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = dtype or torch_dtype or torch.float32
@@ -201,7 +211,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         """A base model for `lora`, or one with the adapters it was saved with, as a pipeline of the right subclass."""
         from ..base_models import infer_base_model
 
-        index = hub.read_json(source, "model_index.json", revision=revision, **options)
+        index = loading.read_base_index(source, revision=revision, **options)
         if index is None:
             raise ValueError(f"{source} is not a text-to-video model: it has no model_index.json.")
         pipeline_class = infer_base_model(model_index=index).pipeline_class
@@ -210,9 +220,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         if loading.is_saved_mcm_pipeline(index):
             source, revision = loading.fetched(source, revision, **options), None
         recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
+        if os.path.isfile(source) and lora is not None and kwargs.get("config") is None:
+            kwargs["config"] = loading.checkpoint_config(lora, **options)
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
-        with hub.never_pickled(source):
+        with hub.never_pickled(source, revision=revision, **options):
             pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
         pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
         if lora is None and loading.is_saved_mcm_pipeline(index):

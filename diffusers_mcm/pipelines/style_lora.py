@@ -1,7 +1,7 @@
 """LoRAs as the world of Stable Diffusion writes them: several namings, and a part for the text encoder.
 
 Whatever the naming, the result is a `LoRA` for each component, and every key is accounted for: it is the place of one
-tensor in one of the components, or the file is refused.
+tensor in one of the components, or the file is refused. One file may mix namings, ranks, scales and types.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..lora import (
     PEFT_PREFIX,
     LoRA,
     base_layer,
+    check_not_wrapped,
     find_lora_file,
     locate_lora,
     lora_header,
@@ -31,18 +32,30 @@ from ..lora import (
     split_key,
     write_safetensors,
 )
+from .original_names import original_name
 
 TEXT_ENCODER = "text_encoder"
 MOTION_LORA_NAME = "diffusion_pytorch_model.safetensors"  # what AnimateDiff's motion LoRAs on the Hub are called
 # What a key starts with, and the component it belongs to ("": the denoiser). kohya first, whose names have no dots.
 _PREFIXES = {
     "lora_unet_": "",
-    "lora_te_": TEXT_ENCODER,
-    "lora_te1_": TEXT_ENCODER,
+    "lora_unet.": "",
+    **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te.", "lora_te1."), TEXT_ENCODER),
     PEFT_PREFIX: "",
     "unet.": "",
     "transformer.": "",
     "text_encoder.": TEXT_ENCODER,
+    "clip_l.": TEXT_ENCODER,  # OneTrainer's
+}
+BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts in the same file
+# What is in the keys of adapters that are no LoRA.
+_OTHER_KINDS = {
+    **dict.fromkeys((".hada_w1", ".hada_w2"), "LoHa"),
+    **dict.fromkeys((".lokr_w1", ".lokr_w2"), "LoKr"),
+    ".lora_mid.": "LoCon with a third matrix (lora_mid)",
+    ".oft_": "OFT",
+    ".on_input": "IA3",
+    ".diff": "difference of whole weights",
 }
 # Older namings of diffusers, and kohya's, as they are written today.
 _RENAMED = [
@@ -68,6 +81,7 @@ def read_parts(
     `source` is a folder, file, packaged model or Hub repository (`options`: `subfolder`, `weight_name`, `revision`,
     ...), a `LoRA` for the denoiser, or the tensors by their keys.
     """
+    components = dict(components)
     denoiser = next(iter(components))
     if isinstance(source, LoRA):
         return {denoiser: source}
@@ -93,27 +107,61 @@ def split_parts(
     if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors):
         raise ValueError(f"{source} is a DoRA; only plain LoRA is supported.")
     names = {component: _known_names(module) for component, module in components.items()}
-    found, alphas, strange = defaultdict(dict), defaultdict(dict), []
+    found, alphas, seen, strange = defaultdict(dict), defaultdict(dict), defaultdict(dict), []
     for key, tensor in tensors.items():
         component, module, half = _place(key, names)
-        if module is None:
+        place = f"{module}.{half}"
+        if module is None or (half == "alpha" and tensor.numel() != 1):
             strange.append(key)
+        elif place in seen[component]:
+            other = seen[component][place]
+            raise ValueError(f"{source} holds {place} of the {component} twice, as {other!r} and as {key!r}.")
         elif half == "alpha":
             alphas[component][module] = float(tensor)
         else:
-            found[component][f"{module}.{half}"] = tensor
+            weight = base_layer(components[component].get_submodule(module)).weight
+            found[component][place] = _of_as_many_dimensions(tensor, weight.ndim)
+        seen[component][place] = key
     if strange or not found:
-        kinds = " or ".join(type(module).__name__ for module in components.values())
-        raise ValueError(
-            f"{source} does not fit: {len(strange)} of its {len(tensors)} keys are no part of a LoRA for this {kinds}"
-            + (f", such as {strange[0]!r}." if strange else ".")
-            + " It was made for another base model, or is another kind of adapter."
-        )
+        raise ValueError(_why_not(strange, len(tensors), components, source))
     metadata = json.loads(header.get(METADATA_KEY, "{}"))
     return {
         component: _with_alpha(LoRA(part, source=source), alphas[component], metadata, prefix=component)
         for component, part in found.items()
     }
+
+
+def _why_not(strange: list[str], count: int, components: Mapping[str, nn.Module], source: str) -> str:
+    """What is wrong with a file of which these keys have no place, and what to do."""
+    for network in components.values():
+        check_not_wrapped(network, source)
+    bundled = sorted({key.removeprefix(BUNDLED).rpartition(".")[0] for key in strange if key.startswith(BUNDLED)})
+    if bundled:
+        return (
+            f"{source} bundles textual inversions with the LoRA ({', '.join(bundled)}; keys {BUNDLED}*). Load the rest"
+            f" as load_lora_weights({{k: v for k, v in load_file(path).items() if not k.startswith({BUNDLED!r})}}),"
+            " with `load_file` of `safetensors.torch`, and those with `load_textual_inversion`."
+        )
+    kinds = " or ".join(type(network).__name__ for network in components.values())
+    what = next((name for part, name in _OTHER_KINDS.items() if any(part in key for key in strange)), None)
+    return (
+        f"{source} does not fit: {len(strange)} of its {count} keys are no part of a LoRA for this {kinds}"
+        + (f", such as {strange[0]!r}." if strange else ".")
+        + (
+            f" It is a {what}, and only plain LoRA is supported."
+            if what
+            else " It was made for another base model, or is another kind of adapter."
+        )
+    )
+
+
+def _of_as_many_dimensions(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """A matrix as a convolution of one pixel, or the other way round; some trainers write all as one of them."""
+    if tensor.ndim == 2 and dimensions > 2:
+        return tensor.reshape(*tensor.shape, *[1] * (dimensions - 2))
+    if dimensions == 2 < tensor.ndim and tensor.shape[2:].numel() == 1:
+        return tensor.flatten(1)
+    return tensor
 
 
 def _known_names(network: nn.Module) -> dict[str, str]:
@@ -122,7 +170,7 @@ def _known_names(network: nn.Module) -> dict[str, str]:
     for name, module in network.named_modules():
         if isinstance(base_layer(module), (nn.Linear, nn.Conv2d, nn.Conv3d)):
             # transformers once had CLIP's text model one level deeper.
-            for alias in (name, f"text_model.{name}", name.removeprefix("text_model.")):
+            for alias in (name, f"text_model.{name}", name.removeprefix("text_model."), original_name(name, network)):
                 names.setdefault(alias, name)
                 names.setdefault(alias.replace(".", "_"), name)
     return names

@@ -61,6 +61,9 @@ class TrainingConfig:
         group="models",
     )
     revision: str | None = _flag(None, help="Revision of the teacher on the Hub.", group="models")
+    variant: str | None = _flag(
+        None, help="Which files of the teacher's weights to read, as fp16, where there are no others.", group="models"
+    )
     extra_repositories: tuple[str, ...] = _flag(
         (),
         help="Where parts of the teacher lie that are not in its own repository, as name=repository: for AnimateDiff "

@@ -83,6 +83,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
         config.pretrained_teacher_model,
         revision=config.revision,
         dtype=dtype,
+        variant=config.variant,
         extra_repositories=extra_repositories(base, config),
     )
     clip_size = tuple(

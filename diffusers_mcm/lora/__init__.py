@@ -1,0 +1,82 @@
+"""LoRA for a denoiser: files, checks, injection.
+
+In memory a LoRA is a dict `module.lora_A.weight -> tensor`, `module.lora_B.weight -> tensor`, with the module's full
+name in the denoiser. On disk the keys have a prefix: the denoiser's name (`unet.`, what diffusers writes and reads) or
+`base_model.model.` (what PEFT writes). Both are read; the first is written, unless one converts (`formats`). What else
+belongs to a LoRA, scale, settings and scheduler, is in the header of the file too, so that the file alone is enough.
+
+A LoRA fits wholly or not at all: a key without a module, a module with half a pair, a tensor of another shape is an
+error before anything in the denoiser has changed.
+"""
+
+from __future__ import annotations
+
+from .adapter import (
+    CONFIG_NAME,
+    DEFAULT_ADAPTER,
+    HEADER_KEYS,
+    METADATA_KEY,
+    MOTION_HEAD_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    PREFIXES,
+    WEIGHTS_NAME,
+    LoRA,
+    split_key,
+)
+from .injection import (
+    add_lora,
+    base_layer,
+    check_fits,
+    check_not_wrapped,
+    compute_dtype,
+    extract_lora,
+    fresh_lora,
+    load_lora_into,
+    lora_disabled,
+    lora_layers,
+    lora_state_dict,
+    set_lora_state_dict,
+)
+from .reading import elsewhere, find_lora_file, locate_lora, open_safetensors, read_lora, read_settings
+from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
+
+__all__ = [
+    "CONFIG_NAME",
+    "DEFAULT_ADAPTER",
+    "HEADER_KEYS",
+    "METADATA_KEY",
+    "MOTION_HEAD_NAME",
+    "PEFT_CONFIG_NAME",
+    "PEFT_PREFIX",
+    "PEFT_WEIGHTS_NAME",
+    "PREFIXES",
+    "WEIGHTS_NAME",
+    "LoRA",
+    "add_lora",
+    "base_layer",
+    "check_fits",
+    "check_not_wrapped",
+    "compute_dtype",
+    "elsewhere",
+    "extract_lora",
+    "find_lora_file",
+    "fresh_lora",
+    "load_lora_into",
+    "locate_lora",
+    "lora_disabled",
+    "lora_header",
+    "lora_layers",
+    "lora_state_dict",
+    "open_safetensors",
+    "read_lora",
+    "read_settings",
+    "save_lora",
+    "set_lora_state_dict",
+    "split_key",
+    "write_lora_folder",
+    "write_lora_weights",
+    "write_safetensors",
+    "write_settings",
+]

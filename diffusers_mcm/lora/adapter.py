@@ -1,0 +1,84 @@
+"""What a LoRA is in memory, and the names of the files it lies in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import hub
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = "mcm_config.json"
+MOTION_HEAD_NAME = "motion_head.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
+# Ours, in the same place: `LoRA`'s attributes by the keys they are stored under, each as JSON.
+HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}
+PEFT_PREFIX = "base_model.model."
+PREFIXES = (PEFT_PREFIX, "unet.", "transformer.")
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass
+class LoRA:
+    """A LoRA that was read from disk, or is about to be written."""
+
+    tensors: dict[str, torch.Tensor]
+    alpha: float | None = None  # None: the rank, that is a scale of one
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # mcm_config.json
+    scheduler_config: dict[str, Any] | None = None
+    adapter_config: dict[str, Any] | None = None  # adapter_config.json, as PEFT wrote it
+    source: str = "the LoRA"
+    folder: Path | None = None  # where `config` was read from, for paths relative to it
+
+    @property
+    def base_repository(self) -> str | None:
+        """Where its base model is: what our configuration says, or else PEFT's, if that is not a path elsewhere."""
+        name = self.config.get("base_model_repository")
+        if name is None and (name := (self.adapter_config or {}).get("base_model_name_or_path")):
+            if not (hub.is_hub_id(name) or os.path.isdir(name)):
+                logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
+                return None
+        return name
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted({split_key(key)[0] for key in self.tensors})
+
+    def ranks(self) -> dict[str, int]:
+        return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
+
+    def peft_config(self):
+        """peft's `LoraConfig`, with the ranks the tensors really have."""
+        from peft import LoraConfig
+
+        ranks = self.ranks()
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        different = {f"^{module}": r for module, r in ranks.items() if r != rank}
+        # Without an alpha every module has scale one, whatever its rank.
+        alpha_pattern = different if self.alpha is None else self.alpha_pattern
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank if self.alpha is None else self.alpha,
+            rank_pattern=different,
+            alpha_pattern=alpha_pattern,
+            target_modules=self.modules,
+            use_rslora=self.use_rslora,
+        )
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """`a.b.lora_A.weight` to (`a.b`, `lora_A.weight`)."""
+    module, separator, rest = key.rpartition(".lora_")
+    return module, f"lora_{rest}" if separator else key

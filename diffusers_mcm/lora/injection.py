@@ -1,0 +1,215 @@
+"""A LoRA in a denoiser: whether it fits, putting it in, reading it out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .adapter import DEFAULT_ADAPTER, LoRA
+
+KEYWORD_CALLED = ("proj_in", "proj_out")  # modules that diffusers' motion modules call with `input=`
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
+    """`ValueError` unless every tensor of the LoRA has its place in the denoiser."""
+    modules = {name: base_layer(module) for name, module in denoiser.named_modules()}
+    unknown = [module for module in lora.modules if module not in modules]
+    if unknown:
+        check_not_wrapped(denoiser, lora.source)
+        raise ValueError(
+            f"{lora.source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(lora.modules)} modules"
+            f" do not exist there, such as {unknown[0]!r}. It was made for another base model."
+        )
+    problems = []
+    for name in lora.modules:
+        down, up = (lora.tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
+        if down is None or up is None:
+            problems.append(f"{name} has only one of lora_A and lora_B")
+            continue
+        weight = getattr(modules[name], "weight", None)
+        if not isinstance(modules[name], (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            problems.append(f"{name} is a {type(modules[name]).__name__}, which takes no LoRA")
+        elif (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            problems.append(
+                f"{name} has a weight of shape {tuple(weight.shape)}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}"
+            )
+    if problems:
+        raise ValueError(
+            f"{lora.source} does not fit this {type(denoiser).__name__}: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)." if len(problems) > 1 else ".")
+            + " It was made for another base model, or the file is incomplete."
+        )
+
+
+def check_not_wrapped(network: nn.Module, source: str) -> None:
+    """`ValueError` where `torch.compile` has put something around a part of the network, which changes all names."""
+    wrapped = next((name for name, _ in network.named_modules() if "_orig_mod" in name), None)
+    if wrapped is not None:
+        place = wrapped.partition("._orig_mod")[0]
+        raise ValueError(
+            f"{source} does not fit while {place!r} of this {type(network).__name__} is wrapped by `torch.compile`:"
+            " load the LoRA before, or compile the module in place, with its own `compile()`."
+        )
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """What is behind a LoRA; the module itself where there is none."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """What a module's weight is computed with: its type, or with diffusers' layerwise casting what it is cast to."""
+    layer = base_layer(module)
+    registry = getattr(layer, "_diffusers_hook", None)
+    casting = registry.get_hook("layerwise_casting") if registry is not None else None
+    return layer.weight.dtype if casting is None else casting.compute_dtype
+
+
+# --- in the denoiser -------------------------------------------------------------------------------------------------
+def lora_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """peft's layers by the names of the modules they stand in for."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def add_lora(
+    denoiser: nn.Module,
+    target_modules: list[str],
+    rank: int = 64,
+    alpha: float = 64,
+    *,
+    generator: torch.Generator | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> None:
+    """Put a fresh trainable LoRA in float32 on the named modules, and freeze everything else."""
+    lora = fresh_lora(denoiser, target_modules, rank, alpha, generator=generator)
+    denoiser.requires_grad_(False)
+    load_lora_into(denoiser, lora, adapter_name, dtype=torch.float32, trainable=True)
+
+
+def fresh_lora(
+    denoiser: nn.Module,
+    target_modules: list[str],
+    rank: int = 64,
+    alpha: float = 64,
+    *,
+    generator: torch.Generator | None = None,
+) -> LoRA:
+    """A LoRA that does nothing yet: A random (Kaiming), B zero."""
+    modules = dict(denoiser.named_modules())
+    missing = [name for name in target_modules if name not in modules]
+    if missing or not target_modules:
+        raise ValueError(f"Cannot put a LoRA on modules that do not exist: {missing[:3] or 'none were named'}.")
+    tensors = {}
+    for name in target_modules:
+        shape = base_layer(modules[name]).weight.shape
+        down = torch.empty(rank, *shape[1:])
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        tensors[f"{name}.lora_A.weight"] = down
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(shape[0], rank, *[1] * (len(shape) - 2))
+    return LoRA(tensors, alpha=alpha)
+
+
+def load_lora_into(
+    denoiser: nn.Module,
+    lora: LoRA,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+) -> None:
+    """Put a LoRA in the denoiser, wholly or not at all, in `dtype` (default: what each weight it is added to computes
+    in)."""
+    from peft import inject_adapter_in_model
+
+    if not adapter_name or set(adapter_name) & set("./\\"):
+        raise ValueError(f"An adapter's name must not be empty or contain a dot or slash, got {adapter_name!r}.")
+    if adapter_name in getattr(denoiser, "peft_config", {}):
+        raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
+    check_fits(denoiser, lora)
+    # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
+    trainable_before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
+    # On the meta device: nothing is drawn from the global generator, and nothing is allocated twice.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+        inject_adapter_in_model(
+            lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
+        )
+    for parameter, requires_grad in trainable_before.items():
+        parameter.requires_grad_(requires_grad)
+    for name, layer in lora_layers(denoiser).items():
+        if adapter_name not in layer.lora_A:
+            continue
+        if name.endswith(KEYWORD_CALLED) and _positional not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_positional, with_kwargs=True)
+        weight = layer.get_base_layer().weight
+        for half, part in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
+            tensor = lora.tensors[f"{name}.lora_{half}.weight"]
+            # A copy: the caller's tensor must not change when this one is trained.
+            kind = dtype or compute_dtype(layer)
+            tensor = tensor.to(device=weight.device, dtype=kind, copy=True).contiguous()
+            part.weight = nn.Parameter(tensor, requires_grad=trainable)
+
+
+def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """`layer(input=x)` as `layer(x)`: peft's layers call their argument `x`, those they stand in for `input`."""
+    kwargs = dict(kwargs)
+    return ((kwargs.pop("input"), *args) if "input" in kwargs else args), kwargs
+
+
+def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, torch.Tensor]:
+    """`module.lora_A.weight -> tensor`, and B: the denoiser's own tensors, detached."""
+    tensors = {}
+    for name, layer in lora_layers(denoiser).items():
+        if adapter_name in layer.lora_A:
+            tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
+            tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
+    if not tensors:
+        known = ", ".join(sorted(getattr(denoiser, "peft_config", {}))) or "none"
+        raise ValueError(f"There is no adapter named {adapter_name!r} in the denoiser. Loaded: {known}.")
+    return tensors
+
+
+def extract_lora(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> LoRA:
+    """A LoRA that is in the denoiser, as it would be read from disk; shares its tensors."""
+    tensors = lora_state_dict(denoiser, adapter_name)
+    config = denoiser.peft_config[adapter_name]
+    return LoRA(tensors, config.lora_alpha, dict(config.alpha_pattern), config.use_rslora)
+
+
+def set_lora_state_dict(
+    denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
+) -> None:
+    """Overwrite a LoRA that is in the denoiser, in place; the keys and shapes must be exactly its own."""
+    current = lora_state_dict(denoiser, adapter_name)
+    different = sorted(current.keys() ^ tensors.keys())
+    different += [key for key in current.keys() & tensors.keys() if current[key].shape != tensors[key].shape]
+    if different:
+        raise ValueError(f"{len(different)} LoRA tensors differ in name or shape, such as {different[0]!r}.")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            current[key].copy_(tensor)
+
+
+@contextmanager
+def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """The base model, bit for bit, while the context is open."""
+    layers = list(lora_layers(denoiser).values())
+    if any(layer.merged for layer in layers):
+        raise ValueError("The LoRA is fused into the base weights; `unfuse_lora()` before switching it off.")
+    # Not `enable_adapters(False)`: that one also changes `requires_grad`, in the middle of a training step.
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield denoiser
+    finally:
+        for layer, value in zip(layers, before):
+            layer._disable_adapters = value
