@@ -16,13 +16,13 @@ from diffusers_mcm.training.arguments import parse_config
 def main() -> None:
     config = parse_config()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    from diffusers_mcm.files import DiskFullError
     from diffusers_mcm.publish import PublishError
-    from diffusers_mcm.training.disk import DiskFull
     from diffusers_mcm.training.loop import train  # after the flags, so that --help answers at once
 
     try:
         train(config)
-    except (PublishError, DiskFull) as error:
+    except (PublishError, DiskFullError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

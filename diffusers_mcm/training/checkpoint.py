@@ -41,7 +41,7 @@ def named_checkpoint(output_dir: Path, wanted: str) -> Path:
 def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_more: Callable[[Path], None]) -> Path:
     """Write `checkpoint-<step>` with the state and what `write_more` adds, whole or not at all.
 
-    Raises `DiskFull` if there is no room; a checkpoint of that name that was there before stays.
+    Raises `DiskFullError` if there is no room; a checkpoint of that name that was there before stays.
     """
     folder = output_dir / f"checkpoint-{step}"
     with room_for(f"the checkpoint of step {step}", output_dir, size_of(state)), whole_folder(folder) as temporary:

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-class DiskFull(OSError):
-    """There was no room for a file; what was written of it is gone, and what was there before is as it was."""
+from ..files import DiskFullError, is_disk_full
 
 
 @contextmanager
 def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]:
-    """Turn whatever is raised for want of room into `DiskFull`, which says what was written, where, how much is free.
+    """Turn whatever is raised for want of room into `DiskFullError`: what was written, where, how much is free.
 
     Args:
         what: What is written, such as "a checkpoint".
@@ -27,30 +22,18 @@ def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's and tensorboard's, safetensors' own
-        if not _tells_of_a_full_disk(error):
+    except Exception as error:  # torch.save's, tensorboard's and safetensors' have nothing in common
+        if not is_disk_full(error):
             raise
         free = shutil.disk_usage(_existing(folder)).free
         needed = "" if size is None else f"it takes about {_readable(size)}, and "
-        raise DiskFull(
+        raise DiskFullError(
             errno.ENOSPC,
             f"No space left on the disk for {what}: {needed}{_readable(free)} are free. Nothing half-written was "
             "left. Make room, or write elsewhere with --output_dir; fewer checkpoints are kept with "
             "--checkpoints_total_limit, or none written with --checkpointing_steps 0",
             str(folder),
         ) from error
-
-
-def _tells_of_a_full_disk(error: BaseException | None) -> bool:
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if isinstance(error, SafetensorError) and any(f"os error {code}" in str(error) for code in _FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

@@ -4,9 +4,8 @@ import shutil
 import pytest
 import torch
 
-from diffusers_mcm.files import whole_files
+from diffusers_mcm.files import DiskFullError, whole_files
 from diffusers_mcm.training.checkpoint import STATE_FILE, checkpoints, load_checkpoint, save_checkpoint
-from diffusers_mcm.training.disk import DiskFull
 
 
 def save(folder, step):
@@ -34,7 +33,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_were(tmp_path, monkeypatc
     monkeypatch.setattr("diffusers_mcm.training.checkpoint.save_state", half)
     said = r"for the checkpoint of step 2: it takes about 8 kB, and 5 kB are free.*--checkpoints_total_limit"
     for step in (1, 2):
-        with pytest.raises(DiskFull, match=said.replace("step 2", f"step {step}")):
+        with pytest.raises(DiskFullError, match=said.replace("step 2", f"step {step}")):
             save_checkpoint(tmp_path, step, {"weights": torch.zeros(2000)}, lambda path: None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert load_checkpoint(tmp_path / "checkpoint-1") == {"step": 1}

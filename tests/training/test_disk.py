@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusers_mcm.files import whole_folder
-from diffusers_mcm.training.disk import DiskFull, room_for, save_state, size_of
+from diffusers_mcm.files import DiskFullError, whole_folder
+from diffusers_mcm.training.disk import room_for, save_state, size_of
 
 FULL = "/dev/full"  # every write to it fails for want of room
 
@@ -25,7 +25,7 @@ def test_a_full_disk_is_told_as_one_whatever_noticed_it(tmp_path):
 
     for write in (text, torch_save, safetensors):
         with pytest.raises(
-            DiskFull, match=r"No space left .* for the LoRA: it takes about 1.5 MB, and .* are free"
+            DiskFullError, match=r"No space left .* for the LoRA: it takes about 1.5 MB, and .* are free"
         ) as e:
             with room_for("the LoRA", tmp_path / "not" / "there", 1_500_000):
                 write()
@@ -40,7 +40,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_nothing_half_written_is_left(tmp_path):
-    with pytest.raises(DiskFull), room_for("it", tmp_path), whole_folder(tmp_path / "folder") as folder:
+    with pytest.raises(DiskFullError), room_for("it", tmp_path), whole_folder(tmp_path / "folder") as folder:
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,7 @@ import errno
 import numpy as np
 import pytest
 
-from diffusers_mcm.training.disk import DiskFull
+from diffusers_mcm.files import DiskFullError
 from diffusers_mcm.training.validation import write_validation
 
 
@@ -17,6 +17,6 @@ def test_validation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("diffusers_mcm.training.validation.write_image", full)
-    with pytest.raises(DiskFull, match="No space left on the disk for the validation clips"):
+    with pytest.raises(DiskFullError, match="No space left on the disk for the validation clips"):
         write_validation(folder.with_name("step-000002"), clips, 8)
     assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
