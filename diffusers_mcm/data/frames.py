@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import Colorspace
 from PIL import Image
 
@@ -33,7 +34,9 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
         UnusableItem: for a turn that is no multiple of a quarter.
     """
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
+        # scaler, for whose threads a forked worker would then wait for ever
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV refuses the whole list where one kind of side data is unknown to it
         quarters = round(frame.rotation / 90) % 4
         return (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))[
