@@ -5,10 +5,9 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
-from av.video.reformatter import Colorspace
 from PIL import Image
 
-from .colour import HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
+from .colour import BT2020, HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
 from .images import UnusableItem, fit
 
 _TANGENT_OF_ONE_DEGREE = 0.0175
@@ -100,7 +99,7 @@ def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
         pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
         return np.asarray(fit(Image.fromarray(pixels), height, width, aspect))
     untold = transfer in (PQ, HLG) and frame.colorspace == UNSPECIFIED
-    frame = frame.reformat(format="rgb48le", src_colorspace=Colorspace.BT2020 if untold else None)
+    frame = frame.reformat(format="rgb48le", src_colorspace=BT2020 if untold else None)
     signal = orientation.apply(frame.to_ndarray()).astype(np.float32) / 65535
     planes = [fit(Image.fromarray(np.ascontiguousarray(signal[..., i])), height, width, aspect) for i in range(3)]
     return to_ordinary(np.stack([np.asarray(plane) for plane in planes], axis=-1), transfer, primaries)
