@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
+from av.sidedata.sidedata import SideDataContainer
 from PIL import Image
 
-from .colour import HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
+from .colour import BT2020, HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
 from .images import UnusableItem, fit
 
 _TANGENT_OF_ONE_DEGREE = 0.0175
@@ -33,7 +33,9 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
         UnusableItem: for a turn that is no multiple of a quarter.
     """
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
+        # scaler, for whose threads a forked worker would then wait for ever
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV refuses the whole list where one kind of side data is unknown to it
         quarters = round(frame.rotation / 90) % 4
         return (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))[
@@ -97,7 +99,7 @@ def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
         pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
         return np.asarray(fit(Image.fromarray(pixels), height, width, aspect))
     untold = transfer in (PQ, HLG) and frame.colorspace == UNSPECIFIED
-    frame = frame.reformat(format="rgb48le", src_colorspace=Colorspace.BT2020 if untold else None)
+    frame = frame.reformat(format="rgb48le", src_colorspace=BT2020 if untold else None)
     signal = orientation.apply(frame.to_ndarray()).astype(np.float32) / 65535
     planes = [fit(Image.fromarray(np.ascontiguousarray(signal[..., i])), height, width, aspect) for i in range(3)]
     return to_ordinary(np.stack([np.asarray(plane) for plane in planes], axis=-1), transfer, primaries)

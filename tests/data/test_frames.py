@@ -1,5 +1,6 @@
 """A frame as it is to be shown: its orientation, its pixels' shape, its colours."""
 
+import gc
 import io
 from fractions import Fraction
 
@@ -91,6 +92,20 @@ def test_the_first_frames_orientation_holds_where_later_keyframes_tell_none(monk
     data = encode(corner_marked(), container="mpegts", bitstream="h264_metadata=display_orientation=insert:rotate=90")
     monkeypatch.setattr(video, "orientation_of", lambda frame: None)
     assert np.abs(read(data, uniform=0.99) - np.rot90(read(encode(corner_marked()), num_frames=3)[0])).mean() < 1
+
+
+def test_nothing_that_pyav_holds_is_left_to_the_garbage_collector():
+    """A worker forked from a process that read a clip would free the clip's scaler, and wait for its threads."""
+    data = encode(corner_marked(), prepare=lambda stream: stream.set_display_rotation(90))
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        read(data)
+        gc.collect()
+        assert not [thing for thing in gc.garbage if type(thing).__module__.startswith("av.")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_orientation_of_an_array():

@@ -96,7 +96,7 @@ def test_a_cover_picture_is_not_the_film():
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as output:
         cover, film = output.add_stream("mjpeg", rate=1), output.add_stream("libx264", rate=8)
-        cover.disposition = Disposition.attached_pic
+        cover.disposition = Disposition.attached_pic.value
         for stream, pixel_format in ((cover, "yuvj420p"), (film, "yuv420p")):
             stream.width, stream.height, stream.pix_fmt = 32, 24, pixel_format
         output.mux(cover.encode(av.VideoFrame.from_ndarray(flat_frames(40)[-1], format="rgb24")))
