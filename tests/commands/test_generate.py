@@ -341,7 +341,7 @@ def test_offloading_reaches_the_pipeline_with_its_device(base, monkeypatch, offl
         (["-o", "out.mp4", "--format", "gif"], "expected a folder as --output with --format gif, got 'out.mp4'"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--fps", "0"], "expected --fps above 0, got 0"),
-        (["--fps", "nan"], "expected --fps above 0, got nan"),
+        (["--fps", "nan"], "expected a finite number as --fps, got nan"),
         (["--fps", "5000"], "expected --fps from 0.01 to 1000, got 5000"),
         (
             ["-o", "run_0.5"],

@@ -74,16 +74,16 @@ def test_a_lora_on_projections_that_are_not_called(pipe, lora):
 
 # --- weights in eight bits -------------------------------------------------------------------------------------------
 def test_a_lora_on_weights_that_are_cast_layer_by_layer(pipe, lora):
-    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float64)
     plain = sample(pipe)
     pipe.load_lora_weights(lora, "a")
     after = sample(pipe)
-    assert {layer.lora_A["a"].weight.dtype for layer in lora_layers(pipe.unet).values()} == {torch.float32}
+    assert {layer.lora_A["a"].weight.dtype for layer in lora_layers(pipe.unet).values()} == {torch.float64}
     with pytest.raises(ValueError, match="Cannot fuse a LoRA into weights of torch.float8_e4m3fn"):
         pipe.fuse_lora()
     before = make(AnimateDiffMCMPipeline)
     before.load_lora_weights(lora, "a")
-    before.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float64)
     torch.testing.assert_close(sample(before), after, **CLOSE)
     pipe.unload_lora_weights()
     assert torch.equal(sample(pipe), plain) and not torch.allclose(after, plain, rtol=1e-2)
@@ -92,10 +92,10 @@ def test_a_lora_on_weights_that_are_cast_layer_by_layer(pipe, lora):
 def test_a_fused_lora_comes_out_of_weights_that_were_cast_since(pipe, lora):
     pipe.load_lora_weights(lora, "a")
     pipe.fuse_lora()
-    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float64)
     pipe.unfuse_lora()
     expected = make(AnimateDiffMCMPipeline)
-    expected.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    expected.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float64)
     expected.load_lora_weights(lora, "a")
     torch.testing.assert_close(sample(pipe), sample(expected), **CLOSE)
 
