@@ -13,7 +13,8 @@ _ORDINARY_TRANSFERS = {1, UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15} | _RESERV
 #: Matrices from RGB to YUV that swscale inverts: RGB itself, BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020.
 _KNOWN_MATRICES = {0, 1, UNSPECIFIED, 3, 4, 5, 6, 7, BT2020}
 
-# Chromaticities of red, green and blue; primaries that are not named here differ from BT.709's by a hair.
+# Chromaticities of red, green and blue; primaries that are not named here are shown as BT.709's: those of
+# BT.601 differ by a hair, those of old film stock by more.
 _BT709_PRIMARIES = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
 _P3_PRIMARIES = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
 _WIDE_PRIMARIES = {BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)), 11: _P3_PRIMARIES, 12: _P3_PRIMARIES}

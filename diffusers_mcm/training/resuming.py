@@ -49,7 +49,7 @@ def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
     unrecorded, then = before.keys() - then.keys(), default_values() | before | then
     changed = _changes(then, now)
     if changed:
-        flags = " ".join(f"--{name} {then[name]}" for name in sorted(unrecorded) if then[name] != now[name])
+        flags = " ".join(f"--{name} {then[name]}" for name in before if name in unrecorded and then[name] != now[name])
         raise ValueError(
             f"The run in {folder} cannot be gone on with other settings: {changed}."
             + (f" It began before there were flags for all of them; go on with {flags}" if flags else "")
