@@ -7,20 +7,18 @@ __version__ = "0.1.0.dev0"
 
 # Imported when first used, so that `import diffusers_mcm` costs nothing.
 _EXPORTS = {
-    "AnimateDiffMCMPipeline": ".base_models.animatediff",
+    "AnimateDiffMCMPipeline": ".pipelines",
     "MCMPipeline": ".pipelines",
     "MCMPipelineOutput": ".pipelines",
     "MCMScheduler": ".scheduler",
-    "ModelScopeMCMPipeline": ".base_models.modelscope",
+    "ModelScopeMCMPipeline": ".pipelines",
     "BASE_MODELS": ".base_models",
     "get_base_model": ".base_models",
 }
 
 if TYPE_CHECKING:
     from .base_models import BASE_MODELS, get_base_model
-    from .base_models.animatediff import AnimateDiffMCMPipeline
-    from .base_models.modelscope import ModelScopeMCMPipeline
-    from .pipelines import MCMPipeline, MCMPipelineOutput
+    from .pipelines import AnimateDiffMCMPipeline, MCMPipeline, MCMPipelineOutput, ModelScopeMCMPipeline
     from .scheduler import MCMScheduler
 
 __all__ = [

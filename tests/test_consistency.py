@@ -11,8 +11,8 @@ from diffusers_mcm.consistency import (
     VariancePreservingPath,
     boundary_scalings,
 )
-from diffusers_mcm.teacher import teacher_step
-from diffusers_mcm.trajectory import noisy_start, one_step_sample
+from diffusers_mcm.distillation.teacher import teacher_step
+from diffusers_mcm.distillation.trajectory import noisy_start, one_step_sample
 
 SHAPE = (4, 2, 3, 5, 5)
 TIMESTEPS = torch.tensor([0, 19, 500, 999])

@@ -15,7 +15,7 @@ from diffusers_mcm.base_models import BaseModel
 from diffusers_mcm.base_models.animatediff import ADAPTER
 from diffusers_mcm.lora import CONFIG_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, lora_state_dict
 from diffusers_mcm.video_io import read_metadata
-from tests.discriminator.tiny import tiny_clip_text, tiny_dinov2
+from tests.distillation.discriminator.tiny import tiny_clip_text, tiny_dinov2
 from tests.documents import NOT_RUN, ROOT, run_document
 from tests.formats.world import MODELSCOPE, sample, save_hub
 from tests.hub_server import hub_server

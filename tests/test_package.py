@@ -1,6 +1,7 @@
 """The frame: what imports what, what a bare import pulls in, and what a wheel holds."""
 
 import ast
+import graphlib
 import re
 import runpy
 import shutil
@@ -15,31 +16,30 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_mcm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# unit -> the units it may import; "" is the package itself
-ALGORITHM = {"teacher", "motion", "trajectory", "losses", "discriminator"}
-SAMPLING = {"pipelines", "base_models", "scheduler", "lora", "hub", "consistency"}
-MAY_IMPORT = {
-    "consistency": set(),
-    "hub": set(),
-    "cards": {"hub"},
-    "publish": {"base_models", "cards", "files", "hub", "lora", "text_files", "video_io"},
-    "files": set(),
-    "text_files": set(),
-    "devices": set(),
-    "video_io": {"files"},
+# The units from the bottom to the top, each with those it may import; "" is the package itself.
+MAY_IMPORT: dict[str, set[str]] = {
+    **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
+    **{unit: set() for unit in ("moved", "text_files")},
+    "features": {"hub"},
     "scheduler": {"consistency"},
-    "lora": {"consistency", "files", "hub"},
-    **{unit: ALGORITHM | {"consistency", "hub"} for unit in ALGORITHM},
-    "pipelines": SAMPLING | {"cards", "files", "publish"},
-    "base_models": SAMPLING,
-    "data": {"hub", "text_files", "video_io"},
-    "evaluation": {"hub", "video_io"},
-    "shapes": {"files", "video_io"},
-    "training": ALGORITHM | SAMPLING | {"cards", "data", "devices", "files", "publish", "video_io"},
+    "distillation": {"conditioning", "consistency", "features", "flags"},
+    "video_io": {"files"},
+    "cards": {"hub"},
+    "lora": {"files", "hub"},
+    "data": {"text_files"},
+    "evaluation": {"features", "files", "hub", "video_io"},
+    "base_models": {"conditioning", "consistency", "hub", "lora", "moved", "scheduler"},
+    "publish": {"base_models", "cards", "files", "hub", "lora", "text_files", "video_io"},
+    "pipelines": {"base_models", "cards", "files", "hub", "lora", "publish", "scheduler"},
+    "": {"base_models", "pipelines", "scheduler"},
+    "training": {
+        *("base_models", "cards", "conditioning", "consistency", "data", "distillation", "files", "flags", "hub"),
+        *("lora", "pipelines", "publish", "video_io"),
+    },
     "formats": {"base_models", "files", "hub", "lora", "pipelines"},
     "commands": {"", "devices", "formats", "hub", "lora", "publish", "text_files", "video_io"},
+    "shapes": {"files", "video_io"},
     "cli": {"commands", "shapes"},
-    "": {"pipelines", "scheduler", "hub", "base_models", "lora"},
     "__main__": {"cli"},
 }
 # the two commands of the shapes world that sample do so inside their functions
@@ -47,7 +47,7 @@ SAMPLES_LAZILY = {"shapes/demo.py", "shapes/figures.py", "shapes/methods.py"}
 
 
 def unit(module: str) -> str:
-    """`diffusers_mcm.training.step` -> `training`; the package itself -> ``."""
+    """`diffusers_mcm.distillation.student` -> `training`; the package itself -> ``."""
     return (module.split(".") + [""])[1]
 
 
@@ -71,8 +71,25 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
+def test_the_way_of_the_imports_is_one():
+    order = list(MAY_IMPORT)
+    backwards = {unit: back for unit in order if (back := MAY_IMPORT[unit] - set(order[: order.index(unit)]))}
+    assert backwards == {}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions count, those for type checkers as well."""
+    graph = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = {module for node in ast.walk(tree) for module in imported_modules(path, node)} - {name}
+    assert len(graph) == len(FILES) and sum(map(len, graph.values())) > len(FILES)
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_go_one_way(path):
+def test_imports_go_the_way_that_is_told(path):
     relative = path.relative_to(PACKAGE)
     own = "" if relative.as_posix() == "__init__.py" else relative.parts[0].removesuffix(".py")
     assert own in MAY_IMPORT, f"a new unit {own!r}: say here what it may import"

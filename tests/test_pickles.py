@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.base_models import get_base_model
-from diffusers_mcm.discriminator.features import PatchFeatures, TextFeatures
+from diffusers_mcm.features import PatchFeatures, TextFeatures
 from diffusers_mcm.lora import WEIGHTS_NAME, read_lora
-from tests.discriminator.tiny import tiny_clip_text, tiny_dinov2
+from tests.distillation.discriminator.tiny import tiny_clip_text, tiny_dinov2
 from tests.hub_server import hub_server
 from tests.tiny import save_tiny_base, save_tiny_lora, tiny_tokenizer
 

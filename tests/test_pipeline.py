@@ -257,4 +257,4 @@ def test_a_negative_prompt_without_guidance_says_so(pipe, caplog):
 
 def test_is_an_mcm_pipeline(pipe):
     assert isinstance(pipe, MCMPipeline)
-    assert type(pipe).__module__ == "diffusers_mcm.base_models.modelscope"
+    assert type(pipe).__module__ == "diffusers_mcm.pipelines.modelscope"

@@ -1,8 +1,8 @@
 """What the package needs to know about a text-to-video model, and nothing more.
 
-Everything particular to one model lives in one file of this folder: a subclass of `BaseModel` and its pipeline. The
-algorithm's files only ever see this interface, so a model with another denoiser, another autoencoder or another noise
-path is a new file and a new row in `BASE_MODELS`.
+Everything particular to one model's networks lives in one file of this folder, a subclass of `BaseModel` with a row in
+`BASE_MODELS`; the pipeline that samples it is a file in `pipelines/`. The algorithm's files only ever see this
+interface, so a model with another denoiser, another autoencoder or another noise path is those two files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import torch
 from torch import nn
 
 from .. import hub
+from ..conditioning import Conditioning
 from ..scheduler import MCMScheduler
 
 if TYPE_CHECKING:
     from ..consistency import NoisePath
-
-# What the network is conditioned on: tensors whose first dimension is the batch. `prompt_embeds` is always there.
-Text = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -127,11 +125,6 @@ class BaseModel(ABC):
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""
 
-    @property
-    @abstractmethod
-    def pipeline_class(self) -> type:
-        """The subclass of `MCMPipeline` that samples this model."""
-
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """`num_frames`, `height`, `width`, `fps` or `num_inference_steps` where no configuration says otherwise."""
         return 4 if name == "num_inference_steps" else getattr(self, name)
@@ -154,11 +147,13 @@ class BaseModel(ABC):
         """The frames `frame_indices (B, l)` as `(B * l, 3, H, W)`, sample by sample; differentiable."""
 
     @abstractmethod
-    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Text:
+    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Conditioning:
         """The condition of the denoiser for each prompt; no gradients."""
 
     @abstractmethod
-    def denoise(self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+    def denoise(
+        self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning
+    ) -> torch.Tensor:
         """The network's output (of the latents' shape) at `timesteps (B,)`.
 
         A half-precision network is given float32 latents, and its output is float32: what is rounded of either comes

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import hub
+from ..conditioning import Conditioning
 from ..lora import base_layer
-from .base import BaseModel, Components, Text
+from .base import BaseModel, Components
 from .precision import find_ends
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class StableDiffusionModel(BaseModel):
         return vae.decode((frames / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
 
     @torch.no_grad()
-    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Text:
+    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Conditioning:
         """`prompt_embeds (B, length, features)`: the encoder's output, or that of `clip_skip` layers before its last,
         normalised like the last."""
         limit = tokenizer.model_max_length

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from .. import hub
+from ..base_models import BASE_MODELS
 from ..cards import public_training
 from ..lora import (
     CONFIG_NAME,
@@ -151,8 +152,6 @@ class LoRAVerbs(FusingVerbs):
 
     def _recognised(self, lora: LoRA) -> str:
         """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
-        from ..base_models import BASE_MODELS
-
         candidates = [self.base_model, *BASE_MODELS.values()]
         return next((model.name for model in candidates if model.recognises(lora.modules)), self.base_model.name)
 

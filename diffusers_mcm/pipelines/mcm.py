@@ -16,6 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import nn
 
 from .. import hub
+from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..lora import LoRA
 from . import checks, loading
 from .adapters import LoRAVerbs, _as_lora, _free_name
@@ -92,8 +93,14 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
             `{"scale": s}` is another way to give `lora_scale`.
     """
 
-    base_model: Any  # a `BaseModel`
+    base_model: BaseModel
     _callback_tensor_inputs = list(TENSORS)
+    _of_base_models: dict[str, type[MCMPipeline]] = {}
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "base_model" in vars(cls):  # and not a subclass of such a pipeline, which samples the same model
+            cls._of_base_models[cls.base_model.name] = cls
 
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
         """What `__init__` of a subclass does, once the components have their names."""
@@ -192,8 +199,6 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
     @classmethod
     def _base_for(cls, lora: LoRA, repository: str | None, revision: str | None) -> tuple[str, str | None]:
         """Where the base model of a LoRA is."""
-        from ..base_models import get_base_model, infer_base_model
-
         name = lora.config.get("base_model")
         base_model = get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
         if repository is not None:
@@ -209,12 +214,10 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         cls, source: str, revision: str | None, options: dict, kwargs: dict, lora: LoRA | None = None
     ) -> MCMPipeline:
         """A base model for `lora`, or one with the adapters it was saved with, as a pipeline of the right subclass."""
-        from ..base_models import infer_base_model
-
         index = loading.read_base_index(source, revision=revision, **options)
         if index is None:
             raise ValueError(f"{source} is not a text-to-video model: it has no model_index.json.")
-        pipeline_class = infer_base_model(model_index=index).pipeline_class
+        pipeline_class = cls._of_base_models[infer_base_model(model_index=index).name]
         if not issubclass(pipeline_class, cls):
             raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
         if loading.is_saved_mcm_pipeline(index):

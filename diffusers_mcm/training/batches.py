@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from ..data import FrameDataset, ImageDataset, StepLoader, VideoDataset, build_loader
+from ..distillation.image_text import ImageText, pair_texts
 from .config import TrainingConfig
-from .image_text import ImageText, choose_image_text, pair_texts
+from .image_text import choose_image_text
 
 
 class Batch(NamedTuple):

@@ -3,21 +3,16 @@
 import dataclasses
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..discriminator import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
-from ..discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
-from ..losses import DISCRIMINATOR_LOSSES
-from ..motion import MOTION_REPRESENTATIONS
-from ..trajectory import TIMESTEPS, VISITING_STEPS
-from .image_text import ALIKE, IMAGE_TEXTS
+from ..distillation.method import MethodConfig
+from ..flags import flag
 
 REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
-COINS = ("sample", "batch")
 # accelerate's trackers, and none.
 TRACKERS = (
     *("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"),
@@ -27,290 +22,186 @@ _RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a 
 FRAME_INTERVAL = 8  # the authors' code, for WebVid
 
 
-def _flag(
-    default: Any = dataclasses.MISSING,
-    *,
-    help: str,
-    group: str,
-    choices: tuple | None = None,
-    many: bool = False,
-    secret: bool = False,
-):
-    """A dataclass field that carries what its command-line flag needs."""
-    metadata = {"help": help, "group": group, "choices": choices, "many": many}
-    return field(default=default, metadata=metadata, repr=not secret)
-
-
 # What the discriminator did before there was a flag for it, where that is not what the flag's default says now.
 VALUES_BEFORE_FLAGS = {"image_text": "own", "gradient_penalty_growth": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(MethodConfig):
     """Everything that decides a distillation run. Defaults are the paper's (ModelScope); saved beside the weights."""
 
     # -- models
-    pretrained_teacher_model: str = _flag(
+    pretrained_teacher_model: str = flag(
         help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'. "
         "A Stable Diffusion 1.5 repository, or a fine-tune of it, is distilled as AnimateDiff.",
         group="models",
     )
-    base_model: str | None = _flag(
+    base_model: str | None = flag(
         None,
         help="Architecture of the teacher, such as 'modelscope' or 'animatediff'. Default: what its files say.",
         group="models",
     )
-    revision: str | None = _flag(None, help="Revision of the teacher on the Hub.", group="models")
-    variant: str | None = _flag(
+    revision: str | None = flag(None, help="Revision of the teacher on the Hub.", group="models")
+    variant: str | None = flag(
         None, help="Which files of the teacher's weights to read, as fp16, where there are no others.", group="models"
     )
-    extra_repositories: tuple[str, ...] = _flag(
+    extra_repositories: tuple[str, ...] = flag(
         (),
         help="Where parts of the teacher lie that are not in its own repository, as name=repository: for AnimateDiff "
         "motion_adapter=... Default: the base model's.",
         group="models",
         many=True,
     )
-    discriminator_features: str = _flag(
+    discriminator_features: str = flag(
         "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", group="models"
     )
-    discriminator_text: str = _flag(
+    discriminator_text: str = flag(
         "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
         help="CLIP text model (with projection) that conditions the discriminator.",
         group="models",
     )
-    pretrained_lora: str | None = _flag(
+    pretrained_lora: str | None = flag(
         None,
         help="An MCM LoRA to start from, a folder or a Hub repository, instead of a fresh one: to give it the looks "
         "of other images, or to go on with other settings. Its motion head is taken too, the discriminator is fresh.",
         group="models",
     )
-    pretrained_lora_subfolder: str | None = _flag(None, help="Where in --pretrained_lora it is.", group="models")
-    lora_rank: int = _flag(64, help="Rank of the LoRA that is trained.", group="models")
-    lora_alpha: float = _flag(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", group="models")
+    pretrained_lora_subfolder: str | None = flag(None, help="Where in --pretrained_lora it is.", group="models")
+    lora_rank: int = flag(64, help="Rank of the LoRA that is trained.", group="models")
+    lora_alpha: float = flag(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", group="models")
 
     # -- data
-    video_data: str = _flag(
+    video_data: str = flag(
         help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
         "or glob of WebDataset tars (mp4 + json), or a Hub data set id.",
         group="data",
     )
-    image_data: str | None = _flag(
+    image_data: str | None = flag(
         None,
         help="Images that set the looks (captions optional): an ImageFolder, WebDataset tars or a Hub data set id. "
         "Without it the discriminator sees frames of the videos.",
         group="data",
     )
-    caption_column: str | None = _flag(
-        None, help="Column of the video captions, if not found by itself.", group="data"
-    )
-    image_caption_column: str | None = _flag(
+    caption_column: str | None = flag(None, help="Column of the video captions, if not found by itself.", group="data")
+    image_caption_column: str | None = flag(
         None, help="Column of the image captions, if not found by itself.", group="data"
     )
-    video_column: str | None = _flag(
+    video_column: str | None = flag(
         None, help="Column (in tars: ending) of the video files, if not found by itself.", group="data"
     )
-    image_column: str | None = _flag(
+    image_column: str | None = flag(
         None, help="Column (in tars: ending) of the image files, if not found by itself.", group="data"
     )
-    num_frames: int | None = _flag(None, help="Frames per clip. Default: the base model's.", group="data")
-    frame_interval: int | None = _flag(
+    num_frames: int | None = flag(None, help="Frames per clip. Default: the base model's.", group="data")
+    frame_interval: int | None = flag(
         None,
         help=f"Take every n-th frame; shrinks to fit a short clip. Default: {FRAME_INTERVAL}, without --data_fps.",
         group="data",
     )
-    data_fps: float | None = _flag(
+    data_fps: float | None = flag(
         None,
         help="Take so many frames per second, by the times at which they are shown, instead of every n-th frame: for "
         "videos of several or of varying frame rates. A short clip is read faster; a slower one repeats frames.",
         group="data",
     )
-    height: int | None = _flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
-    width: int | None = _flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
-    dataloader_num_workers: int = _flag(
+    height: int | None = flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
+    width: int | None = flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
+    dataloader_num_workers: int = flag(
         0, help="Processes that load data, for videos and images each; 0 loads in the main one.", group="data"
     )
 
-    # -- method
-    motion: str = _flag(
-        "learnable",
-        help="Motion representation in which the consistency distance is taken (paper, Table 5).",
-        group="method",
-        choices=tuple(MOTION_REPRESENTATIONS),
-    )
-    motion_ema_decay: float = _flag(0.95, help="Decay of the learnable head's EMA target.", group="method")
-    lambda_real: float = _flag(
-        0.5,
-        help="Share of samples that start from the encoded real video; the others start from the student's own "
-        "one-step sample (eq. 7, 9). 1 switches the mixed trajectory off.",
-        group="method",
-    )
-    coin: str = _flag(
-        "sample",
-        help="'sample': each sample is real or the student's own by itself, in equal numbers, to within one, for "
-        "processes of several samples. 'batch': all samples that the processes work on at the same time are the "
-        "same; with one sample a process none then waits for another's, but what is drawn depends on "
-        "--train_batch_size and the number of processes, and a step needs --gradient_accumulation_steps to have both.",
-        group="method",
-        choices=COINS,
-    )
-    lambda_adv: float = _flag(
-        1.0, help="Weight of the adversarial loss (eq. 4, 9). 0 trains without a discriminator.", group="method"
-    )
-    discriminator_loss: str = _flag(
-        "hinge",
-        help="'hinge' is per patch logit, 'hinge_mean' takes the mean over frames inside the maximum (eq. 5).",
-        group="method",
-        choices=tuple(DISCRIMINATOR_LOSSES),
-    )
-    discriminator_augmentation: tuple[str, ...] = _flag(
-        tuple(AUGMENTATIONS),
-        help="What is done at random to the images that the discriminator sees (App. C.1); without a value, nothing: "
-        "a small feature network may not see through it.",
-        group="method",
-        choices=tuple(AUGMENTATIONS),
-        many=True,
-    )
-    discriminator_crop: str = _flag(
-        "random",
-        help="How images get to the size of --discriminator_features: 'random', for half of them a crop of that size "
-        f"out of a larger image, else the whole image scaled; 'resized', a crop of {MIN_IMAGE_AREA:g} to 1 of the "
-        f"area ({MIN_FRAME_AREA:g} to 1 without --image_data), scaled; 'none', the whole image scaled. The same for "
-        "real and generated images.",
-        group="method",
-        choices=tuple(CROPS),
-    )
-    image_text: str = _flag(
-        "auto",
-        help="Text that the discriminator reads beside a real image. 'own': its caption or, if it has none, that "
-        "of the generated image that it is paired with; 'prompt': always that one's; 'none': no text, beside "
-        f"generated images neither; 'auto': 'own' where the captions of images and videos overlap by {ALIKE:.0%} or "
-        "more, else 'none', for texts of another kind tell real from generated images without a look at them.",
-        group="method",
-        choices=IMAGE_TEXTS,
-    )
-    num_adversarial_frames: int = _flag(
-        2, help="Frames per clip that are decoded and judged, one from each of as many equal segments.", group="method"
-    )
-    gradient_penalty_weight: float = _flag(
-        1e-5, help="Weight of the discriminator's gradient penalty, to begin with.", group="method"
-    )
-    gradient_penalty_growth: float = _flag(
-        5.0,
-        help=f"Multiply that weight by this, for the rest of the run, when the penalty is {GROWTH_THRESHOLD:g} or more"
-        f" (mean over the whole batch), at most once in {GROWTH_INTERVAL} steps. 1 keeps the weight as it is.",
-        group="method",
-    )
-    guidance_min: float | None = _flag(
-        None, help="Lower end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
-    )
-    guidance_max: float | None = _flag(
-        None, help="Upper end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", group="method"
-    )
-    timesteps: str = _flag(
-        "uniform",
-        help="How often each timestep of the solver's grid is trained: 'uniform', equally often, or 'visited': what "
-        f"sampling in {', '.join(map(str, VISITING_STEPS))} steps visits counts once more for each visit.",
-        group="method",
-        choices=tuple(TIMESTEPS),
-    )
-    num_solver_steps: int = _flag(50, help="DDIM steps of the teacher's solver grid.", group="method")
-    timestep_scaling: float = _flag(4.0, help="Timestep scaling s in the boundary scalings (eq. 1).", group="method")
-    sigma_data: float = _flag(0.5, help="Data deviation in the boundary scalings (eq. 1).", group="method")
-    huber_c: float = _flag(0.001, help="c of the pseudo-Huber distance (eq. 3).", group="method")
-
     # -- optimisation
-    seed: int = _flag(0, help="Seed of everything random, data order included.", group="optimisation")
-    train_batch_size: int = _flag(1, help="Clips per process and micro-batch.", group="optimisation")
-    gradient_accumulation_steps: int | None = _flag(
+    seed: int = flag(0, help="Seed of everything random, data order included.", group="optimisation")
+    train_batch_size: int = flag(1, help="Clips per process and micro-batch.", group="optimisation")
+    gradient_accumulation_steps: int | None = flag(
         None,
         help="Micro-batches per optimiser step. Default: what accelerate's environment says, "
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, else 1.",
         group="optimisation",
     )
-    max_train_steps: int = _flag(30_000, help="Optimiser steps.", group="optimisation")
-    learning_rate: float = _flag(
+    max_train_steps: int = flag(30_000, help="Optimiser steps.", group="optimisation")
+    learning_rate: float = flag(
         5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", group="optimisation"
     )
-    discriminator_learning_rate: float = _flag(
+    discriminator_learning_rate: float = flag(
         5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", group="optimisation"
     )
-    scale_lr: bool = _flag(
+    scale_lr: bool = flag(
         True,
         help=f"Multiply the rates by total batch / {REFERENCE_BATCH}, the discriminator's also by "
         "--num_adversarial_frames. With --no_scale_lr they are used as given.",
         group="optimisation",
     )
-    lr_scheduler: str = _flag(
+    lr_scheduler: str = flag(
         "cosine", help="Learning-rate schedule, for both optimisers.", group="optimisation", choices=LR_SCHEDULERS
     )
-    lr_warmup_steps: int = _flag(500, help="Steps over which the rates rise from zero.", group="optimisation")
-    adam_beta1: float = _flag(0.9, help="AdamW beta 1.", group="optimisation")
-    adam_beta2: float = _flag(0.999, help="AdamW beta 2.", group="optimisation")
-    adam_weight_decay: float = _flag(0.0, help="AdamW weight decay.", group="optimisation")
-    adam_epsilon: float = _flag(1e-8, help="AdamW epsilon.", group="optimisation")
-    ema_decay: float = _flag(
+    lr_warmup_steps: int = flag(500, help="Steps over which the rates rise from zero.", group="optimisation")
+    adam_beta1: float = flag(0.9, help="AdamW beta 1.", group="optimisation")
+    adam_beta2: float = flag(0.999, help="AdamW beta 2.", group="optimisation")
+    adam_weight_decay: float = flag(0.0, help="AdamW weight decay.", group="optimisation")
+    adam_epsilon: float = flag(1e-8, help="AdamW epsilon.", group="optimisation")
+    ema_decay: float = flag(
         0.0,
         help="Decay of a moving average of LoRA and motion head, which is then what is saved and validated: an "
         "adversarial loss keeps weights swinging. 0 saves the last weights.",
         group="optimisation",
     )
-    max_grad_norm: float = _flag(
+    max_grad_norm: float = flag(
         10.0, help="Gradient norm above which gradients are scaled down.", group="optimisation"
     )
-    mixed_precision: str | None = _flag(
+    mixed_precision: str | None = flag(
         None,
         help="Precision of the frozen networks and of autocast; what is trained stays in fp32. Default: what "
         "`accelerate launch --mixed_precision` or `accelerate config` says, else 'no'.",
         group="optimisation",
         choices=MIXED_PRECISION,
     )
-    gradient_checkpointing: bool = _flag(
+    gradient_checkpointing: bool = flag(
         False,
         help="Recompute the denoiser's blocks in the backward pass: less memory, more time.",
         group="optimisation",
     )
-    fold_lora: bool = _flag(
+    fold_lora: bool = flag(
         False,
         help="Add the LoRA to the weights once a step, instead of running it beside each layer: faster where the "
         "network is small, but takes the memory of the weights once more. In fp32 only.",
         group="optimisation",
     )
-    allow_tf32: bool = _flag(False, help="Allow TF32 matrix products on Ampere GPUs and later.", group="optimisation")
+    allow_tf32: bool = flag(False, help="Allow TF32 matrix products on Ampere GPUs and later.", group="optimisation")
 
     # -- output
-    output_dir: str = _flag("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", group="output")
-    save_dtype: str = _flag("fp32", help="Type in which the LoRA is saved.", group="output", choices=SAVE_DTYPES)
-    checkpointing_steps: int = _flag(500, help="Write a checkpoint every so many steps; 0 for none.", group="output")
-    checkpoints_total_limit: int | None = _flag(
+    output_dir: str = flag("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", group="output")
+    save_dtype: str = flag("fp32", help="Type in which the LoRA is saved.", group="output", choices=SAVE_DTYPES)
+    checkpointing_steps: int = flag(500, help="Write a checkpoint every so many steps; 0 for none.", group="output")
+    checkpoints_total_limit: int | None = flag(
         None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", group="output"
     )
-    resume_from_checkpoint: str | None = _flag(
+    resume_from_checkpoint: str | None = flag(
         None,
         help="A checkpoint folder to go on from, or 'latest' for the newest one of the run that wrote into "
         "--output_dir last.",
         group="output",
     )
-    logging_steps: int = _flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
-    logging_dir: str = _flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
-    report_to: str = _flag("tensorboard", help="Where losses are sent.", group="output", choices=TRACKERS)
-    validation_prompts: tuple[str, ...] = _flag(
+    logging_steps: int = flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
+    logging_dir: str = flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
+    report_to: str = flag("tensorboard", help="Where losses are sent.", group="output", choices=TRACKERS)
+    validation_prompts: tuple[str, ...] = flag(
         (), help="Prompts for validation clips, one argument each.", group="output", many=True
     )
-    validation_steps: int = _flag(500, help="Sample the validation prompts every so many steps.", group="output")
-    num_inference_steps: int = _flag(
+    validation_steps: int = flag(500, help="Sample the validation prompts every so many steps.", group="output")
+    num_inference_steps: int = flag(
         4, help="Sampling steps for validation clips, and the default saved with the LoRA.", group="output"
     )
-    fps: int = _flag(8, help="Frame rate of the validation clips.", group="output")
-    license: str | None = _flag(None, help="License named in the model card. Default: none is named.", group="output")
-    push_to_hub: bool = _flag(False, help="Upload the output folder to the Hub when training ends.", group="output")
-    hub_model_id: str | None = _flag(
+    fps: int = flag(8, help="Frame rate of the validation clips.", group="output")
+    license: str | None = flag(None, help="License named in the model card. Default: none is named.", group="output")
+    push_to_hub: bool = flag(False, help="Upload the output folder to the Hub when training ends.", group="output")
+    hub_model_id: str | None = flag(
         None, help="Repository to push to. Default: the name of --output_dir in your namespace.", group="output"
     )
-    hub_token: str | None = _flag(
+    hub_token: str | None = flag(
         None, help="Token for the Hub, if not logged in. Never saved.", group="output", secret=True
     )
-    hub_private_repo: bool = _flag(False, help="Create the repository as a private one.", group="output")
+    hub_private_repo: bool = flag(False, help="Create the repository as a private one.", group="output")
 
     def __post_init__(self) -> None:
         for name in ("validation_prompts", "extra_repositories", "discriminator_augmentation"):
@@ -320,10 +211,6 @@ class TrainingConfig:
         _check_choices(self)
         _check_ranges(self)
         _check_combinations(self)
-
-    @property
-    def adversarial(self) -> bool:
-        return self.lambda_adv > 0
 
     def learning_rates(self, total_batch: int) -> tuple[float, float]:
         """Rates of student and discriminator, scaled by the batch unless that is switched off."""

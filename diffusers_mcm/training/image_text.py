@@ -1,55 +1,10 @@
-"""The text that the discriminator sees beside a real image: never one that gives the image away.
-
-Where real images have texts that generated ones do not have, the discriminator need not look at a picture: of texts
-with the shares p among real and q among generated images, the hinge loss may fall to 2 Σ min(p, q) by itself.
-"""
-
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+"""Which text real images get in a run, decided from the captions of its data sets."""
 
 from ..data import KeyedDataset
 from ..data.sources import MediaRows
+from ..distillation.image_text import ALIKE, ImageText, caption_overlap
 
-IMAGE_TEXTS = ("auto", "own", "prompt", "none")
-ALIKE = 0.9  # overlap of two caption sets from which on they count as alike: the hinge cannot fall below 1.8
 MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
-
-
-class ImageText(NamedTuple):
-    """The text of real images, as decided for a run.
-
-    rule: "own", "prompt" or "none", as for `pair_texts`; "auto" where nothing is judged.
-    reason: a clause for the log.
-    overlap: of the captions of images and videos, as `caption_overlap` gives it; None if they were not compared.
-    """
-
-    rule: str
-    reason: str
-    overlap: float | None = None
-
-    @property
-    def warning(self) -> str | None:
-        """What the discriminator may hold on to instead of the looks of the images; None if nothing."""
-        if self.rule == "own" and self.overlap is not None and self.overlap < ALIKE:
-            return (
-                "With --image_text own the discriminator can tell real from generated images by their texts alone:"
-                f" its loss may fall to {2 * self.overlap:.2f} without a look at them. With --image_text auto neither"
-                " would have a text."
-            )
-        if self.rule == "prompt":
-            return (
-                "With --image_text prompt the real images do not show their texts: the discriminator learns that an "
-                "image which does is a generated one. --image_text auto would not teach it that."
-            )
-        return None
-
-
-def caption_overlap(images: Iterable[str], videos: Iterable[str]) -> float:
-    """Σ min(p, q) of the captions' shares p and q: 1 if both hold the same, equally often, 0 if they share none."""
-    own, prompts = Counter(images), Counter(videos)
-    num_own, num_prompts = own.total(), prompts.total()
-    return sum(min(own[text] / num_own, prompts[text] / num_prompts) for text in own.keys() & prompts.keys())
 
 
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
@@ -79,21 +34,3 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
     missing = len(images) - len(captions)
     without = f", {missing} of {len(images)} images have none" if missing else ""
     return overlap, f"captions of images and videos overlap by {overlap:.0%}{without}"
-
-
-def pair_texts(rule: str, prompts: Sequence[str], captions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts of generated images and of the real ones that they are paired with.
-
-    Args:
-        rule: "own": a real image has its own caption, or, if it has none, the prompt of its pair; "prompt": the prompt
-            of its pair; "none": neither image has a text.
-        prompts: one per generated image.
-        captions: one per real image, "" for an image without one.
-    """
-    if rule == "none":
-        return [""] * len(prompts), [""] * len(prompts)
-    if rule == "prompt":
-        return list(prompts), list(prompts)
-    if rule != "own":
-        raise ValueError(f"Expected one of the rules own, prompt and none, got {rule!r}.")
-    return list(prompts), [caption or prompt for caption, prompt in zip(captions, prompts, strict=True)]

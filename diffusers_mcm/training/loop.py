@@ -14,11 +14,13 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
-from ..discriminator import PenaltyWeight
+from ..distillation.adversarial import AdversarialStep
+from ..distillation.discriminator import PenaltyWeight
+from ..distillation.draws import Coins, draw_adversarial, draw_step
+from ..distillation.motion import update_ema
+from ..distillation.trajectory import TIMESTEPS
 from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
-from ..motion import update_ema
-from ..trajectory import TIMESTEPS
 from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
 from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -27,10 +29,8 @@ from .disk import room_for, size_of
 from .networks import build_networks, describe
 from .output import prepare_push, push_to_hub, write_lora_folder
 from .parts import TrainedPart, slow_learning
-from .randomness import Coins, draw_adversarial, draw_step
 from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_identity, circumstances, identity, told_changes
-from .step import Judge
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .validation import sample_clip, write_validation
 
@@ -63,10 +63,12 @@ class Trainer:
         self.student = TrainedPart("student", self.networks.student, rates[0], config, self.accelerator)
         self.average = EMAModel(self.student.parameters, decay=config.ema_decay) if config.ema_decay else None
         self.parts = [self.student]
-        self.critic = None
+        self.discriminator = None
         if self.networks.discriminator is not None:
-            self.critic = TrainedPart("discriminator", self.networks.discriminator, rates[1], config, self.accelerator)
-            self.parts.append(self.critic)
+            self.discriminator = TrainedPart(
+                "discriminator", self.networks.discriminator, rates[1], config, self.accelerator
+            )
+            self.parts.append(self.discriminator)
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         self.data = open_data(config, self.networks.clip_size)
@@ -115,16 +117,16 @@ class Trainer:
         captions, networks = batch.captions, self.networks
         text, negative_text = networks.text(captions), networks.text([""] * len(captions))
         draws = self.draw(batch)
-        judge = self.judge(batch)
-        losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, judge)
+        adversary = self.adversary(batch)
+        losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, adversary)
         self.accelerator.backward(losses.total)
         self.record(loss=losses.total, consistency=losses.consistency)
-        if judge is None:
+        if adversary is None:
             return
         with self.accelerator.autocast():
-            hinge, penalty = judge.discriminator_loss(self.critic.module, losses.judgement.features)
+            hinge, penalty = adversary.discriminator_loss(self.discriminator.module, losses.generator.features)
         self.accelerator.backward(hinge if penalty is None else hinge + self.penalty_weight.value * penalty)
-        self.record(adversarial=losses.judgement.loss, discriminator=hinge, gradient_penalty=penalty)
+        self.record(adversarial=losses.generator.loss, discriminator=hinge, gradient_penalty=penalty)
 
     def update(self) -> dict[str, float]:
         """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
@@ -146,7 +148,7 @@ class Trainer:
         if self.average is not None:
             self.average.step(self.student.parameters)
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
-        if self.critic is not None:
+        if self.discriminator is not None:
             self.networks.discriminator.update_spectral_norm()
         return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
 
@@ -178,18 +180,18 @@ class Trainer:
         )
         return draws.to(self.device)
 
-    def judge(self, batch: Batch) -> Judge | None:
+    def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
-        if self.critic is None:
+        if self.discriminator is None:
             return None
         networks = self.networks
-        return Judge(
+        return AdversarialStep(
             networks.discriminator,
             self.config,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
-            networks.judge_text(batch.fake_texts)["embedding"],
+            networks.discriminator_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
-            networks.judge_text(batch.real_texts)["embedding"],
+            networks.discriminator_text(batch.real_texts)["embedding"],
         )
 
     def open_batches(self):
@@ -242,7 +244,7 @@ class Trainer:
     def tell_image_text(self) -> None:
         """Which text real images get in this run, and why."""
         text = self.data.image_text
-        if self.critic is not None:
+        if self.discriminator is not None:
             logger.info("Text beside real images: %s (%s).", text.rule, text.reason)
             if text.warning:
                 logger.warning(text.warning)
@@ -333,7 +335,7 @@ class Trainer:
             "steps": self.step,
             "total_batch": self.total_batch,
             "effective_learning_rate": rates[0],
-            "effective_discriminator_learning_rate": rates[1] if self.critic else None,
+            "effective_discriminator_learning_rate": rates[1] if self.discriminator else None,
             "hours": round(self.seconds / 3600, 3),
             "image_text": self.data.image_text.rule,
         }

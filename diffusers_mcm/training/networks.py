@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch import nn
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..consistency import SIGMA_DATA
-from ..discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
-from ..lora import MOTION_HEAD_NAME, add_lora, check_fits, open_safetensors, read_lora, set_lora_state_dict
-from ..motion import build_motion
+from ..distillation.discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
+from ..distillation.draws import sample_generator
+from ..distillation.motion import build_motion
+from ..distillation.student import Student
+from ..lora import (
+    MOTION_HEAD_NAME,
+    add_lora,
+    check_fits,
+    lora_disabled,
+    open_safetensors,
+    read_lora,
+    set_lora_state_dict,
+)
+from ..lora.fused import fused
 from .config import TrainingConfig
-from .randomness import sample_generator
-from .step import Student
 from .text import CachedTextEncoder
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +43,7 @@ class Networks:
     student: Student
     text: CachedTextEncoder
     discriminator: Discriminator | None
-    judge_text: CachedTextEncoder | None
+    discriminator_text: CachedTextEncoder | None
     scheduler: SchedulerMixin
     guidance_range: tuple[float, float]
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
@@ -109,10 +119,20 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
         parts.scheduler_config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
     )
     # Evaluation mode throughout: dropout would be noise that belongs to no sample.
-    student = Student(base, parts.denoiser, parts.vae, path, motion, config).eval().to(device)
+    student = Student(
+        base,
+        parts.denoiser,
+        parts.vae,
+        path,
+        motion,
+        config,
+        teacher=partial(lora_disabled, parts.denoiser),
+        fused=partial(fused, parts.denoiser) if config.fold_lora else None,
+    )
+    student.eval().to(device)
     text_encoder = parts.text_encoder.to(device)
 
-    discriminator = judge_text = None
+    discriminator = discriminator_text = None
     if config.adversarial:
         discriminator = Discriminator.from_pretrained(
             config.discriminator_features,
@@ -123,13 +143,13 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
             crop=config.discriminator_crop,
             min_crop_area=MIN_FRAME_AREA if config.image_data is None else MIN_IMAGE_AREA,
         ).to(device)
-        judge_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
+        discriminator_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
     return Networks(
         base=base,
         student=student,
         text=CachedTextEncoder(lambda prompts: base.encode_text(parts.tokenizer, text_encoder, prompts)),
         discriminator=discriminator,
-        judge_text=judge_text,
+        discriminator_text=discriminator_text,
         scheduler=build_scheduler(base, parts.scheduler_config, config),
         guidance_range=guidance_range(base, config),
         clip_size=clip_size,

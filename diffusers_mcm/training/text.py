@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-Embedding = dict[str, torch.Tensor]
+from ..conditioning import Conditioning
 
 
 class CachedTextEncoder:
@@ -16,17 +16,17 @@ class CachedTextEncoder:
         capacity: how many captions to keep; the one unused for longest goes first.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Embedding], capacity: int = 1024):
+    def __init__(self, encode: Callable[[list[str]], Conditioning], capacity: int = 1024):
         self.encode, self.capacity = encode, capacity
-        self.cache: OrderedDict[str, Embedding] = OrderedDict()
+        self.cache: OrderedDict[str, Conditioning] = OrderedDict()
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Embedding:
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Captions -> their embeddings, stacked in order."""
         rows = [self._lookup(caption) for caption in captions]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def _lookup(self, caption: str) -> Embedding:
+    def _lookup(self, caption: str) -> Conditioning:
         if caption in self.cache:
             self.cache.move_to_end(caption)
             return self.cache[caption]

@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from ..base_models import Text
+from ..conditioning import Conditioning
+from ..distillation.draws import draw_normal, sample_generator
+from ..distillation.student import Student
 from ..files import whole_folder
 from ..video_io import comparison, write_image, write_mp4
 from .disk import room_for
-from .randomness import draw_normal, sample_generator
-from .step import Student
 
 
 @torch.no_grad()
 def sample_clip(
     student: Student,
     scheduler: SchedulerMixin,
-    text: Text,
+    text: Conditioning,
     latent_shape: Sequence[int],
     num_inference_steps: int,
     seed: int,

@@ -5,7 +5,7 @@ whose betas are the image model's.
 """
 
 from diffusers_mcm import scheduler as schedulers
-from diffusers_mcm.base_models import animatediff
+from diffusers_mcm.pipelines import animatediff
 
 
 class AnimateDiffMCMPipeline(animatediff.AnimateDiffMCMPipeline):

@@ -3,8 +3,7 @@
 Needs the package: this file only names its pipeline and puts the few-step scheduler in place of the repository's.
 """
 
-from diffusers_mcm.base_models import modelscope
-from diffusers_mcm.pipelines import loading
+from diffusers_mcm.pipelines import loading, modelscope
 
 
 class ModelScopeMCMPipeline(modelscope.ModelScopeMCMPipeline):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from common import Frames, to_pixels
 
-from diffusers_mcm.discriminator import Discriminator
-from diffusers_mcm.losses import get_discriminator_loss
+from diffusers_mcm.distillation.discriminator import Discriminator
+from diffusers_mcm.distillation.losses import get_discriminator_loss
 from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, SHAPES, Caption, held_out_captions, parse
 from diffusers_mcm.shapes.render import render_image
 

@@ -26,10 +26,6 @@ class Other(ModelScope):
     denoiser_name = "transformer"
     scheduler_class = OtherScheduler
 
-    @property
-    def pipeline_class(self):
-        return OtherMCMPipeline
-
 
 class OtherMCMPipeline(MCMPipeline):
     base_model = Other()

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_mcm.discriminator import Discriminator
-from diffusers_mcm.losses import get_discriminator_loss
+from diffusers_mcm.distillation.discriminator import Discriminator
+from diffusers_mcm.distillation.image_text import caption_overlap, pair_texts
+from diffusers_mcm.distillation.losses import get_discriminator_loss
 from diffusers_mcm.shapes.build import _schedule
 from diffusers_mcm.shapes.captions import held_out_captions, training_captions
 from diffusers_mcm.shapes.render import render_image
-from diffusers_mcm.training.image_text import caption_overlap, pair_texts
 
 BATCH, STEPS = 16, 60
 

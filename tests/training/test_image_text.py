@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
-from diffusers_mcm.discriminator import Discriminator, DiscriminatorHeads, TextFeatures
-from diffusers_mcm.training.image_text import caption_overlap, choose_image_text, pair_texts
+from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads, TextFeatures
+from diffusers_mcm.distillation.image_text import caption_overlap, pair_texts
+from diffusers_mcm.training.image_text import choose_image_text
 from diffusers_mcm.training.loop import Trainer
-from tests.discriminator.tiny import FEATURE_DIM, TEXT_DIM, tiny_clip_text
+from tests.distillation.discriminator.tiny import FEATURE_DIM, TEXT_DIM, tiny_clip_text
 from tests.tiny import tiny_tokenizer
 
 from .world import CAPTIONS, IMAGE_SIZE, tiny_config
@@ -113,12 +114,12 @@ class Experiment:
         for step in range(STEPS):
             batch = batches[step % len(batches)]
             prompts = [caption for caption in batch.captions for _ in range(2)]
-            judge = trainer.judge(change_texts(batch))
+            adversary = trainer.adversary(change_texts(batch))
             fake = change_fakes(torch.stack([self.draw(prompt) for prompt in prompts]))
-            features = discriminator.extract(fake, judge.draws.fake)
-            loss, _ = judge.discriminator_loss(trainer.critic.module, features)
+            features = discriminator.extract(fake, adversary.draws.fake)
+            loss, _ = adversary.discriminator_loss(trainer.discriminator.module, features)
             loss.backward()
-            trainer.critic.update(None)
+            trainer.discriminator.update(None)
             discriminator.update_spectral_norm()
             losses.append(loss.item())
             if len(losses) == 20 and np.mean(losses) < until:

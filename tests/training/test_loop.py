@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from diffusers_mcm.cards import check_card
 from diffusers_mcm.cli import main
+from diffusers_mcm.distillation.losses import pseudo_huber
 from diffusers_mcm.files import whole_files
-from diffusers_mcm.losses import pseudo_huber
 from diffusers_mcm.publish import PublishError
 from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
@@ -77,7 +77,7 @@ def test_a_run_leaves_a_complete_lora_folder(world, tmp_path):
 
 def test_a_resumed_run_is_bit_identical(world, tmp_path, monkeypatch):
     """The penalty's weight included, which grows after the first step, here, and not again."""
-    monkeypatch.setattr("diffusers_mcm.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
+    monkeypatch.setattr("diffusers_mcm.distillation.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
     options = dict(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2, ema_decay=0.5)
     whole = run(tiny_config(world, tmp_path / "whole", **options))
 
@@ -240,7 +240,7 @@ def test_plain_lcm_needs_no_discriminator_no_decoder_and_no_images(world, tmp_pa
     def unwanted(*args, **kwargs):
         raise AssertionError("plain LCM must not use this")
 
-    monkeypatch.setattr("diffusers_mcm.discriminator.Discriminator.from_pretrained", unwanted)
+    monkeypatch.setattr("diffusers_mcm.distillation.discriminator.Discriminator.from_pretrained", unwanted)
     monkeypatch.setattr("diffusers_mcm.training.batches.ImageDataset", unwanted)
     monkeypatch.setattr("diffusers_mcm.training.batches.FrameDataset", unwanted)
     monkeypatch.setattr("diffusers.AutoencoderKL.decode", unwanted)
@@ -278,7 +278,7 @@ def test_nan_stops_the_run_with_its_cause_and_spoils_nothing(world, tmp_path, mo
         calls.append(args)
         return pseudo_huber(*args) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr("diffusers_mcm.training.step.pseudo_huber", poisoned)
+    monkeypatch.setattr("diffusers_mcm.distillation.student.pseudo_huber", poisoned)
     trainer = Trainer(tiny_config(world, tmp_path, max_train_steps=3, checkpointing_steps=1))
     original = trainer.save
     trainer.save = lambda: (original(), before.append(flatten(trainer.state())))

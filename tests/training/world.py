@@ -15,7 +15,7 @@ from diffusers_mcm.training.config import TrainingConfig
 from diffusers_mcm.training.loop import Trainer
 from diffusers_mcm.training.networks import WEIGHT_DTYPES, build_networks
 from diffusers_mcm.video_io import write_mp4
-from tests.discriminator.tiny import tiny_clip_text, tiny_dinov2
+from tests.distillation.discriminator.tiny import tiny_clip_text, tiny_dinov2
 from tests.tiny import NUM_FRAMES, SIZE, save_tiny_base, tiny_tokenizer
 
 CAPTIONS = (
@@ -157,7 +157,7 @@ def double_precision() -> Iterator[None]:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setitem(WEIGHT_DTYPES, "no", torch.float64)
         patch.setattr("diffusers_mcm.training.loop.build_networks", build_in_double)
-        patch.setattr("diffusers_mcm.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
+        patch.setattr("diffusers_mcm.distillation.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
         torch.set_default_dtype(torch.float64)
         try:
             yield

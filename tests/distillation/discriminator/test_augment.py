@@ -4,14 +4,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from diffusers_mcm.discriminator.augment import (
+from diffusers_mcm.distillation.discriminator.augment import (
     AugmentationDraws,
     augment,
     crop_and_resize,
     crop_boxes,
     draw_augmentation,
 )
-from tests.discriminator.tiny import random_tensor
+from tests.distillation.discriminator.tiny import random_tensor
 
 
 def draws(count=1, **values):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ...features import PatchFeatures, TextFeatures
 from .augment import AUGMENTATIONS, MIN_IMAGE_AREA, AugmentationDraws, augment, crop_and_resize
-from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .penalty import gradient_penalty, interpolate
 
@@ -89,10 +89,8 @@ class Discriminator(nn.Module):
 
         `dtype` is that of the frozen networks (default float32); the heads are float32 always.
         """
-        from ..hub import resolve
-
-        image_network = PatchFeatures.from_pretrained(str(resolve(features)), dtype=dtype)
-        text_network = TextFeatures.from_pretrained(str(resolve(text)), dtype=dtype)
+        image_network = PatchFeatures.from_pretrained(features, dtype=dtype)
+        text_network = TextFeatures.from_pretrained(text, dtype=dtype)
         heads = DiscriminatorHeads(
             len(image_network.blocks), image_network.feature_dim, text_network.text_dim, generator=generator
         )

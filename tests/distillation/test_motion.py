@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from diffusers_mcm.motion import MOTION_REPRESENTATIONS, FrequencyBand, LearnableMotion, build_motion, update_ema
+from diffusers_mcm.distillation.motion import (
+    MOTION_REPRESENTATIONS,
+    FrequencyBand,
+    LearnableMotion,
+    build_motion,
+    update_ema,
+)
 
 SHAPE = (2, 4, 6, 8, 8)
 

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from diffusers_mcm.consistency import VariancePreservingPath
+from diffusers_mcm.distillation.trajectory import (
+    TIMESTEPS,
+    VISITING_STEPS,
+    mixed_start,
+    noisy_start,
+    one_step_sample,
+    pick_frames,
+)
 from diffusers_mcm.scheduler import MCMScheduler
-from diffusers_mcm.trajectory import TIMESTEPS, VISITING_STEPS, mixed_start, noisy_start, one_step_sample, pick_frames
 
 SHAPE = (4, 2, 3, 5, 5)
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -62,8 +69,8 @@ def test_one_step_sample_is_the_consistency_function_at_the_end(path):
 
 def test_real_videos_and_own_samples_as_the_coin_falls(path):
     network, uniforms = Network(), torch.tensor([0.49, 0.5, 0.0, 0.99])
-    start, real = mixed_start(network, path, latents(1), latents(2), uniforms, 0.5, text())
-    assert real.tolist() == [True, False, True, False]
+    start = mixed_start(network, path, latents(1), latents(2), uniforms, 0.5, text())
+    real = torch.tensor([True, False, True, False])
     own = one_step_sample(Network(), path, latents(2), text())
     assert torch.equal(start[real], latents(1)[real])
     torch.testing.assert_close(start[~real], own[~real])
@@ -81,19 +88,17 @@ def test_the_network_runs_on_own_samples_only(path):
 def test_lambda_real_one_is_plain_distillation_and_zero_is_all_own(path):
     uniforms = torch.tensor([0.0, 0.3, 0.6, 1 - 2**-24])
     network = Network()
-    start, real = mixed_start(network, path, latents(1), latents(2), uniforms, 1.0, text())
-    assert torch.equal(start, latents(1)) and real.all() and not network.calls
-    start, real = mixed_start(network, path, latents(1), latents(2), uniforms, 0.0, text())
+    start = mixed_start(network, path, latents(1), latents(2), uniforms, 1.0, text())
+    assert torch.equal(start, latents(1)) and not network.calls
+    start = mixed_start(network, path, latents(1), latents(2), uniforms, 0.0, text())
     torch.testing.assert_close(start, one_step_sample(Network(), path, latents(2), text()))
-    assert not real.any()
 
 
 def test_the_coin_has_the_expectation_of_the_weighted_sum(path):
     uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     x0, noise = torch.ones(4000, 1, 1, 1, 1), torch.zeros(4000, 1, 1, 1, 1)
     words = {"states": torch.zeros(4000, 1, 1)}
-    start, real = mixed_start(Network(), path, x0, noise, uniforms, 0.3, words)
-    assert real.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    start = mixed_start(Network(), path, x0, noise, uniforms, 0.3, words)
     assert start.mean().item() == pytest.approx(0.3, abs=0.03)
 
 

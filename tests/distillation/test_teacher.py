@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_mcm.consistency import VariancePreservingPath
-from diffusers_mcm.teacher import guided_prediction, teacher_step
+from diffusers_mcm.distillation.teacher import guided_prediction, teacher_step
 
 SHAPE = (3, 4, 2, 6, 6)
 

@@ -3,7 +3,7 @@ import torch
 
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.lora import add_lora, lora_state_dict
-from diffusers_mcm.training.folding import folded
+from diffusers_mcm.lora.fused import fused
 from tests.tiny import EXACT, TEXT_DIM, randomise_lora, tiny_unet
 
 MODELSCOPE = get_base_model("modelscope")
@@ -17,12 +17,12 @@ def output(unet):
 
 
 @pytest.mark.parametrize("alpha", [2, 6])
-def test_folded_is_the_adapted_network_and_leaves_it_alone(alpha):
+def test_fused_is_the_adapted_network_and_leaves_it_alone(alpha):
     unet = tiny_unet().requires_grad_(False)
     add_lora(unet, MODELSCOPE.lora_target_modules(unet), rank=2, alpha=alpha)
     randomise_lora(unet)
     unet.double()
-    adapted, call = output(unet), folded(unet)
+    adapted, call = output(unet), fused(unet)
     torch.testing.assert_close(output(call), adapted, **EXACT)
     assert torch.equal(output(unet), adapted)
     for tensor in lora_state_dict(unet).values():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_mcm.data.loading import StepSampler
-from diffusers_mcm.training.randomness import (
+from diffusers_mcm.distillation.draws import (
     Coins,
     draw_adversarial,
     draw_normal,

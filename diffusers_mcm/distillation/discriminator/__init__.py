@@ -1,5 +1,6 @@
 """The projected discriminator on frozen DINOv2 features (App. C.1)."""
 
+from ...features import PatchFeatures, TextFeatures
 from .augment import (
     AUGMENTATIONS,
     CROPS,
@@ -10,7 +11,6 @@ from .augment import (
     crop_and_resize,
     draw_augmentation,
 )
-from .features import PatchFeatures, TextFeatures
 from .heads import DiscriminatorHeads
 from .model import Discriminator, DiscriminatorOutput, ImageFeatures
 from .penalty import PenaltyWeight, draw_interpolation, gradient_penalty, interpolate

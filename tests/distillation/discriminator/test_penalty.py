@@ -3,8 +3,13 @@ import math
 import pytest
 import torch
 
-from diffusers_mcm.discriminator.penalty import PenaltyWeight, draw_interpolation, gradient_penalty, interpolate
-from tests.discriminator.tiny import BLOCKS, FEATURE_DIM, NUM_PATCHES, TEXT_DIM, random_tensor, tiny_heads
+from diffusers_mcm.distillation.discriminator.penalty import (
+    PenaltyWeight,
+    draw_interpolation,
+    gradient_penalty,
+    interpolate,
+)
+from tests.distillation.discriminator.tiny import BLOCKS, FEATURE_DIM, NUM_PATCHES, TEXT_DIM, random_tensor, tiny_heads
 
 
 def inputs(count=2):

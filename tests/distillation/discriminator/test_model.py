@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from diffusers_mcm.discriminator import (
+from diffusers_mcm.distillation.discriminator import (
     AugmentationDraws,
     Discriminator,
     crop_and_resize,
     draw_augmentation,
     draw_interpolation,
 )
-from tests.discriminator.tiny import (
+from tests.distillation.discriminator.tiny import (
     BLOCKS,
     IMAGE_SIZE,
     NUM_PATCHES,

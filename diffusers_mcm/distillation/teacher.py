@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from .consistency import NoisePath, expand_like
+from ..conditioning import Conditioning, concatenate
+from ..consistency import NoisePath, expand_like
 
-Text = dict[str, torch.Tensor]
-Denoise = Callable[[torch.Tensor, torch.Tensor, Text], torch.Tensor]
+Denoise = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 @torch.no_grad()
@@ -18,8 +18,8 @@ def guided_prediction(
     path: NoisePath,
     x_t: torch.Tensor,
     t: torch.Tensor,
-    text: Text,
-    negative_text: Text,
+    text: Conditioning,
+    negative_text: Conditioning,
     w: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂_0 and ε̂, each guided as cond + w (cond − uncond), from one call of `denoise` on 2B latents.
@@ -41,7 +41,7 @@ def guided_prediction(
     if w.ndim > 1 or w.ndim == 1 and len(w) != len(x_t):
         raise ValueError(f"The guidance strength w must be a number or of shape ({len(x_t)},); got {tuple(w.shape)}.")
     t_both, x_both = torch.cat([t, t]), torch.cat([x_t, x_t])
-    output = denoise(x_both, t_both, _concatenate(negative_text, text))
+    output = denoise(x_both, t_both, concatenate(negative_text, text))
     x_both = x_both.to(torch.promote_types(x_both.dtype, torch.float32))
 
     def guide(both: torch.Tensor) -> torch.Tensor:
@@ -60,21 +60,10 @@ def teacher_step(
     x_t: torch.Tensor,
     t: torch.Tensor,
     t_prev: torch.Tensor,
-    text: Text,
-    negative_text: Text,
+    text: Conditioning,
+    negative_text: Conditioning,
     w: torch.Tensor | float,
 ) -> torch.Tensor:
     """x̂_{t_prev} = x_t − s Φ(x_t, t; φ) (eq. 2): one guided DDIM step from `t` to `t_prev`, in the type of `x_t`."""
     x0, noise = guided_prediction(denoise, path, x_t, t, text, negative_text, w)
     return path.step(x0, noise, t_prev).to(x_t.dtype)
-
-
-def _concatenate(first: Text, second: Text) -> Text:
-    """Both texts in one batch."""
-    shapes = [{key: tuple(value.shape) for key, value in text.items()} for text in (second, first)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"The negative text must have the keys and shapes of the text, {shapes[0]}, since both go through the"
-            f" network in one call; got {shapes[1]}."
-        )
-    return {key: torch.cat([first[key], second[key]]) for key in first}

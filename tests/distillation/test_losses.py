@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_mcm.losses import DISCRIMINATOR_LOSSES, get_discriminator_loss, pseudo_huber
+from diffusers_mcm.distillation.losses import DISCRIMINATOR_LOSSES, get_discriminator_loss, pseudo_huber
 
 
 def logits(seed=0, shape=(6, 10)):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from diffusers_mcm.discriminator.features import PatchFeatures, TextFeatures
-from tests.discriminator.tiny import (
+from diffusers_mcm.features import PatchFeatures, TextFeatures
+from tests.distillation.discriminator.tiny import (
     BLOCKS,
     FEATURE_DIM,
     IMAGE_SIZE,

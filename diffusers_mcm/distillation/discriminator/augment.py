@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
+from ...features import check_images
+
 SHIFT_RATIO = 0.125  # largest translation, as a part of the side
 CUTOUT_RATIO = 0.2  # side of the removed square, as a part of the side
 CROP_PROBABILITY = 0.5
@@ -103,10 +105,10 @@ def cut_out(images: torch.Tensor, draws: AugmentationDraws) -> torch.Tensor:
 AUGMENTATIONS = {"colour": adjust_colour, "translation": translate, "cutout": cut_out}
 
 
-def check_images(images: torch.Tensor, draws: AugmentationDraws | None = None) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"Expected images of shape (N, 3, H, W), got {tuple(images.shape)}.")
-    if draws is not None and len(draws) != len(images):
+def check_augmentable(images: torch.Tensor, draws: AugmentationDraws) -> None:
+    """`ValueError` unless these are images `(N, 3, H, W)` with a row of draws for each."""
+    check_images(images)
+    if len(draws) != len(images):
         raise ValueError(f"Expected one row of augmentation draws per image: {len(images)} images, {len(draws)} rows.")
 
 
@@ -114,7 +116,7 @@ def augment(
     images: torch.Tensor, draws: AugmentationDraws, policy: Sequence[str] = tuple(AUGMENTATIONS)
 ) -> torch.Tensor:
     """Images `(N, 3, H, W)` in [-1, 1] → the same shape in float32, differentiable; colour may leave [-1, 1]."""
-    check_images(images, draws)
+    check_augmentable(images, draws)
     unknown = [name for name in policy if name not in AUGMENTATIONS]
     if unknown:
         raise ValueError(f"Unknown augmentation {unknown[0]!r}; choose from {', '.join(AUGMENTATIONS)}.")
@@ -195,7 +197,7 @@ def crop_and_resize(
     min_area: float = MIN_IMAGE_AREA,
 ) -> torch.Tensor:
     """`(N, 3, H, W)` → `(N, 3, size, size)`, differentiable; `crop` is out of `CROPS`, `min_area` for "resized"."""
-    check_images(images, draws)
+    check_augmentable(images, draws)
     if crop not in CROPS:
         raise ValueError(f"Unknown crop {crop!r}; choose from {', '.join(CROPS)}.")
     return CROPS[crop](images, draws, size, min_area)

@@ -1,4 +1,4 @@
-"""The frozen networks of the discriminator: DINOv2 patch tokens for images, CLIP embeddings for text."""
+"""Frozen feature networks: DINOv2 patch tokens for images, CLIP embeddings for text."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..hub import never_pickled
-from .augment import check_images
+from .hub import never_pickled, resolve
 
 MAX_INPUT_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_images(images: torch.Tensor) -> None:
+    """`ValueError` unless these are `(N, 3, H, W)`."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"Expected images of shape (N, 3, H, W), got {tuple(images.shape)}.")
 
 
 class _Frozen(nn.Module):
@@ -49,9 +54,10 @@ class PatchFeatures(_Frozen):
     def from_pretrained(
         cls, name: str, blocks: Sequence[int] = (2, 5, 8, 11), dtype: torch.dtype | None = None
     ) -> "PatchFeatures":
-        """Load from a folder or a Hub repository that holds a DINOv2 without registers."""
+        """Load from a folder, a packaged model or a Hub repository that holds a DINOv2 without registers."""
         from transformers import Dinov2Config, Dinov2Model
 
+        name = resolve(name)
         model_type = Dinov2Config.get_config_dict(name)[0].get("model_type")
         if model_type != "dinov2":
             raise ValueError(f"Expected a model of type 'dinov2' in {name!r}, got {model_type!r}.")
@@ -87,9 +93,10 @@ class TextFeatures(_Frozen):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype | None = None) -> "TextFeatures":
-        """Load from a folder or a Hub repository that holds a CLIP, or its text half, and the tokenizer."""
+        """Load from a folder, a packaged model or a Hub repository of a CLIP, or its text half, with the tokenizer."""
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
+        name = resolve(name)
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in ("clip", "clip_text_model"):
             raise ValueError(

@@ -1,16 +1,19 @@
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.distillation.adversarial import AdversarialStep
+from diffusers_mcm.distillation.draws import draw_adversarial, draw_step
+from diffusers_mcm.distillation.motion import build_motion
+from diffusers_mcm.distillation.student import Student
 from diffusers_mcm.lora import add_lora, lora_disabled, lora_state_dict
-from diffusers_mcm.motion import build_motion
-from diffusers_mcm.training.randomness import draw_adversarial, draw_step
-from diffusers_mcm.training.step import Judge, Student
-from tests.discriminator.tiny import random_tensor, tiny_discriminator
+from diffusers_mcm.lora.fused import fused
+from tests.distillation.discriminator.tiny import random_tensor, tiny_discriminator
 from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
-
-from .world import CAPTIONS, tiny_config
+from tests.training.world import CAPTIONS, tiny_config
 
 BASE = get_base_model("modelscope")
 SHAPE = (4, NUM_FRAMES, SIZE // 2, SIZE // 2)
@@ -25,7 +28,16 @@ def make_student(**overrides) -> Student:
     for name, tensor in lora_state_dict(denoiser).items():
         if "lora_B" in name:  # as after some training: the student is not the teacher
             tensor.normal_(std=0.05, generator=generator)
-    return Student(BASE, denoiser, vae, BASE.noise_path(SCHEDULER), build_motion(config.motion, 4), config).eval()
+    return Student(
+        BASE,
+        denoiser,
+        vae,
+        BASE.noise_path(SCHEDULER),
+        build_motion(config.motion, 4),
+        config,
+        teacher=partial(lora_disabled, denoiser),
+        fused=partial(fused, denoiser) if config.fold_lora else None,
+    ).eval()
 
 
 def make_draws(student, timestep: int | None = None, indices=INDICES):
@@ -43,11 +55,13 @@ PIXELS = random_tensor(2, 3, NUM_FRAMES, SIZE, SIZE)
 TEXT, NEGATIVE = encode(CAPTIONS[:2]), encode(["", ""])
 
 
-def make_judge(student):
+def make_adversary(student):
     discriminator = tiny_discriminator()
     text, real_text = discriminator.encode_text(CAPTIONS[:2]).repeat_interleave(2, 0), random_tensor(4, 12)
     draws = draw_adversarial(0, INDICES, 2)
-    return Judge(discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text)
+    return AdversarialStep(
+        discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text
+    )
 
 
 def in_double(draws):
@@ -83,25 +97,25 @@ def test_plain_lcm_is_the_distance_to_diffusers_ddim_step():
 
 def test_gradients_reach_the_lora_and_the_head_and_then_the_discriminator_only():
     student = make_student()
-    judge = make_judge(student)
-    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), judge)
+    adversary = make_adversary(student)
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), adversary)
     losses.total.backward()
     reached = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, _ in student.named_parameters() if "lora_" in name or name.startswith("motion.")}
-    assert all(parameter.grad is None for parameter in judge.discriminator.parameters())
+    assert all(parameter.grad is None for parameter in adversary.discriminator.parameters())
 
     before = {name: parameter.grad.clone() for name, parameter in student.named_parameters() if name in reached}
-    hinge, penalty = judge.discriminator_loss(judge.discriminator, losses.judgement.features)
+    hinge, penalty = adversary.discriminator_loss(adversary.discriminator, losses.generator.features)
     (hinge + penalty).backward()
-    reached = {name for name, parameter in judge.discriminator.named_parameters() if parameter.grad is not None}
-    assert reached == {name for name, _ in judge.discriminator.named_parameters() if name.startswith("heads.")}
+    reached = {name for name, parameter in adversary.discriminator.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in adversary.discriminator.named_parameters() if name.startswith("heads.")}
     assert all(torch.equal(before[name], dict(student.named_parameters())[name].grad) for name in before)
 
 
 def test_the_adversarial_loss_alone_reaches_the_lora():
     student = make_student()
-    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_judge(student))
-    losses.judgement.loss.backward()
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_adversary(student))
+    losses.generator.loss.backward()
     gradients = [parameter.grad for name, parameter in student.denoiser.named_parameters() if "lora_A" in name]
     assert all(gradient is not None and gradient.any() for gradient in gradients)
     assert student.motion.conv_in.weight.grad is None  # the head is judged by the distance only
@@ -109,8 +123,8 @@ def test_the_adversarial_loss_alone_reaches_the_lora():
 
 def test_total_is_the_weighted_sum():
     student = make_student(lambda_adv=0.25)
-    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_judge(student))
-    torch.testing.assert_close(losses.total, losses.consistency + 0.25 * losses.judgement.loss)
+    losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_adversary(student))
+    torch.testing.assert_close(losses.total, losses.consistency + 0.25 * losses.generator.loss)
 
 
 @pytest.mark.parametrize("timestep, depends", [(999, False), (979, True)])

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_mcm.discriminator.heads import DiscriminatorHead, DiscriminatorHeads, SpectralConv1d
-from tests.discriminator.tiny import BLOCKS, FEATURE_DIM, NUM_PATCHES, TEXT_DIM, random_tensor, tiny_heads
+from diffusers_mcm.distillation.discriminator.heads import DiscriminatorHead, DiscriminatorHeads, SpectralConv1d
+from tests.distillation.discriminator.tiny import BLOCKS, FEATURE_DIM, NUM_PATCHES, TEXT_DIM, random_tensor, tiny_heads
 
 
 def spectral_convs(module):

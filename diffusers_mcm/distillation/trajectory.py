@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from .consistency import NoisePath, expand_like
-from .teacher import Denoise, Text
+from ..conditioning import Conditioning, select
+from ..consistency import NoisePath, expand_like
+from .teacher import Denoise
 
 VISITING_STEPS = (1, 2, 4, 8)  # the numbers of sampling steps that the paper reports
 
@@ -32,7 +33,7 @@ def noisy_start(path: NoisePath, x0: torch.Tensor, noise: torch.Tensor, t: torch
 
 
 @torch.no_grad()
-def one_step_sample(denoise: Denoise, path: NoisePath, noise: torch.Tensor, text: Text) -> torch.Tensor:
+def one_step_sample(denoise: Denoise, path: NoisePath, noise: torch.Tensor, text: Conditioning) -> torch.Tensor:
     """x̂_0^θ = f_θ(x_T, T) with x_T pure noise (eq. 7): the student's own one-step sample, without gradients."""
     terminal = torch.full((len(noise),), path.terminal_timestep, device=noise.device)
     return path.consistency_function(denoise(noise, terminal, text), noise, terminal)
@@ -45,8 +46,8 @@ def mixed_start(
     start_noise: torch.Tensor,
     uniforms: torch.Tensor,
     lambda_real: float,
-    text: Text,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    text: Conditioning,
+) -> torch.Tensor:
     """Clean latents to start trajectories from: the real video with probability λ_real, else the student's own sample.
 
     One coin per sample has the expectation of eq. 9's weighted sum. The network runs on the samples that need it only.
@@ -61,19 +62,17 @@ def mixed_start(
         text: The prompts' encoding; every value has the batch first.
 
     Returns:
-        The latents, in the shape and type of `x0`, and which of them are real, bool (B,).
+        The latents, in the shape and type of `x0`.
     """
     if not 0 <= lambda_real <= 1:
         raise ValueError(f"lambda_real must be between 0 and 1; got {lambda_real}.")
     if uniforms.shape != x0.shape[:1]:
         raise ValueError(f"There must be one uniform draw per sample, ({len(x0)},); got {tuple(uniforms.shape)}.")
-    real = uniforms < lambda_real
-    own = (~real).nonzero().flatten().to(x0.device)
+    own = (uniforms >= lambda_real).nonzero().flatten().to(x0.device)
     if len(own) == 0:
-        return x0, real
-    own_text = {key: value[own.to(value.device)] for key, value in text.items()}
-    samples = one_step_sample(denoise, path, start_noise[own], own_text)
-    return x0.index_copy(0, own, samples.to(x0.dtype)), real
+        return x0
+    samples = one_step_sample(denoise, path, start_noise[own], select(text, own))
+    return x0.index_copy(0, own, samples.to(x0.dtype))
 
 
 def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..discriminator import AugmentationDraws, draw_augmentation
+from .discriminator import AugmentationDraws, draw_augmentation
 
 
 def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:

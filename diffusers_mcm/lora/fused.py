@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import DEFAULT_ADAPTER, lora_disabled, lora_layers
+from .adapter import DEFAULT_ADAPTER
+from .injection import lora_disabled, lora_layers
 
 
-def folded(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
+def fused(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
     """The denoiser with W + s B A as one weight in each layer, instead of a second path beside W.
 
     Called like the denoiser, with its result up to rounding; gradients reach A and B. The sums are made here, once for

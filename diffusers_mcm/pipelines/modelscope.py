@@ -1,0 +1,44 @@
+"""Text to video with ModelScope."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, SchedulerMixin, UNet3DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..base_models.modelscope import ModelScope
+from .mcm import MCMPipeline
+
+
+class ModelScopeMCMPipeline(MCMPipeline):
+    """
+    Few-step text to video with ModelScope.
+
+    Args:
+        vae ([`AutoencoderKL`]): Encodes and decodes single frames.
+        text_encoder ([`CLIPTextModel`]), tokenizer ([`CLIPTokenizer`]): Encode the prompt.
+        unet ([`UNet3DConditionModel`]): The denoiser.
+        scheduler ([`MCMScheduler`]): Any scheduler of diffusers works too, for comparison.
+        height, width, num_frames, num_inference_steps, fps (`int`, *optional*): What a call defaults to.
+    """
+
+    base_model = ModelScope()
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet3DConditionModel,
+        scheduler: SchedulerMixin,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        fps: float | None = None,
+    ):
+        super().__init__()
+        sampling = dict(
+            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
+        )
+        self._set_up(sampling, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
