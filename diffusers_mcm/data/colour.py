@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .images import UnusableItem
+from .faults import UnusableItem
 
 # The numbers are those of ITU-T H.273, which FFmpeg uses too.
 BT709, UNSPECIFIED, BT2020 = 1, 2, 9

@@ -11,7 +11,8 @@ from av.error import FFmpegError
 from av.stream import Disposition
 
 from .frames import Orientation, orientation_of
-from .images import UnusableItem, media_file
+from .faults import UnusableItem, check_own_fault
+from .images import media_file
 from .timing import at_constant_rate
 
 # Streams of these codecs may tell their orientation themselves, and once for all.
@@ -111,7 +112,8 @@ def _first_orientation(packet: av.Packet) -> Orientation | None:
     decoder = packet.stream.codec_context
     try:
         frames = [*packet.decode(), *decoder.decode(None)]
-    except FFmpegError:
+    except FFmpegError as error:
+        check_own_fault(error, None)
         return None  # a broken first frame does no harm to a clip that lies elsewhere
     finally:
         decoder.flush_buffers()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 import unicodedata
 from collections.abc import Collection, Iterator
 
@@ -11,7 +12,7 @@ import pyarrow.parquet
 
 from ..text_files import Row, Table, Text, decode_text, read_table
 from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, find_caption_column, find_file_column
-from .images import is_remote
+from .faults import check_own_fault, is_remote
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
     try:
         entries = list(os.scandir(os.path.join(folder, below)))
     except OSError as error:
+        check_own_fault(error, os.path.join(folder, below))
         if not below:
             raise
         logger.warning("What lies in %s is not read: %s", os.path.join(folder, below), error)
@@ -174,7 +176,7 @@ class _MetadataReader:
         found = next((path for path in paths if path in self.listed), None)
         if found is not None:
             return found
-        return next((path for path in paths if os.path.isfile(os.path.join(self.folder, path))), None)
+        return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
     def add(self, path: str, captions: list[str]) -> None:
         """Add a row."""
@@ -193,6 +195,15 @@ class _MetadataReader:
         self._flush()
         table = pa.concat_tables(self._chunks)
         return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
+
+
+def _is_file(path: str) -> bool:
+    """`os.path.isfile`, which also says no where the system cannot tell; here that is a `MachineError`."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
+        check_own_fault(error, path)
+        return False
 
 
 def _open_table(name: str, known: Collection[str]) -> tuple[Table, Text | None]:
@@ -217,6 +228,7 @@ def _open_parquet(name: str) -> Table:
     try:
         file = pa.parquet.ParquetFile(name)
     except (pa.ArrowInvalid, OSError) as error:
+        check_own_fault(error, name)
         raise ValueError(f"{name} cannot be read as parquet: {error}") from error
 
     schema = file.schema_arrow
@@ -230,6 +242,7 @@ def _open_parquet(name: str) -> Table:
                     number += 1
                     yield Row(number, values)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            check_own_fault(error, name)
             yield Row(number + 1, {}, f"from here on the table cannot be read ({error})")
 
     return Table(columns, rows(), "row")

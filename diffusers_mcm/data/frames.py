@@ -8,7 +8,8 @@ from av.sidedata.sidedata import SideDataContainer
 from PIL import Image
 
 from .colour import BT2020, HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
-from .images import UnusableItem, fit
+from .faults import UnusableItem
+from .images import fit
 
 _TANGENT_OF_ONE_DEGREE = 0.0175
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .columns import MediaKind, caption_texts
-from .images import UnusableItem, is_remote
+from .faults import UnusableItem, is_remote
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
 NO_CAPTION = "it has no caption"

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, no_caption_column
-from .images import UnusableItem
+from .faults import UnusableItem, unusable
 from .rows import NO_CAPTION, MediaRows, examples
 from .shards import Member, Sample, field_of, group, read_headers
 
@@ -220,8 +220,8 @@ def _read_at(path: str, offset: int, size: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-    except OSError as error:
-        raise UnusableItem(f"its tar cannot be read ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise unusable(error, path, "its tar") from error
     if len(data) < size:
         raise UnusableItem("its tar has become shorter since it was opened")
     return data

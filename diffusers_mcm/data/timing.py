@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .images import UnusableItem
+from .faults import UnusableItem
 
 #: Frames may be decoded so many places away from where they are shown (H.264 and HEVC allow 16).
 MAX_REORDERING = 16

@@ -9,7 +9,8 @@ from av.error import FFmpegError
 
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import ShownFrame, orientation_of, picture
-from .images import UnusableItem
+from .faults import UnusableItem, check_own_fault, unusable
+from .images import open_path
 from .timing import ClipChoice, clip_positions, timed_clip_positions, times_in_output_order
 
 __all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
@@ -42,7 +43,8 @@ def _decode(
     stream, times = container.streams[index.stream], index.times
     try:
         container.seek(seek_to, stream=stream, backward=True, any_frame=False)
-    except FFmpegError:
+    except FFmpegError as error:
+        check_own_fault(error, None)
         return None  # the container cannot seek
     found, expected, wanted, orientation = {}, None, set(positions), index.orientation
     for frame in _frames(container, stream):
@@ -156,9 +158,10 @@ def read_clip(
     Raises:
         UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames, or
             if its colours cannot be converted.
+        MachineError: if the machine cannot read it, whose files are not to blame.
     """
     choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)
     try:
         return np.stack([picture(shown, height, width) for shown in _clip_frames(media, choice)])
-    except (FFmpegError, OSError) as error:
-        raise UnusableItem(f"the video cannot be read ({type(error).__name__}: {error})") from error
+    except (FFmpegError, OSError, MemoryError) as error:
+        raise unusable(error, open_path(media), "the video") from error

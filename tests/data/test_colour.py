@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusers_mcm.data.colour import BT709, BT2020, HLG, PQ, check_known, to_ordinary
-from diffusers_mcm.data.images import UnusableItem
+from diffusers_mcm.data.faults import UnusableItem
 
 from .test_frames import encode, read
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from diffusers_mcm.data.images import UnusableItem
+from diffusers_mcm.data.faults import UnusableItem
 from diffusers_mcm.data.timing import clip_positions, timed_clip_positions, times_in_output_order
 
 
