@@ -82,7 +82,7 @@ def machine_errors_name(name: str) -> Iterator[None]:
 
 
 def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
-    """The reason for which `what` cannot be used, where the error is about the file; `MachineError` where it is not."""
+    """Why `what` cannot be used, where the error is about the file; `MachineError` where it is not."""
     check_own_fault(error, name)
     return UnusableItem(f"{what} cannot be read ({type(error).__name__}: {error})")
 

@@ -10,8 +10,8 @@ import av
 from av.error import FFmpegError
 from av.stream import Disposition
 
-from .frames import Orientation, orientation_of
 from .faults import UnusableItem, check_own_fault
+from .frames import Orientation, orientation_of
 from .images import media_file
 from .timing import at_constant_rate
 
