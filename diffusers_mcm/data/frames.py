@@ -92,7 +92,7 @@ def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
         UnusableItem: for colours that cannot be converted.
     """
     frame, orientation, aspect, transfer, primaries = shown
-    check_known(transfer, frame.colorspace)
+    check_known(transfer, frame.colorspace, primaries)
     if frame.interlaced_frame and frame.height > 1:
         frame, aspect = _upper_field(frame), aspect / 2
     aspect = 1 / aspect if orientation.transposed else aspect
