@@ -37,7 +37,8 @@ class CountedFilm:
         in_another_order = index.sound and None not in labels and sorted(labels) == index.times
         places = {label: place for place, label in enumerate(labels)} if in_another_order else {}
         keyframes = sorted(index.keyframes, key=lambda entry: places[entry.pts]) if places else []
-        return cls(replace(index, times=[], keyframes=keyframes), labels, places)
+        end = index.end if places else None
+        return cls(replace(index, times=[], keyframes=keyframes, end=end), labels, places)
 
     def times(self) -> list[int] | list[Fraction]:
         """When the frames are shown, ascending, in the stream's time base."""

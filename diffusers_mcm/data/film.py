@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     pts: int | None
     dts: int | None
     is_keyframe: bool
+    duration: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class FilmIndex:
         time_base: seconds of one unit of time.
         rate: frames per second as far as it is known.
         orientation: what the first frame says.
+        end: when the last frame is no longer shown, as far as that is known.
     """
 
     stream: int
@@ -50,6 +52,7 @@ class FilmIndex:
     time_base: Fraction
     rate: Fraction | None
     orientation: Orientation
+    end: int | None = None
 
     def starts(self, time: int) -> Iterator[tuple[int, int]]:
         """Where to seek for the frame of a time, and from which keyframe's time on frames are then to be expected.
@@ -129,7 +132,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
         if not packet.size or packet.is_discard or packet.is_corrupt:
             continue
         number = packet.stream.index
-        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe))
+        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe, packet.duration))
         if packet.is_keyframe and number not in orientations:
             tells = packet.stream.codec_context.name in _TELL_ORIENTATION
             orientations[number] = _first_orientation(packet) if tells else None
@@ -137,6 +140,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
     found = entries[film.index]
     times = sorted(entry.pts for entry in found if entry.pts is not None)
     sound = len(times) == len(found) and len(set(times)) == len(times)
+    last = max(found, key=lambda entry: entry.pts) if sound and found else None
     rate = film.guessed_rate or film.average_rate
     return FilmIndex(
         stream=film.index,
@@ -146,4 +150,5 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
         time_base=film.time_base,
         rate=rate,
         orientation=orientations.get(film.index) or Orientation(),
+        end=last.pts + last.duration if last and last.duration else None,
     )

@@ -108,7 +108,7 @@ def _decode_by_seeking(
     container: av.container.InputContainer, index: FilmIndex, choice: ClipChoice, size: tuple[int, int]
 ) -> _Pictures | None:
     """The clip, from the keyframe before it; None if no seeking leads there."""
-    positions, times = choice.positions(index.times, index.time_base), index.times
+    positions, times = choice.positions(index.times, index.time_base, index.end), index.times
     stream = container.streams[index.stream]
     try:
         for seek_to, since in index.starts(times[positions[0]]):
@@ -127,7 +127,7 @@ def _decode_by_seeking(
 def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
     """The clip of a film that was counted before; None if the film no longer is as it was then."""
     index = film.index
-    positions = choice.positions(film.times(), index.time_base)
+    positions = choice.positions(film.times(), index.time_base, film.index.end)
     with open_film(media) as container:
         stream = container.streams[index.stream]
         try:
@@ -169,13 +169,13 @@ def _decode_by_counting(
     media: dict, index: FilmIndex, choice: ClipChoice, size: tuple[int, int], key: tuple | None
 ) -> _Pictures:
     """The clip of a film whose packets do not say where its frames are, or not rightly."""
-    positions = choice.positions(index.times, index.time_base)
+    positions = choice.positions(index.times, index.time_base, index.end)
     pictures, labels = _decode_from_start(media, index, positions, index.times if index.sound else [], size)
     if labels is None:
         return pictures
     film = CountedFilm.of(index, labels)
     _counted.add(key, film)
-    if choice.positions(film.times(), index.time_base) == positions:
+    if choice.positions(film.times(), index.time_base, film.index.end) == positions:
         return pictures
     pictures = _decode_counted(media, film, choice, size)
     if pictures is None:

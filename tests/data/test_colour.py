@@ -45,12 +45,8 @@ def test_an_hdr_film_is_not_washed_out():
     assert np.abs(shown - to_ordinary(patches[16, 16::32], PQ, BT2020)).max() <= 4
 
 
-@pytest.mark.parametrize(
-    ("primaries", "red"),
-    [(4, (0.670, 0.330)), (8, (0.681, 0.319)), (11, (0.680, 0.320)), (BT2020, (0.708, 0.292))],
-)
-def test_white_stays_white_and_gray_gray_whatever_the_primaries(primaries, red):
-    """The light of a red, as BT.709 shows it, has the chromaticity that H.273 gives to that red."""
+@pytest.mark.parametrize("primaries", [4, 8, 11, 12, BT2020])
+def test_white_stays_white_and_gray_gray_whatever_the_primaries(primaries):
     for level in (255, 128, 40):
         assert to_ordinary(np.full(3, level / 255), BT709, primaries).tolist() == [level] * 3
     assert to_ordinary(np.array([0.6, 0.3, 0.3]), BT709, primaries)[0] > 160  # more red than BT.709's own 153
