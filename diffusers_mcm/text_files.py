@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +125,7 @@ class Table(NamedTuple):
     columns: list[str]  # of csv as in its header; of JSON those of the first rows
     rows: Iterator[Row]
     unit: str = "line"  # what `Row.line` counts: "line", or "row"
+    all_columns: Callable[[], list[str]] | None = None  # of JSON, those of all rows; None where `columns` has them all
 
 
 def plain_name(name: str) -> str:
@@ -158,15 +159,22 @@ def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
         whole, error = None, reason
     if suffix == ".json" and isinstance(whole, dict):
         whole = [whole]
-    if isinstance(whole, list):
-        rows = (_object_row(number, value) for number, value in enumerate(whole, 1))
-    else:  # JSON lines, which some people call .json
-        rows = _json_lines(text)
+
+    def read_rows() -> Iterator[Row]:
+        if isinstance(whole, list):
+            return (_object_row(number, value) for number, value in enumerate(whole, 1))
+        return _json_lines(text)  # which some people call .json
+
+    def all_columns() -> list[str]:
+        return list(dict.fromkeys(key for row in read_rows() for key in row.values))
+
+    rows = read_rows()
     first = list(itertools.islice(rows, 100))
     if suffix == ".json" and error is not None and all(row.problem for row in first):
         raise error
     columns = list(dict.fromkeys(key for row in first for key in row.values))
-    return Table(columns, itertools.chain(first, rows), "row" if isinstance(whole, list) else "line")
+    unit = "row" if isinstance(whole, list) else "line"
+    return Table(columns, itertools.chain(first, rows), unit, all_columns if len(first) == 100 else None)
 
 
 def parse_json(text: str) -> Any:

@@ -131,13 +131,29 @@ class _MetadataReader:
                 f"{name} holds no rows{problem}. Expected the columns file_name and caption, and a row for each "
                 f"{self.kind.name}."
             )
-        columns = (
-            find_file_column(table.columns, name, self.kind, self.media_column),
-            find_caption_column(table.columns, name, self.kind, self.caption_column),
-        )
+        columns = self._find_columns(table, name)
         for row in table.rows:
             where = f"{name}, {table.unit} {row.line}"
             self._take(row, where, os.path.dirname(path), columns, bool(text and text.broken_lines))
+
+    def _find_columns(self, table: Table, name: str) -> tuple[str, str | None]:
+        """The columns of the files and of the captions; of JSON more rows are looked at where the first have none."""
+
+        def find(names: list[str]) -> tuple[str, str | None]:
+            return (
+                find_file_column(names, name, self.kind, self.media_column),
+                find_caption_column(names, name, self.kind, self.caption_column),
+            )
+
+        try:
+            columns = find(table.columns)
+        except ValueError:
+            if table.all_columns is None:
+                raise
+            return find(table.all_columns())
+        if columns[1] is None and table.all_columns is not None:
+            return find(table.all_columns())
+        return columns
 
     def _take(self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool) -> None:
         file, caption = (row.values.get(column) if column else None for column in columns)
