@@ -4,12 +4,16 @@ import codecs
 import csv
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
@@ -37,13 +41,31 @@ class Text:
     broken_lines: tuple[int, ...] = ()
 
     def checked(self, name: str) -> str:
-        """The content; `ValueError` that names the file and its first broken line if there is one."""
+        """The content; `ValueError` that names the file and its first broken line if there is one.
+
+        That an encoding was guessed is told as `tell_guess` does.
+        """
         if self.broken_lines:
             raise ValueError(
                 f"{name}, line {self.broken_lines[0]}: expected text in UTF-8, UTF-16 or Windows-1252, got other "
                 "bytes. Save the file as UTF-8."
             )
+        self.tell_guess(name)
         return self.content
+
+    def tell_guess(self, name: str) -> None:
+        """Warn once of each file that is read as Windows-1252: nothing in it says so. What else is read is certain."""
+        if self.encoding == "cp1252":
+            lines = enumerate(self.content.split("\n"), 1)
+            _warn_of_guess(name, *next((number, line[:100]) for number, line in lines if not line.isascii()))
+
+
+@cache
+def _warn_of_guess(name: str, number: int, line: str) -> None:
+    logger.warning(
+        "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
+        name, number, line,
+    )  # fmt: skip
 
 
 def decode_text(data: bytes) -> Text:

@@ -228,12 +228,7 @@ def _open_table(name: str, known: Collection[str]) -> tuple[Table, Text | None]:
         return _open_parquet(name), None
     with open(name, "rb") as file:
         text = decode_text(file.read())
-    if text.encoding == "cp1252":
-        number, line = next((n, line) for n, line in enumerate(text.content.split("\n"), 1) if not line.isascii())
-        logger.warning(
-            "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
-            name, number, line[:100],
-        )  # fmt: skip
+    text.tell_guess(name)
     try:
         return read_table(text.content, suffix, known), text
     except ValueError as error:

@@ -5,16 +5,15 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..text_files import decode_text, find_name, parse_json
+from ..text_files import Text, decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, no_caption_column
 from .faults import UnusableItem, unusable
-from .rows import NO_CAPTION, MediaRows, examples
+from .rows import NO_CAPTION, MediaRows, digest, examples
 from .shards import Member, Sample, field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
@@ -114,6 +113,10 @@ class TarRows(MediaRows):
         for row in np.flatnonzero(~has_one).tolist():
             self.skipped[self.name(row, self[row])] = NO_CAPTION
         self.table = self.table.filter(pa.array(has_one)).combine_chunks()
+
+    def order(self) -> str:
+        paths = pa.array([os.path.basename(path) for path in self.paths])
+        return digest([paths.take(pa.array(self.table["shard"])), *self.table["name"].chunks])
 
     def _read(self, item: Mapping, name: str) -> bytes | None:
         offset, size = item[f"{name} offset"], item[f"{name} size"]
@@ -285,7 +288,7 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
     if text.broken_lines:
         raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
     if text.encoding == "cp1252":
-        _warn_of_encoding(path)
+        _warn_of_guess(path, name, text)
     if not name.endswith("json"):
         return text.content
     try:
@@ -294,6 +297,11 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
         raise UnusableItem(f"its {name} is broken ({error})") from error
 
 
-@cache
-def _warn_of_encoding(path: str) -> None:
-    logger.warning("%s holds texts that are not in UTF-8 and are read as Windows-1252.", path)
+_told: set[str] = set()
+
+
+def _warn_of_guess(path: str, name: str, text: Text) -> None:
+    """Once for each tar: what one of its texts says of the encoding holds for the others."""
+    if path not in _told:
+        _told.add(path)
+        text.tell_guess(f"A {name} file in {path}")
