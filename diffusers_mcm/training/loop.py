@@ -19,7 +19,7 @@ from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
 from ..motion import update_ema
 from ..trajectory import TIMESTEPS
-from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
+from .acceleration import build_accelerator, start_trackers, told_by_one, with_accelerate_settings
 from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
@@ -29,7 +29,7 @@ from .output import prepare_push, push_to_hub, write_lora_folder
 from .parts import TrainedPart, slow_learning
 from .randomness import Coins, draw_adversarial, draw_step
 from .record import RunRecord, find_checkpoint, go_on
-from .resuming import check_identity, circumstances, identity, told_changes
+from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .step import Judge
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .validation import sample_clip, write_validation
@@ -69,7 +69,8 @@ class Trainer:
             self.parts.append(self.critic)
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
-        self.data = open_data(config, self.networks.clip_size)
+        with told_by_one(self.accelerator):
+            self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
@@ -201,9 +202,11 @@ class Trainer:
             self.accelerator.num_processes,
             pin_memory=self.device.type == "cuda",
         )
+        sizes = batches.sizes
+        check_same_everywhere(gather_object([sizes]))
         if self.last_checkpoint is not None:
-            self.warn(told_changes(self.data_sizes, batches.sizes, self.last_checkpoint))
-        self.data_sizes = batches.sizes
+            check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
+        self.data_sizes = sizes
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
