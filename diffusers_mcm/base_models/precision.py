@@ -179,9 +179,9 @@ def _check_norm(denoiser: nn.Module) -> None:
     norm = getattr(denoiser, "conv_norm_out", None)
     if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
         raise ValueError(
-            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or diffusers;"
-            f" got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the pipeline is"
-            " made (or after `denoise` was called once), or give the denoiser in float32."
+            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
+            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
+            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
         )
 
 

@@ -200,7 +200,7 @@ def test_with_layers_kept_in_fewer_bits():
     assert output.dtype == torch.float32 and (output - expected).norm() < 0.2 * expected.norm()
 
 
-# --- hooks that were there before --------------------------------------------------------------------------------------
+# --- hooks that were there before ------------------------------------------------------------------------------------
 def hooked_by_accelerate(norm):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
@@ -319,7 +319,7 @@ def test_both_parts_of_a_number_add_up_and_the_first_is_exact_in_tf32():
 def test_gradients_of_split_convolutions_are_those_of_whole_ones(monkeypatch):
     gradients = {}
     for split in (True, False):
-        monkeypatch.setattr(precision, "_takes_tf32", lambda x: split)
+        monkeypatch.setattr(precision, "_takes_tf32", lambda x, split=split: split)
         for dtype in (torch.bfloat16, torch.float32):
             layer = OutputConv2d(4, 3, 3, padding=1).to(dtype)
             layer.float32_calls = 1
