@@ -25,14 +25,14 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
 from .networks import build_networks, describe
-from .output import prepare_push, push_to_hub, write_lora_folder
+from .output import prepare_push, push_to_hub, unusable, write_lora_folder
 from .parts import TrainedPart, slow_learning
 from .randomness import Coins, draw_adversarial, draw_step
 from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .step import Judge
 from .tracking import LossLog, PictureLog, check_finite, saved_in
-from .validation import sample_clip, write_validation
+from .validation import NonFiniteSample, sample_clip, write_validation
 
 try:
     from accelerate.utils import gather_object
@@ -271,11 +271,26 @@ class Trainer:
 
     def validate(self) -> None:
         if self.accelerator.is_main_process:
-            clips = {prompt: self.clip(prompt, index) for index, prompt in enumerate(self.config.validation_prompts)}
-            picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
-            with room_for("the tracker's pictures", self.output_dir):
-                self.pictures.write("validation", picture, self.step)
+            prompts = self.config.validation_prompts
+            clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
+            if any(clip is not None for clip in clips.values()):
+                picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
+                with room_for("the tracker's pictures", self.output_dir):
+                    self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()
+
+    def clip_or_error(self, prompt: str, index: int = 0) -> np.ndarray | None:
+        """`clip`, or an error in the log if it is not finite: the losses are, so the run goes on and loses nothing."""
+        try:
+            return self.clip(prompt, index)
+        except NonFiniteSample as error:
+            logger.error(
+                "The student of step %d makes no clip of %r: %s. The losses of the training are finite, so it is not"
+                " stopped. The usual causes: a network or VAE that overflows --mixed_precision fp16 (bf16 does not),"
+                " or learning rates that are too high. %s",
+                *(self.step, prompt, error, saved_in(self.last_checkpoint)),
+            )
+            return None
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
@@ -405,9 +420,11 @@ class Trainer:
     def finish(self, skipped: list[str]) -> None:
         config = self.config
         skipped = set(gather_object(skipped))  # each process read other samples
+        prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
+        clip = None
         if self.accelerator.is_main_process:
-            prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
-            sample = (prompts[0], self.clip(prompts[0])) if prompts else None
+            clip = self.clip_or_error(prompts[0]) if prompts else None
+            sample = None if clip is None else (prompts[0], clip)
             with (
                 room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
                 whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
@@ -419,6 +436,8 @@ class Trainer:
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if prompts and clip is None and self.accelerator.is_main_process:
+            raise NonFiniteSample(unusable(config, prompts[0]))
         if config.push_to_hub and self.accelerator.is_main_process:
             logger.info("Published: %s", push_to_hub(config))
 
