@@ -139,6 +139,8 @@ class Trainer:
         samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
         checked = losses if scaler is not None else {**losses, **gradients}
         check_finite(checked, self.step + 1, samples, self.last_checkpoint)
+        for part in self.parts:
+            part.count_step(gradients[f"{part.name}_grad_norm"], self.step + 1)
         rates = {f"{part.name}_learning_rate": part.rate for part in self.parts}
         for part in self.parts:
             part.update(scaler)
@@ -416,6 +418,8 @@ class Trainer:
                 f" {self.config.gradient_accumulation_steps} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
+        for part in self.parts:
+            part.check_learnt()
 
     def finish(self, skipped: list[str]) -> None:
         config = self.config

@@ -14,7 +14,7 @@ from diffusers_mcm.losses import pseudo_huber
 from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
-from diffusers_mcm.training.parts import MissingGradient
+from diffusers_mcm.training.parts import MissingGradient, SkippedSteps
 from diffusers_mcm.training.tracking import NonFiniteLoss
 
 from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, stop_in_step_two, tiny_config
@@ -308,6 +308,18 @@ def test_what_gets_no_gradient_stops_the_run_before_a_weight_changes(world, tmp_
         trainer.train()
     after = flatten(trainer.state())
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_run_of_which_fp16_skips_every_step_writes_no_lora(world, tmp_path):
+    trainer = Trainer(tiny_config(world, tmp_path, lambda_adv=0.0, image_data=None, train_batch_size=1))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.student.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    before = flatten(trainer.state()["lora"])
+    with pytest.raises(SkippedSteps, match="no LoRA is written: the last 2 steps of the student were"):
+        trainer.train()
+    after = flatten(trainer.state()["lora"])
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
