@@ -20,6 +20,9 @@ from torch import nn
 from ..lora import base_layer
 
 _LOCK = threading.Lock()
+# Asked here once: `torch.compile` of torch before 2.7 cannot go through the question.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+_WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
 
 
 class _End(nn.Module):
@@ -103,12 +106,12 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _is_autocast(x: torch.Tensor) -> bool:
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def _no_autocast(x: torch.Tensor):
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in _WITH_AUTOCAST else nullcontext()
 
 
 # --- making them -----------------------------------------------------------------------------------------------------

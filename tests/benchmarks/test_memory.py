@@ -19,6 +19,10 @@ def test_bytes_are_those_of_the_tensors_alive():
     assert (alive.now, alive.peak) == (0, 10000)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 7),
+    reason="accelerate makes parameters on the meta device in a way that torch's fake tensors do not know before 2.7",
+)
 @pytest.mark.parametrize("model", memory.PIPELINES)
 def test_counted_without_computing_is_what_really_happens(model, monkeypatch):
     """Against the same sums over tensors that hold data."""
