@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from diffusers import UNet3DConditionModel
 from torch import nn
 
 from ..conditioning import Conditioning
@@ -25,9 +24,6 @@ class ModelScope(StableDiffusionModel):
     height = 256
     width = 256
     num_frames = 16
-
-    def load_denoiser(self, source, index, weights_of, extra_repositories, hub_options):
-        return UNet3DConditionModel.from_pretrained(source, **weights_of("unet")), {}
 
     def recognises(self, module_names: Iterable[str]) -> bool:
         return any(name.startswith("transformer_in.") or ".temp_attentions." in name for name in module_names)

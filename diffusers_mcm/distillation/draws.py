@@ -69,7 +69,7 @@ FAIR_COINS = Coins()
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Everything random in the student's part of a step, one row per sample."""
+    """Everything random in the student's half of a step, one row per sample."""
 
     timestep: torch.Tensor  # (B,) long, a point of the solver grid
     guidance: torch.Tensor  # (B,) w in [w_min, w_max]

@@ -31,7 +31,7 @@ class TrainingData(NamedTuple):
 
 
 class Batches:
-    """Micro-batches from one optimiser step on to the end of the run; `image_text` is the rule of `pair_texts`."""
+    """Micro-batches from one optimiser step on to the end of the run; `image_text` is a choice of `pair_texts`."""
 
     def __init__(self, videos: StepLoader, images: StepLoader | None, image_text: str):
         self.videos, self.images, self.image_text = videos, images, image_text
@@ -109,4 +109,4 @@ def build_batches(
     )
     videos, images, image_text = data
     image_loader = images and build_loader(images, items_per_sample=config.num_adversarial_frames, **options)
-    return Batches(build_loader(videos, **options), image_loader, image_text.rule)
+    return Batches(build_loader(videos, **options), image_loader, image_text.choice)

@@ -8,12 +8,12 @@ MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, whic
 
 
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
-    """The rule that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
+    """The text that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
 
     It depends on the captions of the data sets alone, so all processes and all parts of a run come to the same.
     """
     if images is None:
-        return ImageText(asked, "no images are judged")
+        return ImageText(asked, "no images are looked at")
     overlap, finding = _compare(images.rows, videos.rows)
     if asked != "auto":
         return ImageText(asked, f"as --image_text says; {finding}", overlap)

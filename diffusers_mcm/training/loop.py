@@ -3,14 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
@@ -26,12 +23,12 @@ from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
-from .networks import build_networks, describe
+from .networks import build_networks
 from .output import prepare_push, push_to_hub, write_lora_folder
-from .parts import TrainedPart, slow_learning
 from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_identity, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
+from .trained_module import TrainedModule, slow_learning
 from .validation import sample_clip, write_validation
 
 try:
@@ -60,15 +57,12 @@ class Trainer:
             config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         )
         rates = config.learning_rates(self.total_batch)
-        self.student = TrainedPart("student", self.networks.student, rates[0], config, self.accelerator)
-        self.average = EMAModel(self.student.parameters, decay=config.ema_decay) if config.ema_decay else None
-        self.parts = [self.student]
+        run = (config, self.accelerator)
+        self.student = TrainedModule("student", self.networks.student, rates[0], *run, config.ema_decay)
         self.discriminator = None
         if self.networks.discriminator is not None:
-            self.discriminator = TrainedPart(
-                "discriminator", self.networks.discriminator, rates[1], config, self.accelerator
-            )
-            self.parts.append(self.discriminator)
+            self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
+        self.trained = [module for module in (self.student, self.discriminator) if module is not None]
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         self.data = open_data(config, self.networks.clip_size)
@@ -98,7 +92,7 @@ class Trainer:
         )
         started = time.perf_counter()
         for batch in batches:
-            with self.accelerator.accumulate(*(part.module for part in self.parts)):
+            with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
                 self.backward(batch)
                 if not self.accelerator.sync_gradients:
                     continue
@@ -131,22 +125,20 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
         scaler = self.accelerator.scaler
-        for part in self.parts:
-            part.check_gradients(self.step + 1)
-        norms = {f"{part.name}_grad_norm": part.clip(self.config.max_grad_norm, scaler) for part in self.parts}
+        for trained in self.trained:
+            trained.check_gradients(self.step + 1)
+        norms = {f"{one.name}_grad_norm": one.clip(self.config.max_grad_norm, scaler) for one in self.trained}
         losses = self.mean_losses()
         gradients = {name: norm.item() for name, norm in norms.items()}
         # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
         samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
         checked = losses if scaler is not None else {**losses, **gradients}
         check_finite(checked, self.step + 1, samples, self.last_checkpoint)
-        rates = {f"{part.name}_learning_rate": part.rate for part in self.parts}
-        for part in self.parts:
-            part.update(scaler)
+        rates = {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
+        for trained in self.trained:
+            trained.update(scaler)
         if scaler is not None:
             scaler.update()
-        if self.average is not None:
-            self.average.step(self.student.parameters)
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.discriminator is not None:
             self.networks.discriminator.update_spectral_norm()
@@ -187,7 +179,7 @@ class Trainer:
         networks = self.networks
         return AdversarialStep(
             networks.discriminator,
-            self.config,
+            self.config.method,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
             networks.discriminator_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
@@ -230,7 +222,7 @@ class Trainer:
             self.run.write()
             log = LossLog(self.output_dir, self.step)
         logger.info(
-            "%s; total batch %d; precision %s", describe(self.networks), self.total_batch, self.config.mixed_precision
+            "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.mixed_precision
         )
         self.warn(slow_learning(self.student, self.config, self.total_batch))
         self.tell_image_text()
@@ -245,7 +237,7 @@ class Trainer:
         """Which text real images get in this run, and why."""
         text = self.data.image_text
         if self.discriminator is not None:
-            logger.info("Text beside real images: %s (%s).", text.rule, text.reason)
+            logger.info("Text beside real images: %s (%s).", text.choice, text.reason)
             if text.warning:
                 logger.warning(text.warning)
 
@@ -278,24 +270,15 @@ class Trainer:
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
-        config, networks = self.config, self.networks
-        with self.accelerator.autocast(), self.averaged():
-            return sample_clip(
-                networks.student,
-                networks.scheduler,
-                networks.text([prompt]),
-                networks.latent_shape,
-                config.num_inference_steps,
-                config.seed,
-                index,
-            )
+        with self.accelerator.autocast(), self.student.averaged():
+            return sample_clip(self.networks, self.config, prompt, index)
 
     def validation_folder(self, step: int) -> Path:
         return self.output_dir / "validation" / f"step-{step:06d}"
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of this run."""
-        image_text = self.data.image_text.rule
+        image_text = self.data.image_text.choice
         return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, image_text)
 
     def state(self) -> dict[str, Any]:
@@ -312,8 +295,8 @@ class Trainer:
             "motion": student.motion.state_dict(),
             "target_motion": student.target_motion.state_dict(),
             "heads": None if discriminator is None else discriminator.heads.state_dict(),
-            "parts": {part.name: part.state() for part in self.parts},
-            "average": None if self.average is None else self.average.state_dict(),
+            "parts": {trained.name: trained.state() for trained in self.trained},
+            "average": None if self.student.average is None else self.student.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "penalty_weight": self.penalty_weight.state_dict(),
         }
@@ -337,24 +320,11 @@ class Trainer:
             "effective_learning_rate": rates[0],
             "effective_discriminator_learning_rate": rates[1] if self.discriminator else None,
             "hours": round(self.seconds / 3600, 3),
-            "image_text": self.data.image_text.rule,
+            "image_text": self.data.image_text.choice,
         }
         name = self.output_dir.resolve().name
-        with self.averaged():
+        with self.student.averaged():
             write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The student with its moving average for weights, if it has one."""
-        if self.average is None:
-            yield
-            return
-        self.average.store(self.student.parameters)
-        self.average.copy_to(self.student.parameters)
-        try:
-            yield
-        finally:
-            self.average.restore(self.student.parameters)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
@@ -379,12 +349,9 @@ class Trainer:
         student.target_motion.load_state_dict(state["target_motion"])
         if self.networks.discriminator is not None:
             self.networks.discriminator.heads.load_state_dict(state["heads"])
-        for part in self.parts:
-            part.load(state["parts"][part.name])
-        if self.average is not None:  # begun here, if the run had none so far
-            begun = state.get("average") or {"shadow_params": [p.detach() for p in self.student.parameters]}
-            self.average.load_state_dict({**begun, "decay": self.config.ema_decay})
-            self.average.to(self.device)
+        for trained in self.trained:
+            trained.load(state["parts"][trained.name])
+        self.student.load_average(state.get("average"))
         if "penalty_weight" in state:  # before it could grow, it was what its flag says
             self.penalty_weight.load_state_dict(state["penalty_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

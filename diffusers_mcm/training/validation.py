@@ -1,42 +1,32 @@
 """Clips sampled while training, to see how far it is."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import SchedulerMixin
 
-from ..conditioning import Conditioning
 from ..distillation.draws import draw_normal, sample_generator
-from ..distillation.student import Student
 from ..files import whole_folder
-from ..video_io import comparison, write_image, write_mp4
+from ..video_io import comparison, to_uint8, write_image, write_mp4
+from .config import TrainingConfig
 from .disk import room_for
+from .networks import TrainingNetworks
 
 
-@torch.no_grad()
-def sample_clip(
-    student: Student,
-    scheduler: SchedulerMixin,
-    text: Conditioning,
-    latent_shape: Sequence[int],
-    num_inference_steps: int,
-    seed: int,
-    index: int,
-) -> np.ndarray:
-    """One clip by multistep consistency sampling; frames (T, H, W, 3) uint8. The same noise whenever it is called."""
-    device = next(student.parameters()).device
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    generator = sample_generator(seed, "validation steps", index)
-    latents = draw_normal(seed, "validation start", [index], latent_shape).to(device)
-    for t in scheduler.timesteps:
-        output = student.denoise(latents, t.reshape(1).to(device), text)
-        latents, denoised = scheduler.step(output.float(), t, latents, generator=generator, return_dict=False)
-    pixels = student.base.decode_video(student.vae, denoised, chunk_size=4)[0]  # (3, T, H, W)
-    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str, index: int) -> np.ndarray:
+    """A clip of the student by its pipeline, frames (T, H, W, 3) uint8. The same noise whenever it is called."""
+    num_frames, height, width = networks.clip_size
+    frames = networks.pipeline(
+        prompt,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=config.num_inference_steps,
+        latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
+        generator=sample_generator(config.seed, "validation steps", index),
+        decode_chunk_size=4,
+        output_type="np",
+    ).frames
+    return to_uint8(frames[0])
 
 
 def write_validation(folder: Path, clips: dict[str, np.ndarray], fps: int) -> np.ndarray:

@@ -64,8 +64,8 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         (dict(num_frames=1, lambda_adv=0.0, motion="diff"), "--motion diff compares consecutive frames"),
         (dict(coin="toss"), "--coin must be one of sample, batch, not 'toss'"),
         (dict(timesteps="late"), "--timesteps must be one of uniform, visited, not 'late'"),
-        (dict(fold_lora=True, mixed_precision="bf16"), "--fold_lora needs --mixed_precision no: in bf16 most of"),
-        (dict(fold_lora=True, gradient_checkpointing=True), "--fold_lora spends memory, which --gradient_checkpoi"),
+        (dict(fuse_lora=True, mixed_precision="bf16"), "--fuse_lora needs --mixed_precision no: in bf16 most of"),
+        (dict(fuse_lora=True, gradient_checkpointing=True), "--fuse_lora spends memory, which --gradient_checkpoi"),
         (dict(hub_model_id="me/lora"), "--hub_model_id has no effect without --push_to_hub"),
         (dict(report_to="wandb", hub_token="hf_x", push_to_hub=True), "--report_to wandb would record --hub_token"),
         (

@@ -1,4 +1,4 @@
-"""The discriminator's trainable part: one text-conditioned head per block of the frozen network (App. C.1)."""
+"""The discriminator's trainable heads: one text-conditioned head per block of the frozen network (App. C.1)."""
 
 import math
 from collections.abc import Sequence
