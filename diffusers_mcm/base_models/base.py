@@ -38,7 +38,7 @@ class BaseModel(ABC):
     num_frames: int
     fps: int = 8
     scheduler_defaults: Mapping[str, Any] = {}
-    scheduler_class: type = MCMScheduler  # samples what is distilled from this model
+    scheduler_class: Any = MCMScheduler  # the class that samples what is distilled from this model
     # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
     noise_schedule_keys: tuple[str, ...] = (
         "num_train_timesteps",

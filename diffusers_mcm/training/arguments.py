@@ -7,6 +7,7 @@ import types
 import typing
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .config import TrainingConfig
 
@@ -24,7 +25,9 @@ def _help_text(entry: dataclasses.Field, required: bool) -> str:
     text = entry.metadata["help"].replace("%", "%%") + (" Not in the paper." if entry.metadata["beyond_paper"] else "")
     if required:
         return f"{text} Required."
-    default = " ".join(entry.default) if entry.metadata["many"] else entry.default
+    default: Any = entry.default
+    if entry.metadata["many"]:
+        default = " ".join(default)
     return text if default in (None, "") else f"{text} (default: {default})"
 
 
@@ -52,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     for entry in entries:
         group = groups[entry.metadata["group"]]
         required = entry.default is dataclasses.MISSING
-        options = {"help": _help_text(entry, required)}
+        options: dict[str, Any] = {"help": _help_text(entry, required)}
         if hints[entry.name] is bool:
             group.add_argument(f"--{entry.name}", action=_Toggle, default=entry.default, **options)
             continue

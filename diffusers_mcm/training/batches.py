@@ -1,6 +1,7 @@
 """The samples of a run, by global sample index: clips with captions, and the real images for the discriminator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ class Batch(NamedTuple):
     pixels: torch.Tensor  # (B, 3, T, H, W) in [-1, 1]
     captions: list[str]
     images: torch.Tensor | None = None  # (B * l, 3, H, W) in [-1, 1], the l images of a sample side by side
-    fake_texts: list[str] | None = None  # B * l, what the discriminator reads beside the sample's generated images
-    real_texts: list[str] | None = None  # B * l, and beside `images`
+    fake_texts: Sequence[str] = ()  # B * l, what the discriminator reads beside the sample's generated images
+    real_texts: Sequence[str] = ()  # B * l, and beside `images`
 
 
 class TrainingData(NamedTuple):
@@ -74,10 +75,10 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> Traini
         caption_column=config.caption_column,
         video_column=config.video_column,
     )
-    images = None
+    images: ImageDataset | FrameDataset | None = None
     if config.adversarial and config.image_data is None:
         images = FrameDataset(videos)
-    elif config.adversarial:
+    elif config.adversarial and config.image_data is not None:
         images = ImageDataset(
             config.image_data,
             size=(height, width),
@@ -97,16 +98,17 @@ def build_batches(
     pin_memory: bool,
 ) -> Batches:
     """Loaders of this process."""
-    options = dict(
+    load = partial(
+        build_loader,
         batch_size=config.train_batch_size,
         rank=process,
         num_processes=num_processes,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=config.accumulation,
         start_step=first_step,
         end_step=config.max_train_steps,
         num_workers=config.dataloader_num_workers,
         pin_memory=pin_memory,
     )
     videos, images, image_text = data
-    image_loader = images and build_loader(images, items_per_sample=config.num_adversarial_frames, **options)
-    return Batches(build_loader(videos, **options), image_loader, image_text.choice)
+    image_loader = None if images is None else load(images, items_per_sample=config.num_adversarial_frames)
+    return Batches(load(videos), image_loader, image_text.choice)

@@ -18,8 +18,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and is_checkpoint(path)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    matches = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir()]
+    found = {path: int(match[1]) for path, match in matches if match and is_checkpoint(path)}
+    return sorted(found, key=found.__getitem__)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -229,6 +229,16 @@ class TrainingConfig(MethodConfig):
         _check_output(self)
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.gradient_accumulation_steps or 1
+
+    @property
+    def precision(self) -> str:
+        """Of the frozen networks and of autocast."""
+        return self.mixed_precision or "no"
+
+    @property
     def method(self) -> MethodConfig:
         """The method's own settings, all that a training step takes."""
         return MethodConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MethodConfig)})

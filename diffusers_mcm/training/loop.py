@@ -53,9 +53,7 @@ class Trainer:
         with room_for("the tracker's log", self.output_dir):
             start_trackers(self.accelerator, config)
         self.networks = build_networks(config, self.device)
-        self.total_batch = (
-            config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        self.total_batch = config.train_batch_size * config.accumulation * self.accelerator.num_processes
         rates = config.learning_rates(self.total_batch)
         run = (config, self.accelerator)
         self.student = TrainedModule("student", self.networks.student, rates[0], *run, config.ema_decay)
@@ -67,7 +65,8 @@ class Trainer:
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
-        self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
+        self.step, self.seconds = 0, 0.0
+        self.last_checkpoint: Path | None = None
         self.sums: dict[str, torch.Tensor] = {}
         self.data_sizes: dict[str, int] = {}
         self.pictures = PictureLog(self.accelerator.trackers)
@@ -115,7 +114,7 @@ class Trainer:
         losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, adversary)
         self.accelerator.backward(losses.total)
         self.record(loss=losses.total, consistency=losses.consistency)
-        if adversary is None:
+        if self.discriminator is None or adversary is None:
             return
         with self.accelerator.autocast():
             hinge, penalty = adversary.discriminator_loss(self.discriminator.module, losses.generator.features)
@@ -140,7 +139,7 @@ class Trainer:
         if scaler is not None:
             scaler.update()
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
-        if self.discriminator is not None:
+        if self.networks.discriminator is not None:
             self.networks.discriminator.update_spectral_norm()
         return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
 
@@ -174,16 +173,16 @@ class Trainer:
 
     def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
-        if self.discriminator is None:
+        discriminator, encode_text = self.networks.discriminator, self.networks.discriminator_text
+        if discriminator is None or encode_text is None or batch.images is None:
             return None
-        networks = self.networks
         return AdversarialStep(
-            networks.discriminator,
+            discriminator,
             self.config.method,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
-            networks.discriminator_text(batch.fake_texts)["embedding"],
+            encode_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
-            networks.discriminator_text(batch.real_texts)["embedding"],
+            encode_text(batch.real_texts)["embedding"],
         )
 
     def open_batches(self):
@@ -203,7 +202,7 @@ class Trainer:
     # --- what it tells -----------------------------------------------------------------------------------------------
     def record(self, **losses: torch.Tensor | None) -> None:
         """Add one micro-batch's losses to the step's means."""
-        share = 1 / self.config.gradient_accumulation_steps
+        share = 1 / self.config.accumulation
         for name, value in losses.items():
             if value is not None:
                 self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
@@ -364,13 +363,14 @@ class Trainer:
             raise RuntimeError(
                 f"{self.step} of {self.config.max_train_steps} steps were made when the data came to an end, so no"
                 f" LoRA is written. {saved_in(self.last_checkpoint)} Accumulation is over"
-                f" {self.config.gradient_accumulation_steps} micro-batches here and over"
+                f" {self.config.accumulation} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
 
-    def finish(self, skipped: list[str]) -> None:
+    def finish(self, unread: list[str]) -> None:
+        """Write the LoRA folder, and publish it if that is asked for; `unread` are this process's unusable items."""
         config = self.config
-        skipped = set(gather_object(skipped))  # each process read other samples
+        skipped = set(gather_object(unread))  # each process read other samples
         if self.accelerator.is_main_process:
             prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
             sample = (prompts[0], self.clip(prompts[0])) if prompts else None

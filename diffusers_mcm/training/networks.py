@@ -113,7 +113,7 @@ def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
         )
     extra = base.components_elsewhere(index) | given_repositories(base, config)
     pipeline = MCMPipeline.from_pretrained(
-        source, revision=config.revision, variant=config.variant, dtype=WEIGHT_DTYPES[config.mixed_precision], **extra
+        source, revision=config.revision, variant=config.variant, dtype=WEIGHT_DTYPES[config.precision], **extra
     )
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
     pipeline.set_progress_bar_config(disable=True)
@@ -154,7 +154,7 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
     with seeded(config.seed, "motion"):
         motion = build_motion(config.motion, channels)
     if config.pretrained_lora:
-        start_from_pretrained(denoiser, motion, config)
+        start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
     path = base.noise_path(
@@ -175,7 +175,7 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
 
 def build_discriminator(config: TrainingConfig) -> Discriminator:
     """A discriminator with fresh heads on the frozen feature networks."""
-    dtype = WEIGHT_DTYPES[config.mixed_precision]
+    dtype = WEIGHT_DTYPES[config.precision]
     return Discriminator.with_fresh_heads(
         PatchFeatures.from_pretrained(config.discriminator_features, dtype=dtype),
         TextFeatures.from_pretrained(config.discriminator_text, dtype=dtype),
@@ -186,9 +186,9 @@ def build_discriminator(config: TrainingConfig) -> Discriminator:
     )
 
 
-def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
-    """Overwrite a fresh LoRA with `--pretrained_lora`, and the motion head with the one beside it, if there is one."""
-    lora = read_lora(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
+    """Overwrite a fresh LoRA with the one called `name`, and the motion head with the one beside it, if any is."""
+    lora = read_lora(name, subfolder=config.pretrained_lora_subfolder)
     check_fits(denoiser, lora)
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]
@@ -198,7 +198,7 @@ def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: Traini
             f" {config.lora_rank} and --lora_alpha {config.lora_alpha:g}: they must be the same, for all its modules."
         )
     set_lora_state_dict(denoiser, lora.tensors)
-    source, where = hub.resolve(config.pretrained_lora), dict(subfolder=config.pretrained_lora_subfolder)
+    source, where = hub.resolve(name), dict(subfolder=config.pretrained_lora_subfolder)
     head = hub.find_file(source, MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
     if head is not None:
         with open_safetensors(head) as file:

@@ -153,7 +153,7 @@ def test_other_pictures_are_still_told(world, tmp_path, small_discriminator, cap
     assert experiment.hinge(change_fakes=lambda images: images / 2, until=0.5) < 0.5
 
 
-# --- the rule --------------------------------------------------------------------------------------------------------
+# --- the choice ------------------------------------------------------------------------------------------------------
 def test_overlap_is_what_the_texts_alone_leave_of_the_hinge():
     """Against the least hinge over all functions of the text, which is the sum over texts of 2 min(p, q)."""
     images, videos = ["a"] * 6 + ["b"] * 2 + ["c"] * 2, ["a"] * 2 + ["b", "d"]
