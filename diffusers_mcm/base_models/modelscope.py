@@ -36,5 +36,5 @@ class ModelScope(StableDiffusionModel):
 
 
 def __getattr__(name: str):
-    """Where the pipeline was before it had a folder of its own."""
+    """Names that this module once held are found where they are now."""
     return moved(__name__, name, {"ModelScopeMCMPipeline": "diffusers_mcm.pipelines"})

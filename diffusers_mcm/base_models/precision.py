@@ -34,7 +34,7 @@ class _End(nn.Module):
 
 
 class InputConv2d(_End, nn.Conv2d):
-    """Reads float32, and hands on the type of its weights."""
+    """The first convolution: it reads float32 and hands on the type of its weights."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:
@@ -44,7 +44,7 @@ class InputConv2d(_End, nn.Conv2d):
 
 
 class OutputGroupNorm(_End, nn.GroupNorm):
-    """Gives float32."""
+    """The last normalisation, with a float32 output."""
 
     def forward(self, x):
         if not self.float32_calls:
@@ -55,7 +55,7 @@ class OutputGroupNorm(_End, nn.GroupNorm):
 
 
 class OutputConv2d(_End, nn.Conv2d):
-    """Gives float32."""
+    """The last convolution, with a float32 output."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:

@@ -51,7 +51,7 @@ class StableDiffusionModel(BaseModel):
             )
 
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """The keys that hold for this model, of the scheduler's configuration beside this `model_index.json`."""
+        """As much of a repository's scheduler configuration as holds for this model; `index` is its model index."""
         return config
 
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:

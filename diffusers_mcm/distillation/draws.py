@@ -52,7 +52,7 @@ class Coins:
 
     @property
     def block(self) -> int:
-        """Coins that are drawn together."""
+        """The number of coins that are drawn together."""
         return 2 if self.lambda_real in (0, 0.5, 1) else max(1, self.total_batch // self.samples_per_coin)
 
     def draw(self, seed: int, indices: Sequence[int]) -> torch.Tensor:
@@ -80,7 +80,7 @@ class StepDraws:
     frames: torch.Tensor  # (B, l) uniforms, one per segment of the clip
 
     def to(self, device: torch.device) -> "StepDraws":
-        """On the device, but for the coin: it decides shapes, and reading it back would make the device wait."""
+        """The draws on the device, but for the coin: it decides shapes, and the device would wait for its way back."""
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "coin"}
         return StepDraws(coin=self.coin, **moved)
 

@@ -75,7 +75,7 @@ def _accumulation_of_environment() -> int | None:
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """One process or many; DDP is the only kind of parallelism whose results the tests vouch for.
+    """The accelerator of a run in one process or many; of parallelism only DDP, whose results the tests vouch for.
 
     Args:
         config: With precision and accumulation decided, as `with_accelerate_settings` returns it.

@@ -97,7 +97,7 @@ def build_batches(
     num_processes: int,
     pin_memory: bool,
 ) -> Batches:
-    """Loaders of this process."""
+    """The micro-batches of this process, from step `first_step` on."""
     load = partial(
         build_loader,
         batch_size=config.train_batch_size,

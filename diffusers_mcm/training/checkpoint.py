@@ -52,7 +52,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_mo
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state, on the CPU."""
+    """The state in a checkpoint, on the CPU."""
     try:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:

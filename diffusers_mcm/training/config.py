@@ -235,7 +235,7 @@ class TrainingConfig(MethodConfig):
 
     @property
     def precision(self) -> str:
-        """Of the frozen networks and of autocast."""
+        """The precision of the frozen networks and of autocast."""
         return self.mixed_precision or "no"
 
     @property

@@ -214,6 +214,7 @@ class Trainer:
         return dict(zip(names, self.accelerator.reduce(values, "mean").tolist()))
 
     def open_log(self) -> LossLog | None:
+        """The log of the losses, in the main process; what there is to say of the run is said there."""
         if not self.accelerator.is_main_process:
             return None
         with room_for("the run's log", self.output_dir):
@@ -221,14 +222,14 @@ class Trainer:
             self.run.write()
             log = LossLog(self.output_dir, self.step)
         logger.info(
-            "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.mixed_precision
+            "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.precision
         )
         self.warn(slow_learning(self.student, self.config, self.total_batch))
         self.tell_image_text()
         return log
 
     def warn(self, message: str | None) -> None:
-        """Say it once, whatever the number of processes."""
+        """Log a message, if there is one, once for all processes."""
         if message is not None and self.accelerator.is_main_process:
             logger.warning(message)
 
@@ -281,6 +282,7 @@ class Trainer:
         return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, image_text)
 
     def state(self) -> dict[str, Any]:
+        """All that a checkpoint keeps, from which `resume` goes on bit for bit."""
         student = self.networks.student
         discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
         return {

@@ -208,7 +208,7 @@ def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, con
 
 
 def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, float]:
-    """The ends of w, as given or the base model's."""
+    """The range of the guidance strength w, as given or the base model's."""
     if config.guidance_min is None or config.guidance_max is None:
         return base.guidance_range
     return config.guidance_min, config.guidance_max

@@ -135,6 +135,6 @@ def hub_repository(config: TrainingConfig) -> str:
 
 
 def push_command(config: TrainingConfig) -> str:
-    """What does the same as --push_to_hub, later."""
+    """The command that does the same as --push_to_hub, later."""
     private = ["--private"] if config.hub_private_repo else []
     return shlex.join(["diffusers-mcm", "push", config.output_dir, hub_repository(config), *private])

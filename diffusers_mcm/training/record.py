@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def existing(self) -> list[Path]:
-        """Those of the line that are still there."""
+        """The checkpoints of the line that are still there."""
         return [self.output_dir / name for name in self.line if is_checkpoint(self.output_dir / name)]
 
     @property
@@ -53,7 +53,7 @@ class RunRecord:
         return [folder for folder in checkpoints(self.output_dir) if folder.name not in self.line]
 
     def add(self, folder: Path) -> None:
-        """A checkpoint was written in the folder."""
+        """Put a checkpoint that was written in the folder at the end of the line."""
         self.line = [*(name for name in self.line if name != folder.name), folder.name]
         self.write()
 

@@ -183,7 +183,7 @@ def resized_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_
 
 
 def whole_image(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
-    """Never cropped."""
+    """The whole image, resized."""
     return resize(images, size)
 
 

@@ -123,5 +123,5 @@ class Discriminator(nn.Module):
         return DiscriminatorOutput(self.heads(fake.blocks, fake_text), self.heads(real.blocks, real_text), penalty)
 
     def update_spectral_norm(self) -> None:
-        """One power iteration of every spectral norm; call it once after each optimiser step."""
+        """Move every spectral norm on by one power iteration; to be called once after each optimiser step."""
         self.heads.update_spectral_norm()
