@@ -68,11 +68,11 @@ class MethodConfig(FlagConfig):
     )
     image_text: str = _method(
         "auto",
-        help="Text that the discriminator reads beside a real image. 'own': the image's caption or, where it has "
-        "none, the prompt of the generated image that it is paired with; 'prompt': always that prompt; 'none': no "
-        "text, and none beside generated images either; 'auto': 'own' if the captions of images and videos overlap by "
-        f"{ALIKE:.0%} or more, else 'none', because texts of another kind would tell real from generated images by "
-        "themselves.",
+        help="Text that the discriminator reads beside a real image. 'own': the image's caption, and where it has "
+        "none, no text, and none beside the generated image that it is paired with either; 'prompt': the prompt of "
+        "that generated image; 'none': no text, and none beside generated images either; 'auto': 'own' if the "
+        f"captions of images and videos overlap by {ALIKE:.0%} or more, else 'none', because texts of another kind "
+        "would tell real from generated images by themselves.",
         choices=IMAGE_TEXTS,
         beyond_paper=True,
         before="own",

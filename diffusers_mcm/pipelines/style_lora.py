@@ -21,10 +21,12 @@ from .. import hub
 from ..lora import (
     METADATA_KEY,
     PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    PREFIXES,
+    WEIGHTS_NAME,
     LoRA,
     base_layer,
     check_not_wrapped,
-    find_lora_file,
     locate_lora,
     lora_header,
     open_safetensors,
@@ -47,6 +49,7 @@ _PREFIXES = {
     "text_encoder.": TEXT_ENCODER,
     "clip_l.": TEXT_ENCODER,  # OneTrainer's
 }
+_OF_OTHERS = tuple(prefix for prefix in _PREFIXES if prefix not in PREFIXES)  # of kohya, OneTrainer, text encoders
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts in the same file
 # What is in the keys of adapters that are no LoRA.
 _OTHER_KINDS = {
@@ -87,17 +90,23 @@ def read_parts(
         return {denoiser: source}
     if isinstance(source, Mapping):
         return split_parts(source, {}, components, "the LoRA")
+    source = hub.resolve(source)
     if not options.get("weight_name") and not os.path.isfile(source):
-        where = {key: value for key, value in options.items() if key != "weight_name"}
-        if find_lora_file(hub.resolve(source), **where) is None and hub.find_file(source, MOTION_LORA_NAME, **where):
-            options["weight_name"] = MOTION_LORA_NAME
+        options["weight_name"] = _usual_name(source, **options)
     path = locate_lora(source, **options)[1]
     with open_safetensors(path) as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in tensors):
-        if not any(key.startswith(f"{TEXT_ENCODER}.") for key in tensors):
+        if not any(key.startswith(_OF_OTHERS) for key in tensors):
             return {denoiser: read_lora(source, **options)}  # with the settings beside it
     return split_parts(tensors, header, components, str(path))
+
+
+def _usual_name(source: str, weight_name: str | None = None, **where) -> str | None:
+    """The name that a motion LoRA has on the Hub, if a file of that name is there and no usual one; there may be
+    variants of it beside it."""
+    usual = any(hub.find_file(source, name, **where) for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME))
+    return MOTION_LORA_NAME if not usual and hub.find_file(source, MOTION_LORA_NAME, **where) else None
 
 
 def split_parts(

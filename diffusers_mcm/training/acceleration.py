@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from .tracking import check_tracker
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
     from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import gather_object as gather_object  # for the loop: here its absence is told
 except ImportError as error:
     raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
 
@@ -28,6 +31,19 @@ _NOT_SUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
+
+
+@contextmanager
+def told_by_one(accelerator: Accelerator) -> Iterator[None]:
+    """Warnings of this package from the main process only, where each process does the same; errors come from all."""
+    package = logging.getLogger(__name__.partition(".")[0])
+    level = package.level
+    if not accelerator.is_main_process:
+        package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def with_accelerate_settings(config: TrainingConfig) -> TrainingConfig:

@@ -38,10 +38,12 @@ class Batches:
         self.videos, self.images, self.image_text = videos, images, image_text
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """How many videos and images there are to take from."""
-        loaders = {"number of videos": self.videos, "number of images": self.images}
-        return {name: len(loader.dataset) for name, loader in loaders.items() if loader is not None}
+    def sizes(self) -> dict[str, int | str | None]:
+        """How many videos and images there are to take from, and what tells their order from others."""
+        loaders = {"videos": self.videos, "images": self.images}
+        rows = {name: loader.dataset.rows for name, loader in loaders.items() if loader is not None}
+        numbers = {f"number of {name}": len(each) for name, each in rows.items()}
+        return numbers | {f"order of {name}": each.order() for name, each in rows.items()}
 
     @property
     def skipped(self) -> list[str]:
@@ -59,6 +61,14 @@ class Batches:
             prompts = [caption for caption in clips["caption"] for _ in range(frames)]
             texts = pair_texts(self.image_text, prompts, images["caption"])
             yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"], images["pixels"], *texts)
+
+
+def told_skipped(names: set[str]) -> str | None:
+    """What to warn of at the end of a run: the items of the data that were of no use; None if all were."""
+    if not names:
+        return None
+    first = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} items of the data could not be used: {first}"
 
 
 def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> TrainingData:

@@ -219,6 +219,9 @@ class TrainingConfig(MethodConfig):
         None, help="Token for the Hub, if not logged in. Never saved.", secret=True, recorded=False
     )
     hub_private_repo: bool = _output(False, help="Create the repository as a private one.", recorded=False)
+    overwrite_card: bool = _output(
+        False, help="Replace a card that was edited on the Hub. Default: it stays.", recorded=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -328,6 +331,6 @@ def _check_output(config: TrainingConfig) -> None:
             f"--report_to {config.report_to} would record --hub_token; log in with `hf auth login` instead."
         )
     if not config.push_to_hub:
-        for name in ("hub_model_id", "hub_private_repo"):
+        for name in ("hub_model_id", "hub_private_repo", "overwrite_card"):
             if getattr(config, name):
                 raise ValueError(f"--{name} has no effect without --push_to_hub.")

@@ -1,9 +1,12 @@
 """Which text real images get in a run, decided from the captions of its data sets."""
 
+import logging
+
 from ..data import KeyedDataset
 from ..data.sources import MediaRows
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap
 
+logger = logging.getLogger(__name__)
 MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
 
 
@@ -21,6 +24,13 @@ def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedData
     return ImageText("own" if alike else "none", finding, overlap)
 
 
+def tell(text: ImageText) -> None:
+    """Log which text real images get in this run, and why."""
+    logger.info("Text beside real images: %s (%s).", text.choice, text.reason)
+    if text.warning:
+        logger.warning(text.warning)
+
+
 def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
     """The overlap of the captions, those of images without one left out, and what was found, in words."""
     if images is videos:
@@ -29,7 +39,7 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
         return None, f"captions of more than {MAX_COMPARED:,} items are not compared"
     captions = [caption for caption in images.all_captions() if caption]
     if not captions:
-        return 0.0, "images have no captions"
+        return None, "images have no captions"
     overlap = caption_overlap(captions, videos.all_captions())
     missing = len(images) - len(captions)
     without = f", {missing} of {len(images)} images have none" if missing else ""

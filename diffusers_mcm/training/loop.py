@@ -17,24 +17,20 @@ from ..distillation.draws import Coins, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
 from ..files import whole_files
-from ..lora import lora_state_dict, set_lora_state_dict
-from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
-from .batches import Batch, build_batches, open_data
+from ..lora import lora_state_dict
+from . import image_text
+from .acceleration import build_accelerator, gather_object, start_trackers, told_by_one, with_accelerate_settings
+from .batches import Batch, build_batches, open_data, told_skipped
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
 from .networks import build_networks
-from .output import prepare_push, push_to_hub, write_lora_folder
+from .output import prepare_push, push_to_hub, unusable, write_lora_folder
 from .record import RunRecord, find_checkpoint, go_on
-from .resuming import check_identity, circumstances, identity, told_changes
+from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .trained_module import TrainedModule, slow_learning
-from .validation import sample_clip, write_validation
-
-try:
-    from accelerate.utils import gather_object
-except ImportError as error:
-    raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
+from .validation import NonFiniteSample, sample_clip, write_validation
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +59,13 @@ class Trainer:
         self.trained = [module for module in (self.student, self.discriminator) if module is not None]
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
-        self.data = open_data(config, self.networks.clip_size)
+        with told_by_one(self.accelerator):
+            self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Path | None = None
         self.sums: dict[str, torch.Tensor] = {}
-        self.data_sizes: dict[str, int] = {}
+        self.data_sizes: dict[str, Any] = {}
         self.pictures = PictureLog(self.accelerator.trackers)
         self.run = RunRecord(self.output_dir)
         if checkpoint is not None:
@@ -133,6 +130,8 @@ class Trainer:
         samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
         checked = losses if scaler is not None else {**losses, **gradients}
         check_finite(checked, self.step + 1, samples, self.last_checkpoint)
+        for trained in self.trained:
+            trained.count_step(gradients[f"{trained.name}_grad_norm"], self.step + 1)
         rates = {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
         for trained in self.trained:
             trained.update(scaler)
@@ -194,9 +193,11 @@ class Trainer:
             self.accelerator.num_processes,
             pin_memory=self.device.type == "cuda",
         )
+        sizes = batches.sizes
+        check_same_everywhere(gather_object([sizes]))
         if self.last_checkpoint is not None:
-            self.warn(told_changes(self.data_sizes, batches.sizes, self.last_checkpoint))
-        self.data_sizes = batches.sizes
+            check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
+        self.data_sizes = sizes
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
@@ -225,21 +226,14 @@ class Trainer:
             "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.precision
         )
         self.warn(slow_learning(self.student, self.config, self.total_batch))
-        self.tell_image_text()
+        if self.discriminator is not None:
+            image_text.tell(self.data.image_text)
         return log
 
     def warn(self, message: str | None) -> None:
         """Log a message, if there is one, once for all processes."""
         if message is not None and self.accelerator.is_main_process:
             logger.warning(message)
-
-    def tell_image_text(self) -> None:
-        """Which text real images get in this run, and why."""
-        text = self.data.image_text
-        if self.discriminator is not None:
-            logger.info("Text beside real images: %s (%s).", text.choice, text.reason)
-            if text.warning:
-                logger.warning(text.warning)
 
     def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
         if log is None:
@@ -262,11 +256,25 @@ class Trainer:
 
     def validate(self) -> None:
         if self.accelerator.is_main_process:
-            clips = {prompt: self.clip(prompt, index) for index, prompt in enumerate(self.config.validation_prompts)}
-            picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
-            with room_for("the tracker's pictures", self.output_dir):
-                self.pictures.write("validation", picture, self.step)
+            prompts = self.config.validation_prompts
+            clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
+            if any(clip is not None for clip in clips.values()):
+                picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
+                with room_for("the tracker's pictures", self.output_dir):
+                    self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()
+
+    def clip_or_error(self, prompt: str, index: int = 0) -> np.ndarray | None:
+        """`clip`, or an error in the log if it is not finite: the losses are, so the run goes on and loses nothing."""
+        try:
+            return self.clip(prompt, index)
+        except NonFiniteSample as error:
+            logger.error(
+                "The student of step %d makes no clip of %r: %s The losses of the training are finite, so it is not"
+                " stopped. %s",
+                *(self.step, prompt, error, saved_in(self.last_checkpoint)),
+            )
+            return None
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
@@ -278,13 +286,12 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of this run."""
-        image_text = self.data.image_text.choice
-        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, image_text)
+        text = self.data.image_text.choice
+        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, text)
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint keeps, from which `resume` goes on bit for bit."""
-        student = self.networks.student
-        discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
+        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -292,10 +299,7 @@ class Trainer:
             "identity": json.dumps(self.identity()),
             "circumstances": json.dumps(circumstances(self.config, self.output_dir)),
             "data_sizes": self.data_sizes,
-            "lora": lora_state_dict(student.denoiser),
-            "motion": student.motion.state_dict(),
-            "target_motion": student.target_motion.state_dict(),
-            "heads": None if discriminator is None else discriminator.heads.state_dict(),
+            **self.networks.state_dict(),
             "parts": {trained.name: trained.state() for trained in self.trained},
             "average": None if self.student.average is None else self.student.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -329,27 +333,19 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        state, student = load_checkpoint(folder), self.networks.student
+        state = load_checkpoint(folder)
         check_identity(state["identity"], self.identity(), folder)
         self.run = go_on(self.output_dir, folder, state.get("run"))
         if state["step"] > self.config.max_train_steps:
             raise ValueError(
                 f"{folder} is of step {state['step']}, beyond --max_train_steps {self.config.max_train_steps}."
             )
-        if others := self.run.others:
-            self.warn(
-                f"{', '.join(other.name for other in others)} in {self.output_dir} do not lead to {folder.name}: "
-                "'latest' will not mean them, and each is replaced when this run writes one of its name."
-            )
+        self.warn(self.run.told_others(folder))
         if then := state.get("circumstances"):
             self.warn(told_changes(json.loads(then), circumstances(self.config, self.output_dir), folder))
         self.data_sizes = state.get("data_sizes", {})
         self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
-        set_lora_state_dict(student.denoiser, state["lora"])
-        student.motion.load_state_dict(state["motion"])
-        student.target_motion.load_state_dict(state["target_motion"])
-        if self.networks.discriminator is not None:
-            self.networks.discriminator.heads.load_state_dict(state["heads"])
+        self.networks.load_state_dict(state)
         for trained in self.trained:
             trained.load(state["parts"][trained.name])
         self.student.load_average(state.get("average"))
@@ -368,25 +364,29 @@ class Trainer:
                 f" {self.config.accumulation} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
+        for trained in self.trained:
+            trained.check_learnt()
 
     def finish(self, unread: list[str]) -> None:
         """Write the LoRA folder, and publish it if that is asked for; `unread` are this process's unusable items."""
         config = self.config
         skipped = set(gather_object(unread))  # each process read other samples
+        prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
+        clip = None
         if self.accelerator.is_main_process:
-            prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
-            sample = (prompts[0], self.clip(prompts[0])) if prompts else None
+            clip = self.clip_or_error(prompts[0]) if prompts else None
+            sample = None if clip is None else (prompts[0], clip)
             with (
                 room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
                 whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
             ):
                 self.write_folder(folder, sample, relative_to=self.output_dir)
-            if skipped:
-                first = ", ".join(sorted(skipped)[:5]) + (", …" if len(skipped) > 5 else "")
-                logger.warning("%d items of the data could not be used: %s", len(skipped), first)
+            self.warn(told_skipped(skipped))
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if prompts and clip is None and self.accelerator.is_main_process:
+            raise NonFiniteSample(unusable(config, prompts[0]))
         if config.push_to_hub and self.accelerator.is_main_process:
             logger.info("Published: %s", push_to_hub(config))
 

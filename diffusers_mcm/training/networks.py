@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,12 +24,14 @@ from ..lora import (
     add_lora,
     check_fits,
     lora_disabled,
+    lora_state_dict,
     open_safetensors,
     read_lora,
     set_lora_state_dict,
 )
 from ..lora.fused import fused
 from ..pipelines import MCMPipeline
+from ..pipelines.single_file import how_to_unpack, is_checkpoint
 from .config import TrainingConfig
 from .text import CachedTextEncoder
 
@@ -51,6 +55,23 @@ class TrainingNetworks:
     @property
     def base_model(self) -> BaseModel:
         return self.pipeline.base_model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that a run changes."""
+        return {
+            "lora": lora_state_dict(self.student.denoiser),
+            "motion": self.student.motion.state_dict(),
+            "target_motion": self.student.target_motion.state_dict(),
+            "heads": None if self.discriminator is None else self.discriminator.heads.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the weights of a run, in place."""
+        set_lora_state_dict(self.student.denoiser, state["lora"])
+        self.student.motion.load_state_dict(state["motion"])
+        self.student.target_motion.load_state_dict(state["target_motion"])
+        if self.discriminator is not None:
+            self.discriminator.heads.load_state_dict(state["heads"])
 
     def summary(self) -> str:
         """A line or two for the log: what is trained, at which size."""
@@ -97,9 +118,11 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     )
 
 
-def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
-    """The teacher as a pipeline, and where its components lie that are not in its own repository."""
+def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
+    """The row of `BASE_MODELS` for the teacher, and the `model_index.json` that says so."""
     source = hub.resolve(config.pretrained_teacher_model)
+    if os.path.isfile(source):
+        raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_what_to_do_with(source)}")
     index = hub.read_json(source, "model_index.json", revision=config.revision)
     if index is None:
         raise ValueError(
@@ -111,9 +134,31 @@ def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
         raise ValueError(
             f"--base_model is {config.base_model}, but {config.pretrained_teacher_model!r} holds a {base.name}."
         )
+    return base, index
+
+
+def _what_to_do_with(file: str) -> str:
+    if hub.is_pickled(file):
+        return f"{file} is a file, and {hub.how_to_convert(file)}"
+    if is_checkpoint(file):
+        folder = os.path.splitext(file)[0]
+        return (
+            f"{file} is a single-file checkpoint. Make a folder of it, {how_to_unpack(file)}, and give"
+            f" --pretrained_teacher_model {shlex.quote(folder)}"
+        )
+    return f"{file} is a file, and no checkpoint of a whole model: a LoRA to start from would be --pretrained_lora."
+
+
+def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
+    """The teacher as a pipeline, and where its components lie that are not in its own repository."""
+    base, index = find_base_model(config)
     extra = base.components_elsewhere(index) | given_repositories(base, config)
     pipeline = MCMPipeline.from_pretrained(
-        source, revision=config.revision, variant=config.variant, dtype=WEIGHT_DTYPES[config.precision], **extra
+        config.pretrained_teacher_model,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=WEIGHT_DTYPES[config.precision],
+        **extra,
     )
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
     pipeline.set_progress_bar_config(disable=True)

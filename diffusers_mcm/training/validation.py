@@ -6,34 +6,53 @@ import numpy as np
 
 from ..distillation.draws import draw_normal, sample_generator
 from ..files import whole_folder
+from ..pipelines.checks import NotFiniteError
 from ..video_io import comparison, to_uint8, write_image, write_mp4
 from .config import TrainingConfig
 from .disk import room_for
 from .networks import TrainingNetworks
 
 
+class NonFiniteSample(FloatingPointError):
+    """A clip of the student would hold NaN or infinite values; as pixels they would be black, or anything."""
+
+
 def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str, index: int) -> np.ndarray:
-    """A clip of the student by its pipeline, frames (T, H, W, 3) uint8. The same noise whenever it is called."""
+    """A clip of the student by its pipeline, frames (T, H, W, 3) uint8. The same noise whenever it is called.
+
+    `NonFiniteSample` if the network or the VAE makes values that are not finite.
+    """
     num_frames, height, width = networks.clip_size
-    frames = networks.pipeline(
-        prompt,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        num_inference_steps=config.num_inference_steps,
-        latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
-        generator=sample_generator(config.seed, "validation steps", index),
-        decode_chunk_size=4,
-        output_type="np",
-    ).frames
-    return to_uint8(frames[0])
+    try:
+        videos = networks.pipeline(
+            prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=config.num_inference_steps,
+            latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
+            generator=sample_generator(config.seed, "validation steps", index),
+            decode_chunk_size=4,
+            output_type="np",
+        ).frames
+    except NotFiniteError as error:
+        raise NonFiniteSample(
+            f"{error.found}. The usual causes: a network or VAE that overflows --mixed_precision fp16 (bf16 does not),"
+            " or learning rates that are too high."
+        ) from error
+    return to_uint8(videos[0])
 
 
-def write_validation(folder: Path, clips: dict[str, np.ndarray], fps: int) -> np.ndarray:
-    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none."""
-    picture = comparison({prompt: [clip] for prompt, clip in clips.items()}, [folder.name], frames_per_video=8)
+def write_validation(folder: Path, clips: dict[str, np.ndarray | None], fps: int) -> np.ndarray:
+    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none.
+
+    Where there is no clip of a prompt its number stays free.
+    """
+    shown = {prompt: [clip] for prompt, clip in clips.items() if clip is not None}
+    picture = comparison(shown, [folder.name], frames_per_video=8)
     with room_for("the validation clips", folder), whole_folder(folder) as temporary:
         for number, clip in enumerate(clips.values()):
-            write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
+            if clip is not None:
+                write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
         write_image(temporary / "overview.png", picture)
     return np.asarray(picture)
