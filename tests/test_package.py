@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines": {"base_models", "cards", "files", "hub", "lora", "publish", "scheduler"},
     "": {"base_models", "pipelines", "scheduler"},
     "training": {
-        *("base_models", "cards", "conditioning", "consistency", "data", "distillation", "files", "flags", "hub"),
+        *("base_models", "cards", "conditioning", "data", "distillation", "features", "files", "flags", "hub"),
         *("lora", "pipelines", "publish", "video_io"),
     },
     "formats": {"base_models", "files", "hub", "lora", "pipelines"},

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.features import PatchFeatures, TextFeatures
 from diffusers_mcm.lora import WEIGHTS_NAME, read_lora
 from tests.distillation.discriminator.tiny import tiny_clip_text, tiny_dinov2
@@ -119,8 +118,6 @@ def test_a_base_model_with_a_pickled_part_is_refused(world, tmp_path, component,
     bomb(base / component / ("pytorch_model.bin" if name == "model" else f"{name}.bin"))
     with pytest.raises(OSError, match=f"has no safetensors weights .*, and {NEVER}"):
         MCMPipeline.from_pretrained(base)
-    with pytest.raises(OSError, match=f"has no safetensors weights .*, and {NEVER}"):
-        get_base_model("modelscope").load(str(base))
     with pytest.raises(ValueError, match="`use_safetensors=False` was given, but pickled weights are not read"):
         MCMPipeline.from_pretrained(base, use_safetensors=False)
 

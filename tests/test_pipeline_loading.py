@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet3DConditionModel
 from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, hub
-from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, lora_layers
 from tests.hub_server import hub_server
 from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, realign, save_tiny_base, save_tiny_lora, tiny_unet
@@ -125,11 +124,9 @@ def test_a_base_model_that_is_there_in_half_precision_alone(world, tmp_path):
     message = r"has no plain weights .* give `variant='fp16'` \(--variant fp16\)"
     with pytest.raises(OSError, match=message):
         MCMPipeline.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match=message):
-        get_base_model("modelscope").load(str(tmp_path))
     again = MCMPipeline.from_pretrained(world / "lora", base_model=tmp_path, variant="fp16")
-    loaded = get_base_model("modelscope").load(str(tmp_path), variant="fp16")
-    for unet in (again.unet, loaded.denoiser):
+    base = MCMPipeline.from_pretrained(tmp_path, variant="fp16")
+    for unet in (again.unet, base.unet):
         assert torch.equal(unet.conv_in.weight, pipe.unet.conv_in.weight)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .animatediff import AnimateDiff
-from .base import BaseModel, Components
+from .base import BaseModel
 from .modelscope import ModelScope
 
 BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(), AnimateDiff())}
@@ -44,4 +44,4 @@ def infer_base_model(
     )
 
 
-__all__ = ["BASE_MODELS", "BaseModel", "Components", "get_base_model", "infer_base_model"]
+__all__ = ["BASE_MODELS", "BaseModel", "get_base_model", "infer_base_model"]

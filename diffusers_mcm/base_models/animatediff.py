@@ -17,7 +17,6 @@ from torch import nn
 
 from ..conditioning import Conditioning
 from ..moved import moved
-from .motion_adapter import load_motion_adapter
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
@@ -49,23 +48,12 @@ class AnimateDiff(StableDiffusionModel):
     def recognises(self, module_names: Iterable[str]) -> bool:
         return any(".motion_modules." in name for name in module_names)
 
-    def load_denoiser(self, source, index, weights_of, extra_repositories, hub_options):
-        adapter, origin = None, extra_repositories.get(ADAPTER)
-        if has_motion(index):
-            unet = UNetMotionModel.from_pretrained(source, **weights_of("unet"))
-        else:
-            unet = UNet2DConditionModel.from_pretrained(source, **weights_of("unet"))
-            if origin is None and has_adapter(index):
-                adapter = MotionAdapter.from_pretrained(source, **weights_of(ADAPTER))
-            else:
-                origin = origin or self.extra_repositories[ADAPTER]
-        if origin is not None:
-            adapter = load_motion_adapter(origin, unet.dtype, **hub_options)
-        return with_motion(unet, adapter), {} if origin is None else {ADAPTER: origin}
+    def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
+        return {} if has_motion(model_index) else super().components_elsewhere(model_index)
 
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """An AnimateDiff pipeline's own; of a Stable Diffusion repository only what its network predicts, for its
-        betas (scaled linear) are those of the image model, and the motion modules were trained on linear ones."""
+        """All of an AnimateDiff pipeline's configuration; of a Stable Diffusion's only what its network predicts, for
+        its betas (scaled linear) are the image model's, and the motion modules were trained on linear ones."""
         if config is None or is_animatediff(index):
             return config
         return {key: config[key] for key in ("prediction_type",) if key in config}
@@ -109,7 +97,7 @@ def has_adapter(model_index: Mapping[str, Any]) -> bool:
 
 
 def is_animatediff(model_index: Mapping[str, Any]) -> bool:
-    """As opposed to a Stable Diffusion repository."""
+    """Whether a repository holds a whole AnimateDiff, and not the Stable Diffusion for one."""
     return has_motion(model_index) or has_adapter(model_index)
 
 
@@ -125,5 +113,5 @@ def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAda
 
 
 def __getattr__(name: str):
-    """Where the pipeline was before it had a folder of its own."""
+    """Names that this module once held are found where they are now."""
     return moved(__name__, name, {"AnimateDiffMCMPipeline": "diffusers_mcm.pipelines"})

@@ -9,36 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
-from .. import hub
 from ..conditioning import Conditioning
+from ..consistency import SIGMA_DATA, NoisePath, VariancePreservingPath
 from ..scheduler import MCMScheduler
-
-if TYPE_CHECKING:
-    from ..consistency import NoisePath
-
-
-@dataclass
-class Components:
-    """A loaded base model."""
-
-    denoiser: nn.Module
-    vae: nn.Module
-    text_encoder: nn.Module
-    tokenizer: Any
-    scheduler_config: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=dict)  # height, width, num_frames and fps
-    # Where the parts came from that are not in the repository itself, by component name.
-    extra_repositories: dict[str, str] = field(default_factory=dict)
 
 
 class BaseModel(ABC):
-    """Loads a base model, encodes video and text with it, calls its denoiser and decodes frames.
+    """A base model's networks: how they encode video and text, how the denoiser is called, how frames are decoded.
 
     Shapes: latents `(B, C, T, H, W)`, pixels `(B, 3, T, H, W)` in [-1, 1], images `(N, 3, H, W)` in [-1, 1].
     """
@@ -47,7 +30,7 @@ class BaseModel(ABC):
     default_repository: str
     denoiser_name: str = "unet"  # the component's name in a repository, and the prefix of its LoRA keys
     denoiser_classes: tuple[str, ...]  # what `model_index.json` may call the class of that component
-    # Parts that lie in repositories of their own, by component name: where they are if nothing says otherwise.
+    # Components that may lie in repositories of their own, by name: where they are if nothing says otherwise.
     extra_repositories: Mapping[str, str] = {}
     guidance_range: tuple[float, float]  # of the teacher, w ~ U[w_min, w_max]
     height: int
@@ -55,7 +38,7 @@ class BaseModel(ABC):
     num_frames: int
     fps: int = 8
     scheduler_defaults: Mapping[str, Any] = {}
-    scheduler_class: type = MCMScheduler  # samples what is distilled from this model
+    scheduler_class: Any = MCMScheduler  # the class that samples what is distilled from this model
     # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
     noise_schedule_keys: tuple[str, ...] = (
         "num_train_timesteps",
@@ -67,40 +50,32 @@ class BaseModel(ABC):
         "rescale_betas_zero_snr",
     )
 
-    # --- loading -----------------------------------------------------------------------------------------------------
-    @abstractmethod
-    def load(
-        self,
-        repository: str | None = None,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        extra_repositories: Mapping[str, str] | None = None,
-        **hub_options,
-    ) -> Components:
-        """Load the components of `repository` (default: `default_repository`), frozen and in evaluation mode.
-
-        `variant` says which files of weights to read (`fp16`), of the components that have such;
-        `extra_repositories` overrides the class's own, by component name.
-        """
-
-    def read_sampling(self, repository: str, denoiser: nn.Module, vae: nn.Module, **options) -> dict[str, Any]:
-        """The size of the model's videos: from `model_index.json`, or the networks, or this model's defaults."""
-        index = hub.read_json(repository, "model_index.json", **options) or {}
-        names = ("height", "width", "num_frames", "fps")
-        return {name: index.get(name) or self.sampling_default(name, denoiser, vae) for name in names}
-
+    # --- what a repository holds -------------------------------------------------------------------------------------
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """The repository's scheduler configuration, completed (never overruled) by this model's defaults."""
         return {**self.scheduler_defaults, **(config or {})}
 
     def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **overrides) -> NoisePath:
         """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it."""
-        from ..consistency import VariancePreservingPath
-
         return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **overrides)
+
+    def student_scheduler(
+        self, config: Mapping[str, Any], *, num_solver_steps: int, timestep_scaling: float, sigma_data: float
+    ) -> SchedulerMixin:
+        """The sampler that fits a training: the teacher's noise schedule, the student's grid and boundary."""
+        return self.scheduler_class.from_config(
+            config,
+            # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
+            timestep_scaling=timestep_scaling * SIGMA_DATA / sigma_data,
+            original_inference_steps=num_solver_steps,
+            clip_sample=False,
+            thresholding=False,
+        )
+
+    def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
+        """Where the components are by default that a repository with this `model_index.json` leaves out."""
+        places = self.extra_repositories.items()
+        return {name: place for name, place in places if (model_index.get(name) or [None, None])[1] is None}
 
     def matches(self, model_index: Mapping[str, Any]) -> bool:
         """Whether a repository with this `model_index.json` holds this model."""
@@ -115,7 +90,7 @@ class BaseModel(ABC):
         """Full names of the modules that get a LoRA, sorted."""
 
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
-        """What has to be done to a pipeline's denoiser before anything wraps its modules, such as an offload."""
+        """Change a pipeline's denoiser as it must be before anything wraps its modules, such as an offload."""
         return None
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
@@ -126,7 +101,7 @@ class BaseModel(ABC):
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
-        """`num_frames`, `height`, `width`, `fps` or `num_inference_steps` where no configuration says otherwise."""
+        """The model's own `num_frames`, `height`, `width`, `fps` or `num_inference_steps`."""
         return 4 if name == "num_inference_steps" else getattr(self, name)
 
     # --- the tensors -------------------------------------------------------------------------------------------------

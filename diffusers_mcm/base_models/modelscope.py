@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from diffusers import UNet3DConditionModel
 from torch import nn
 
 from ..conditioning import Conditioning
@@ -26,9 +25,6 @@ class ModelScope(StableDiffusionModel):
     width = 256
     num_frames = 16
 
-    def load_denoiser(self, source, index, weights_of, extra_repositories, hub_options):
-        return UNet3DConditionModel.from_pretrained(source, **weights_of("unet")), {}
-
     def recognises(self, module_names: Iterable[str]) -> bool:
         return any(name.startswith("transformer_in.") or ".temp_attentions." in name for name in module_names)
 
@@ -40,5 +36,5 @@ class ModelScope(StableDiffusionModel):
 
 
 def __getattr__(name: str):
-    """Where the pipeline was before it had a folder of its own."""
+    """Names that this module once held are found where they are now."""
     return moved(__name__, name, {"ModelScopeMCMPipeline": "diffusers_mcm.pipelines"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,10 +30,9 @@ def load_motion_adapter(
         source = _only_file(source, **options)
     if os.path.isfile(source):
         return read_motion_modules(source, dtype)
-    dtype = {} if dtype is None else {"dtype": dtype}
     with hub.never_pickled(source, **options):
-        variant = hub.variant_of(source, variant, **options)
-        return MotionAdapter.from_pretrained(source, use_safetensors=True, **dtype, **variant, **options)
+        options |= hub.variant_of(source, variant, **options) | ({} if dtype is None else {"dtype": dtype})
+        return MotionAdapter.from_pretrained(source, use_safetensors=True, **options)
 
 
 def _only_file(source: str, **options) -> str:
@@ -40,7 +40,7 @@ def _only_file(source: str, **options) -> str:
     files = [name for name in hub.list_files(source, **options) if "/" not in name]
     names = [name for name in files if hub.is_safetensors(name)]
     if len(names) == 1:
-        return os.fspath(hub.find_file(source, names[0], **options))
+        return str(hub.find_file(source, names[0], **options))
     if names:
         raise ValueError(f"There are several motion modules in {source}: {', '.join(names)}; give the path of one.")
     pickled = [name for name in files if hub.is_pickled(name)]
@@ -80,12 +80,13 @@ def read_motion_modules(path: str | os.PathLike, dtype: torch.dtype | None = Non
 
 def _config(weights: Mapping[str, torch.Tensor]) -> dict:
     """The sizes that the weights show: channels and layers of each block, and whether the middle one has any."""
-    channels, layers = {}, {}
+    channels: dict[int, int] = {}
+    layers: Counter[int] = Counter()
     for key, tensor in weights.items():
-        parts = key.split(".")
-        if parts[0] == "down_blocks" and parts[4:] == ["norm", "weight"]:
-            channels[int(parts[1])] = len(tensor)
-            layers[int(parts[1])] = layers.get(int(parts[1]), 0) + 1
+        names = key.split(".")
+        if names[0] == "down_blocks" and names[4:] == ["norm", "weight"]:
+            channels[int(names[1])] = len(tensor)
+            layers[int(names[1])] += 1
     return {
         "block_out_channels": tuple(channels[block] for block in sorted(channels)),
         "motion_layers_per_block": tuple(layers[block] for block in sorted(layers)),

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class _Conv2d(_End, nn.Conv2d):
 
 
 class InputConv2d(_Conv2d):
-    """Reads float32, and hands on the type of its weights."""
+    """The first convolution: it reads float32 and hands on the type of its weights."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:
@@ -65,7 +66,7 @@ class InputConv2d(_Conv2d):
 
 
 class OutputGroupNorm(_End, nn.GroupNorm):
-    """Gives float32."""
+    """The last normalisation, with a float32 output."""
 
     def forward(self, x):
         if not self.float32_calls:
@@ -76,7 +77,7 @@ class OutputGroupNorm(_End, nn.GroupNorm):
 
 
 class OutputConv2d(_Conv2d):
-    """Gives float32."""
+    """The last convolution, with a float32 output."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:
@@ -146,7 +147,7 @@ def _lora_parts(layer: nn.Module | None) -> tuple[str, ...]:
 @contextmanager
 def _loras_read_float32(denoiser: nn.Module) -> Iterator[None]:
     """PEFT rounds what a LoRA reads to the type of its weights, but not inside this."""
-    layers = [getattr(denoiser, name, None) for name in _ENDS]
+    layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
     rounding = [each for each in layers if _lora_parts(each) and getattr(each, _ROUNDING, False)]
     for layer in rounding:
         setattr(layer, _ROUNDING, False)
@@ -179,7 +180,7 @@ def _is_stock(function, layer: nn.Module) -> bool:
 
 def _check_norm(denoiser: nn.Module) -> None:
     """`ValueError` for a half-precision network whose last normalisation would silently stay in half precision."""
-    norm = getattr(denoiser, "conv_norm_out", None)
+    norm: Any = getattr(denoiser, "conv_norm_out", None)
     if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
         raise ValueError(
             "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from .. import hub
 from ..conditioning import Conditioning
 from ..lora import base_layer
-from .base import BaseModel, Components
+from .base import BaseModel
 from .precision import find_ends
 
 logger = logging.getLogger(__name__)
@@ -45,63 +41,6 @@ class StableDiffusionModel(BaseModel):
         "prediction_type": "epsilon",
     }
 
-    # --- loading -----------------------------------------------------------------------------------------------------
-    def load(
-        self,
-        repository: str | None = None,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        extra_repositories: Mapping[str, str] | None = None,
-        **hub_options,
-    ) -> Components:
-        source = hub.resolve(repository or self.default_repository)
-        where = dict(revision=revision, **hub_options)
-        index = hub.read_json(source, "model_index.json", subfolder=subfolder, **where) or {}
-
-        def part(name: str) -> dict:
-            return dict(subfolder=f"{subfolder}/{name}" if subfolder else name, **where)
-
-        def weights_of(name: str) -> dict:
-            place = part(name)
-            return dict(dtype=dtype, use_safetensors=True, **place, **hub.variant_of(source, variant, **place))
-
-        with hub.never_pickled(source, **where):
-            others = dict(hub_options, variant=variant)
-            denoiser, found = self.load_denoiser(source, index, weights_of, extra_repositories or {}, others)
-            vae = AutoencoderKL.from_pretrained(source, **weights_of("vae"))
-            text_encoder = CLIPTextModel.from_pretrained(source, **weights_of("text_encoder"))
-        self.check_components(denoiser, vae)
-        for module in (denoiser, vae, text_encoder):
-            module.requires_grad_(False).eval()
-        scheduler = hub.read_json(source, "scheduler_config.json", **part("scheduler"))
-        return Components(
-            denoiser=denoiser,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=CLIPTokenizer.from_pretrained(source, **part("tokenizer")),
-            scheduler_config=self.scheduler_config(self.own_schedule(index, scheduler)),
-            sampling=self.read_sampling(source, denoiser, vae, subfolder=subfolder, **where),
-            extra_repositories=found,
-        )
-
-    @abstractmethod
-    def load_denoiser(
-        self,
-        source: str,
-        index: Mapping[str, Any],
-        weights_of: Callable[[str], dict],
-        extra_repositories: Mapping[str, str],
-        hub_options: dict,
-    ) -> tuple[nn.Module, dict[str, str]]:
-        """The UNet of the repository `source`, and where those of its parts are that lie elsewhere.
-
-        `index` is its `model_index.json`, `weights_of(name)` the options to load a component of it, `hub_options`
-        those for any other repository.
-        """
-
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:
         channels, latents = denoiser.config.in_channels, vae.config.latent_channels
         if channels != latents:
@@ -112,7 +51,7 @@ class StableDiffusionModel(BaseModel):
             )
 
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """What of the scheduler configuration in a repository with this `model_index.json` holds for this model."""
+        """As much of a repository's scheduler configuration as holds for this model; `index` is its model index."""
         return config
 
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:

@@ -27,7 +27,7 @@ def _draw_bits(seed: int, purpose: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()[:8], "big") >> 11
 
 
-def draw_uniform(seed: int, purpose: str, index: int) -> float:
+def keyed_fraction(seed: int, purpose: str, index: int) -> float:
     """A number in [0, 1) that depends on nothing but the arguments."""
     return _draw_bits(seed, purpose, index) / 2**53
 
@@ -87,7 +87,7 @@ class KeyedDataset(Dataset):
             item = self.rows[row]
             try:
                 with machine_errors_name(self.rows.name(row, item)):
-                    caption = self.rows.caption(item, draw_uniform(self.seed, f"{self.purpose} caption", index))
+                    caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
                     pixels = self.read_pixels(self.rows.media(item), index)
             except UnusableItem as reason:
                 skipped[self.rows.name(row, item)] = str(reason)
@@ -168,7 +168,7 @@ class VideoDataset(KeyedDataset):
         self.height, self.width = height, width
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
-        start = draw_uniform(self.seed, "clip start", index)
+        start = keyed_fraction(self.seed, "clip start", index)
         return read_clip(media, self.num_frames, self.frame_interval, self.height, self.width, start, self.fps)
 
 
@@ -216,5 +216,5 @@ class FrameDataset(KeyedDataset):
         self.fps, self.min_frames = videos.fps, videos.num_frames
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
-        start = draw_uniform(self.seed, "frame", index)
+        start = keyed_fraction(self.seed, "frame", index)
         return read_clip(media, 1, 1, self.height, self.width, start, self.fps, self.min_frames)[0]

@@ -19,7 +19,7 @@ class GeneratorLoss(NamedTuple):
 
 
 class AdversarialStep:
-    """The discriminator's part in one step: images of one batch, judged twice with their features taken once.
+    """The discriminator in one step: it sees the images of one batch twice, and takes their features once.
 
     Args:
         text: (B * l, D) embeddings of the text beside each generated image.

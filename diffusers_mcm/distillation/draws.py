@@ -52,7 +52,7 @@ class Coins:
 
     @property
     def block(self) -> int:
-        """Coins that are drawn together."""
+        """The number of coins that are drawn together."""
         return 2 if self.lambda_real in (0, 0.5, 1) else max(1, self.total_batch // self.samples_per_coin)
 
     def draw(self, seed: int, indices: Sequence[int]) -> torch.Tensor:
@@ -69,7 +69,7 @@ FAIR_COINS = Coins()
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Everything random in the student's part of a step, one row per sample."""
+    """Everything random in the student's half of a step, one row per sample."""
 
     timestep: torch.Tensor  # (B,) long, a point of the solver grid
     guidance: torch.Tensor  # (B,) w in [w_min, w_max]
@@ -80,7 +80,7 @@ class StepDraws:
     frames: torch.Tensor  # (B, l) uniforms, one per segment of the clip
 
     def to(self, device: torch.device) -> "StepDraws":
-        """On the device, but for the coin: it decides shapes, and reading it back would make the device wait."""
+        """The draws on the device, but for the coin: it decides shapes, and the device would wait for its way back."""
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "coin"}
         return StepDraws(coin=self.coin, **moved)
 

@@ -1,6 +1,6 @@
 """The text that the discriminator sees beside a real image: never one that gives the image away.
 
-Where real images have texts that generated ones do not have, the discriminator need not look at a picture: of texts
+Where real images have texts that generated ones do not have, the discriminator need not look at a picture: among texts
 with the shares p among real and q among generated images, the hinge loss may fall to 2 Σ min(p, q) by itself.
 """
 
@@ -15,25 +15,25 @@ ALIKE = 0.9  # overlap of two caption sets from which on they count as alike: th
 class ImageText(NamedTuple):
     """The text of real images, as decided for a run.
 
-    rule: "own", "prompt" or "none", as for `pair_texts`; "auto" where nothing is judged.
+    choice: "own", "prompt" or "none", as for `pair_texts`; "auto" where there is no discriminator.
     reason: a clause for the log.
     overlap: of the captions of images and videos, as `caption_overlap` gives it; None if they were not compared.
     """
 
-    rule: str
+    choice: str
     reason: str
     overlap: float | None = None
 
     @property
     def warning(self) -> str | None:
-        """What the discriminator may hold on to instead of the looks of the images; None if nothing."""
-        if self.rule == "own" and self.overlap is not None and self.overlap < ALIKE:
+        """What the discriminator may hold on to instead of the appearance of the images; None if nothing."""
+        if self.choice == "own" and self.overlap is not None and self.overlap < ALIKE:
             return (
                 "With --image_text own the discriminator can tell real from generated images by their texts alone:"
                 f" its loss may fall to {2 * self.overlap:.2f} without a look at them. With --image_text auto neither"
                 " would have a text."
             )
-        if self.rule == "prompt":
+        if self.choice == "prompt":
             return (
                 "With --image_text prompt the real images do not show their texts: the discriminator learns that an "
                 "image which does is a generated one. --image_text auto would not teach it that."
@@ -48,20 +48,20 @@ def caption_overlap(images: Iterable[str], videos: Iterable[str]) -> float:
     return sum(min(own[text] / num_own, prompts[text] / num_prompts) for text in own.keys() & prompts.keys())
 
 
-def pair_texts(rule: str, prompts: Sequence[str], captions: Sequence[str]) -> tuple[list[str], list[str]]:
+def pair_texts(choice: str, prompts: Sequence[str], captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """Texts of generated images and of the real ones that they are paired with.
 
     Args:
-        rule: "own": a real image has its own caption; if it has none, neither image of the pair has a text; "prompt":
-            the prompt of its pair; "none": neither image has a text.
+        choice: "own": a real image has its own caption; if it has none, neither image of the pair has a text;
+            "prompt": the prompt of its pair; "none": neither image has a text.
         prompts: one per generated image.
         captions: one per real image, "" for an image without one.
     """
-    if rule == "none":
+    if choice == "none":
         return [""] * len(prompts), [""] * len(prompts)
-    if rule == "prompt":
+    if choice == "prompt":
         return list(prompts), list(prompts)
-    if rule != "own":
-        raise ValueError(f"Expected one of the rules own, prompt and none, got {rule!r}.")
+    if choice != "own":
+        raise ValueError(f"Expected one of the rules own, prompt and none, got {choice!r}.")
     # As many generated images as real ones are then without a text, whatever their prompts.
     return [prompt if caption else "" for prompt, caption in zip(prompts, captions, strict=True)], list(captions)

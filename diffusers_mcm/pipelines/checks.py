@@ -214,15 +214,25 @@ def count_of_not_finite(values: torch.Tensor) -> str:
     return f"{int((~values.isfinite()).sum())} values of {values.numel()} that are NaN or infinite"
 
 
+class NotFiniteError(ValueError):
+    """Values that were sampled are NaN or infinite; `found` says which and how many, without advice."""
+
+    def __init__(self, message: str, found: str):
+        super().__init__(message)
+        self.found = found
+
+
 def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
     """Latents that the denoiser has made are finite; the error says what usually makes them otherwise."""
     if all_finite(latents):
         return
-    raise ValueError(
-        f"The sampled latents hold {count_of_not_finite(latents)}. The usual causes: a LoRA that is far too strong"
+    count = count_of_not_finite(latents)
+    raise NotFiniteError(
+        f"The sampled latents hold {count}. The usual causes: a LoRA that is far too strong"
         " (`lora_scale`, or the weights of `set_adapters`), weights that are broken, a callback that returned such"
         f" values, or a network that overflows its type ({_type_of(denoiser)}): where that is float16, load the"
-        " pipeline with dtype=torch.bfloat16 or torch.float32."
+        " pipeline with dtype=torch.bfloat16 or torch.float32.",
+        f"the sampled latents hold {count}",
     )
 
 
@@ -230,10 +240,12 @@ def check_decoded(frames: torch.Tensor, vae: nn.Module) -> None:
     """Frames that the VAE has decoded from finite latents are finite."""
     if all_finite(frames):
         return
-    raise ValueError(
-        f"The decoded frames hold {count_of_not_finite(frames)}, though the latents are finite: the VAE overflows its"
+    count = count_of_not_finite(frames)
+    raise NotFiniteError(
+        f"The decoded frames hold {count}, though the latents are finite: the VAE overflows its"
         f" type ({_type_of(vae)}), or the latents are far too large. In float16 `pipe.vae.to(torch.float32)` helps, or"
-        " loading the pipeline with dtype=torch.bfloat16; otherwise a weaker LoRA (`lora_scale`)."
+        " loading the pipeline with dtype=torch.bfloat16; otherwise a weaker LoRA (`lora_scale`).",
+        f"the decoded frames (not the latents) hold {count}",
     )
 
 

@@ -17,6 +17,7 @@ from .tracking import check_tracker
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
     from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import gather_object as gather_object  # for the loop: here its absence is told
 except ImportError as error:
     raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
 
@@ -90,7 +91,7 @@ def _accumulation_of_environment() -> int | None:
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """One process or many; DDP is the only kind of parallelism whose results the tests vouch for.
+    """The accelerator of a run in one process or many; of parallelism only DDP, whose results the tests vouch for.
 
     Args:
         config: With precision and accumulation decided, as `with_accelerate_settings` returns it.

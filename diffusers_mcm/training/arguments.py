@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .config import TrainingConfig
 
@@ -12,17 +15,19 @@ from .config import TrainingConfig
 def _scalar_type(annotation) -> type:
     """`int | None` -> int, `tuple[str, ...]` -> str."""
     if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+        annotation = next(each for each in typing.get_args(annotation) if each is not types.NoneType)
     if typing.get_origin(annotation) is tuple:
         annotation = typing.get_args(annotation)[0]
     return annotation
 
 
-def _describe(entry: dataclasses.Field, required: bool) -> str:
-    text = entry.metadata["help"].replace("%", "%%")
+def _help_text(entry: dataclasses.Field, required: bool) -> str:
+    text = entry.metadata["help"].replace("%", "%%") + (" Not in the paper." if entry.metadata["beyond_paper"] else "")
     if required:
         return f"{text} Required."
-    default = " ".join(entry.default) if entry.metadata["many"] else entry.default
+    default: Any = entry.default
+    if entry.metadata["many"]:
+        default = " ".join(default)
     return text if default in (None, "") else f"{text} (default: {default})"
 
 
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     for entry in entries:
         group = groups[entry.metadata["group"]]
         required = entry.default is dataclasses.MISSING
-        options = {"help": _describe(entry, required)}
+        options: dict[str, Any] = {"help": _help_text(entry, required)}
         if hints[entry.name] is bool:
             group.add_argument(f"--{entry.name}", action=_Toggle, default=entry.default, **options)
             continue
@@ -66,10 +71,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _current(arguments: Sequence[str]) -> list[str]:
+    """The arguments with flags under the names that they have now; each old name is warned of."""
+    formerly = {entry.metadata["formerly"]: entry.name for entry in dataclasses.fields(TrainingConfig)}
+    now = {f"--{no}{old}": f"--{no}{new}" for old, new in formerly.items() if old for no in ("", "no_")}
+    for old in now.keys() & set(arguments):
+        warnings.warn(f"{old} is called {now[old]} now.", FutureWarning, stacklevel=3)
+    return [now.get(word, word) for word in arguments]
+
+
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Read the command line; a value that makes no sense ends with the parser's usual message and exit code 2."""
     parser = build_parser()
-    namespace = parser.parse_args(arguments)
+    namespace = parser.parse_args(_current(sys.argv[1:] if arguments is None else arguments))
     try:
         return TrainingConfig(**vars(namespace))
     except ValueError as error:

@@ -1,6 +1,7 @@
 """The samples of a run, by global sample index: clips with captions, and the real images for the discriminator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ class Batch(NamedTuple):
     pixels: torch.Tensor  # (B, 3, T, H, W) in [-1, 1]
     captions: list[str]
     images: torch.Tensor | None = None  # (B * l, 3, H, W) in [-1, 1], the l images of a sample side by side
-    fake_texts: list[str] | None = None  # B * l, what the discriminator reads beside the sample's generated images
-    real_texts: list[str] | None = None  # B * l, and beside `images`
+    fake_texts: Sequence[str] = ()  # B * l, what the discriminator reads beside the sample's generated images
+    real_texts: Sequence[str] = ()  # B * l, and beside `images`
 
 
 class TrainingData(NamedTuple):
@@ -31,7 +32,7 @@ class TrainingData(NamedTuple):
 
 
 class Batches:
-    """Micro-batches from one optimiser step on to the end of the run; `image_text` is the rule of `pair_texts`."""
+    """Micro-batches from one optimiser step on to the end of the run; `image_text` is a choice of `pair_texts`."""
 
     def __init__(self, videos: StepLoader, images: StepLoader | None, image_text: str):
         self.videos, self.images, self.image_text = videos, images, image_text
@@ -62,6 +63,14 @@ class Batches:
             yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"], images["pixels"], *texts)
 
 
+def told_skipped(names: set[str]) -> str | None:
+    """What to warn of at the end of a run: the items of the data that were of no use; None if all were."""
+    if not names:
+        return None
+    first = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} items of the data could not be used: {first}"
+
+
 def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> TrainingData:
     """The data sets; `clip_size` is (T, H, W). Without a discriminator no image is ever opened."""
     num_frames, height, width = clip_size
@@ -76,10 +85,10 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> Traini
         caption_column=config.caption_column,
         video_column=config.video_column,
     )
-    images = None
+    images: ImageDataset | FrameDataset | None = None
     if config.adversarial and config.image_data is None:
         images = FrameDataset(videos)
-    elif config.adversarial:
+    elif config.adversarial and config.image_data is not None:
         images = ImageDataset(
             config.image_data,
             size=(height, width),
@@ -98,17 +107,18 @@ def build_batches(
     num_processes: int,
     pin_memory: bool,
 ) -> Batches:
-    """Loaders of this process."""
-    options = dict(
+    """The micro-batches of this process, from step `first_step` on."""
+    load = partial(
+        build_loader,
         batch_size=config.train_batch_size,
         rank=process,
         num_processes=num_processes,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=config.accumulation,
         start_step=first_step,
         end_step=config.max_train_steps,
         num_workers=config.dataloader_num_workers,
         pin_memory=pin_memory,
     )
     videos, images, image_text = data
-    image_loader = images and build_loader(images, items_per_sample=config.num_adversarial_frames, **options)
-    return Batches(build_loader(videos, **options), image_loader, image_text.rule)
+    image_loader = None if images is None else load(images, items_per_sample=config.num_adversarial_frames)
+    return Batches(load(videos), image_loader, image_text.choice)

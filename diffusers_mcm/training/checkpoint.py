@@ -18,8 +18,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and is_checkpoint(path)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    matches = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir()]
+    found = {path: int(match[1]) for path, match in matches if match and is_checkpoint(path)}
+    return sorted(found, key=found.__getitem__)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -51,7 +52,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_mo
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state, on the CPU."""
+    """The state in a checkpoint, on the CPU."""
     try:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:

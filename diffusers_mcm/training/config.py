@@ -1,13 +1,13 @@
 """The training configuration: one frozen, validated dataclass from which the script's flags are generated."""
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..distillation.method import MethodConfig
-from ..flags import flag
+from ..flags import FIXED, TOLD, flag
 
 REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -21,199 +21,230 @@ TRACKERS = (
 _RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a secret in it
 FRAME_INTERVAL = 8  # the authors' code, for WebVid
 
-
-# What the discriminator did before there was a flag for it, where that is not what the flag's default says now.
-VALUES_BEFORE_FLAGS = {"image_text": "own", "gradient_penalty_growth": 1.0}
+_model = partial(flag, group="models")
+_data = partial(flag, group="data")
+_optimisation = partial(flag, group="optimisation")
+_output = partial(flag, group="output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(MethodConfig):
-    """Everything that decides a distillation run. Defaults are the paper's (ModelScope); saved beside the weights."""
+    """Everything that decides a distillation run; saved beside the weights. Defaults are the paper's (ModelScope)."""
 
     # -- models
-    pretrained_teacher_model: str = flag(
+    pretrained_teacher_model: str = _model(
         help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'. "
         "A Stable Diffusion 1.5 repository, or a fine-tune of it, is distilled as AnimateDiff.",
-        group="models",
+        filled=True,
+        resume=TOLD,
+        source=True,
     )
-    base_model: str | None = flag(
+    base_model: str | None = _model(
         None,
         help="Architecture of the teacher, such as 'modelscope' or 'animatediff'. Default: what its files say.",
-        group="models",
+        resume=FIXED,
     )
-    revision: str | None = flag(None, help="Revision of the teacher on the Hub.", group="models")
-    variant: str | None = flag(
-        None, help="Which files of the teacher's weights to read, as fp16, where there are no others.", group="models"
+    revision: str | None = _model(None, help="Revision of the teacher on the Hub.", resume=TOLD)
+    variant: str | None = _model(
+        None, help="Which files of the teacher's weights to read, as fp16, where there are no others."
     )
-    extra_repositories: tuple[str, ...] = flag(
+    extra_repositories: tuple[str, ...] = _model(
         (),
-        help="Where parts of the teacher lie that are not in its own repository, as name=repository: for AnimateDiff "
-        "motion_adapter=... Default: the base model's.",
-        group="models",
+        help="Where components of the teacher lie that are not in its own repository, as name=repository: for "
+        "AnimateDiff motion_adapter=... Default: the base model's.",
         many=True,
     )
-    discriminator_features: str = flag(
-        "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", group="models"
+    discriminator_features: str = _model(
+        "facebook/dinov2-small",
+        help="DINOv2 network whose frozen features the discriminator reads.",
+        resume=TOLD,
+        source=True,
     )
-    discriminator_text: str = flag(
+    discriminator_text: str = _model(
         "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
         help="CLIP text model (with projection) that conditions the discriminator.",
-        group="models",
+        resume=TOLD,
+        source=True,
     )
-    pretrained_lora: str | None = flag(
+    pretrained_lora: str | None = _model(
         None,
-        help="An MCM LoRA to start from, a folder or a Hub repository, instead of a fresh one: to give it the looks "
-        "of other images, or to go on with other settings. Its motion head is taken too, the discriminator is fresh.",
-        group="models",
+        help="An MCM LoRA to start from, a folder or a Hub repository, instead of a fresh one: to give it the "
+        "appearance of other images, or to go on with other settings. Its motion head is taken too, the discriminator "
+        "is fresh.",
+        source=True,
+        beyond_paper=True,
     )
-    pretrained_lora_subfolder: str | None = flag(None, help="Where in --pretrained_lora it is.", group="models")
-    lora_rank: int = flag(64, help="Rank of the LoRA that is trained.", group="models")
-    lora_alpha: float = flag(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", group="models")
+    pretrained_lora_subfolder: str | None = _model(None, help="Where in --pretrained_lora it is.")
+    lora_rank: int = _model(64, help="Rank of the LoRA that is trained.", above=0, resume=FIXED)
+    lora_alpha: float = _model(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", above=0, resume=FIXED)
 
     # -- data
-    video_data: str = flag(
+    video_data: str = _data(
         help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
         "or glob of WebDataset tars (mp4 + json), or a Hub data set id.",
-        group="data",
+        filled=True,
+        resume=TOLD,
+        source=True,
     )
-    image_data: str | None = flag(
+    image_data: str | None = _data(
         None,
-        help="Images that set the looks (captions optional): an ImageFolder, WebDataset tars or a Hub data set id. "
-        "Without it the discriminator sees frames of the videos.",
-        group="data",
+        help="Images that set the appearance (captions optional): an ImageFolder, WebDataset tars or a Hub data set "
+        "id. Without it the discriminator sees frames of the videos.",
+        resume=TOLD,
+        source=True,
     )
-    caption_column: str | None = flag(None, help="Column of the video captions, if not found by itself.", group="data")
-    image_caption_column: str | None = flag(
-        None, help="Column of the image captions, if not found by itself.", group="data"
+    caption_column: str | None = _data(None, help="Column of the video captions, if not found by itself.", resume=TOLD)
+    image_caption_column: str | None = _data(
+        None, help="Column of the image captions, if not found by itself.", resume=TOLD
     )
-    video_column: str | None = flag(
-        None, help="Column (in tars: ending) of the video files, if not found by itself.", group="data"
+    video_column: str | None = _data(
+        None, help="Column (in tars: ending) of the video files, if not found by itself.", resume=TOLD
     )
-    image_column: str | None = flag(
-        None, help="Column (in tars: ending) of the image files, if not found by itself.", group="data"
+    image_column: str | None = _data(
+        None, help="Column (in tars: ending) of the image files, if not found by itself.", resume=TOLD
     )
-    num_frames: int | None = flag(None, help="Frames per clip. Default: the base model's.", group="data")
-    frame_interval: int | None = flag(
+    num_frames: int | None = _data(None, help="Frames per clip. Default: the base model's.", above=0)
+    frame_interval: int | None = _data(
         None,
         help=f"Take every n-th frame; shrinks to fit a short clip. Default: {FRAME_INTERVAL}, without --data_fps.",
-        group="data",
+        above=0,
+        resume=FIXED,
     )
-    data_fps: float | None = flag(
+    data_fps: float | None = _data(
         None,
         help="Take so many frames per second, by the times at which they are shown, instead of every n-th frame: for "
         "videos of several or of varying frame rates. A short clip is read faster; a slower one repeats frames.",
-        group="data",
+        above=0,
+        resume=FIXED,
+        beyond_paper=True,
     )
-    height: int | None = flag(None, help="Height of the clips in pixels. Default: the base model's.", group="data")
-    width: int | None = flag(None, help="Width of the clips in pixels. Default: the base model's.", group="data")
-    dataloader_num_workers: int = flag(
-        0, help="Processes that load data, for videos and images each; 0 loads in the main one.", group="data"
+    height: int | None = _data(None, help="Height of the clips in pixels. Default: the base model's.", above=0)
+    width: int | None = _data(None, help="Width of the clips in pixels. Default: the base model's.", above=0)
+    dataloader_num_workers: int = _data(
+        0, help="Processes that load data, for videos and images each; 0 loads in the main one.", least=0
     )
 
     # -- optimisation
-    seed: int = flag(0, help="Seed of everything random, data order included.", group="optimisation")
-    train_batch_size: int = flag(1, help="Clips per process and micro-batch.", group="optimisation")
-    gradient_accumulation_steps: int | None = flag(
+    seed: int = _optimisation(0, help="Seed of everything random, data order included.", least=0, resume=FIXED)
+    train_batch_size: int = _optimisation(1, help="Clips per process and micro-batch.", above=0)
+    gradient_accumulation_steps: int | None = _optimisation(
         None,
         help="Micro-batches per optimiser step. Default: what accelerate's environment says, "
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, else 1.",
-        group="optimisation",
+        above=0,
     )
-    max_train_steps: int = flag(30_000, help="Optimiser steps.", group="optimisation")
-    learning_rate: float = flag(
-        5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", group="optimisation"
+    max_train_steps: int = _optimisation(30_000, help="Optimiser steps.", above=0)
+    learning_rate: float = _optimisation(
+        5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", above=0, resume=FIXED
     )
-    discriminator_learning_rate: float = flag(
-        5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", group="optimisation"
+    discriminator_learning_rate: float = _optimisation(
+        5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", above=0, resume=FIXED
     )
-    scale_lr: bool = flag(
+    scale_lr: bool = _optimisation(
         True,
         help=f"Multiply the rates by total batch / {REFERENCE_BATCH}, the discriminator's also by "
         "--num_adversarial_frames. With --no_scale_lr they are used as given.",
-        group="optimisation",
+        resume=FIXED,
     )
-    lr_scheduler: str = flag(
-        "cosine", help="Learning-rate schedule, for both optimisers.", group="optimisation", choices=LR_SCHEDULERS
+    lr_scheduler: str = _optimisation(
+        "cosine", help="Learning-rate schedule, for both optimisers.", choices=LR_SCHEDULERS, resume=FIXED
     )
-    lr_warmup_steps: int = flag(500, help="Steps over which the rates rise from zero.", group="optimisation")
-    adam_beta1: float = flag(0.9, help="AdamW beta 1.", group="optimisation")
-    adam_beta2: float = flag(0.999, help="AdamW beta 2.", group="optimisation")
-    adam_weight_decay: float = flag(0.0, help="AdamW weight decay.", group="optimisation")
-    adam_epsilon: float = flag(1e-8, help="AdamW epsilon.", group="optimisation")
-    ema_decay: float = flag(
+    lr_warmup_steps: int = _optimisation(500, help="Steps over which the rates rise from zero.", least=0, resume=FIXED)
+    adam_beta1: float = _optimisation(0.9, help="AdamW beta 1.", least=0, below=1, resume=FIXED)
+    adam_beta2: float = _optimisation(0.999, help="AdamW beta 2.", least=0, below=1, resume=FIXED)
+    adam_weight_decay: float = _optimisation(0.0, help="AdamW weight decay.", least=0, resume=FIXED)
+    adam_epsilon: float = _optimisation(1e-8, help="AdamW epsilon.", above=0, resume=FIXED)
+    ema_decay: float = _optimisation(
         0.0,
         help="Decay of a moving average of LoRA and motion head, which is then what is saved and validated: an "
         "adversarial loss keeps weights swinging. 0 saves the last weights.",
-        group="optimisation",
+        least=0,
+        below=1,
+        beyond_paper=True,
     )
-    max_grad_norm: float = flag(
-        10.0, help="Gradient norm above which gradients are scaled down.", group="optimisation"
+    max_grad_norm: float = _optimisation(
+        10.0, help="Gradient norm above which gradients are scaled down.", above=0, resume=FIXED
     )
-    mixed_precision: str | None = flag(
+    mixed_precision: str | None = _optimisation(
         None,
         help="Precision of the frozen networks and of autocast; what is trained stays in fp32. Default: what "
         "`accelerate launch --mixed_precision` or `accelerate config` says, else 'no'.",
-        group="optimisation",
         choices=MIXED_PRECISION,
+        resume=TOLD,
     )
-    gradient_checkpointing: bool = flag(
-        False,
-        help="Recompute the denoiser's blocks in the backward pass: less memory, more time.",
-        group="optimisation",
+    gradient_checkpointing: bool = _optimisation(
+        False, help="Recompute the denoiser's blocks in the backward pass: less memory, more time."
     )
-    fold_lora: bool = flag(
+    fuse_lora: bool = _optimisation(
         False,
         help="Add the LoRA to the weights once a step, instead of running it beside each layer: faster where the "
         "network is small, but takes the memory of the weights once more. In fp32 only.",
-        group="optimisation",
+        resume=TOLD,
+        formerly="fold_lora",
     )
-    allow_tf32: bool = flag(False, help="Allow TF32 matrix products on Ampere GPUs and later.", group="optimisation")
+    allow_tf32: bool = _optimisation(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
 
     # -- output
-    output_dir: str = flag("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", group="output")
-    save_dtype: str = flag("fp32", help="Type in which the LoRA is saved.", group="output", choices=SAVE_DTYPES)
-    checkpointing_steps: int = flag(500, help="Write a checkpoint every so many steps; 0 for none.", group="output")
-    checkpoints_total_limit: int | None = flag(
-        None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", group="output"
+    output_dir: str = _output(
+        "mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True, recorded=False
     )
-    resume_from_checkpoint: str | None = flag(
+    save_dtype: str = _output("fp32", help="Type in which the LoRA is saved.", choices=SAVE_DTYPES)
+    checkpointing_steps: int = _output(500, help="Write a checkpoint every so many steps; 0 for none.", least=0)
+    checkpoints_total_limit: int | None = _output(
+        None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", above=0
+    )
+    resume_from_checkpoint: str | None = _output(
         None,
         help="A checkpoint folder to go on from, or 'latest' for the newest one of the run that wrote into "
         "--output_dir last.",
-        group="output",
+        recorded=False,
     )
-    logging_steps: int = flag(1, help="Write losses to the log and the tracker every so many steps.", group="output")
-    logging_dir: str = flag("logs", help="Folder of the tracker's logs, inside --output_dir.", group="output")
-    report_to: str = flag("tensorboard", help="Where losses are sent.", group="output", choices=TRACKERS)
-    validation_prompts: tuple[str, ...] = flag(
-        (), help="Prompts for validation clips, one argument each.", group="output", many=True
+    logging_steps: int = _output(1, help="Write losses to the log and the tracker every so many steps.", above=0)
+    logging_dir: str = _output("logs", help="Folder of the tracker's logs, inside --output_dir.", recorded=False)
+    report_to: str = _output("tensorboard", help="Where losses are sent.", choices=TRACKERS, recorded=False)
+    validation_prompts: tuple[str, ...] = _output(
+        (), help="Prompts for validation clips, one argument each.", many=True
     )
-    validation_steps: int = flag(500, help="Sample the validation prompts every so many steps.", group="output")
-    num_inference_steps: int = flag(
-        4, help="Sampling steps for validation clips, and the default saved with the LoRA.", group="output"
+    validation_steps: int = _output(500, help="Sample the validation prompts every so many steps.", above=0)
+    num_inference_steps: int = _output(
+        4, help="Sampling steps for validation clips, and the default saved with the LoRA.", above=0
     )
-    fps: int = flag(8, help="Frame rate of the validation clips.", group="output")
-    license: str | None = flag(None, help="License named in the model card. Default: none is named.", group="output")
-    push_to_hub: bool = flag(False, help="Upload the output folder to the Hub when training ends.", group="output")
-    hub_model_id: str | None = flag(
-        None, help="Repository to push to. Default: the name of --output_dir in your namespace.", group="output"
+    fps: int = _output(8, help="Frame rate of the validation clips.", above=0)
+    license: str | None = _output(None, help="License named in the model card. Default: none is named.")
+    push_to_hub: bool = _output(False, help="Upload the output folder to the Hub when training ends.", recorded=False)
+    hub_model_id: str | None = _output(
+        None, help="Repository to push to. Default: the name of --output_dir in your namespace.", recorded=False
     )
-    hub_token: str | None = flag(
-        None, help="Token for the Hub, if not logged in. Never saved.", group="output", secret=True
+    hub_token: str | None = _output(
+        None, help="Token for the Hub, if not logged in. Never saved.", secret=True, recorded=False
     )
-    hub_private_repo: bool = flag(False, help="Create the repository as a private one.", group="output")
-    overwrite_card: bool = flag(
-        False, help="Replace a card that was edited on the Hub. Default: it stays.", group="output"
+    hub_private_repo: bool = _output(False, help="Create the repository as a private one.", recorded=False)
+    overwrite_card: bool = _output(
+        False, help="Replace a card that was edited on the Hub. Default: it stays.", recorded=False
     )
 
     def __post_init__(self) -> None:
-        for name in ("validation_prompts", "extra_repositories", "discriminator_augmentation"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         if self.frame_interval is None and self.data_fps is None:
             object.__setattr__(self, "frame_interval", FRAME_INTERVAL)
-        _check_choices(self)
-        _check_ranges(self)
-        _check_combinations(self)
+        _check_method(self)
+        _check_speed(self)
+        _check_output(self)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.gradient_accumulation_steps or 1
+
+    @property
+    def precision(self) -> str:
+        """The precision of the frozen networks and of autocast."""
+        return self.mixed_precision or "no"
+
+    @property
+    def method(self) -> MethodConfig:
+        """The method's own settings, all that a training step takes."""
+        return MethodConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MethodConfig)})
 
     def learning_rates(self, total_batch: int) -> tuple[float, float]:
         """Rates of student and discriminator, scaled by the batch unless that is switched off."""
@@ -224,9 +255,7 @@ class TrainingConfig(MethodConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file; the Hub token is left out."""
-        values = dataclasses.asdict(self)
-        values.pop("hub_token")
-        return _plain(values)
+        return _plain({name: getattr(self, name) for name in self.names(secret=False)})
 
 
 def default_values() -> dict[str, Any]:
@@ -235,58 +264,23 @@ def default_values() -> dict[str, Any]:
     return _plain(values | {"frame_interval": FRAME_INTERVAL})  # what None stands for
 
 
+def values_before_flags() -> dict[str, Any]:
+    """What the discriminator did before there was a flag for it, where that is not what the flag's default says."""
+    entries = dataclasses.fields(TrainingConfig)
+    return {entry.name: before for entry in entries if (before := entry.metadata["before"]) is not None}
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _check_choices(config: TrainingConfig) -> None:
-    for entry in dataclasses.fields(config):
-        choices, value = entry.metadata["choices"], getattr(config, entry.name)
-        for one in value if entry.metadata["many"] else (value,):
-            if choices and one not in choices and not (one is None and entry.default is None):
-                raise ValueError(f"--{entry.name} must be one of {', '.join(map(str, choices))}, not {one!r}.")
-
-
-_POSITIVE = (
-    "lora_rank lora_alpha num_frames frame_interval data_fps height width num_adversarial_frames num_solver_steps "
-    "timestep_scaling sigma_data huber_c train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
-    "discriminator_learning_rate adam_epsilon max_grad_norm checkpoints_total_limit logging_steps validation_steps "
-    "num_inference_steps fps"
-).split()
-_NOT_NEGATIVE = (
-    "dataloader_num_workers lambda_adv gradient_penalty_weight guidance_min guidance_max seed lr_warmup_steps "
-    "adam_weight_decay checkpointing_steps"
-).split()
-_AT_LEAST_ONE = ("gradient_penalty_growth",)
-_UNIT = "lambda_real motion_ema_decay ema_decay adam_beta1 adam_beta2".split()
-
-
-def _check_ranges(config: TrainingConfig) -> None:
-    for names, holds, wanted in (
-        (_POSITIVE, lambda value: value > 0, "greater than 0"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
-        (_UNIT, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"--{name} must be {wanted}, not {value}.")
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-        if getattr(config, name) == 1:
-            raise ValueError(f"--{name} must be below 1.")
-    for name in ("pretrained_teacher_model", "video_data", "output_dir"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} must not be empty.")
-
-
-def _check_combinations(config: TrainingConfig) -> None:
-    if (config.guidance_min is None) != (config.guidance_max is None):
+def _check_method(config: TrainingConfig) -> None:
+    """Raise ValueError for settings of the method, the models and the data that contradict each other."""
+    low, high = config.guidance_min, config.guidance_max
+    if (low is None) != (high is None):
         raise ValueError("--guidance_min and --guidance_max belong together: give both or neither.")
-    if config.guidance_min is not None and config.guidance_min > config.guidance_max:
-        raise ValueError(
-            f"--guidance_min must not exceed --guidance_max, but {config.guidance_min} > {config.guidance_max}."
-        )
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"--guidance_min must not exceed --guidance_max, but {low} > {high}.")
     if config.frame_interval is not None and config.data_fps is not None:
         raise ValueError(
             f"--frame_interval ({config.frame_interval}) takes frames by number, --data_fps ({config.data_fps:g}) by "
@@ -307,23 +301,31 @@ def _check_combinations(config: TrainingConfig) -> None:
             )
         if config.num_frames < 2 and config.motion in ("diff", "corr"):
             raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
-    if config.fold_lora and config.mixed_precision not in (None, "no"):
-        raise ValueError(
-            f"--fold_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
-            " would be rounded away."
-        )
-    if config.fold_lora and config.gradient_checkpointing:
-        raise ValueError("--fold_lora spends memory, which --gradient_checkpointing saves: give one of them.")
     if not config.adversarial and config.image_data is not None:
         warnings.warn(
             "--image_data is not read with --lambda_adv 0: only the discriminator sees images.", stacklevel=4
         )
+
+
+def _check_speed(config: TrainingConfig) -> None:
+    """Raise ValueError for ways of computing that exclude each other; warn of rates that are never reached."""
+    if config.fuse_lora and config.mixed_precision not in (None, "no"):
+        raise ValueError(
+            f"--fuse_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
+            " would be rounded away."
+        )
+    if config.fuse_lora and config.gradient_checkpointing:
+        raise ValueError("--fuse_lora spends memory, which --gradient_checkpointing saves: give one of them.")
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_train_steps:
         warnings.warn(
             f"--lr_warmup_steps {config.lr_warmup_steps} is not below --max_train_steps {config.max_train_steps}: "
             "the learning rates never reach their full values.",
             stacklevel=4,
         )
+
+
+def _check_output(config: TrainingConfig) -> None:
+    """Raise ValueError where a secret would be recorded, or a flag would be passed over."""
     if config.report_to in _RECORD_THE_COMMAND_LINE and config.hub_token is not None:
         raise ValueError(
             f"--report_to {config.report_to} would record --hub_token; log in with `hf auth login` instead."

@@ -37,7 +37,7 @@ def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """`torch.save` through a file of Python's: of the path's own it reports a full disk as 'unexpected pos'."""
+    """Write with `torch.save`, but to a file of Python's: its own calls a full disk 'unexpected pos'."""
     with path.open("wb") as file:
         torch.save(state, file)
 

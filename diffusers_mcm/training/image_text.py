@@ -1,24 +1,34 @@
 """Which text real images get in a run, decided from the captions of its data sets."""
 
+import logging
+
 from ..data import KeyedDataset
 from ..data.sources import MediaRows
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap
 
+logger = logging.getLogger(__name__)
 MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
 
 
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
-    """The rule that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
+    """The text that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
 
     It depends on the captions of the data sets alone, so all processes and all parts of a run come to the same.
     """
     if images is None:
-        return ImageText(asked, "no images are judged")
+        return ImageText(asked, "no images are looked at")
     overlap, finding = _compare(images.rows, videos.rows)
     if asked != "auto":
         return ImageText(asked, f"as --image_text says; {finding}", overlap)
     alike = overlap is not None and overlap >= ALIKE
     return ImageText("own" if alike else "none", finding, overlap)
+
+
+def tell(text: ImageText) -> None:
+    """Log which text real images get in this run, and why."""
+    logger.info("Text beside real images: %s (%s).", text.choice, text.reason)
+    if text.warning:
+        logger.warning(text.warning)
 
 
 def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:

@@ -3,14 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
@@ -20,24 +17,20 @@ from ..distillation.draws import Coins, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
 from ..files import whole_files
-from ..lora import lora_state_dict, set_lora_state_dict
-from .acceleration import build_accelerator, start_trackers, told_by_one, with_accelerate_settings
-from .batches import Batch, build_batches, open_data
+from ..lora import lora_state_dict
+from . import image_text
+from .acceleration import build_accelerator, gather_object, start_trackers, told_by_one, with_accelerate_settings
+from .batches import Batch, build_batches, open_data, told_skipped
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
-from .networks import build_networks, describe
+from .networks import build_networks
 from .output import prepare_push, push_to_hub, unusable, write_lora_folder
-from .parts import TrainedPart, slow_learning
 from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
+from .trained_module import TrainedModule, slow_learning
 from .validation import NonFiniteSample, sample_clip, write_validation
-
-try:
-    from accelerate.utils import gather_object
-except ImportError as error:
-    raise ImportError("Training needs accelerate: pip install 'diffusers-mcm[train]'") from error
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +49,23 @@ class Trainer:
         with room_for("the tracker's log", self.output_dir):
             start_trackers(self.accelerator, config)
         self.networks = build_networks(config, self.device)
-        self.total_batch = (
-            config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        self.total_batch = config.train_batch_size * config.accumulation * self.accelerator.num_processes
         rates = config.learning_rates(self.total_batch)
-        self.student = TrainedPart("student", self.networks.student, rates[0], config, self.accelerator)
-        self.average = EMAModel(self.student.parameters, decay=config.ema_decay) if config.ema_decay else None
-        self.parts = [self.student]
+        run = (config, self.accelerator)
+        self.student = TrainedModule("student", self.networks.student, rates[0], *run, config.ema_decay)
         self.discriminator = None
         if self.networks.discriminator is not None:
-            self.discriminator = TrainedPart(
-                "discriminator", self.networks.discriminator, rates[1], config, self.accelerator
-            )
-            self.parts.append(self.discriminator)
+            self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
+        self.trained = [module for module in (self.student, self.discriminator) if module is not None]
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         with told_by_one(self.accelerator):
             self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
-        self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
+        self.step, self.seconds = 0, 0.0
+        self.last_checkpoint: Path | None = None
         self.sums: dict[str, torch.Tensor] = {}
-        self.data_sizes: dict[str, int] = {}
+        self.data_sizes: dict[str, Any] = {}
         self.pictures = PictureLog(self.accelerator.trackers)
         self.run = RunRecord(self.output_dir)
         if checkpoint is not None:
@@ -99,7 +88,7 @@ class Trainer:
         )
         started = time.perf_counter()
         for batch in batches:
-            with self.accelerator.accumulate(*(part.module for part in self.parts)):
+            with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
                 self.backward(batch)
                 if not self.accelerator.sync_gradients:
                     continue
@@ -122,7 +111,7 @@ class Trainer:
         losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, adversary)
         self.accelerator.backward(losses.total)
         self.record(loss=losses.total, consistency=losses.consistency)
-        if adversary is None:
+        if self.discriminator is None or adversary is None:
             return
         with self.accelerator.autocast():
             hinge, penalty = adversary.discriminator_loss(self.discriminator.module, losses.generator.features)
@@ -132,26 +121,24 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
         scaler = self.accelerator.scaler
-        for part in self.parts:
-            part.check_gradients(self.step + 1)
-        norms = {f"{part.name}_grad_norm": part.clip(self.config.max_grad_norm, scaler) for part in self.parts}
+        for trained in self.trained:
+            trained.check_gradients(self.step + 1)
+        norms = {f"{one.name}_grad_norm": one.clip(self.config.max_grad_norm, scaler) for one in self.trained}
         losses = self.mean_losses()
         gradients = {name: norm.item() for name, norm in norms.items()}
         # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
         samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
         checked = losses if scaler is not None else {**losses, **gradients}
         check_finite(checked, self.step + 1, samples, self.last_checkpoint)
-        for part in self.parts:
-            part.count_step(gradients[f"{part.name}_grad_norm"], self.step + 1)
-        rates = {f"{part.name}_learning_rate": part.rate for part in self.parts}
-        for part in self.parts:
-            part.update(scaler)
+        for trained in self.trained:
+            trained.count_step(gradients[f"{trained.name}_grad_norm"], self.step + 1)
+        rates = {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
+        for trained in self.trained:
+            trained.update(scaler)
         if scaler is not None:
             scaler.update()
-        if self.average is not None:
-            self.average.step(self.student.parameters)
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
-        if self.discriminator is not None:
+        if self.networks.discriminator is not None:
             self.networks.discriminator.update_spectral_norm()
         return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
 
@@ -185,16 +172,16 @@ class Trainer:
 
     def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
-        if self.discriminator is None:
+        discriminator, encode_text = self.networks.discriminator, self.networks.discriminator_text
+        if discriminator is None or encode_text is None or batch.images is None:
             return None
-        networks = self.networks
         return AdversarialStep(
-            networks.discriminator,
-            self.config,
+            discriminator,
+            self.config.method,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
-            networks.discriminator_text(batch.fake_texts)["embedding"],
+            encode_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
-            networks.discriminator_text(batch.real_texts)["embedding"],
+            encode_text(batch.real_texts)["embedding"],
         )
 
     def open_batches(self):
@@ -216,7 +203,7 @@ class Trainer:
     # --- what it tells -----------------------------------------------------------------------------------------------
     def record(self, **losses: torch.Tensor | None) -> None:
         """Add one micro-batch's losses to the step's means."""
-        share = 1 / self.config.gradient_accumulation_steps
+        share = 1 / self.config.accumulation
         for name, value in losses.items():
             if value is not None:
                 self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
@@ -228,6 +215,7 @@ class Trainer:
         return dict(zip(names, self.accelerator.reduce(values, "mean").tolist()))
 
     def open_log(self) -> LossLog | None:
+        """The log of the losses, in the main process; what there is to say of the run is said there."""
         if not self.accelerator.is_main_process:
             return None
         with room_for("the run's log", self.output_dir):
@@ -235,24 +223,17 @@ class Trainer:
             self.run.write()
             log = LossLog(self.output_dir, self.step)
         logger.info(
-            "%s; total batch %d; precision %s", describe(self.networks), self.total_batch, self.config.mixed_precision
+            "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.precision
         )
         self.warn(slow_learning(self.student, self.config, self.total_batch))
-        self.tell_image_text()
+        if self.discriminator is not None:
+            image_text.tell(self.data.image_text)
         return log
 
     def warn(self, message: str | None) -> None:
-        """Say it once, whatever the number of processes."""
+        """Log a message, if there is one, once for all processes."""
         if message is not None and self.accelerator.is_main_process:
             logger.warning(message)
-
-    def tell_image_text(self) -> None:
-        """Which text real images get in this run, and why."""
-        text = self.data.image_text
-        if self.discriminator is not None:
-            logger.info("Text beside real images: %s (%s).", text.rule, text.reason)
-            if text.warning:
-                logger.warning(text.warning)
 
     def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
         if log is None:
@@ -289,38 +270,28 @@ class Trainer:
             return self.clip(prompt, index)
         except NonFiniteSample as error:
             logger.error(
-                "The student of step %d makes no clip of %r: %s. The losses of the training are finite, so it is not"
-                " stopped. The usual causes: a network or VAE that overflows --mixed_precision fp16 (bf16 does not),"
-                " or learning rates that are too high. %s",
+                "The student of step %d makes no clip of %r: %s The losses of the training are finite, so it is not"
+                " stopped. %s",
                 *(self.step, prompt, error, saved_in(self.last_checkpoint)),
             )
             return None
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
-        config, networks = self.config, self.networks
-        with self.accelerator.autocast(), self.averaged():
-            return sample_clip(
-                networks.student,
-                networks.scheduler,
-                networks.text([prompt]),
-                networks.latent_shape,
-                config.num_inference_steps,
-                config.seed,
-                index,
-            )
+        with self.accelerator.autocast(), self.student.averaged():
+            return sample_clip(self.networks, self.config, prompt, index)
 
     def validation_folder(self, step: int) -> Path:
         return self.output_dir / "validation" / f"step-{step:06d}"
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of this run."""
-        image_text = self.data.image_text.rule
-        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, image_text)
+        text = self.data.image_text.choice
+        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, text)
 
     def state(self) -> dict[str, Any]:
-        student = self.networks.student
-        discriminator, scaler = self.networks.discriminator, self.accelerator.scaler
+        """All that a checkpoint keeps, from which `resume` goes on bit for bit."""
+        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -328,12 +299,9 @@ class Trainer:
             "identity": json.dumps(self.identity()),
             "circumstances": json.dumps(circumstances(self.config, self.output_dir)),
             "data_sizes": self.data_sizes,
-            "lora": lora_state_dict(student.denoiser),
-            "motion": student.motion.state_dict(),
-            "target_motion": student.target_motion.state_dict(),
-            "heads": None if discriminator is None else discriminator.heads.state_dict(),
-            "parts": {part.name: part.state() for part in self.parts},
-            "average": None if self.average is None else self.average.state_dict(),
+            **self.networks.state_dict(),
+            "parts": {trained.name: trained.state() for trained in self.trained},
+            "average": None if self.student.average is None else self.student.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "penalty_weight": self.penalty_weight.state_dict(),
         }
@@ -357,54 +325,30 @@ class Trainer:
             "effective_learning_rate": rates[0],
             "effective_discriminator_learning_rate": rates[1] if self.discriminator else None,
             "hours": round(self.seconds / 3600, 3),
-            "image_text": self.data.image_text.rule,
+            "image_text": self.data.image_text.choice,
         }
         name = self.output_dir.resolve().name
-        with self.averaged():
+        with self.student.averaged():
             write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The student with its moving average for weights, if it has one."""
-        if self.average is None:
-            yield
-            return
-        self.average.store(self.student.parameters)
-        self.average.copy_to(self.student.parameters)
-        try:
-            yield
-        finally:
-            self.average.restore(self.student.parameters)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        state, student = load_checkpoint(folder), self.networks.student
+        state = load_checkpoint(folder)
         check_identity(state["identity"], self.identity(), folder)
         self.run = go_on(self.output_dir, folder, state.get("run"))
         if state["step"] > self.config.max_train_steps:
             raise ValueError(
                 f"{folder} is of step {state['step']}, beyond --max_train_steps {self.config.max_train_steps}."
             )
-        if others := self.run.others:
-            self.warn(
-                f"{', '.join(other.name for other in others)} in {self.output_dir} do not lead to {folder.name}: "
-                "'latest' will not mean them, and each is replaced when this run writes one of its name."
-            )
+        self.warn(self.run.told_others(folder))
         if then := state.get("circumstances"):
             self.warn(told_changes(json.loads(then), circumstances(self.config, self.output_dir), folder))
         self.data_sizes = state.get("data_sizes", {})
         self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
-        set_lora_state_dict(student.denoiser, state["lora"])
-        student.motion.load_state_dict(state["motion"])
-        student.target_motion.load_state_dict(state["target_motion"])
-        if self.networks.discriminator is not None:
-            self.networks.discriminator.heads.load_state_dict(state["heads"])
-        for part in self.parts:
-            part.load(state["parts"][part.name])
-        if self.average is not None:  # begun here, if the run had none so far
-            begun = state.get("average") or {"shadow_params": [p.detach() for p in self.student.parameters]}
-            self.average.load_state_dict({**begun, "decay": self.config.ema_decay})
-            self.average.to(self.device)
+        self.networks.load_state_dict(state)
+        for trained in self.trained:
+            trained.load(state["parts"][trained.name])
+        self.student.load_average(state.get("average"))
         if "penalty_weight" in state:  # before it could grow, it was what its flag says
             self.penalty_weight.load_state_dict(state["penalty_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -417,15 +361,16 @@ class Trainer:
             raise RuntimeError(
                 f"{self.step} of {self.config.max_train_steps} steps were made when the data came to an end, so no"
                 f" LoRA is written. {saved_in(self.last_checkpoint)} Accumulation is over"
-                f" {self.config.gradient_accumulation_steps} micro-batches here and over"
+                f" {self.config.accumulation} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
-        for part in self.parts:
-            part.check_learnt()
+        for trained in self.trained:
+            trained.check_learnt()
 
-    def finish(self, skipped: list[str]) -> None:
+    def finish(self, unread: list[str]) -> None:
+        """Write the LoRA folder, and publish it if that is asked for; `unread` are this process's unusable items."""
         config = self.config
-        skipped = set(gather_object(skipped))  # each process read other samples
+        skipped = set(gather_object(unread))  # each process read other samples
         prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
         clip = None
         if self.accelerator.is_main_process:
@@ -436,9 +381,7 @@ class Trainer:
                 whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
             ):
                 self.write_folder(folder, sample, relative_to=self.output_dir)
-            if skipped:
-                first = ", ".join(sorted(skipped)[:5]) + (", …" if len(skipped) > 5 else "")
-                logger.warning("%d items of the data could not be used: %s", len(skipped), first)
+            self.warn(told_skipped(skipped))
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

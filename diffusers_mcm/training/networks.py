@@ -10,26 +10,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import nn
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
-from ..consistency import SIGMA_DATA
 from ..distillation.discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
 from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
+from ..features import PatchFeatures, TextFeatures
 from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
     check_fits,
     lora_disabled,
+    lora_state_dict,
     open_safetensors,
     read_lora,
     set_lora_state_dict,
 )
 from ..lora.fused import fused
+from ..pipelines import MCMPipeline
 from ..pipelines.single_file import how_to_unpack, is_checkpoint
 from .config import TrainingConfig
 from .text import CachedTextEncoder
@@ -38,35 +39,102 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 @dataclass
-class Networks:
+class TrainingNetworks:
     """What is trained, what it is trained with, and the sizes they work at."""
 
-    base: BaseModel
+    pipeline: MCMPipeline  # its denoiser is the student's: it samples as the LoRA will be sampled
     student: Student
     text: CachedTextEncoder
     discriminator: Discriminator | None
     discriminator_text: CachedTextEncoder | None
-    scheduler: SchedulerMixin
     guidance_range: tuple[float, float]
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
     latent_shape: tuple[int, int, int, int]  # C, T, h, w
-    extra_repositories: dict[str, str]  # where parts of the teacher lie that are not in its own repository
+    extra_repositories: dict[str, str]  # where components of the teacher lie that are not in its own repository
+
+    @property
+    def base_model(self) -> BaseModel:
+        return self.pipeline.base_model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that a run changes."""
+        return {
+            "lora": lora_state_dict(self.student.denoiser),
+            "motion": self.student.motion.state_dict(),
+            "target_motion": self.student.target_motion.state_dict(),
+            "heads": None if self.discriminator is None else self.discriminator.heads.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the weights of a run, in place."""
+        set_lora_state_dict(self.student.denoiser, state["lora"])
+        self.student.motion.load_state_dict(state["motion"])
+        self.student.target_motion.load_state_dict(state["target_motion"])
+        if self.discriminator is not None:
+            self.discriminator.heads.load_state_dict(state["heads"])
+
+    def summary(self) -> str:
+        """A line or two for the log: what is trained, at which size."""
+        trained = {"LoRA and motion head": self.student, "discriminator": self.discriminator}
+        counts = {
+            name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+            for name, module in trained.items()
+            if module is not None
+        }
+        sizes = dict(zip(("frames", "height", "width"), self.clip_size))
+        return f"base model {self.base_model.name}, clips {json.dumps(sizes)}, trained parameters {json.dumps(counts)}"
 
 
-def find_base_model(config: TrainingConfig) -> BaseModel:
-    """The row of `BASE_MODELS` for the teacher: as named, or as its `model_index.json` says."""
+def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetworks:
+    """The teacher as a pipeline, the student that shares its networks, and the discriminator if there is one."""
+    pipeline, extra_repositories = load_teacher(config)
+    base = pipeline.base_model
+    num_frames, height, width = (
+        getattr(config, name) or pipeline.sampling_default(name) for name in ("num_frames", "height", "width")
+    )
+    latent_shape = base.latent_shape(pipeline.denoiser, pipeline.vae, num_frames, height, width)
+    student = build_student(pipeline, config, latent_shape[0]).to(device)
+    pipeline.to(device)
+    pipeline.scheduler = base.student_scheduler(
+        pipeline.scheduler.config,
+        num_solver_steps=config.num_solver_steps,
+        timestep_scaling=config.timestep_scaling,
+        sigma_data=config.sigma_data,
+    )
+    discriminator = discriminator_text = None
+    if config.adversarial:
+        discriminator = build_discriminator(config).to(device)
+        discriminator_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
+    return TrainingNetworks(
+        pipeline=pipeline,
+        student=student,
+        text=CachedTextEncoder(partial(base.encode_text, pipeline.tokenizer, pipeline.text_encoder)),
+        discriminator=discriminator,
+        discriminator_text=discriminator_text,
+        guidance_range=guidance_range(base, config),
+        clip_size=(num_frames, height, width),
+        latent_shape=latent_shape,
+        extra_repositories=extra_repositories,
+    )
+
+
+def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
+    """The row of `BASE_MODELS` for the teacher, and the `model_index.json` that says so."""
     source = hub.resolve(config.pretrained_teacher_model)
     if os.path.isfile(source):
         raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_what_to_do_with(source)}")
-    if config.base_model is not None:
-        return get_base_model(config.base_model)
     index = hub.read_json(source, "model_index.json", revision=config.revision)
     if index is None:
         raise ValueError(
             f"--pretrained_teacher_model {config.pretrained_teacher_model!r} has no model_index.json; "
             "expected the folder or repository of a text-to-video pipeline."
         )
-    return infer_base_model(model_index=index)
+    base = infer_base_model(model_index=index)
+    if config.base_model is not None and get_base_model(config.base_model).name != base.name:
+        raise ValueError(
+            f"--base_model is {config.base_model}, but {config.pretrained_teacher_model!r} holds a {base.name}."
+        )
+    return base, index
 
 
 def _what_to_do_with(file: str) -> str:
@@ -81,15 +149,31 @@ def _what_to_do_with(file: str) -> str:
     return f"{file} is a file, and no checkpoint of a whole model: a LoRA to start from would be --pretrained_lora."
 
 
-def extra_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:
+def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
+    """The teacher as a pipeline, and where its components lie that are not in its own repository."""
+    base, index = find_base_model(config)
+    extra = base.components_elsewhere(index) | given_repositories(base, config)
+    pipeline = MCMPipeline.from_pretrained(
+        config.pretrained_teacher_model,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=WEIGHT_DTYPES[config.precision],
+        **extra,
+    )
+    pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, extra
+
+
+def given_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:
     """`--extra_repositories` as a dictionary."""
     given = dict(entry.partition("=")[::2] for entry in config.extra_repositories)
     for name, repository in given.items():
         if name not in base.extra_repositories or not repository:
             known = ", ".join(base.extra_repositories) or "none"
             raise ValueError(
-                f"--extra_repositories takes name=repository, with the parts of {base.name} that may lie elsewhere"
-                f" ({known}) as names; got {name!r}={repository!r}."
+                f"--extra_repositories takes name=repository, with the components of {base.name} that may lie"
+                f" elsewhere ({known}) as names; got {name!r}={repository!r}."
             )
     return given
 
@@ -102,81 +186,54 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
-    base = find_base_model(config)
-    dtype = WEIGHT_DTYPES[config.mixed_precision]
-    parts = base.load(
-        config.pretrained_teacher_model,
-        revision=config.revision,
-        dtype=dtype,
-        variant=config.variant,
-        extra_repositories=extra_repositories(base, config),
-    )
-    clip_size = tuple(
-        getattr(config, name) or parts.sampling.get(name) or getattr(base, name)
-        for name in ("num_frames", "height", "width")
-    )
-    latent_shape = tuple(base.latent_shape(parts.denoiser, parts.vae, *clip_size))
-
+def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:
+    """A student with a fresh LoRA on the pipeline's denoiser, or with `--pretrained_lora`; latents have `channels`."""
+    base, denoiser = pipeline.base_model, pipeline.denoiser
     add_lora(
-        parts.denoiser,
-        base.lora_target_modules(parts.denoiser),
+        denoiser,
+        base.lora_target_modules(denoiser),
         config.lora_rank,
         config.lora_alpha,
         generator=sample_generator(config.seed, "lora", 0),
     )
     with seeded(config.seed, "motion"):
-        motion = build_motion(config.motion, latent_shape[0])
+        motion = build_motion(config.motion, channels)
     if config.pretrained_lora:
-        start_from_pretrained(parts.denoiser, motion, config)
+        start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
-        base.enable_gradient_checkpointing(parts.denoiser)
+        base.enable_gradient_checkpointing(denoiser)
     path = base.noise_path(
-        parts.scheduler_config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
+        pipeline.scheduler.config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
     )
-    # Evaluation mode throughout: dropout would be noise that belongs to no sample.
     student = Student(
         base,
-        parts.denoiser,
-        parts.vae,
+        denoiser,
+        pipeline.vae,
         path,
         motion,
-        config,
-        teacher=partial(lora_disabled, parts.denoiser),
-        fused=partial(fused, parts.denoiser) if config.fold_lora else None,
+        config.method,
+        teacher=partial(lora_disabled, denoiser),
+        fused=partial(fused, denoiser) if config.fuse_lora else None,
     )
-    student.eval().to(device)
-    text_encoder = parts.text_encoder.to(device)
+    return student.eval()  # throughout: dropout would be noise that belongs to no sample
 
-    discriminator = discriminator_text = None
-    if config.adversarial:
-        discriminator = Discriminator.from_pretrained(
-            config.discriminator_features,
-            config.discriminator_text,
-            generator=sample_generator(config.seed, "discriminator", 0),
-            dtype=dtype,
-            augmentation=config.discriminator_augmentation,
-            crop=config.discriminator_crop,
-            min_crop_area=MIN_FRAME_AREA if config.image_data is None else MIN_IMAGE_AREA,
-        ).to(device)
-        discriminator_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
-    return Networks(
-        base=base,
-        student=student,
-        text=CachedTextEncoder(lambda prompts: base.encode_text(parts.tokenizer, text_encoder, prompts)),
-        discriminator=discriminator,
-        discriminator_text=discriminator_text,
-        scheduler=build_scheduler(base, parts.scheduler_config, config),
-        guidance_range=guidance_range(base, config),
-        clip_size=clip_size,
-        latent_shape=latent_shape,
-        extra_repositories=parts.extra_repositories,
+
+def build_discriminator(config: TrainingConfig) -> Discriminator:
+    """A discriminator with fresh heads on the frozen feature networks."""
+    dtype = WEIGHT_DTYPES[config.precision]
+    return Discriminator.with_fresh_heads(
+        PatchFeatures.from_pretrained(config.discriminator_features, dtype=dtype),
+        TextFeatures.from_pretrained(config.discriminator_text, dtype=dtype),
+        generator=sample_generator(config.seed, "discriminator", 0),
+        augmentation=config.discriminator_augmentation,
+        crop=config.discriminator_crop,
+        min_crop_area=MIN_FRAME_AREA if config.image_data is None else MIN_IMAGE_AREA,
     )
 
 
-def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
-    """Overwrite a fresh LoRA with `--pretrained_lora`, and the motion head with the one beside it, if there is one."""
-    lora = read_lora(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
+    """Overwrite a fresh LoRA with the one called `name`, and the motion head with the one beside it, if any is."""
+    lora = read_lora(name, subfolder=config.pretrained_lora_subfolder)
     check_fits(denoiser, lora)
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]
@@ -186,7 +243,7 @@ def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: Traini
             f" {config.lora_rank} and --lora_alpha {config.lora_alpha:g}: they must be the same, for all its modules."
         )
     set_lora_state_dict(denoiser, lora.tensors)
-    source, where = hub.resolve(config.pretrained_lora), dict(subfolder=config.pretrained_lora_subfolder)
+    source, where = hub.resolve(name), dict(subfolder=config.pretrained_lora_subfolder)
     head = hub.find_file(source, MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
     if head is not None:
         with open_safetensors(head) as file:
@@ -196,28 +253,7 @@ def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: Traini
 
 
 def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, float]:
-    return base.guidance_range if config.guidance_min is None else (config.guidance_min, config.guidance_max)
-
-
-def build_scheduler(base: BaseModel, scheduler_config: dict[str, Any], config: TrainingConfig) -> SchedulerMixin:
-    """The sampler that fits this training: the teacher's noise schedule, the student's grid and boundary."""
-    return base.scheduler_class.from_config(
-        scheduler_config,
-        # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
-        timestep_scaling=config.timestep_scaling * SIGMA_DATA / config.sigma_data,
-        original_inference_steps=config.num_solver_steps,
-        clip_sample=False,
-        thresholding=False,
-    )
-
-
-def describe(networks: Networks) -> str:
-    """A line or two for the log: what is trained, at which size."""
-    trained = {"LoRA and motion head": networks.student, "discriminator": networks.discriminator}
-    counts = {
-        name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-        for name, module in trained.items()
-        if module is not None
-    }
-    sizes = dict(zip(("frames", "height", "width"), networks.clip_size))
-    return f"base model {networks.base.name}, clips {json.dumps(sizes)}, trained parameters {json.dumps(counts)}"
+    """The range of the guidance strength w, as given or the base model's."""
+    if config.guidance_min is None or config.guidance_max is None:
+        return base.guidance_range
+    return config.guidance_min, config.guidance_max

@@ -9,31 +9,27 @@ import numpy as np
 import torch
 
 from .. import hub
-from ..cards import CARD_NAME, SOURCES, is_local, render_folder_card
+from ..cards import CARD_NAME, is_local, render_folder_card
 from ..lora import MOTION_HEAD_NAME, save_lora, write_safetensors
 from ..publish import PublishError, open_repository, publish_lora, record_sample
 from .config import TrainingConfig
-from .networks import Networks
+from .networks import TrainingNetworks
 
-# What only says where a run put its files, or is secret, is not part of how the LoRA was made.
-_NOT_RECORDED = frozenset(
-    "output_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_model_id hub_private_repo "
-    "overwrite_card".split()
-)
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def recorded_training(
-    config: TrainingConfig, networks: Networks, folder: Path, progress: dict[str, Any]
+    config: TrainingConfig, networks: TrainingNetworks, folder: Path, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """The configuration as it goes beside the weights in `folder`: ids as they are, local paths relative to it."""
-    training = {key: value for key, value in config.to_dict().items() if key not in _NOT_RECORDED}
-    for name in SOURCES:
+    values = config.to_dict()
+    training = {name: values[name] for name in config.names(recorded=True)}
+    for name in config.names(source=True):
         if training[name] is not None:
             training[name] = recordable_source(training[name], folder)
     training["num_frames"], training["height"], training["width"] = networks.clip_size
     training["guidance_min"], training["guidance_max"] = networks.guidance_range
-    training["base_model"] = networks.base.name
+    training["base_model"] = networks.base_model.name
     training["extra_repositories"] = {
         name: recordable_source(place, folder) for name, place in networks.extra_repositories.items()
     }
@@ -50,7 +46,7 @@ def recordable_source(source: str, folder: Path) -> str:
 def write_lora_folder(
     folder: Path,
     config: TrainingConfig,
-    networks: Networks,
+    networks: TrainingNetworks,
     progress: dict[str, Any],
     name: str,
     sample: tuple[str, np.ndarray] | None = None,
@@ -67,7 +63,7 @@ def write_lora_folder(
     save_lora(
         folder,
         networks.student.denoiser,
-        networks.base,
+        networks.base_model,
         repository=config.pretrained_teacher_model,
         revision=config.revision,
         extra_repositories=networks.extra_repositories,
@@ -79,7 +75,7 @@ def write_lora_folder(
             "fps": config.fps,
         },
         training=training,
-        scheduler=networks.scheduler,
+        scheduler=networks.pipeline.scheduler,
         dtype=_SAVE_DTYPES[config.save_dtype],
         relative_to=relative_to,
     )
@@ -89,7 +85,7 @@ def write_lora_folder(
     (folder / CARD_NAME).write_text(render_folder_card(folder, name), encoding="utf-8")
 
 
-def motion_head(networks: Networks) -> dict[str, torch.Tensor]:
+def motion_head(networks: TrainingNetworks) -> dict[str, torch.Tensor]:
     """The head's weights and its moving average's; empty for a representation without weights."""
     student = networks.student
     heads = {"motion": student.motion, "target_motion": student.target_motion}
@@ -150,7 +146,7 @@ def hub_repository(config: TrainingConfig) -> str:
 
 
 def push_command(config: TrainingConfig) -> str:
-    """What does the same as --push_to_hub, later."""
+    """The command that does the same as --push_to_hub, later."""
     flags = ["--private"] if config.hub_private_repo else []
     flags += ["--overwrite_card"] if config.overwrite_card else []
     return shlex.join(["diffusers-mcm", "push", config.output_dir, hub_repository(config), *flags])

@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def existing(self) -> list[Path]:
-        """Those of the line that are still there."""
+        """The checkpoints of the line that are still there."""
         return [self.output_dir / name for name in self.line if is_checkpoint(self.output_dir / name)]
 
     @property
@@ -52,8 +52,17 @@ class RunRecord:
         """Checkpoints in the folder that are not of the line."""
         return [folder for folder in checkpoints(self.output_dir) if folder.name not in self.line]
 
+    def told_others(self, folder: Path) -> str | None:
+        """What to warn of when a run goes on from `folder`: checkpoints that do not lead there; None if all do."""
+        if not self.others:
+            return None
+        return (
+            f"{_names(self.others)} in {self.output_dir} do not lead to {folder.name}: 'latest' will not mean them, "
+            "and each is replaced when this run writes one of its name."
+        )
+
     def add(self, folder: Path) -> None:
-        """A checkpoint was written in the folder."""
+        """Put a checkpoint that was written in the folder at the end of the line."""
         self.line = [*(name for name in self.line if name != folder.name), folder.name]
         self.write()
 

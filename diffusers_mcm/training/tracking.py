@@ -37,7 +37,8 @@ class PictureLog:
     """Sends pictures to the trackers of a run, and says once which of them take none."""
 
     def __init__(self, trackers: list):
-        self.trackers, self.refused = trackers, set()
+        self.trackers = trackers
+        self.refused: set[str] = set()
 
     def write(self, name: str, picture: np.ndarray, step: int) -> None:
         """`picture` is (H, W, 3) uint8."""

@@ -1,57 +1,46 @@
 """Clips sampled while training, to see how far it is."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import SchedulerMixin
 
-from ..conditioning import Conditioning
 from ..distillation.draws import draw_normal, sample_generator
-from ..distillation.student import Student
 from ..files import whole_folder
-from ..pipelines.checks import all_finite, count_of_not_finite
-from ..video_io import comparison, write_image, write_mp4
+from ..pipelines.checks import NotFiniteError
+from ..video_io import comparison, to_uint8, write_image, write_mp4
+from .config import TrainingConfig
 from .disk import room_for
+from .networks import TrainingNetworks
 
 
 class NonFiniteSample(FloatingPointError):
     """A clip of the student would hold NaN or infinite values; as pixels they would be black, or anything."""
 
 
-@torch.no_grad()
-def sample_clip(
-    student: Student,
-    scheduler: SchedulerMixin,
-    text: Conditioning,
-    latent_shape: Sequence[int],
-    num_inference_steps: int,
-    seed: int,
-    index: int,
-) -> np.ndarray:
-    """One clip by multistep consistency sampling; frames (T, H, W, 3) uint8. The same noise whenever it is called.
+def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str, index: int) -> np.ndarray:
+    """A clip of the student by its pipeline, frames (T, H, W, 3) uint8. The same noise whenever it is called.
 
     `NonFiniteSample` if the network or the VAE makes values that are not finite.
     """
-    device = next(student.parameters()).device
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    generator = sample_generator(seed, "validation steps", index)
-    latents = draw_normal(seed, "validation start", [index], latent_shape).to(device)
-    for t in scheduler.timesteps:
-        output = student.denoise(latents, t.reshape(1).to(device), text)
-        latents, denoised = scheduler.step(output.float(), t, latents, generator=generator, return_dict=False)
-    _check_finite(denoised, "sampled latents")
-    pixels = student.base.decode_video(student.vae, denoised, chunk_size=4)[0]  # (3, T, H, W)
-    _check_finite(pixels, "decoded frames (not the latents)")
-    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
-
-
-def _check_finite(values: torch.Tensor, what: str) -> None:
-    if not all_finite(values):
-        raise NonFiniteSample(f"the {what} hold {count_of_not_finite(values)}")
+    num_frames, height, width = networks.clip_size
+    try:
+        videos = networks.pipeline(
+            prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=config.num_inference_steps,
+            latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
+            generator=sample_generator(config.seed, "validation steps", index),
+            decode_chunk_size=4,
+            output_type="np",
+        ).frames
+    except NotFiniteError as error:
+        raise NonFiniteSample(
+            f"{error.found}. The usual causes: a network or VAE that overflows --mixed_precision fp16 (bf16 does not),"
+            " or learning rates that are too high."
+        ) from error
+    return to_uint8(videos[0])
 
 
 def write_validation(folder: Path, clips: dict[str, np.ndarray | None], fps: int) -> np.ndarray:

@@ -11,7 +11,7 @@ distil() {
     --pretrained_teacher_model mcm-shapes-teacher --video_data "$world/videos" \
     --frame_interval 1 --train_batch_size $((8 / ${PROCESSES:-1})) --lr_warmup_steps 20 --lora_rank 32 --lora_alpha 32 \
     --no_scale_lr --learning_rate 2e-4 --guidance_min 1 --guidance_max 1 \
-    --num_solver_steps 8 --timesteps visited --fold_lora --ema_decay 0.995 \
+    --num_solver_steps 8 --timesteps visited --fuse_lora --ema_decay 0.995 \
     --checkpointing_steps 125 --checkpoints_total_limit 1 --resume_from_checkpoint latest --save_dtype fp16 \
     --validation_steps 3000 --validation_prompts "a red circle moving left on a black background" "$@"
 }

@@ -13,6 +13,7 @@ from common import Frames, to_pixels
 
 from diffusers_mcm.distillation.discriminator import Discriminator
 from diffusers_mcm.distillation.losses import get_discriminator_loss
+from diffusers_mcm.features import PatchFeatures, TextFeatures
 from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, SHAPES, Caption, held_out_captions, parse
 from diffusers_mcm.shapes.render import render_image
 
@@ -36,8 +37,9 @@ def main() -> None:
     args = p.parse_args()
     data, rng = Frames(args.data), np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    discriminator = Discriminator.from_pretrained(args.features, args.text, generator=generator, augmentation=())
-    heads, rule = discriminator.heads, get_discriminator_loss("hinge")
+    frozen = PatchFeatures.from_pretrained(args.features), TextFeatures.from_pretrained(args.text)
+    discriminator = Discriminator.with_fresh_heads(*frozen, generator=generator, augmentation=())
+    heads, hinge = discriminator.heads, get_discriminator_loss("hinge")
     optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-4, weight_decay=0.0)
 
     def features(images: np.ndarray) -> list[torch.Tensor]:
@@ -52,7 +54,7 @@ def main() -> None:
         captions = [parse(data.captions["clean"][index]) for index in chosen]
         wrong = [spoil(caption, rng.choice(list(ATTRIBUTES)), rng) for caption in captions]
         seen = features(data.images["clean"][chosen])
-        loss = rule.discriminator(heads(seen, text(captions)), heads(seen, text(wrong)), 1)
+        loss = hinge.discriminator(heads(seen, text(captions)), heads(seen, text(wrong)), 1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -90,10 +90,9 @@ def test_what_it_is_recognised_by():
 # --- the noise schedule ----------------------------------------------------------------------------------------------
 def test_betas_are_linear_on_stable_diffusion(world):
     """The image model's own are scaled linear."""
-    parts = ANIMATEDIFF.load(world / "sd", extra_repositories={"motion_adapter": str(world / "adapter")})
     assert DDIMScheduler.from_pretrained(world / "sd" / "scheduler").config.beta_schedule == "scaled_linear"
-    torch.testing.assert_close(ANIMATEDIFF.noise_path(parts.scheduler_config).alphas ** 2, LINEAR)
     pipe = MCMPipeline.from_pretrained(world / "sd", motion_adapter=world / "adapter")
+    torch.testing.assert_close(ANIMATEDIFF.noise_path(pipe.scheduler.config).alphas ** 2, LINEAR)
     assert isinstance(pipe.scheduler, MCMScheduler)
     torch.testing.assert_close(pipe.scheduler.alphas_cumprod, LINEAR)
     assert (pipe.scheduler.config.clip_sample, pipe.scheduler.config.prediction_type) == (False, "epsilon")
@@ -112,7 +111,7 @@ def test_a_saved_animatediff_pipelines_schedule_is_its_own(tmp_path):
     AnimateDiffPipeline(**tiny_animatediff_components() | dict(scheduler=own), motion_adapter=None).save_pretrained(
         tmp_path
     )
-    path = ANIMATEDIFF.noise_path(ANIMATEDIFF.load(tmp_path).scheduler_config)
+    path = ANIMATEDIFF.noise_path(MCMPipeline.from_pretrained(tmp_path).scheduler.config)
     torch.testing.assert_close(path.alphas**2, own.alphas_cumprod)
     torch.testing.assert_close(MCMPipeline.from_pretrained(tmp_path).scheduler.alphas_cumprod, own.alphas_cumprod)
 
@@ -169,10 +168,9 @@ def test_saved_pipelines(world, tmp_path, video, kind):
         assert index["unet"][1] == "UNet2DConditionModel" and index["motion_adapter"][1] == "MotionAdapter"
     lora = MCMPipeline.from_pretrained(tmp_path, lora=world / "lora")
     torch.testing.assert_close(sample(lora), video, **EXACT)
-    loaded = ANIMATEDIFF.load(tmp_path)
-    reference = tiny_motion_unet().state_dict()
-    assert all(torch.equal(reference[key], value) for key, value in loaded.denoiser.state_dict().items())
-    assert loaded.extra_repositories == {}
+    loaded, reference = MCMPipeline.from_pretrained(tmp_path).unet, tiny_motion_unet().state_dict()
+    assert all(torch.equal(reference[key], value) for key, value in loaded.state_dict().items())
+    assert ANIMATEDIFF.components_elsewhere(json.loads((tmp_path / "model_index.json").read_text())) == {}
     moving = MCMPipeline.from_pretrained(tmp_path, motion_adapter=tiny_motion_adapter(1))
     assert not torch.equal(sample(moving), sample(MCMPipeline.from_pretrained(tmp_path)))
 

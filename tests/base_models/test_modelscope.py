@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet3DConditionModel
 
+from diffusers_mcm import MCMPipeline
 from diffusers_mcm.base_models import BASE_MODELS, get_base_model, infer_base_model
 from diffusers_mcm.base_models.base import BaseModel
 from diffusers_mcm.lora import fresh_lora
@@ -129,12 +130,12 @@ def test_the_repositorys_configuration_wins_over_the_defaults(tmp_path):
     save_tiny_base(tmp_path, scheduler=scheduler)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"num_frames": 7}))
-    parts = MODELSCOPE.load(str(tmp_path))
-    path = MODELSCOPE.noise_path(parts.scheduler_config)
+    pipe = MCMPipeline.from_pretrained(tmp_path)
+    path = MODELSCOPE.noise_path(pipe.scheduler.config)
     assert path.prediction_type == "v_prediction"
     torch.testing.assert_close(path.alphas**2, scheduler.alphas_cumprod)
-    assert parts.sampling == {"height": SIZE, "width": SIZE, "num_frames": 7, "fps": 8}
-    assert not any(p.requires_grad for m in (parts.denoiser, parts.vae, parts.text_encoder) for p in m.parameters())
+    assert [pipe.sampling_default(name) for name in ("height", "width", "num_frames", "fps")] == [SIZE, SIZE, 7, 8]
+    assert not any(p.requires_grad for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters())
 
 
 def test_defaults_where_the_repository_is_silent(tmp_path):

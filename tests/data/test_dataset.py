@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
-from diffusers_mcm.data.dataset import _candidate_rows, draw_uniform
+from diffusers_mcm.data.dataset import _candidate_rows, keyed_fraction
 
 from .conftest import flat_frames, frame_numbers, image_bytes
 
@@ -45,10 +45,10 @@ def test_replacements_reach_every_row_once(num_rows):
 
 
 def test_draws_are_uniform_and_keyed():
-    draws = torch.tensor([draw_uniform(0, "a", i) for i in range(4000)], dtype=torch.float64)
+    draws = torch.tensor([keyed_fraction(0, "a", i) for i in range(4000)], dtype=torch.float64)
     assert abs(float(draws.mean()) - 0.5) < 0.02
     assert abs(float(draws.var()) - 1 / 12) < 0.005
-    assert len({draw_uniform(s, p, i) for s in (0, 1) for p in "ab" for i in (0, 1)}) == 8
+    assert len({keyed_fraction(s, p, i) for s in (0, 1) for p in "ab" for i in (0, 1)}) == 8
 
 
 def test_items_depend_on_seed_and_index_only(video_folder):

@@ -36,7 +36,7 @@ def make_student(**overrides) -> Student:
         build_motion(config.motion, 4),
         config,
         teacher=partial(lora_disabled, denoiser),
-        fused=partial(fused, denoiser) if config.fold_lora else None,
+        fused=partial(fused, denoiser) if config.fuse_lora else None,
     ).eval()
 
 
@@ -183,19 +183,19 @@ def test_under_autocast_both_sides_of_the_distance_are_float32(kind):
     assert losses.total.dtype == torch.float32 and student.motion.conv_out.weight.grad.any()
 
 
-def test_a_folded_lora_gives_the_same_losses_and_gradients():
+def test_a_fused_lora_gives_the_same_losses_and_gradients():
     results = []
-    for fold_lora in (False, True):
+    for fuse_lora in (False, True):
         torch.manual_seed(0)
-        student = make_student(fold_lora=fold_lora).double()
+        student = make_student(fuse_lora=fuse_lora).double()
         text, negative = ({key: value.double() for key, value in each.items()} for each in (TEXT, NEGATIVE))
         draws = in_double(make_draws(student))
         losses = student(PIXELS.double(), text, negative, draws)
         losses.total.backward()
         gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         results.append((losses.total, gradients))
-    (loss, gradients), (folded_loss, folded_gradients) = results
-    torch.testing.assert_close(folded_loss, loss)
-    assert gradients.keys() == folded_gradients.keys() and any("lora_A" in name for name in gradients)
+    (loss, gradients), (fused_loss, fused_gradients) = results
+    torch.testing.assert_close(fused_loss, loss)
+    assert gradients.keys() == fused_gradients.keys() and any("lora_A" in name for name in gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(folded_gradients[name], gradient, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-9)

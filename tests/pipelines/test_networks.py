@@ -5,7 +5,6 @@ import torch
 from diffusers import AnimateDiffPipeline, PNDMScheduler, StableDiffusionPipeline
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
-from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.lora import LoRA, lora_layers
 from tests.base_models.test_animatediff_pipeline import random_lora
 from tests.test_style_lora import SPATIAL, make, sample
@@ -218,5 +217,3 @@ def test_a_network_for_inpainting_is_refused(tmp_path):
     save_tiny_base(tmp_path / "ms", unet=tiny_unet(in_channels=9))
     with pytest.raises(ValueError, match=what):
         MCMPipeline.from_pretrained(tmp_path / "ms")
-    with pytest.raises(ValueError, match=what):
-        get_base_model("modelscope").load(str(tmp_path / "ms"))

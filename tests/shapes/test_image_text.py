@@ -7,6 +7,7 @@ import torch
 from diffusers_mcm.distillation.discriminator import Discriminator
 from diffusers_mcm.distillation.image_text import caption_overlap, pair_texts
 from diffusers_mcm.distillation.losses import get_discriminator_loss
+from diffusers_mcm.features import PatchFeatures, TextFeatures
 from diffusers_mcm.shapes.build import _schedule
 from diffusers_mcm.shapes.captions import held_out_captions, training_captions
 from diffusers_mcm.shapes.render import render_image
@@ -25,7 +26,8 @@ def test_a_wrong_caption_scores_lower_than_the_right_one():
     """After a few steps against pictures that do not show their prompts, on captions that were never seen."""
     rng = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    discriminator = Discriminator.from_pretrained("mcm-shapes-features", "mcm-shapes-clip", generator)
+    frozen = PatchFeatures.from_pretrained("mcm-shapes-features"), TextFeatures.from_pretrained("mcm-shapes-clip")
+    discriminator = Discriminator.with_fresh_heads(*frozen, generator)
     hinge = get_discriminator_loss("hinge").discriminator
     optimizer = torch.optim.AdamW(discriminator.heads.parameters(), lr=2e-3, weight_decay=0.0)
 

@@ -83,11 +83,11 @@ def test_nothing_that_accelerate_can_be_told_to_use_is_passed_over():
     assert told - honoured - refused <= {"ACCELERATE_USE_PARALLELISM_CONFIG"}
 
 
-def test_a_lora_is_not_folded_in_the_precision_that_accelerate_says(config, monkeypatch):
+def test_a_lora_is_not_fused_in_the_precision_that_accelerate_says(config, monkeypatch):
     monkeypatch.setenv(PRECISION, "bf16")
-    with pytest.raises(ValueError, match="--fold_lora needs --mixed_precision no: in bf16 most of"):
-        with_accelerate_settings(config(fold_lora=True))
-    assert with_accelerate_settings(config(fold_lora=True, mixed_precision="no")).fold_lora
+    with pytest.raises(ValueError, match="--fuse_lora needs --mixed_precision no: in bf16 most of"):
+        with_accelerate_settings(config(fuse_lora=True))
+    assert with_accelerate_settings(config(fuse_lora=True, mixed_precision="no")).fuse_lora
 
 
 def test_fp16_that_accelerate_says_needs_a_gpu_too(config, monkeypatch):

@@ -64,14 +64,14 @@ class Patches(torch.nn.Module):
 def small_discriminator(monkeypatch):
     """Such features, and clips that are not decoded, at which nothing here looks."""
 
-    def build(features, text, generator, dtype, **options):
+    def build(features, text, generator, **options):
         heads = DiscriminatorHeads(1, FEATURE_DIM, TEXT_DIM, generator)
         return Discriminator(Patches(), heads, TextFeatures(tiny_clip_text(), tiny_tokenizer()), **options)
 
     def blank(media, num_frames, interval, height, width, *rest):
         return np.zeros((num_frames, height, width, 3), dtype=np.uint8)
 
-    monkeypatch.setattr("diffusers_mcm.training.networks.Discriminator.from_pretrained", build)
+    monkeypatch.setattr("diffusers_mcm.training.networks.Discriminator.with_fresh_heads", build)
     monkeypatch.setattr("diffusers_mcm.data.dataset.read_clip", blank)
 
 
@@ -131,14 +131,14 @@ class Experiment:
 @pytest.mark.parametrize("captions", CAPTION_SETS)
 def test_on_the_same_pictures_the_texts_give_nothing_away(world, tmp_path, small_discriminator, captions):
     experiment = Experiment(world, tmp_path, CAPTION_SETS[captions])
-    assert experiment.trainer.data.image_text.rule == ("own" if captions == "the videos'" else "none")
+    assert experiment.trainer.data.image_text.choice == ("own" if captions == "the videos'" else "none")
     assert experiment.hinge() == pytest.approx(2.0, abs=0.2)
 
 
 def test_nor_do_captions_that_some_images_lack(world, tmp_path, small_discriminator):
     """A prompt beside those would be one that a real image does not show, and a generated one does."""
     experiment = Experiment(world, tmp_path, CAPTIONS, missing=60)
-    assert experiment.trainer.data.image_text.rule == "own"
+    assert experiment.trainer.data.image_text.choice == "own"
     assert experiment.hinge() == pytest.approx(2.0, abs=0.2)
 
 
@@ -161,7 +161,7 @@ def test_other_pictures_are_still_told(world, tmp_path, small_discriminator, cap
     assert experiment.hinge(change_fakes=lambda images: images / 2, until=0.5) < 0.5
 
 
-# --- the rule --------------------------------------------------------------------------------------------------------
+# --- the choice ------------------------------------------------------------------------------------------------------
 def test_overlap_is_what_the_texts_alone_leave_of_the_hinge():
     """Against the least hinge over all functions of the text, which is the sum over texts of 2 min(p, q)."""
     images, videos = ["a"] * 6 + ["b"] * 2 + ["c"] * 2, ["a"] * 2 + ["b", "d"]
@@ -200,19 +200,19 @@ def open_both(world, images):
 def test_own_captions_are_taken_where_both_sets_are_alike(world, tmp_path, captions, missing, rule, reason):
     images, videos = open_both(world, make_images(tmp_path / "images", captions, missing))
     chosen = choose_image_text("auto", images, videos)
-    assert chosen.rule == rule and re.search(reason, chosen.reason) and chosen.warning is None
+    assert chosen.choice == rule and re.search(reason, chosen.reason) and chosen.warning is None
     assert choose_image_text("auto", images, videos) == chosen
     asked = choose_image_text("own", images, videos)
-    assert asked.rule == "own" and (asked.warning is None) == (rule == "own" or captions is None)
+    assert asked.choice == "own" and (asked.warning is None) == (rule == "own" or captions is None)
     assert "do not show their texts" in choose_image_text("prompt", images, videos).warning
 
 
 def test_frames_have_their_own_captions_and_large_sets_are_not_compared(world, tmp_path, monkeypatch):
     images, videos = open_both(world, make_images(tmp_path / "images", CAPTIONS))
-    assert choose_image_text("auto", FrameDataset(videos), videos).rule == "own"
+    assert choose_image_text("auto", FrameDataset(videos), videos).choice == "own"
     monkeypatch.setattr("diffusers_mcm.training.image_text.MAX_COMPARED", 63)
     chosen = choose_image_text("auto", images, videos)
-    assert (chosen.rule, chosen.reason) == ("none", "captions of more than 63 items are not compared")
+    assert (chosen.choice, chosen.reason) == ("none", "captions of more than 63 items are not compared")
     assert choose_image_text("own", images, videos).warning is None  # nothing is known against it
 
 

@@ -14,8 +14,8 @@ from diffusers_mcm.files import whole_files
 from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
-from diffusers_mcm.training.parts import MissingGradient, SkippedSteps
 from diffusers_mcm.training.tracking import NonFiniteLoss
+from diffusers_mcm.training.trained_module import MissingGradient, SkippedSteps
 
 from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, stop_in_step_two, tiny_config
 
@@ -111,7 +111,7 @@ def test_what_is_saved_is_the_moving_average(world, tmp_path):
 def test_a_run_may_be_given_an_average_on_its_way(world, tmp_path):
     run(tiny_config(world, tmp_path, checkpointing_steps=1, max_train_steps=1))
     trainer = Trainer(tiny_config(world, tmp_path, resume_from_checkpoint="latest", max_train_steps=2, ema_decay=0.9))
-    for average, parameter in zip(trainer.average.shadow_params, trainer.student.parameters, strict=True):
+    for average, parameter in zip(trainer.student.average.shadow_params, trainer.student.parameters, strict=True):
         assert torch.equal(average, parameter) and average.data_ptr() != parameter.data_ptr()
 
 
@@ -232,7 +232,8 @@ def test_plain_lcm_needs_no_discriminator_no_decoder_and_no_images(world, tmp_pa
     def unwanted(*args, **kwargs):
         raise AssertionError("plain LCM must not use this")
 
-    monkeypatch.setattr("diffusers_mcm.distillation.discriminator.Discriminator.from_pretrained", unwanted)
+    monkeypatch.setattr("diffusers_mcm.features.PatchFeatures.from_pretrained", unwanted)
+    monkeypatch.setattr("diffusers_mcm.features.TextFeatures.from_pretrained", unwanted)
     monkeypatch.setattr("diffusers_mcm.training.batches.ImageDataset", unwanted)
     monkeypatch.setattr("diffusers_mcm.training.batches.FrameDataset", unwanted)
     monkeypatch.setattr("diffusers.AutoencoderKL.decode", unwanted)
@@ -409,7 +410,7 @@ def test_half_precision_keeps_what_is_trained_in_fp32_and_video_frames_stand_in_
     trainer.train()
     student = trainer.networks.student
     assert student.vae.dtype == student.denoiser.conv_in.weight.dtype == torch.bfloat16
-    trained = [parameter for part in trainer.parts for parameter in part.parameters]
+    trained = [parameter for trained in trainer.trained for parameter in trained.parameters]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert read_log(tmp_path)[0]["discriminator"] > 0
 

@@ -5,21 +5,61 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusers_mcm import MCMPipeline
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.consistency import boundary_scalings
+from diffusers_mcm.lora import lora_layers
 from diffusers_mcm.training.config import TrainingConfig
-from diffusers_mcm.training.networks import build_scheduler, find_base_model
-from tests.tiny import SCHEDULER
+from diffusers_mcm.training.networks import find_base_model, load_teacher
+from tests.tiny import SCHEDULER, save_tiny_lora
+
+from .world import tiny_config
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_sampling_has_the_boundary_of_training(sigma_data):
     config = TrainingConfig(pretrained_teacher_model="teacher", video_data="videos", sigma_data=sigma_data)
-    scheduler = build_scheduler(get_base_model("modelscope"), SCHEDULER, config)
+    scheduler = get_base_model("modelscope").student_scheduler(
+        SCHEDULER,
+        num_solver_steps=config.num_solver_steps,
+        timestep_scaling=config.timestep_scaling,
+        sigma_data=config.sigma_data,
+    )
     t = torch.arange(0, 1000, 37)
     expected = boundary_scalings(t, config.timestep_scaling, config.sigma_data)
     torch.testing.assert_close(scheduler.get_scalings_for_boundary_condition_discrete(t), expected)
     assert scheduler.config.original_inference_steps == config.num_solver_steps
+
+
+def test_the_teacher_is_the_base_model_of_a_saved_pipeline(world, tmp_path):
+    lora = save_tiny_lora(tmp_path / "lora", world["pretrained_teacher_model"])
+    pipeline = MCMPipeline.from_pretrained(lora)
+    pipeline.fuse_lora()
+    pipeline.save_pretrained(tmp_path / "saved")
+    saved, _ = load_teacher(tiny_config(world | dict(pretrained_teacher_model=str(tmp_path / "saved")), tmp_path))
+    base, elsewhere = load_teacher(tiny_config(world, tmp_path))
+    assert not lora_layers(saved.unet) and elsewhere == {}
+    weights = base.unet.state_dict()
+    assert saved.unet.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[key], value) for key, value in saved.unet.state_dict().items())
+
+
+def test_a_base_model_that_the_files_are_not_of(world, tmp_path):
+    with pytest.raises(ValueError, match="--base_model is animatediff, but .* holds a modelscope"):
+        load_teacher(tiny_config(world, tmp_path, base_model="animatediff"))
+    with pytest.raises(ValueError, match="Unknown base model 'wan'"):
+        load_teacher(tiny_config(world, tmp_path, base_model="wan"))
+
+
+def test_where_components_lie(animatediff, tmp_path):
+    """As given, or the base model's own place; in a saved pipeline there is nothing to look for."""
+    model = get_base_model("animatediff")
+    image = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    assert model.components_elsewhere(image) == model.extra_repositories
+    assert model.components_elsewhere(image | {"motion_adapter": ["diffusers", "MotionAdapter"]}) == {}
+    assert model.components_elsewhere({"unet": ["diffusers", "UNetMotionModel"], "motion_adapter": [None, None]}) == {}
+    _, elsewhere = load_teacher(tiny_config(animatediff, tmp_path))
+    assert elsewhere == {"motion_adapter": animatediff["extra_repositories"][0].partition("=")[2]}
 
 
 @pytest.mark.parametrize("base_model", [None, "animatediff"])

@@ -11,7 +11,7 @@ from torch import nn
 from diffusers_mcm.base_models import BASE_MODELS
 from diffusers_mcm.training.arguments import parse_config
 from diffusers_mcm.training.config import MIXED_PRECISION
-from diffusers_mcm.training.parts import TrainedPart, slow_learning
+from diffusers_mcm.training.trained_module import TrainedModule, slow_learning
 from tests.documents import ROOT, blocks, commands, launches
 
 RECIPE = str(ROOT / "examples/recipes/distil.sh")
@@ -28,7 +28,7 @@ def check(arguments: list[str]) -> None:
     total = config.train_batch_size * config.gradient_accumulation_steps * processes
     assert total == 128 and config.learning_rates(total) == (5e-6, 1e-4)
     assert config.max_train_steps == 30_000 and config.dataloader_num_workers > 0 and config.gradient_checkpointing
-    student = TrainedPart("student", nn.Linear(1, 1), 5e-6, config, Accelerator(cpu=True))
+    student = TrainedModule("student", nn.Linear(1, 1), 5e-6, config, Accelerator(cpu=True))
     assert slow_learning(student, config, total) is None
 
 

@@ -60,7 +60,7 @@ def test_clips_that_are_not_finite_are_errors_and_the_run_loses_nothing(world, t
 
 def test_latents_that_are_not_finite_are_told_from_frames_that_are_not(world, tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(world, tmp_path, **PLAIN))
-    denoise = trainer.networks.student.denoise
-    monkeypatch.setattr(trainer.networks.student, "denoise", lambda *inputs: denoise(*inputs) * torch.inf)
+    base = trainer.networks.base_model
+    monkeypatch.setattr(base, "denoise", lambda *inputs: type(base).denoise(base, *inputs) * torch.inf)
     with pytest.raises(NonFiniteSample, match=r"the sampled latents hold \d+ values of \d+ that are NaN or infinite"):
         trainer.clip(CAPTIONS[0])

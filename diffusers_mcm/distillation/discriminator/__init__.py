@@ -13,7 +13,7 @@ from .augment import (
 )
 from .heads import DiscriminatorHeads
 from .model import Discriminator, DiscriminatorOutput, ImageFeatures
-from .penalty import PenaltyWeight, draw_interpolation, gradient_penalty, interpolate
+from .penalty import PenaltyWeight, gradient_penalty, interpolate
 
 __all__ = [
     "AUGMENTATIONS",
@@ -31,7 +31,6 @@ __all__ = [
     "augment",
     "crop_and_resize",
     "draw_augmentation",
-    "draw_interpolation",
     "gradient_penalty",
     "interpolate",
 ]

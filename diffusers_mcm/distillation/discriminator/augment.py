@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from ...features import check_images
 
-SHIFT_RATIO = 0.125  # largest translation, as a part of the side
-CUTOUT_RATIO = 0.2  # side of the removed square, as a part of the side
+SHIFT_RATIO = 0.125  # largest translation, as a share of the side
+CUTOUT_RATIO = 0.2  # side of the removed square, as a share of the side
 CROP_PROBABILITY = 0.5
 CROP_RATIOS = (3 / 4, 4 / 3)  # width / height of a resized crop, uniform on a logarithmic scale
 CROP_ATTEMPTS = 10  # sizes drawn for a resized crop; the first that fits into the image is taken
-# Smallest area of a resized crop, as a part of the image's: the authors' for frames of videos, and for images.
+# Smallest area of a resized crop, as a share of the image's: the authors' for frames of videos, and for images.
 MIN_FRAME_AREA, MIN_IMAGE_AREA = 0.75, 0.5
 
 
@@ -57,7 +57,8 @@ def draw_augmentation(generator: torch.Generator, num_images: int = 1) -> Augmen
         return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
 
     numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1)
-    return AugmentationDraws(*numbers.unbind(1), crop_size=uniform(num_images, CROP_ATTEMPTS, 2))
+    names = [field.name for field in fields(AugmentationDraws) if field.name != "crop_size"]
+    return AugmentationDraws(**dict(zip(names, numbers.unbind(1))), crop_size=uniform(num_images, CROP_ATTEMPTS, 2))
 
 
 def _integers(uniforms: torch.Tensor, count: int) -> torch.Tensor:
@@ -176,13 +177,13 @@ def crop_boxes(draws: AugmentationDraws, height: int, width: int, min_area: floa
 
 def resized_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
     """A crop of another place, size and shape of every image, scaled to `size` bilinearly with antialiasing."""
-    boxes = crop_boxes(draws, *images.shape[-2:], min_area)
+    boxes = crop_boxes(draws, images.shape[-2], images.shape[-1], min_area)
     crops = [image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in zip(images, boxes)]
     return torch.cat([F.interpolate(crop, (size, size), mode="bilinear", antialias=True) for crop in crops])
 
 
 def whole_image(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
-    """Never cropped."""
+    """The whole image, resized."""
     return resize(images, size)
 
 

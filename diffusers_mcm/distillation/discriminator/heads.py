@@ -1,4 +1,4 @@
-"""The discriminator's trainable part: one text-conditioned head per block of the frozen network (App. C.1)."""
+"""The discriminator's trainable heads: one text-conditioned head per block of the frozen network (App. C.1)."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class SpectralConv1d(nn.Module):
 
     @torch.no_grad()
     def update_spectral_norm(self) -> None:
-        """One power iteration."""
+        """Move the singular vectors on by one power iteration."""
         matrix = self.weight.flatten(1)
         self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
         self.left.copy_(F.normalize(matrix @ self.right, dim=0))
@@ -119,7 +119,7 @@ class DiscriminatorHeads(nn.Module):
         return torch.cat([head(tokens, text) for head, tokens in zip(self.heads, features)], dim=1)
 
     def update_spectral_norm(self) -> None:
-        """One power iteration of every spectral norm; call it once after each optimiser step."""
+        """Move every spectral norm on by one power iteration; to be called once after each optimiser step."""
         for module in self.modules():
             if isinstance(module, SpectralConv1d):
                 module.update_spectral_norm()

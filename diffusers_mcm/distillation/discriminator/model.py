@@ -1,7 +1,7 @@
 """The projected discriminator: frozen features, trainable heads, and what a training step asks of them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +10,6 @@ from ...features import PatchFeatures, TextFeatures
 from .augment import AUGMENTATIONS, MIN_IMAGE_AREA, AugmentationDraws, augment, crop_and_resize
 from .heads import DiscriminatorHeads
 from .penalty import gradient_penalty, interpolate
-
-DEFAULT_FEATURES = "facebook/dinov2-small"
-DEFAULT_TEXT = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
 
 class ImageFeatures(NamedTuple):
@@ -51,11 +48,11 @@ class Discriminator(nn.Module):
 
     Args:
         features: the frozen image network.
-        heads: the trainable part, the only one whose weights need saving.
+        heads: what is trained, the only weights that need saving.
         text: the frozen text encoder; may be left out if embeddings come from elsewhere.
         augmentation: names out of `AUGMENTATIONS`, in the order in which they are applied.
         crop: a name out of `CROPS`, how images get to the frozen network's size.
-        min_crop_area: of the crop "resized", as a part of the image's area, 0 to 1.
+        min_crop_area: of the crop "resized", as a share of the image's area, 0 to 1.
     """
 
     def __init__(
@@ -75,26 +72,12 @@ class Discriminator(nn.Module):
         self.text = text
 
     @classmethod
-    def from_pretrained(
-        cls,
-        features: str = DEFAULT_FEATURES,
-        text: str = DEFAULT_TEXT,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        augmentation: Sequence[str] = tuple(AUGMENTATIONS),
-        crop: str = "random",
-        min_crop_area: float = MIN_IMAGE_AREA,
+    def with_fresh_heads(
+        cls, features: PatchFeatures, text: TextFeatures, generator: torch.Generator | None = None, **options: Any
     ) -> "Discriminator":
-        """Frozen networks by name (folder, packaged name or Hub repository), heads freshly drawn from `generator`.
-
-        `dtype` is that of the frozen networks (default float32); the heads are float32 always.
-        """
-        image_network = PatchFeatures.from_pretrained(features, dtype=dtype)
-        text_network = TextFeatures.from_pretrained(text, dtype=dtype)
-        heads = DiscriminatorHeads(
-            len(image_network.blocks), image_network.feature_dim, text_network.text_dim, generator=generator
-        )
-        return cls(image_network, heads, text_network, augmentation, crop, min_crop_area)
+        """Frozen networks with float32 heads that are drawn from `generator`; `options` are the constructor's."""
+        heads = DiscriminatorHeads(len(features.blocks), features.feature_dim, text.text_dim, generator=generator)
+        return cls(features, heads, text, **options)
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts → `(N, D)` float32."""
@@ -140,5 +123,5 @@ class Discriminator(nn.Module):
         return DiscriminatorOutput(self.heads(fake.blocks, fake_text), self.heads(real.blocks, real_text), penalty)
 
     def update_spectral_norm(self) -> None:
-        """One power iteration of every spectral norm; call it once after each optimiser step."""
+        """Move every spectral norm on by one power iteration; to be called once after each optimiser step."""
         self.heads.update_spectral_norm()

@@ -35,11 +35,6 @@ class PenaltyWeight:
         self.value, self.grown_at = state["value"], state["grown_at"]
 
 
-def draw_interpolation(generator: torch.Generator, num_images: int = 1) -> torch.Tensor:
-    """Weights `(num_images,)` uniform in [0, 1) for the images of one sample, from that sample's own generator."""
-    return torch.rand(num_images, generator=generator, device=generator.device, dtype=torch.float32).cpu()
-
-
 def interpolate(real: torch.Tensor, fake: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """u · real + (1 − u) · fake with one u per sample; any shape `(N, …)`, `weights` `(N,)`."""
     if real.shape != fake.shape:

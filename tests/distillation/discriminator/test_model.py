@@ -6,8 +6,8 @@ from diffusers_mcm.distillation.discriminator import (
     Discriminator,
     crop_and_resize,
     draw_augmentation,
-    draw_interpolation,
 )
+from diffusers_mcm.features import PatchFeatures, TextFeatures
 from tests.distillation.discriminator.tiny import (
     BLOCKS,
     IMAGE_SIZE,
@@ -31,7 +31,7 @@ def augmentation(purpose):
     return AugmentationDraws.cat([draw_augmentation(generator) for generator in generators(purpose)])
 
 
-WEIGHTS = torch.cat([draw_interpolation(generator) for generator in generators(3)])
+WEIGHTS = torch.cat([torch.rand(1, generator=generator) for generator in generators(3)])
 
 
 def training_step(discriminator, frames, images, part=slice(None)):
@@ -158,9 +158,9 @@ def test_from_pretrained_folders(tmp_path, frames):
     tiny_tokenizer().save_pretrained(tmp_path / "text")
 
     def load():
-        return Discriminator.from_pretrained(
-            str(tmp_path / "features"), str(tmp_path / "text"), generator=torch.Generator().manual_seed(0)
-        )
+        features = PatchFeatures.from_pretrained(str(tmp_path / "features"))
+        text = TextFeatures.from_pretrained(str(tmp_path / "text"))
+        return Discriminator.with_fresh_heads(features, text, generator=torch.Generator().manual_seed(0))
 
     logits = []
     for discriminator in (load(), load()):

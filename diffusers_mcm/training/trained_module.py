@@ -1,10 +1,13 @@
-"""What is trained, with all that belongs to it: parameters, optimiser, schedule."""
+"""A module that is trained, with all that belongs to it: parameters, optimiser, schedule, moving average."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .config import TrainingConfig
@@ -27,10 +30,24 @@ class SkippedSteps(RuntimeError):
     """fp16 skipped the steps of something that is trained, as its gradients were not finite: it does not learn."""
 
 
-class TrainedPart:
-    """One of the two things that are trained: its wrapped module, parameters, optimiser and schedule."""
+class TrainedModule:
+    """One of the two modules that are trained, wrapped for its processes, with its optimiser and schedule.
 
-    def __init__(self, name: str, module: nn.Module, rate: float, config: TrainingConfig, accelerator: "Accelerator"):
+    Args:
+        name: "student" or "discriminator".
+        rate: The full learning rate.
+        ema_decay: Of a moving average of what is trained; 0 for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        rate: float,
+        config: TrainingConfig,
+        accelerator: "Accelerator",
+        ema_decay: float = 0.0,
+    ):
         self.name, self.num_steps = name, config.max_train_steps
         self.made, self.skipped = 0, 0  # steps since the start of the process, and those that fp16 skipped just now
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -50,6 +67,7 @@ class TrainedPart:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        self.average = EMAModel(self.parameters, decay=ema_decay) if ema_decay else None
 
     @property
     def rate(self) -> float:
@@ -109,12 +127,28 @@ class TrainedPart:
         )
 
     def update(self, scaler: Any) -> None:
+        """Move the weights along their gradients, which are gone then, and the schedule by a step."""
         if scaler is None:
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module with the moving average for weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
@@ -123,8 +157,15 @@ class TrainedPart:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
+    def load_average(self, state: dict[str, Any] | None) -> None:
+        """Go on with a moving average; it begins at the weights as they are if the run had none so far."""
+        if self.average is not None:
+            begun = state or {"shadow_params": [parameter.detach() for parameter in self.parameters]}
+            self.average.load_state_dict({**begun, "decay": self.average.decay})
+            self.average.to(self.parameters[0].device)
 
-def slow_learning(student: TrainedPart, config: TrainingConfig, total_batch: int) -> str | None:
+
+def slow_learning(student: TrainedModule, config: TrainingConfig, total_batch: int) -> str | None:
     """What to warn of if the student's rates over the whole run are too small to learn by; None if they are not."""
     total, full = student.sum_of_rates(), config.learning_rates(total_batch)[0]
     if total >= LEAST_SUM_OF_RATES:

@@ -6,33 +6,41 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusers_mcm.training.config import TrainingConfig
-from diffusers_mcm.training.parts import MOST_SKIPPED, MissingGradient, SkippedSteps, TrainedPart, slow_learning
+from diffusers_mcm.training.trained_module import (
+    MOST_SKIPPED,
+    MissingGradient,
+    SkippedSteps,
+    TrainedModule,
+    slow_learning,
+)
 
 REQUIRED = dict(pretrained_teacher_model="teacher", video_data="videos")
 
 
-def build_part(config, total_batch=128):
+def build_trained(config, total_batch=128):
     rate = config.learning_rates(total_batch)[0]
-    return TrainedPart("student", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), rate, config, Accelerator(cpu=True))
+    return TrainedModule(
+        "student", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), rate, config, Accelerator(cpu=True)
+    )
 
 
 def warning(total_batch=128, **flags):
     config = TrainingConfig(**REQUIRED, **flags)
-    return slow_learning(build_part(config, total_batch), config, total_batch)
+    return slow_learning(build_trained(config, total_batch), config, total_batch)
 
 
 def test_the_sum_of_the_rates_is_that_of_the_schedule():
     """Against the steps themselves."""
     for scheduler in ("constant", "constant_with_warmup", "linear", "cosine"):
         config = TrainingConfig(**REQUIRED, max_train_steps=50, lr_warmup_steps=10, lr_scheduler=scheduler)
-        part, rates = build_part(config), []
+        part, rates = build_trained(config), []
         for _ in range(50):
             rates.append(part.rate)
             part.optimizer.step()
             part.schedule.step()
         assert part.sum_of_rates() == pytest.approx(sum(rates), rel=1e-12), scheduler
     papers = TrainingConfig(**REQUIRED, lr_scheduler="constant")
-    assert build_part(papers).sum_of_rates() == pytest.approx(0.15)
+    assert build_trained(papers).sum_of_rates() == pytest.approx(0.15)
 
 
 def test_rates_that_teach_nothing_are_told_with_what_to_do():
@@ -52,7 +60,7 @@ def test_the_papers_rates_are_enough_and_so_are_fewer_steps():
 
 
 def test_a_parameter_without_a_gradient_is_named_and_one_of_zeros_is_not():
-    part = build_part(TrainingConfig(**REQUIRED))
+    part = build_trained(TrainingConfig(**REQUIRED))
     first, second = part.module
     with pytest.raises(MissingGradient, match=r"step 3: 4 of 4 .* student .*\(0.weight, 0.bias, 1.weight, …\)"):
         part.check_gradients(3)
@@ -65,7 +73,7 @@ def test_a_parameter_without_a_gradient_is_named_and_one_of_zeros_is_not():
 
 
 def test_steps_that_fp16_skips_are_counted_in_a_row():
-    part = build_part(TrainingConfig(**REQUIRED))
+    part = build_trained(TrainingConfig(**REQUIRED))
     part.check_learnt()  # a run that has nothing left to do
     for norm in (float("inf"), float("nan")):
         part.count_step(norm, 1)
@@ -82,7 +90,7 @@ def test_steps_that_fp16_skips_are_counted_in_a_row():
 def test_what_is_frozen_from_the_start_is_not_trained():
     config = dataclasses.replace(TrainingConfig(**REQUIRED), learning_rate=1.0)
     module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-    part = TrainedPart("student", module, 1.0, config, Accelerator(cpu=True))
+    part = TrainedModule("student", module, 1.0, config, Accelerator(cpu=True))
     assert part.names == ["1.weight", "1.bias"]
     part.module(torch.ones(1, 2)).sum().backward()
     part.check_gradients(1)
