@@ -78,7 +78,7 @@ def test_ours_with_the_mcm_scheduler_in_diffusers_pipeline(both):
 def test_four_steps_and_no_guidance_unless_told_otherwise(pipe):
     batches = []
     handle = pipe.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    frames = pipe(PROMPT, num_frames=2).frames
+    frames = pipe(PROMPT, num_frames=2, output_type="np").frames
     sample(pipe, **GUIDED)
     handle.remove()
     assert batches == [1, 1, 1, 1, 2, 2]
