@@ -181,10 +181,30 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def enable_free_noise(self, context_length: int | None = 16, *args, **kwargs) -> None:
+        """diffusers' own, with the LoRAs that are loaded; a clip of fewer frames than the context has one window."""
+        context_length = context_length or self.unet.config.motion_max_seq_length
+        self.motion_adapter = self.unet  # which knows the longest clip as well
+        try:
+            with self._clean_networks():  # new blocks are made from the weights of the old
+                super().enable_free_noise(context_length, *args, **kwargs)
+        finally:
+            self.motion_adapter = None
+
+    def disable_free_noise(self) -> None:
+        """diffusers' own, with the LoRAs that are loaded."""
+        with self._clean_networks():
+            super().disable_free_noise()
+
+    def enable_free_noise_split_inference(self, *args, **kwargs) -> None:
+        """diffusers' own; it gives the modules other names, by which those that were fused before are not found."""
+        self._require_unfused("split the inference")
+        super().enable_free_noise_split_inference(*args, **kwargs)
+
     # --- sampling ----------------------------------------------------------------------------------------------------
     @one_call
     @torch.no_grad()
-    def __call__(  # type: ignore[override]  # diffusers orders the arguments of this pipeline otherwise
+    def __call__(
         self,
         prompt: str | list[str] | dict[int, str] | None = None,
         num_frames: int | None = None,
@@ -253,15 +273,15 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             'corgi.gif'
             ```
         """
-        size = self._size(num_frames, height, width)
+        size = self._size(num_frames=num_frames, height=height, width=width)
         texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
         texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         texts |= dict(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
-        self.check_inputs(num_frames=size[0], height=size[1], width=size[2], **texts)
+        self.check_inputs(**size, **texts)
         start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
         steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
         output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(*size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
+        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
         request.lora_scale, request.network_options = checks.attention_options(lora_scale, cross_attention_kwargs)
         request.clip_skip = checks.clip_skip(clip_skip, self.text_encoder)
         request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)

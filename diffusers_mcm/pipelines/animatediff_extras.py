@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.image_processor import PipelineImageInput
@@ -28,7 +28,6 @@ class AnimateDiffExtras(Sampling):
     unet: Any
     image_encoder: Any
     feature_extractor: Any
-    motion_adapter: Any
     # of diffusers' pipeline
     maybe_convert_prompt: Callable[[list[str], Any], list[str]]
     prepare_ip_adapter_image_embeds: Callable[..., list[torch.Tensor]]
@@ -43,10 +42,6 @@ class AnimateDiffExtras(Sampling):
     # what its properties of these names tell a callback
     _clip_skip: int | None = None
     _cross_attention_kwargs: dict[str, Any] | None = None
-    if TYPE_CHECKING:
-
-        def _clean_networks(self) -> AbstractContextManager[None]: ...
-        def _require_unfused(self, what: str) -> None: ...
 
     def check_inputs(  # type: ignore[override]  # diffusers orders the arguments of this pipeline otherwise
         self,
@@ -63,23 +58,20 @@ class AnimateDiffExtras(Sampling):
         *,
         num_frames: int | None = None,
     ) -> None:
-        """As [`MCMPipeline.check_inputs`]; pictures need an IP-Adapter, and texts may be one per frame."""
+        """As [`MCMPipeline.check_inputs`]; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
         self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
-        length, *_ = self._size(num_frames, height, width)
-        named = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts = {name: self._one_of_the_texts(name, value) for name, value in named.items()}
-        given = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        embeds = {name: checks.texts_of_frames(name, value, length) for name, value in given.items()}
-        names = callback_on_step_end_tensor_inputs
-        super().check_inputs(
-            **texts,
-            **embeds,
-            height=height,
-            width=width,
-            callback_steps=callback_steps,
-            callback_on_step_end_tensor_inputs=names,
-            num_frames=num_frames,
-        )
+        embeds: dict[str, Any] = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        others = dict(num_frames=num_frames, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs)
+        super().check_inputs(prompt, height, width, callback_steps, negative_prompt, **embeds | others)
+
+    def _check_texts(
+        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
+    ) -> None:
+        prompt = self._one_of_the_texts("prompt", prompt)
+        negative_prompt = self._one_of_the_texts("negative_prompt", negative_prompt)
+        prompt_embeds = checks.texts_of_frames("prompt_embeds", prompt_embeds, num_frames)
+        negative_prompt_embeds = checks.texts_of_frames("negative_prompt_embeds", negative_prompt_embeds, num_frames)
+        super()._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames)
 
     def _one_of_the_texts(self, name: str, value: Any) -> Any:
         """A prompt as it is, but of one that has a text for each of some frames the first."""
@@ -118,26 +110,6 @@ class AnimateDiffExtras(Sampling):
     def _ip_adapters(self) -> int:
         return len(self.unet.encoder_hid_proj.image_projection_layers)
 
-    def enable_free_noise(self, context_length: int | None = 16, *args, **kwargs) -> None:
-        """diffusers' own, with the LoRAs that are loaded; a clip of fewer frames than the context has one window."""
-        context_length = context_length or self.unet.config.motion_max_seq_length
-        self.motion_adapter = self.unet  # which knows the longest clip as well
-        try:
-            with self._clean_networks():  # new blocks are made from the weights of the old
-                super().enable_free_noise(context_length, *args, **kwargs)
-        finally:
-            self.motion_adapter = None
-
-    def disable_free_noise(self) -> None:
-        """diffusers' own, with the LoRAs that are loaded."""
-        with self._clean_networks():
-            super().disable_free_noise()
-
-    def enable_free_noise_split_inference(self, *args, **kwargs) -> None:
-        """diffusers' own; it gives the modules other names, by which those that were fused before are not found."""
-        self._require_unfused("split the inference")
-        super().enable_free_noise_split_inference(*args, **kwargs)
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -153,8 +125,9 @@ class AnimateDiffExtras(Sampling):
         """As [`MCMPipeline.prepare_latents`]; with FreeNoise the noise of a long clip repeats itself."""
         size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)
         if self.free_noise_enabled:
-            one_each = latents is None and isinstance(generator, (list, tuple))
-            each = [(1, one) for one in generator] if one_each else [(batch_size, generator)]
+            each: list[tuple[int, Any]] = [(batch_size, generator)]
+            if latents is None and isinstance(generator, (list, tuple)):
+                each = [(1, one) for one in generator]
             options = (num_channels_latents, *size, dtype, device)
             latents = torch.cat(
                 [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
@@ -162,7 +135,7 @@ class AnimateDiffExtras(Sampling):
         return super().prepare_latents(batch_size, num_channels_latents, *size, dtype, device, generator, latents)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
-        # FreeNoise may repeat the noise of one window
+        """With FreeNoise they may be the noise of one window, which is then repeated."""
         repeated = self.free_noise_enabled and self._free_noise_noise_type == "repeat_context"
         if repeated and getattr(latents, "ndim", 0) == 5 and latents.shape[2] == self._free_noise_context_length:
             shape = (*shape[:2], self._free_noise_context_length, *shape[3:])

@@ -19,7 +19,7 @@ from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..lora import LoRA
 from . import checks, loading
-from .adapters import LoRAVerbs, _as_lora, _free_name
+from .adapters import _as_lora, _free_name
 from .callbacks import TENSORS, step_callback
 from .networks import require_unmerged
 from .publishing import HubVerbs
@@ -48,8 +48,9 @@ class MCMPipelineOutput(BaseOutput):
     *("save_pretrained", "save_mcm_lora", "push_to_hub"),
     *("to", "reset_device_map", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
     *("remove_all_hooks", "maybe_free_model_hooks", "set_attention_slice", "enable_attention_slicing"),
+    "encode_prompt",
 )
-class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
+class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     """
     Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
 
@@ -337,18 +338,18 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
             >>> generator = torch.Generator().manual_seed(0)
             >>> video = pipe("a red circle moving left on a black background", generator=generator).frames[0]
             >>> video.shape
-            (16, 32, 32, 3)
+            (16, 64, 64, 3)
             >>> write_video("circle.mp4", video, fps=8)
             ```
         """
-        size = self._size(num_frames, height, width)
+        size = self._size(num_frames=num_frames, height=height, width=width)
         texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
         texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        self.check_inputs(num_frames=size[0], height=size[1], width=size[2], **texts)
+        self.check_inputs(**size, **texts)
         start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
         steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps)
         output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(*size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
+        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
         request.lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
         request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self._make_videos(request, return_dict)

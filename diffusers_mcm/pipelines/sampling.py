@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 
-from ..base_models import BaseModel
 from ..conditioning import Conditioning, concatenate
 from . import checks
 from .callbacks import guided
+from .mixin import PipelineMixin
 from .request import Request
 
 
-class Sampling:
+class Sampling(PipelineMixin):
     """The mixin of `MCMPipeline` that samples."""
 
-    base_model: BaseModel
-    vae: nn.Module
-    text_encoder: nn.Module
-    tokenizer: Any
-    scheduler: Any
-    progress_bar: Callable[..., Any]  # diffusers' own
-    _execution_device: torch.device
     _callback_tensor_inputs: list[str]
     _guidance_scale: float  # these three may be changed by a callback
     _interrupt: bool
     _num_timesteps: int
     if TYPE_CHECKING:
 
-        @property
-        def denoiser(self) -> nn.Module: ...
-        def sampling_default(self, name: str) -> int: ...
         def _lora_scaled(self, scale: float) -> AbstractContextManager[None]: ...
 
     # --- diffusers' own steps of a call ------------------------------------------------------------------------------
     def check_inputs(
         self,
-        prompt: str | Sequence[str] | None,
+        prompt: str | Sequence[str] | Mapping[int, str] | None,
         height: int | None = None,
         width: int | None = None,
         callback_steps: int | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -60,20 +49,12 @@ class Sampling:
         """
         if callback_steps is not None:
             checks.whole_number("callback_steps", callback_steps, least=1)
-        size = self._size(num_frames, height, width)
-        self.base_model.latent_shape(self.denoiser, self.vae, *size)
+        size = self._size(num_frames=num_frames, height=height, width=width)
+        self.base_model.latent_shape(self.denoiser, self.vae, **size)
         if callback_on_step_end_tensor_inputs is not None:
             name = "callback_on_step_end_tensor_inputs"
             checks.check_names(name, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        checks.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None:
-                checks.check_prompt(name, value)
-        features = self.denoiser.config.get("cross_attention_dim")
-        features = features if isinstance(features, int) else None
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if embeds is not None:
-                checks.check_embeds(name, embeds, features)
+        self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, size["num_frames"])
 
     def encode_prompt(
         self,
@@ -102,10 +83,11 @@ class Sampling:
         Returns:
             `(B, length, features)` for the prompts and, under guidance, for the negative ones; `None` otherwise.
         """
-        num_frames, height, width = self._size(num_frames, None, None)
+        size = self._size(num_frames=num_frames, height=None, width=None)
         texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
         texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        request = Request(num_frames, height, width, **texts, num_videos_per_prompt=num_images_per_prompt)
+        self._check_texts(**texts, num_frames=size["num_frames"])
+        request = Request(**size, **texts, num_videos_per_prompt=num_images_per_prompt)
         request.clip_skip = clip_skip
         with self._lora_scaled(checks.lora_scale(lora_scale, None)):
             device = self._execution_device if device is None else device
@@ -143,13 +125,24 @@ class Sampling:
         return video
 
     # --- what it starts from -----------------------------------------------------------------------------------------
-    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """The three of them, from the defaults where the caller leaves them open."""
+    def _size(self, **given: int | None) -> dict[str, Any]:
+        """`num_frames`, `height` and `width`, from the defaults where the caller leaves them open."""
+        sizes = {name: self.sampling_default(name) if size is None else size for name, size in given.items()}
+        return {name: checks.whole_number(name, size) for name, size in sizes.items()}
 
-        def filled(name: str, given: int | None) -> int:
-            return checks.whole_number(name, self.sampling_default(name) if given is None else given)
-
-        return filled("num_frames", num_frames), filled("height", height), filled("width", width)
+    def _check_texts(
+        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
+    ) -> None:
+        """Raise `ValueError` if these are no texts for a clip, or too many of them."""
+        checks.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None:
+                checks.check_prompt(name, value)
+        features = self.denoiser.config.get("cross_attention_dim")
+        features = features if isinstance(features, int) else None
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                checks.check_embeds(name, embeds, features)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Raise `ValueError` if latents that a caller gives are no noise for videos of this shape."""
@@ -160,9 +153,9 @@ class Sampling:
         text = self._encode(request.prompt, request.prompt_embeds, request, device)
         if not guided:
             return text, None
-        prompts = request.negative_prompt
+        prompts, count = request.negative_prompt, request.count_prompts()
         if prompts is None or isinstance(prompts, str):
-            prompts = [prompts or ""] * request.count_prompts()
+            prompts = [prompts or ""] * count
         negative = self._encode(prompts, request.negative_prompt_embeds, request, device)
         checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
         return text, negative
