@@ -279,7 +279,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         texts |= dict(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
         self.check_inputs(**size, **texts)
         start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
-        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta)
+        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=checks.eta(eta))
         output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
         request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
         request.lora_scale, request.network_options = checks.attention_options(lora_scale, cross_attention_kwargs)

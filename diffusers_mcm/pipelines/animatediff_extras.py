@@ -111,16 +111,7 @@ class AnimateDiffExtras(Sampling):
         return len(self.unet.encoder_hid_proj.image_projection_layers)
 
     def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        num_frames: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
+        self, batch_size, num_channels_latents, num_frames, height, width, dtype, device, generator, latents=None
     ) -> torch.Tensor:
         """As [`MCMPipeline.prepare_latents`]; with FreeNoise the noise of a long clip repeats itself."""
         size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)

@@ -36,7 +36,7 @@ class Request:
     num_inference_steps: int | None = None
     timesteps: Sequence[float] | None = None
     guidance_scale: float = 1.0
-    eta: float = 0.0
+    eta: float | None = None  # the scheduler's own
     output_type: str = "latent"
     decode_chunk_size: int | None = None
     ip_adapter_image: Any = None
@@ -48,7 +48,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.guidance_scale = checks.number("guidance_scale", self.guidance_scale)
-        self.eta = checks.eta(self.eta)
+        self.eta = None if self.eta is None else checks.eta(self.eta)
         videos = checks.whole_number("num_videos_per_prompt", self.num_videos_per_prompt, least=1)
         self.num_videos_per_prompt = videos
         if self.decode_chunk_size is not None:
@@ -77,6 +77,7 @@ class Request:
         return count
 
     def warn_of_an_idle_negative(self) -> None:
+        """Say that a negative prompt has no effect, if one is given without guidance."""
         if not self.guided and (self.negative_prompt is not None or self.negative_prompt_embeds is not None):
             logger.warning(
                 "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1.",

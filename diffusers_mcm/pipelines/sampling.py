@@ -196,8 +196,9 @@ class Sampling(PipelineMixin):
         request: Request,
     ) -> torch.Tensor:
         """From noise to a clean sample."""
+        given = {"generator": request.generator} | ({} if request.eta is None else {"eta": request.eta})
         taken = inspect.signature(self.scheduler.step).parameters  # a deterministic one takes no generator
-        options = {name: getattr(request, name) for name in ("generator", "eta") if name in taken}
+        options = {name: value for name, value in given.items() if name in taken}
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):

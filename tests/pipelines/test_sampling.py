@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import TextToVideoSDPipeline
+from diffusers import TCDScheduler, TextToVideoSDPipeline
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler, ModelScopeMCMPipeline
 from tests.pipelines.test_animatediff import STEPS, arguments
@@ -86,3 +86,16 @@ def test_check_inputs(modelscope, animatediff, options, message):
         each.check_inputs(PROMPT, SIZE, SIZE, 1)
         with pytest.raises(ValueError, match=message):
             each.check_inputs(**dict(prompt=PROMPT, height=SIZE, width=SIZE) | options)
+
+
+def test_a_scheduler_keeps_its_own_eta(modelscope):
+    modelscope.scheduler, given = TCDScheduler(**SCHEDULER), []
+    step = modelscope.scheduler.step
+
+    def watched(output, t, x, eta=0.3, generator=None, return_dict=True):
+        given.append(eta)
+        return step(output, t, x, eta=eta, generator=generator, return_dict=return_dict)
+
+    modelscope.scheduler.step = watched
+    modelscope(PROMPT, output_type="latent")
+    assert given == [0.3, 0.3]
