@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"features", "files", "hub", "video_io"},
     "base_models": {"conditioning", "consistency", "hub", "lora", "moved", "scheduler"},
     "publish": {"base_models", "cards", "files", "hub", "lora", "text_files", "video_io"},
-    "pipelines": {"base_models", "cards", "files", "hub", "lora", "publish", "scheduler"},
+    "pipelines": {"base_models", "cards", "conditioning", "files", "hub", "lora", "publish", "scheduler"},
     "": {"base_models", "pipelines", "scheduler"},
     "training": {
         *("base_models", "cards", "conditioning", "data", "distillation", "features", "files", "flags", "hub"),

@@ -6,7 +6,7 @@ from diffusers import AnimateDiffPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
-from tests.base_models.test_animatediff_pipeline import PROMPT, random_lora
+from tests.pipelines.test_animatediff import PROMPT, random_lora
 from tests.tiny import ANIMATEDIFF_SCHEDULER, EXACT, NUM_FRAMES, SIZE, tiny_animatediff_components
 
 SPATIAL = [

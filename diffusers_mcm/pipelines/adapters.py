@@ -44,10 +44,10 @@ ADAPTERS_FOLDER = "mcm_adapters"
 
 
 class LoRAVerbs(FusingVerbs):
-    """Mixin of `MCMPipeline`; needs `denoiser` and `base_model`."""
+    """The mixin of `MCMPipeline` that loads, weighs and switches LoRAs."""
 
     _call_scale: float | None = None  # `lora_scale` of the call that is under way
-    _unscaled: Mapping[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
+    _unscaled: dict[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
 
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
@@ -64,7 +64,7 @@ class LoRAVerbs(FusingVerbs):
         return nn.ModuleDict({name: unwrapped(network) for name, network in networks.items() if network is not None})
 
     @property
-    def _layers(self) -> dict[str, nn.Module]:
+    def _layers(self) -> dict[str, Any]:
         """peft's layers by component and module, whether they are in their places or set aside."""
         return self._adapters.set_aside or lora_layers(self._networks)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +17,11 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.image_processor import PipelineImageInput
-from diffusers.models.attention import FreeNoiseTransformerBlock
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .. import hub
 from ..base_models.animatediff import (
     ADAPTER,
-    IMAGE_EMBEDS,
     AnimateDiff,
     has_adapter,
     has_motion,
@@ -35,10 +32,13 @@ from ..base_models.motion_adapter import load_motion_adapter
 from ..lora import lora_layers
 from ..scheduler import MCMScheduler
 from . import checks
+from .animatediff_extras import AnimateDiffExtras
+from .callbacks import step_callback
 from .loading import HUB_OPTIONS
-from .mcm import MCMPipeline
+from .mcm import MCMPipeline, MCMPipelineOutput
+from .request import Request
 from .single_file import load_checkpoint
-from .sole_use import alone, sole_use
+from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one 
     *("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"),
     *("load_textual_inversion", "unload_textual_inversion"),
 )
-class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
+class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline):
     """
     Few-step text to video with AnimateDiff.
 
@@ -65,7 +65,7 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         height, width, num_frames, num_inference_steps, fps (`int`, *optional*): What a call defaults to.
     """
 
-    base_model = AnimateDiff()
+    base_model: AnimateDiff = AnimateDiff()
 
     def __init__(
         self,
@@ -189,84 +189,6 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    # --- stock AnimateDiff's own ways to sample ----------------------------------------------------------------------
-    def __call__(
-        self,
-        prompt: str | list[str] | dict[int, str] | None = None,
-        *args,
-        ip_adapter_image: PipelineImageInput | None = None,
-        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        clip_skip: int | None = None,
-        eta: float = 0.0,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        """Make videos. The arguments are those of [`MCMPipeline`], and of diffusers' `AnimateDiffPipeline`:
-
-        Args:
-            prompt (`str`, `list[str]` or `dict[int, str]`, *optional*):
-                With FreeNoise also a text for each of some frames, the first of them 0; in between they are mixed.
-            ip_adapter_image (*optional*), ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
-                For a loaded IP-Adapter, a picture, or its embedding as diffusers defines it; one entry an adapter.
-            clip_skip (`int`, *optional*):
-                How many of the last layers of the text encoder to leave out.
-            eta (`float`, defaults to 0):
-                Of DDIM; other schedulers have none.
-            cross_attention_kwargs (`dict`, *optional*):
-                `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention layers.
-
-        Returns:
-            [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
-        """
-        with sole_use(self, to_call=True):
-            self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
-            self._clip_skip = self._checked_clip_skip(clip_skip)
-            self._eta = checks.eta(eta)
-            scale, others = checks.split_scale(cross_attention_kwargs)
-            self._cross_attention_kwargs = others or None
-            self._pictures = (ip_adapter_image, ip_adapter_image_embeds)
-            try:
-                return super().__call__(prompt, *args, cross_attention_kwargs=scale, **kwargs)
-            finally:
-                self._pictures = (None, None)
-
-    def _check_pictures(self, pictures, embeds) -> None:
-        if pictures is not None and embeds is not None:
-            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-        given = pictures is not None or embeds is not None
-        if given != self._has_ip_adapter:
-            raise ValueError(
-                "An IP-Adapter and a picture go together: "
-                + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
-            )
-        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
-            raise ValueError(
-                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
-                " `ip_adapter_image_embeds` without."
-            )
-        if given:
-            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-            checks.check_one_each(name, embeds if pictures is None else pictures, self._ip_adapters)
-
-    def _checked_clip_skip(self, clip_skip) -> int | None:
-        if clip_skip is None or self.text_encoder is None:
-            return clip_skip
-        clip_skip, layers = (
-            checks.whole_number("clip_skip", clip_skip, least=0),
-            self.text_encoder.config.num_hidden_layers,
-        )
-        if clip_skip > layers:
-            raise ValueError(f"`clip_skip` must be at most {layers}, the layers of the text encoder, got {clip_skip}.")
-        return clip_skip
-
-    @property
-    def _has_ip_adapter(self) -> bool:
-        return self.unet.encoder_hid_proj is not None
-
-    @property
-    def _ip_adapters(self) -> int:
-        return len(self.unet.encoder_hid_proj.image_projection_layers)
-
     def enable_free_noise(self, context_length: int | None = 16, *args, **kwargs) -> None:
         """diffusers' own, with the LoRAs that are loaded; a clip of fewer frames than the context has one window."""
         context_length = context_length or self.unet.config.motion_max_seq_length
@@ -287,107 +209,88 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
         self._require_unfused("split the inference")
         super().enable_free_noise_split_inference(*args, **kwargs)
 
-    def _check_prompt(self, name: str, value) -> None:
-        if not isinstance(value, dict):
-            return super()._check_prompt(name, value)
-        if not self.free_noise_enabled:
-            raise ValueError(f"`{name}` may be a dictionary of frames only after `enable_free_noise()`.")
-        frames_fit = all(isinstance(frame, int) and frame >= 0 for frame in value) and 0 in value
-        if not frames_fit or not all(isinstance(text, str) for text in value.values()):
-            raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
+    # --- sampling ----------------------------------------------------------------------------------------------------
+    @one_call
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | dict[int, str] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | dict[int, str] | None = None,
+        num_videos_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[MCMPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        decode_chunk_size: int | None = 16,
+        timesteps: Sequence[float] | None = None,
+        lora_scale: float | None = None,
+    ) -> MCMPipelineOutput | tuple:
+        """Make videos. The arguments are those of diffusers' `AnimateDiffPipeline` in their order, and two of ours.
 
-    def _check_embeds(self, name, embeds, num_frames):
-        if isinstance(embeds, torch.Tensor) and embeds.ndim == 4:  # a text for each frame
-            if embeds.shape[1] != num_frames:
-                raise ValueError(f"`{name}` has texts for {embeds.shape[1]} frames of a clip of {num_frames}.")
-            embeds = embeds.flatten(0, 1)
-        super()._check_embeds(name, embeds, num_frames)
+        Args:
+            prompt, negative_prompt (`str`, `list[str]` or `dict[int, str]`, *optional*):
+                What to show, and what to avoid. With FreeNoise also a text for each of some frames, the first of them
+                0; in between they are mixed.
+            eta (`float`, defaults to 0):
+                How much noise DDIM adds at each step, up to 1 for as much as DDPM. Other schedulers take no such
+                argument, and are not given it.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
+                Encoded prompts, `(B, length, features)`, or `(B, T, length, features)` with a text for each frame.
+            ip_adapter_image (*optional*), ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
+                For a loaded IP-Adapter, a picture, or its embedding as diffusers defines it; one entry an adapter.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            cross_attention_kwargs (`dict`, *optional*):
+                `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention layers.
+            clip_skip (`int`, *optional*):
+                How many of the last layers of the text encoder to leave out.
+            num_frames, height, width, num_inference_steps, guidance_scale, num_videos_per_prompt, generator, latents,
+            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, decode_chunk_size, timesteps,
+            lora_scale:
+                As for every pipeline, see [`MCMPipeline.__call__`].
 
-    def _check_latents(self, latents, shape):
-        repeated = self.free_noise_enabled and self._free_noise_noise_type == "repeat_context"
-        if repeated and getattr(latents, "ndim", 0) == 5 and latents.shape[2] == self._free_noise_context_length:
-            shape = (*shape[:2], self._free_noise_context_length, *shape[3:])
-        super()._check_latents(latents, shape)
+        Returns:
+            [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
 
-    def _encode(self, prompt, prompt_embeds, num_videos_per_prompt, num_frames, device):
-        text = super()._encode(prompt, prompt_embeds, num_videos_per_prompt, num_frames, device)
-        embeds = text["prompt_embeds"]
-        if self.free_noise_enabled and embeds.ndim == 3:  # one of the two texts may be one per frame
-            text["prompt_embeds"] = embeds[:, None].expand(-1, num_frames, -1, -1)
-        return text
+        Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers.utils import export_to_gif
+            >>> from diffusers_mcm import AnimateDiffMCMPipeline
 
-    def _encode_prompts(self, prompts, num_frames):
-        if not isinstance(prompts, dict):
-            prompts = self.maybe_convert_prompt(list(prompts), self.tokenizer)  # textual inversion
-            return self.base_model.encode_text(self.tokenizer, self.text_encoder, prompts, self._clip_skip or 0)
-        if max(prompts) >= num_frames:
-            raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {num_frames}, counted from 0.")
-        prompts = {frame: prompts[frame] for frame in sorted(prompts)}
-        prompts.setdefault(num_frames - 1, prompts[max(prompts)])
-        frames = list(prompts)
-        embeds = self._encode_prompts(prompts.values(), num_frames)["prompt_embeds"].split(1)
-        mixed = embeds[0].expand(num_frames, -1, -1).clone()
-        for start, end, first, last in zip(frames, frames[1:], embeds, embeds[1:]):
-            mixed[start : end + 1] = self._free_noise_prompt_interpolation_callback(start, end, first, last)
-        return {"prompt_embeds": mixed[None]}
-
-    def _add_conditions(self, text, negative, device):
-        if not self._has_ip_adapter:
-            return
-        batch, (pictures, given) = len(text["prompt_embeds"]), self._pictures
-        if given is not None:
-            checks.check_image_embeds(given, guided=negative is not None)
-        found = self.prepare_ip_adapter_image_embeds(pictures, given, device, batch, negative is not None)
-        for i, embeds in enumerate(found):
-            embeds = embeds.to(self.unet.dtype)
-            if negative is not None:
-                negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
-            text[f"{IMAGE_EMBEDS}{i}"] = embeds
-
-    def _start_latents(self, shape, generator, latents, device):
-        if self.free_noise_enabled:
-            batch, channels, num_frames, height, width = shape
-            size = (channels, num_frames, height * self.vae_scale_factor, width * self.vae_scale_factor)
-            one_each = latents is None and isinstance(generator, (list, tuple))
-            latents = torch.cat(
-                [
-                    self._prepare_latents_free_noise(count, *size, self._latents_dtype, device, each, latents)
-                    for count, each in ([(1, each) for each in generator] if one_each else [(batch, generator)])
-                ]
-            )
-        return super()._start_latents(shape, generator, latents, device)
-
-    def _sample(self, latents, timesteps, text, negative, generator, callback):
-        with self._window_within(latents.shape[2]):
-            return self._sample_iteratively(latents, timesteps, text, negative, generator, callback)
-
-    @contextmanager
-    def _window_within(self, num_frames: int) -> Iterator[None]:
-        """FreeNoise with a window no longer than the clip: a short one is then sampled as without FreeNoise."""
-        modules = self.unet.modules() if self.free_noise_enabled else ()
-        blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
-        lengths = [block.context_length for block in blocks]
-        for block in blocks:
-            block.context_length = min(block.context_length, num_frames)
-        try:
-            yield
-        finally:
-            for block, length in zip(blocks, lengths):
-                block.context_length = length
-
-    def _sample_iteratively(self, latents, timesteps, text, negative, generator, callback):
-        """As often as FreeInit is set to."""
-        if not self.free_init_enabled:
-            return super()._sample(latents, timesteps, text, negative, generator, callback)
-        steps, options = len(timesteps), (latents.device, latents.dtype, generator)
-        for iteration in range(self._free_init_num_iters):
-            latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
-            latents = super()._sample(latents, timesteps, text, negative, generator, callback)
-        return latents
-
-    def _step_options(self, generator):
-        return self.prepare_extra_step_kwargs(generator, self._eta)
-
-    def _denoise(self, latents, t, text):
-        options = {"cross_attention_kwargs": self._cross_attention_kwargs} if self._cross_attention_kwargs else {}
-        return self.base_model.denoise(self.unet, latents, t.expand(len(latents)), text, **options)
+            >>> pipe = AnimateDiffMCMPipeline.from_pretrained("yhzhai/mcm", subfolder="animatediff-laion")
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> frames = pipe("a corgi running on the beach", generator=generator).frames[0]
+            >>> len(frames)
+            16
+            >>> export_to_gif(frames, "corgi.gif")
+            'corgi.gif'
+            ```
+        """
+        size = self._size(num_frames=num_frames, height=height, width=width)
+        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
+        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        texts |= dict(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
+        self.check_inputs(**size, **texts)
+        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
+        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=checks.eta(eta))
+        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
+        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
+        request.lora_scale, request.network_options = checks.attention_options(lora_scale, cross_attention_kwargs)
+        request.clip_skip = checks.clip_skip(clip_skip, self.text_encoder)
+        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._make_videos(request, return_dict)

@@ -37,7 +37,7 @@ class StepCallback:
             _take_prompt_embeds(tensors["prompt_embeds"], offered, text, negative)
         if tensors.get("negative_prompt_embeds") is not offered.get("negative_prompt_embeds"):
             _take_negative(tensors["negative_prompt_embeds"], negative)
-        if guided(pipeline, negative):
+        if guided(pipeline, negative) and negative is not None:
             check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
         return _like("latents", tensors["latents"], latents, latents.shape)
 
@@ -78,8 +78,8 @@ def step_callback(pipeline, function: Any, names: Any) -> StepCallback | None:
 
 def _take_prompt_embeds(given: Any, offered: Mapping, text: dict, negative: dict | None) -> None:
     before, rows = text["prompt_embeds"], len(text["prompt_embeds"])
-    both = negative is not None and offered.get("negative_prompt_embeds") is not None
-    if isinstance(given, torch.Tensor) and both and len(given) == 2 * rows:
+    both = isinstance(given, torch.Tensor) and offered.get("negative_prompt_embeds") is not None
+    if both and negative is not None and len(given) == 2 * rows:
         given = _like("prompt_embeds", given, before, (2 * rows, None))
         negative["prompt_embeds"], text["prompt_embeds"] = given.chunk(2)
     elif isinstance(given, torch.Tensor) and _is_last_row(given, before):

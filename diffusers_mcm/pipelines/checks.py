@@ -72,6 +72,12 @@ def lora_scale(lora_scale: Any, cross_attention_kwargs: Mapping[str, Any] | None
     return given[0] if given else 1.0
 
 
+def attention_options(scale: Any, cross_attention_kwargs: Any) -> tuple[float, dict[str, Any]]:
+    """The strength of the LoRAs, and what a network with such options is called with besides."""
+    given, others = split_scale(cross_attention_kwargs)
+    return lora_scale(scale, given), {"cross_attention_kwargs": others} if others else {}
+
+
 def split_scale(cross_attention_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The LoRA's strength among the options of the attention layers, if it is there, and the others."""
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, Mapping):
@@ -86,6 +92,16 @@ def eta(value: Any) -> float:
     found = number("eta", value)
     if not 0 <= found <= 1:
         raise ValueError(f"`eta` must lie between 0 and 1, got {found:g}.")
+    return found
+
+
+def clip_skip(value: Any, text_encoder: Any) -> int | None:
+    """How many of the text encoder's last layers to leave out, at most all."""
+    if value is None or text_encoder is None:
+        return value
+    found, layers = whole_number("clip_skip", value, least=0), text_encoder.config.num_hidden_layers
+    if found > layers:
+        raise ValueError(f"`clip_skip` must be at most {layers}, the layers of the text encoder, got {found}.")
     return found
 
 
@@ -115,6 +131,15 @@ def check_embeds(name: str, embeds: Any, features: int | None) -> None:
     check_tensor(name, embeds, shape)
     if embeds.ndim != 3 or 0 in embeds.shape or (features is not None and embeds.shape[-1] != features):
         raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(embeds.shape)}.")
+
+
+def texts_of_frames(name: str, embeds: Any, num_frames: int) -> Any:
+    """Encoded prompts, each with a text for each frame `(B, T, length, features)`, as so many prompts more."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 4:
+        return embeds
+    if embeds.shape[1] != num_frames:
+        raise ValueError(f"`{name}` has texts for {embeds.shape[1]} frames of a clip of {num_frames}.")
+    return embeds.flatten(0, 1)
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -19,10 +19,11 @@ from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..lora import LoRA
 from . import checks, loading
-from .adapters import LoRAVerbs, _as_lora, _free_name
+from .adapters import _as_lora, _free_name
 from .callbacks import TENSORS, step_callback
 from .networks import require_unmerged
 from .publishing import HubVerbs
+from .request import Request
 from .sampling import Sampling
 from .sole_use import alone, is_sampling, one_call
 
@@ -47,50 +48,13 @@ class MCMPipelineOutput(BaseOutput):
     *("save_pretrained", "save_mcm_lora", "push_to_hub"),
     *("to", "reset_device_map", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
     *("remove_all_hooks", "maybe_free_model_hooks", "set_attention_slice", "enable_attention_slicing"),
+    "encode_prompt",
 )
-class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
+class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     """
     Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
 
     A subclass names its components in `__init__` (their names are a file format) and its `base_model`.
-
-    Arguments of a call:
-        prompt (`str` or `list[str]`, *optional*):
-            What to show. Either this or `prompt_embeds`.
-        height, width, num_frames (`int`, *optional*):
-            The size of the videos. Default to what the LoRA was trained on, or else the base model.
-        num_inference_steps (`int`, *optional*):
-            1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
-        guidance_scale (`float`, defaults to 1):
-            Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
-        negative_prompt (`str` or `list[str]`, *optional*):
-            What to avoid. Only with `guidance_scale > 1`.
-        num_videos_per_prompt (`int`, defaults to 1):
-            The videos of one prompt follow each other in the output.
-        generator (`torch.Generator` or a list of them, *optional*):
-            One for all videos or one for each.
-        latents (`torch.Tensor`, *optional*):
-            The noise to start from, `(B, C, T, H, W)`.
-        prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-            Encoded prompts, `(B, length, features)`.
-        timesteps (`list[int]`, *optional*):
-            Descending timesteps to visit, instead of `num_inference_steps`.
-        output_type (`str`, defaults to `"np"`):
-            `"np"`, `"pt"`, `"pil"` or `"latent"`.
-        return_dict (`bool`, defaults to `True`):
-            Whether to return an [`MCMPipelineOutput`] or a tuple.
-        callback_on_step_end (`Callable`, *optional*):
-            Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors, and
-            use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks work.
-        callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-            Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets. Under guidance
-            `prompt_embeds` are, as in diffusers, the negative ones and then the others.
-        decode_chunk_size (`int`, *optional*, defaults to 16):
-            How many frames the VAE decodes at a time; `None` for all at once.
-        lora_scale (`float`, *optional*):
-            Strength of the active LoRAs during this call, times their weights.
-        cross_attention_kwargs (`dict`, *optional*):
-            `{"scale": s}` is another way to give `lora_scale`.
     """
 
     base_model: BaseModel
@@ -278,11 +242,6 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         return getattr(self, self.base_model.denoiser_name)
 
     @property
-    def _latents_dtype(self) -> torch.dtype:
-        """Of the latents between two steps: float32, whatever the networks compute in, or wider."""
-        return torch.promote_types(self.denoiser.dtype, torch.float32)
-
-    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -319,7 +278,7 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: Callable[[MCMPipeline, int, int, dict], dict] | None = None,
@@ -328,7 +287,45 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         lora_scale: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> MCMPipelineOutput | tuple:
-        """Make videos. See [`MCMPipeline`] for the arguments; only `prompt` (or `prompt_embeds`) is needed.
+        """Make videos.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to show. Either this or `prompt_embeds`.
+            height, width, num_frames (`int`, *optional*):
+                The size of the videos. Default to what the LoRA was trained on, or else the base model.
+            num_inference_steps (`int`, *optional*):
+                1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
+            guidance_scale (`float`, defaults to 1):
+                Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to avoid. Only with `guidance_scale > 1`.
+            num_videos_per_prompt (`int`, defaults to 1):
+                The videos of one prompt follow each other in the output.
+            generator (`torch.Generator` or a list of them, *optional*):
+                One for all videos or one for each.
+            latents (`torch.Tensor`, *optional*):
+                The noise to start from, `(B, C, T, H, W)`.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
+                Encoded prompts, `(B, length, features)`, as `encode_prompt` makes them.
+            timesteps (`list[int]`, *optional*):
+                Descending timesteps to visit, instead of `num_inference_steps`.
+            output_type (`str`, defaults to `"np"`, for AnimateDiff to `"pil"`):
+                `"np"`, `"pt"`, `"pil"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`MCMPipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors,
+                and use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks work.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets. Under guidance
+                `prompt_embeds` are, as in diffusers, the negative ones and then the others.
+            decode_chunk_size (`int`, *optional*, defaults to 16):
+                How many frames the VAE decodes at a time; `None` for all at once.
+            lora_scale (`float`, *optional*):
+                Strength of the active LoRAs during this call, times their weights.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` is another way to give `lora_scale`.
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
@@ -336,44 +333,56 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
         Raises:
             `ValueError`: for an argument that is wrong, before anything is sampled, and for values that are not finite
                 in what was sampled. `RuntimeError`: while the pipeline, or what it shares, is at another call.
+
+        Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers_mcm import MCMPipeline
+            >>> from diffusers_mcm.video_io import write_video
+
+            >>> pipe = MCMPipeline.from_pretrained("mcm-shapes")  # is in the package; no download
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> video = pipe("a red circle moving left on a black background", generator=generator).frames[0]
+            >>> video.shape
+            (16, 64, 64, 3)
+            >>> write_video("circle.mp4", video, fps=8)
+            ```
         """
-        num_frames, height, width = self._size(num_frames, height, width)
-        shape = self.base_model.latent_shape(self.denoiser, self.vae, num_frames, height, width)
-        lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
-        guidance_scale = checks.number("guidance_scale", guidance_scale)
-        num_videos_per_prompt = checks.whole_number("num_videos_per_prompt", num_videos_per_prompt, least=1)
-        if decode_chunk_size is not None:
-            decode_chunk_size = checks.whole_number("decode_chunk_size", decode_chunk_size, least=1)
-        checks.check_output_type(output_type)
-        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        batch_size = self._check_texts(*texts, num_frames, guidance_scale) * num_videos_per_prompt
-        device = self._execution_device
-        generator = checks.generators(generator, batch_size, device)
-        if latents is not None:
-            self._check_latents(latents, (batch_size, *shape))
-        callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
+        size = self._size(num_frames=num_frames, height=height, width=width)
+        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
+        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        self.check_inputs(**size, **texts)
+        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
+        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
+        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
+        request.lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
+        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._make_videos(request, return_dict)
 
-        timesteps = self._set_timesteps(num_inference_steps, timesteps, device)
-        with self._lora_scaled(lora_scale):
-            size = (num_videos_per_prompt, num_frames, device)
-            text, negative = self._encode(prompt, prompt_embeds, *size), None
-            if self.do_classifier_free_guidance:
-                if negative_prompt is None or isinstance(negative_prompt, str):
-                    negative_prompt = [negative_prompt or ""] * (batch_size // num_videos_per_prompt)
-                negative = self._encode(negative_prompt, negative_prompt_embeds, *size)
-                checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
-            self._add_conditions(text, negative, device)
-            latents = self._start_latents((batch_size, *shape), generator, latents, device)
-            latents = self._sample(latents, timesteps, text, negative, generator, callback)
+    def _make_videos(self, request: Request, return_dict: bool) -> MCMPipelineOutput | tuple:
+        """From the checked arguments of a call to its frames."""
+        size = (request.num_frames, request.height, request.width)
+        videos = request.count_prompts() * request.num_videos_per_prompt
+        request.warn_of_an_idle_negative()
+        device, dtype = self._execution_device, self.denoiser.dtype
+        request.generator = checks.generators(request.generator, videos, device)
+        channels, *_ = latent_shape = self.base_model.latent_shape(self.denoiser, self.vae, *size)
+        if request.latents is not None:
+            self._check_latents(request.latents, (videos, *latent_shape))
+        self._guidance_scale, self._interrupt = request.guidance_scale, False
 
+        timesteps = self._set_timesteps(request, device)
+        with self._lora_scaled(request.lora_scale):
+            text, negative = self._encode_texts(request, request.guided, device)
+            self._add_conditions(request, text, negative, device)
+            latents = self.prepare_latents(videos, channels, *size, dtype, device, request.generator, request.latents)
+            latents = self._sample(latents, timesteps, text, negative, request)
         checks.check_sampled(latents, self.denoiser)
-        frames = latents.to(self.denoiser.dtype)
-        if output_type != "latent":
-            video = self.base_model.decode_video(self.vae, latents, decode_chunk_size)
-            checks.check_decoded(video, self.vae)
-            frames = self.video_processor.postprocess_video(video, output_type=output_type)
+        frames = latents.to(dtype)
+        if request.output_type != "latent":
+            video = self.decode_latents(latents, request.decode_chunk_size)
+            frames = self.video_processor.postprocess_video(video, output_type=request.output_type)
         self.maybe_free_model_hooks()
         return MCMPipelineOutput(frames=frames) if return_dict else (frames,)
 

@@ -17,13 +17,13 @@ from ..cards import CARD_NAME, DEFAULT_PROMPT, is_local
 from ..files import whole_files, write_text
 from ..lora import write_lora_folder
 from . import loading
-from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER
+from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER, LoRAVerbs
 
 _PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr", "overwrite_card")
 
 
-class HubVerbs:
-    """Mixin of `MCMPipeline`, in front of the LoRA verbs."""
+class HubVerbs(LoRAVerbs):
+    """The mixin of `MCMPipeline` that saves and publishes what the LoRA verbs have loaded."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Save the clean base model, and every LoRA beside it; `from_pretrained` restores both to the bit.

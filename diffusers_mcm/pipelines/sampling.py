@@ -3,127 +3,222 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..conditioning import Conditioning, concatenate
 from . import checks
-from .callbacks import StepCallback, guided
+from .callbacks import guided
+from .mixin import PipelineMixin
+from .request import Request
 
-logger = logging.getLogger(__name__)
 
+class Sampling(PipelineMixin):
+    """The mixin of `MCMPipeline` that samples."""
 
-class Sampling:
-    """Mixin of `MCMPipeline`; needs `denoiser` and `base_model`."""
+    _callback_tensor_inputs: list[str]
+    _guidance_scale: float  # these three may be changed by a callback
+    _interrupt: bool
+    _num_timesteps: int
+    if TYPE_CHECKING:
+
+        def _lora_scaled(self, scale: float) -> AbstractContextManager[None]: ...
+
+    # --- diffusers' own steps of a call ------------------------------------------------------------------------------
+    def check_inputs(
+        self,
+        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_steps: int | None = None,
+        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+    ) -> None:
+        """Raise `ValueError` if the texts or the size of a call are none that the networks take.
+
+        The arguments are those of the call; a size that is left open is the default. `callback_steps` is diffusers'
+        of old and has no effect.
+        """
+        if callback_steps is not None:
+            checks.whole_number("callback_steps", callback_steps, least=1)
+        size = self._size(num_frames=num_frames, height=height, width=width)
+        self.base_model.latent_shape(self.denoiser, self.vae, **size)
+        if callback_on_step_end_tensor_inputs is not None:
+            name = "callback_on_step_end_tensor_inputs"
+            checks.check_names(name, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, size["num_frames"])
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        num_frames: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode prompts, to be given to calls as `prompt_embeds` and `negative_prompt_embeds`.
+
+        Args:
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: As in a call.
+            device: Where the results shall be; by default where the pipeline computes.
+            num_images_per_prompt: How often each prompt is repeated in the results.
+            do_classifier_free_guidance: Whether to encode the negative prompts, too.
+            lora_scale: Strength of the LoRAs on the text encoder, times their weights.
+            clip_skip: How many of the text encoder's last layers to leave out, if it is CLIP's.
+            num_frames: The length of the clip, where the prompt has a text for each of some frames.
+
+        Returns:
+            `(B, length, features)` for the prompts and, under guidance, for the negative ones; `None` otherwise.
+        """
+        size = self._size(num_frames=num_frames, height=None, width=None)
+        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
+        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        self._check_texts(**texts, num_frames=size["num_frames"])
+        request = Request(**size, **texts, num_videos_per_prompt=num_images_per_prompt)
+        request.clip_skip = clip_skip
+        with self._lora_scaled(checks.lora_scale(lora_scale, None)):
+            device = self._execution_device if device is None else device
+            text, negative = self._encode_texts(request, do_classifier_free_guidance, device)
+        return text["prompt_embeds"], None if negative is None else negative["prompt_embeds"]
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise `(B, C, T, H, W)` to start from, for videos of a size in pixels.
+
+        It is `latents` if they are given, scaled for the scheduler. Its type is float32, or `dtype` if that is wider:
+        between two steps latents are not rounded to what the networks compute in.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
+        if latents is None:
+            _, *size = self.base_model.latent_shape(self.denoiser, self.vae, num_frames, height, width)
+            shape = (batch_size, num_channels_latents, *size)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int | None = 16) -> torch.Tensor:
+        """Latents `(B, C, T, H, W)` to pixels `(B, 3, T, H, W)` in [-1, 1], so many frames at a time (`None`: all)."""
+        video = self.base_model.decode_video(self.vae, latents, decode_chunk_size)
+        checks.check_decoded(video, self.vae)
+        return video
+
+    # --- what it starts from -----------------------------------------------------------------------------------------
+    def _size(self, **given: int | None) -> dict[str, Any]:
+        """`num_frames`, `height` and `width`, from the defaults where the caller leaves them open."""
+        sizes = {name: self.sampling_default(name) if size is None else size for name, size in given.items()}
+        return {name: checks.whole_number(name, size) for name, size in sizes.items()}
+
+    def _check_texts(
+        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
+    ) -> None:
+        """Raise `ValueError` if these are no texts for a clip, or too many of them."""
+        checks.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None:
+                checks.check_prompt(name, value)
+        features = self.denoiser.config.get("cross_attention_dim")
+        features = features if isinstance(features, int) else None
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                checks.check_embeds(name, embeds, features)
+
+    def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """Raise `ValueError` if latents that a caller gives are no noise for videos of this shape."""
+        checks.check_latents(latents, shape)
+
+    def _encode_texts(self, request: Request, guided: bool, device) -> tuple[Conditioning, Conditioning | None]:
+        """The condition of every video and, under guidance, the negative one."""
+        text = self._encode(request.prompt, request.prompt_embeds, request, device)
+        if not guided:
+            return text, None
+        prompts, count = request.negative_prompt, request.count_prompts()
+        if prompts is None or isinstance(prompts, str):
+            prompts = [prompts or ""] * count
+        negative = self._encode(prompts, request.negative_prompt_embeds, request, device)
+        checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+        return text, negative
+
+    def _encode(self, prompt, prompt_embeds: torch.Tensor | None, request: Request, device) -> Conditioning:
+        """The condition of every video, of prompts or of what they are encoded to."""
+        if prompt_embeds is not None:
+            text = {"prompt_embeds": prompt_embeds}
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            options: dict[str, Any] = {} if request.clip_skip is None else {"clip_skip": request.clip_skip}
+            text = self.base_model.encode_text(self.tokenizer, self.text_encoder, prompts, **options)
+        repeats = request.num_videos_per_prompt
+        text = {key: value.to(device).repeat_interleave(repeats, 0) for key, value in text.items()}
+        return text | {"prompt_embeds": text["prompt_embeds"].to(self.denoiser.dtype)}
+
+    def _add_conditions(self, request: Request, text: Conditioning, negative: Conditioning | None, device) -> None:
+        """Add to the texts what else a base model's network is conditioned on."""
+
+    def _set_timesteps(self, request: Request, device) -> torch.Tensor:
+        """The timesteps that the scheduler is going to visit."""
+        if request.timesteps is None:
+            steps = request.num_inference_steps or self.sampling_default("num_inference_steps")
+            self.scheduler.set_timesteps(checks.whole_number("num_inference_steps", steps, least=1), device=device)
+        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(timesteps=request.timesteps, device=device)
+        else:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no `timesteps`.")
+        return self.scheduler.timesteps
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    def _sample(self, latents, timesteps, text, negative, generator, callback: StepCallback | None) -> torch.Tensor:
+    def _sample(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Conditioning,
+        negative: Conditioning | None,
+        request: Request,
+    ) -> torch.Tensor:
         """From noise to a clean sample."""
-        options = self._step_options(generator)
+        given = {"generator": request.generator} | ({} if request.eta is None else {"eta": request.eta})
+        taken = inspect.signature(self.scheduler.step).parameters  # a deterministic one takes no generator
+        options = {name: value for name, value in given.items() if name in taken}
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                output = self._predict(latents, t, text, negative)
+                output = self._predict(latents, t, text, negative, request.network_options)
                 latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
-                if callback is not None:
-                    latents = callback(self, i, t, latents, text, negative)
+                if request.callback is not None:
+                    latents = request.callback(self, i, t, latents, text, negative)
                 progress_bar.update()
         return latents
 
-    def _step_options(self, generator) -> dict[str, Any]:
-        """What the scheduler's step takes; deterministic ones take no generator."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
-    def _predict(self, latents, t, text, negative) -> torch.Tensor:
+    def _predict(self, latents, t, text, negative, options: Mapping[str, Any]) -> torch.Tensor:
         """The network's output, with guidance if there is any; one call either way."""
-        if not guided(self, negative):
-            return self._denoise(self.scheduler.scale_model_input(latents, t), t, text)
-        latents = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
-        both = {key: torch.cat([negative[key], text[key]]) for key in text}
-        without, given = self._denoise(latents, t, both).chunk(2)
+        is_guided = guided(self, negative)
+        if is_guided:
+            latents, text = torch.cat([latents, latents]), concatenate(negative, text)
+        latents = self.scheduler.scale_model_input(latents, t)
+        output = self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text, **options)
+        if not is_guided:
+            return output
+        without, given = output.chunk(2)
         return without + self._guidance_scale * (given - without)
-
-    def _denoise(self, latents, t, text) -> torch.Tensor:
-        return self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text)
-
-    # --- what it starts from -----------------------------------------------------------------------------------------
-    def _encode(
-        self, prompt, prompt_embeds, num_videos_per_prompt: int, num_frames: int, device
-    ) -> dict[str, torch.Tensor]:
-        """The condition for every video: prompts, each repeated `num_videos_per_prompt` times."""
-        if prompt_embeds is not None:
-            text = {"prompt_embeds": prompt_embeds}
-        else:
-            text = self._encode_prompts([prompt] if isinstance(prompt, str) else prompt, num_frames)
-        text = {key: value.to(device).repeat_interleave(num_videos_per_prompt, 0) for key, value in text.items()}
-        return text | {"prompt_embeds": text["prompt_embeds"].to(self.denoiser.dtype)}
-
-    def _encode_prompts(self, prompts: Sequence[str], num_frames: int) -> dict[str, torch.Tensor]:
-        return self.base_model.encode_text(self.tokenizer, self.text_encoder, list(prompts))
-
-    def _add_conditions(self, text: dict, negative: dict | None, device) -> None:
-        """Add to the texts what else a base model's network is conditioned on."""
-
-    def _set_timesteps(self, num_inference_steps, timesteps, device) -> torch.Tensor:
-        if timesteps is not None:
-            if num_inference_steps is not None:
-                raise ValueError("Give either `num_inference_steps` or `timesteps`, not both.")
-            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"{type(self.scheduler).__name__} takes no `timesteps`.")
-            self.scheduler.set_timesteps(timesteps=checks.timesteps_list(timesteps), device=device)
-        else:
-            steps = (
-                self.sampling_default("num_inference_steps") if num_inference_steps is None else num_inference_steps
-            )
-            self.scheduler.set_timesteps(checks.whole_number("num_inference_steps", steps, least=1), device=device)
-        return self.scheduler.timesteps
-
-    def _start_latents(self, shape, generator, latents, device) -> torch.Tensor:
-        dtype = self._latents_dtype  # once: diffusers walks over all modules to find it
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
-
-    # --- checks ------------------------------------------------------------------------------------------------------
-    def _size(self, *given: int | None) -> list[int]:
-        """`num_frames`, `height` and `width`, from the defaults where the caller leaves them open."""
-        names = ("num_frames", "height", "width")
-        sizes = [self.sampling_default(name) if size is None else size for name, size in zip(names, given)]
-        return [checks.whole_number(name, size) for name, size in zip(names, sizes)]
-
-    def _check_texts(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames: int, guidance_scale: float
-    ) -> int:
-        """How many prompts there are."""
-        checks.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None:
-                self._check_prompt(name, value)
-        embeds = (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds))
-        for name, value in embeds:
-            if value is not None:
-                self._check_embeds(name, value, num_frames)
-        count = len(prompt_embeds) if prompt is None else len(prompt) if isinstance(prompt, (list, tuple)) else 1
-        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != count:
-            raise ValueError(f"{len(negative_prompt)} negative prompts were given for {count} prompts.")
-        if guidance_scale <= 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
-            logger.warning(
-                "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1.", guidance_scale
-            )
-        return count
-
-    def _check_prompt(self, name: str, value) -> None:
-        checks.check_prompt(name, value)
-
-    def _check_embeds(self, name: str, embeds, num_frames: int) -> None:
-        features = self.denoiser.config.get("cross_attention_dim")
-        checks.check_embeds(name, embeds, features if isinstance(features, int) else None)
-
-    def _check_latents(self, latents, shape: tuple[int, ...]) -> None:
-        checks.check_latents(latents, shape)

@@ -31,11 +31,11 @@ _guard = threading.Lock()  # of the dictionary, held for moments
 
 
 @contextmanager
-def sole_use(pipeline: Any, *, to_call: bool = False, to_sample: bool = False) -> Iterator[None]:
+def sole_use(pipeline: Any, *, to_sample: bool = False) -> Iterator[None]:
     """Have a pipeline and its components for this thread alone; `RuntimeError` if they are in use.
 
-    A verb may be used inside another one or, from a callback, inside a call of the same thread. A call (`to_call`) may
-    be made inside a verb, but not inside another call that samples already (`to_sample`).
+    A verb may be used inside another one or, from a callback, inside a call of the same thread. A call (`to_sample`)
+    may be made inside a verb, but not inside another call.
     """
     objects = _objects(pipeline)
     thread = threading.get_ident()
@@ -47,7 +47,7 @@ def sole_use(pipeline: Any, *, to_call: bool = False, to_sample: bool = False) -
                     f"Another thread is using this pipeline{_through(name)}. Let the threads take turns, with a"
                     " threading.Lock around the calls, or give each a pipeline of its own, with copy.deepcopy(pipe)."
                 )
-            if use is not None and use.sampling and (to_call or to_sample):
+            if use is not None and use.sampling and to_sample:
                 raise RuntimeError(
                     f"This pipeline is sampling{_through(name)}: a callback cannot start another call with it. Use"
                     " copy.deepcopy(pipe), made before."

@@ -398,7 +398,8 @@ def test_latents_between_the_steps_are_float32_and_so_is_guidance(name, guidance
 
 def test_the_same_seed_is_the_same_noise_in_every_precision():
     pipes = [make_pipe("modelscope"), make_pipe("modelscope").to(dtype=torch.float32)]
-    starts = [pipe._start_latents((1, 4, 4, 8, 8), torch.Generator().manual_seed(0), None, "cpu") for pipe in pipes]
+    size = (1, 4, 4, SIZE, SIZE)
+    starts = [pipe.prepare_latents(*size, pipe.unet.dtype, "cpu", torch.Generator().manual_seed(0)) for pipe in pipes]
     assert torch.equal(*starts) and starts[0].dtype == torch.float32
 
 

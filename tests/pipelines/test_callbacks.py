@@ -11,7 +11,7 @@ from diffusers.callbacks import (
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import fresh_lora
-from tests.base_models.test_animatediff_pipeline import give_ip_adapter
+from tests.pipelines.test_animatediff import give_ip_adapter
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
     FEW_MODULES,

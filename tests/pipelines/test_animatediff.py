@@ -1,8 +1,14 @@
 """AnimateDiff's pipeline against diffusers' own, and what that offers besides."""
 
+import contextlib
+import copy
+import inspect
+
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, DDIMScheduler
+from diffusers.utils import export_to_gif
+from PIL import Image
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler
 from diffusers_mcm.lora import LoRA, fresh_lora, lora_layers
@@ -78,7 +84,7 @@ def test_ours_with_the_mcm_scheduler_in_diffusers_pipeline(both):
 def test_four_steps_and_no_guidance_unless_told_otherwise(pipe):
     batches = []
     handle = pipe.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    frames = pipe(PROMPT, num_frames=2).frames
+    frames = pipe(PROMPT, num_frames=2, output_type="np").frames
     sample(pipe, **GUIDED)
     handle.remove()
     assert batches == [1, 1, 1, 1, 2, 2]
@@ -93,6 +99,39 @@ def test_several_videos_for_a_prompt(pipe):
     for i in range(2):
         alone = sample(pipe, latents=latents[i : i + 1], **options)
         torch.testing.assert_close(pair[i : i + 1], alone, **EXACT)
+
+
+# --- the same arguments ----------------------------------------------------------------------------------------------
+def arguments(function) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+
+
+STEPS = ("encode_prompt", "check_inputs", "prepare_latents", "decode_latents")
+OURS = {"timesteps", "lora_scale", "num_frames"}  # what a call, or a step of it, takes besides
+
+
+@pytest.mark.parametrize("name", ["__call__", *STEPS])
+def test_animatediff_takes_its_parents_arguments_in_their_order(name):
+    theirs = arguments(getattr(AnimateDiffPipeline, name))
+    ours = arguments(getattr(AnimateDiffMCMPipeline, name))
+    assert ours[: len(theirs)] == theirs and set(ours[len(theirs) :]) <= OURS
+
+
+def test_pictures_by_default_as_in_diffusers(pipe, tmp_path):
+    theirs, ours = (inspect.signature(each.__call__) for each in (AnimateDiffPipeline, AnimateDiffMCMPipeline))
+    assert ours.parameters["output_type"].default == theirs.parameters["output_type"].default == "pil"
+    export_to_gif(pipe(PROMPT, 3, num_inference_steps=1).frames[0], str(tmp_path / "ring.gif"))
+    with Image.open(tmp_path / "ring.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (SIZE, SIZE)
+
+
+def test_encode_prompt_is_diffusers(both):
+    for guided in (False, True):
+        options = ([PROMPT, "a blue square"], "cpu", 2, guided, ["", "dull"])
+        ours, theirs = (each.encode_prompt(*options) for each in both)
+        assert torch.equal(ours[0], theirs[0]) and len(ours[0]) == 4
+        assert torch.equal(ours[1], theirs[1]) if guided else ours[1] is theirs[1] is None
 
 
 # --- what diffusers' pipeline offers besides -------------------------------------------------------------------------
@@ -198,6 +237,35 @@ def test_clip_skip_is_a_text_encoder_without_its_last_layers(pipe):
     del short.encoder.layers[1:]
     pipe.text_encoder = short
     torch.testing.assert_close(sample(pipe), skipped, **EXACT)
+
+
+def test_nothing_of_a_call_stays_on_the_pipeline(pipe):
+    give_ip_adapter(pipe)
+    picture = torch.randn(1, 1, 8).double()
+    before, seen = set(vars(pipe)), []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((pipeline.clip_skip, set(pipeline.cross_attention_kwargs)))
+
+    masks = {"ip_adapter_masks": [torch.ones(1, 1, SIZE, SIZE)]}
+    options = dict(eta=0.5, clip_skip=1, cross_attention_kwargs=masks, callback_on_step_end=callback)
+    sample(pipe, ip_adapter_image_embeds=[picture], **options)
+    assert seen == [(1, {"ip_adapter_masks"})] * 2  # diffusers' properties tell a callback what is asked for
+    assert pipe.clip_skip is None and pipe.cross_attention_kwargs is None
+    kept = {name: value for name, value in vars(pipe).items() if name not in before}
+    assert not any(value is not None for value in kept.values())
+
+
+def test_a_call_that_fails_leaves_the_next_as_it_was(pipe):
+    plain = sample(pipe)
+
+    def callback(*_):
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        sample(pipe, clip_skip=1, callback_on_step_end=callback, **GUIDED)
+    assert pipe.clip_skip is None
+    assert torch.equal(sample(pipe), plain) and torch.equal(sample(copy.deepcopy(pipe)), plain)
 
 
 # --- motion LoRAs ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""What diffusers' AnimateDiff pipeline offers besides, with LoRAs loaded: FreeNoise, FreeInit and IP-Adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.attention import FreeNoiseTransformerBlock
+
+from ..base_models.animatediff import IMAGE_EMBEDS, AnimateDiff
+from ..conditioning import Conditioning
+from . import checks
+from .request import Request
+from .sampling import Sampling
+
+
+class AnimateDiffExtras(Sampling):
+    """The mixin of `AnimateDiffMCMPipeline` that changes how it samples.
+
+    A clip of FreeNoise may have a text for each frame: prompts are then a dictionary of some frames' texts, and what
+    they are encoded to is `(B, T, length, features)`.
+    """
+
+    base_model: AnimateDiff
+    unet: Any
+    image_encoder: Any
+    feature_extractor: Any
+    # of diffusers' pipeline
+    maybe_convert_prompt: Callable[[list[str], Any], list[str]]
+    prepare_ip_adapter_image_embeds: Callable[..., list[torch.Tensor]]
+    free_noise_enabled: bool
+    free_init_enabled: bool
+    _prepare_latents_free_noise: Callable[..., torch.Tensor]
+    _free_noise_prompt_interpolation_callback: Callable[..., torch.Tensor]
+    _free_noise_noise_type: str
+    _free_noise_context_length: int
+    _free_init_num_iters: int
+    _apply_free_init: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    # what its properties of these names tell a callback
+    _clip_skip: int | None = None
+    _cross_attention_kwargs: dict[str, Any] | None = None
+
+    def check_inputs(  # type: ignore[override]  # diffusers orders the arguments of this pipeline otherwise
+        self,
+        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_steps: int | None = None,
+        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+    ) -> None:
+        """As [`MCMPipeline.check_inputs`]; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
+        self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
+        embeds: dict[str, Any] = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        others = dict(num_frames=num_frames, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs)
+        super().check_inputs(prompt, height, width, callback_steps, negative_prompt, **embeds | others)
+
+    def _check_texts(
+        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
+    ) -> None:
+        prompt = self._one_of_the_texts("prompt", prompt)
+        negative_prompt = self._one_of_the_texts("negative_prompt", negative_prompt)
+        prompt_embeds = checks.texts_of_frames("prompt_embeds", prompt_embeds, num_frames)
+        negative_prompt_embeds = checks.texts_of_frames("negative_prompt_embeds", negative_prompt_embeds, num_frames)
+        super()._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames)
+
+    def _one_of_the_texts(self, name: str, value: Any) -> Any:
+        """A prompt as it is, but of one that has a text for each of some frames the first."""
+        if not isinstance(value, Mapping):
+            return value
+        if not self.free_noise_enabled:
+            raise ValueError(f"`{name}` may be a dictionary of frames only after `enable_free_noise()`.")
+        frames_fit = all(isinstance(frame, int) and frame >= 0 for frame in value) and 0 in value
+        if not frames_fit or not all(isinstance(text, str) for text in value.values()):
+            raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
+        return value[0]
+
+    def _check_pictures(self, pictures, embeds) -> None:
+        if pictures is not None and embeds is not None:
+            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+        given = pictures is not None or embeds is not None
+        if given != self._has_ip_adapter:
+            raise ValueError(
+                "An IP-Adapter and a picture go together: "
+                + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
+            )
+        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError(
+                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
+                " `ip_adapter_image_embeds` without."
+            )
+        if given:
+            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+            checks.check_one_each(name, embeds if pictures is None else pictures, self._ip_adapters)
+
+    @property
+    def _has_ip_adapter(self) -> bool:
+        return self.unet.encoder_hid_proj is not None
+
+    @property
+    def _ip_adapters(self) -> int:
+        return len(self.unet.encoder_hid_proj.image_projection_layers)
+
+    def prepare_latents(
+        self, batch_size, num_channels_latents, num_frames, height, width, dtype, device, generator, latents=None
+    ) -> torch.Tensor:
+        """As [`MCMPipeline.prepare_latents`]; with FreeNoise the noise of a long clip repeats itself."""
+        size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)
+        if self.free_noise_enabled:
+            each: list[tuple[int, Any]] = [(batch_size, generator)]
+            if latents is None and isinstance(generator, (list, tuple)):
+                each = [(1, one) for one in generator]
+            options = (num_channels_latents, *size, dtype, device)
+            latents = torch.cat(
+                [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
+            )
+        return super().prepare_latents(batch_size, num_channels_latents, *size, dtype, device, generator, latents)
+
+    def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """With FreeNoise they may be the noise of one window, which is then repeated."""
+        repeated = self.free_noise_enabled and self._free_noise_noise_type == "repeat_context"
+        if repeated and getattr(latents, "ndim", 0) == 5 and latents.shape[2] == self._free_noise_context_length:
+            shape = (*shape[:2], self._free_noise_context_length, *shape[3:])
+        super()._check_latents(latents, shape)
+
+    def _encode(self, prompt, prompt_embeds: torch.Tensor | None, request: Request, device) -> Conditioning:
+        if isinstance(prompt, Mapping):
+            prompt_embeds = self._encode_frames(prompt, request)
+        elif prompt is not None:  # textual inversion
+            prompt = self.maybe_convert_prompt([prompt] if isinstance(prompt, str) else list(prompt), self.tokenizer)
+        text = super()._encode(prompt, prompt_embeds, request, device)
+        embeds = text["prompt_embeds"]
+        if self.free_noise_enabled and embeds.ndim == 3:  # one of the two texts may be one per frame
+            text["prompt_embeds"] = embeds[:, None].expand(-1, request.num_frames, -1, -1)
+        return text
+
+    def _encode_frames(self, prompts: Mapping[int, str], request: Request) -> torch.Tensor:
+        """`(1, T, length, features)` of texts for some frames; between two frames theirs are mixed."""
+        last = request.num_frames - 1
+        if max(prompts) > last:
+            raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {last + 1}, counted from 0.")
+        frames = sorted({*prompts, last})
+        texts = self.maybe_convert_prompt(
+            [prompts.get(frame, prompts[max(prompts)]) for frame in frames], self.tokenizer
+        )
+        encoded = self.base_model.encode_text(self.tokenizer, self.text_encoder, texts, request.clip_skip or 0)
+        embeds = encoded["prompt_embeds"].split(1)
+        mixed = embeds[0].expand(request.num_frames, -1, -1).clone()
+        for start, end, first, second in zip(frames, frames[1:], embeds, embeds[1:]):
+            mixed[start : end + 1] = self._free_noise_prompt_interpolation_callback(start, end, first, second)
+        return mixed[None]
+
+    def _add_conditions(self, request: Request, text: Conditioning, negative: Conditioning | None, device) -> None:
+        """The pictures of the IP-Adapters."""
+        if not self._has_ip_adapter:
+            return
+        given, guided = request.ip_adapter_image_embeds, negative is not None
+        if given is not None:
+            checks.check_image_embeds(given, guided=guided)
+        videos = len(text["prompt_embeds"])
+        found = self.prepare_ip_adapter_image_embeds(request.ip_adapter_image, given, device, videos, guided)
+        for i, embeds in enumerate(found):
+            embeds = embeds.to(self.unet.dtype)
+            if negative is not None:
+                negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
+            text[f"{IMAGE_EMBEDS}{i}"] = embeds
+
+    def _sample(self, latents, timesteps, text, negative, request):
+        """As often as FreeInit is set to; diffusers' properties tell a callback what the call was given."""
+        self._clip_skip = request.clip_skip
+        self._cross_attention_kwargs = request.network_options.get("cross_attention_kwargs")
+        steps = len(timesteps)
+        try:
+            with self._window_within(request.num_frames):
+                for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
+                    if self.free_init_enabled:
+                        options = (latents.device, latents.dtype, request.generator)
+                        latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
+                    latents = super()._sample(latents, timesteps, text, negative, request)
+        finally:
+            self._clip_skip = self._cross_attention_kwargs = None
+        return latents
+
+    @contextmanager
+    def _window_within(self, num_frames: int) -> Iterator[None]:
+        """FreeNoise with a window no longer than the clip: a short one is then sampled as without FreeNoise."""
+        modules = self.unet.modules() if self.free_noise_enabled else ()
+        blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
+        lengths = [block.context_length for block in blocks]
+        for block in blocks:
+            block.context_length = min(block.context_length, num_frames)
+        try:
+            yield
+        finally:
+            for block, length in zip(blocks, lengths):
+                block.context_length = length
