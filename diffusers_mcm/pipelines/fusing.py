@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..lora import LoRA, compute_dtype, extract_lora
-from .networks import activate, replace, require_called
+from ..lora import LoRA, activate, compute_dtype, extract_lora, replace
+from .networks import require_called
 
 
 class FusingVerbs:
@@ -79,7 +79,7 @@ class FusingVerbs:
         self._adapters.originals = {}
 
     def _set_aside(self) -> None:
-        """What peft's layers adapt in their places."""
+        """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
         for module, layer in layers.items():
             replace(networks, module, layer.get_base_layer())

@@ -23,12 +23,12 @@ from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
     check_fits,
+    fused,
     lora_disabled,
     open_safetensors,
     read_lora,
     set_lora_state_dict,
 )
-from ..lora.fused import fused
 from .config import TrainingConfig
 from .text import CachedTextEncoder
 

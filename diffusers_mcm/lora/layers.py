@@ -1,11 +1,12 @@
-"""A LoRA in a denoiser: whether it fits, putting it in, reading it out."""
+"""A LoRA in a network: whether it fits, putting it in, reading it out, switching it, fusing it."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -198,6 +199,7 @@ def set_lora_state_dict(
             current[key].copy_(tensor)
 
 
+# --- switched, and fused ---------------------------------------------------------------------------------------------
 @contextmanager
 def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
     """The base model, bit for bit, while the context is open."""
@@ -213,3 +215,39 @@ def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, value in zip(layers, before):
             layer._disable_adapters = value
+
+
+def activate(layer: nn.Module, names: Sequence[str]) -> None:
+    """These adapters, and no others, act on peft's layer; what is trainable stays so."""
+    trainable = [parameter.requires_grad for parameter in layer.parameters()]
+    layer.set_adapter(list(names))
+    for parameter, requires_grad in zip(layer.parameters(), trainable):
+        parameter.requires_grad_(requires_grad)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that has this name in the model."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def fused(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
+    """The denoiser with W + s B A as one weight in each layer, instead of a second path beside W.
+
+    Called like the denoiser, with its result up to rounding, at less cost where the network is small; gradients reach
+    A and B. The sums are made here, once for all calls and for at most one backward pass. They take the memory of the
+    weights they stand for.
+    """
+    layers = {name: layer for name, layer in lora_layers(denoiser).items() if adapter_name in layer.lora_A}
+    sums: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        weight = layer.get_base_layer().weight
+        product = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[adapter_name])
+
+    def call(*args, **kwargs):
+        with lora_disabled(denoiser):
+            return torch.func.functional_call(denoiser, sums, args, kwargs)
+
+    return call
