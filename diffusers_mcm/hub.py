@@ -18,6 +18,8 @@ PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "m
 
 def resolve(name: str | os.PathLike) -> str:
     """A path that exists, or else a Hub id, unchanged. Something on disk wins over a packaged model of that name."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"Expected a path, a packaged model or a Hub repository such as 'owner/name', got {name!r}.")
     name = os.fspath(name)
     if os.path.exists(name):
         return name

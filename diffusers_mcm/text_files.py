@@ -4,12 +4,16 @@ import codecs
 import csv
 import itertools
 import json
+import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
@@ -37,13 +41,31 @@ class Text:
     broken_lines: tuple[int, ...] = ()
 
     def checked(self, name: str) -> str:
-        """The content; `ValueError` that names the file and its first broken line if there is one."""
+        """The content; `ValueError` that names the file and its first broken line if there is one.
+
+        That an encoding was guessed is told as `tell_guess` does.
+        """
         if self.broken_lines:
             raise ValueError(
                 f"{name}, line {self.broken_lines[0]}: expected text in UTF-8, UTF-16 or Windows-1252, got other "
                 "bytes. Save the file as UTF-8."
             )
+        self.tell_guess(name)
         return self.content
+
+    def tell_guess(self, name: str) -> None:
+        """Warn once of each file that is read as Windows-1252: nothing in it says so. What else is read is certain."""
+        if self.encoding == "cp1252":
+            lines = enumerate(self.content.split("\n"), 1)
+            _warn_of_guess(name, *next((number, line[:100]) for number, line in lines if not line.isascii()))
+
+
+@cache
+def _warn_of_guess(name: str, number: int, line: str) -> None:
+    logger.warning(
+        "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
+        name, number, line,
+    )  # fmt: skip
 
 
 def decode_text(data: bytes) -> Text:
@@ -125,6 +147,7 @@ class Table(NamedTuple):
     columns: list[str]  # of csv as in its header; of JSON those of the first rows
     rows: Iterator[Row]
     unit: str = "line"  # what `Row.line` counts: "line", or "row"
+    all_columns: Callable[[], list[str]] | None = None  # of JSON, those of all rows; None where `columns` has them all
 
 
 def plain_name(name: str) -> str:
@@ -158,15 +181,22 @@ def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
         whole, error = None, reason
     if suffix == ".json" and isinstance(whole, dict):
         whole = [whole]
-    if isinstance(whole, list):
-        rows = (_object_row(number, value) for number, value in enumerate(whole, 1))
-    else:  # JSON lines, which some people call .json
-        rows = _json_lines(text)
+
+    def read_rows() -> Iterator[Row]:
+        if isinstance(whole, list):
+            return (_object_row(number, value) for number, value in enumerate(whole, 1))
+        return _json_lines(text)  # which some people call .json
+
+    def all_columns() -> list[str]:
+        return list(dict.fromkeys(key for row in read_rows() for key in row.values))
+
+    rows = read_rows()
     first = list(itertools.islice(rows, 100))
     if suffix == ".json" and error is not None and all(row.problem for row in first):
         raise error
     columns = list(dict.fromkeys(key for row in first for key in row.values))
-    return Table(columns, itertools.chain(first, rows), "row" if isinstance(whole, list) else "line")
+    unit = "row" if isinstance(whole, list) else "line"
+    return Table(columns, itertools.chain(first, rows), unit, all_columns if len(first) == 100 else None)
 
 
 def parse_json(text: str) -> Any:

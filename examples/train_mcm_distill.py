@@ -19,10 +19,11 @@ def main() -> None:
     from diffusers_mcm.files import DiskFullError
     from diffusers_mcm.publish import PublishError
     from diffusers_mcm.training.loop import train  # after the flags, so that --help answers at once
+    from diffusers_mcm.training.validation import NonFiniteSample
 
     try:
         train(config)
-    except (PublishError, DiskFullError) as error:
+    except (PublishError, DiskFullError, NonFiniteSample) as error:
         raise SystemExit(f"error: {error}") from None
 
 

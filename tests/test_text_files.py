@@ -128,3 +128,15 @@ def test_broken_json_is_told_by_place():
 def test_of_nothing_there_are_no_columns():
     assert read_table("\n\n", ".csv", ()).columns == []
     assert read_table("", ".jsonl", ()).columns == []
+
+
+def test_a_guessed_encoding_is_told_once_with_the_file_and_a_line_to_tell_by(tmp_path, caplog):
+    path = tmp_path / "list.txt"
+    path.write_bytes("a dog\na café\n".encode("cp1252"))
+    assert read_text(path) == read_text(path) == "a dog\na café\n"
+    told = f"{path} is not in UTF-8 and is read as Windows-1252. If line 2 should not read 'a café', save it as UTF-8."
+    assert [record.getMessage() for record in caplog.records] == [told]
+    path.write_text("a café", encoding="utf-8")
+    caplog.clear()
+    read_text(path)
+    assert not caplog.records

@@ -4,7 +4,7 @@ Where nearly all of x_t is noise, x̂_0 is what little is left of x_t when the n
 α = 0.068 at the last timestep of Stable Diffusion's schedule. A bfloat16 that the network reads or writes there, wrong
 by up to 0.4 %, costs x̂_0 tens of times the c = 0.001 of the distance that training minimises. So the network is given
 float32 latents and gives float32 ones, and its first convolution, last normalisation and last convolution compute in
-float32 from the half-precision weights they have. Everything between stays as it is.
+float32 from the half-precision weights they have, and so do LoRAs on them. Everything between stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import MethodType
 
 import torch
 from torch import nn
@@ -33,14 +34,31 @@ class _End(nn.Module):
         return [each if each is None else each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
 
 
-class InputConv2d(_End, nn.Conv2d):
+class _Conv2d(_End, nn.Conv2d):
+    def _convolve(self, x, weight, bias):
+        """The convolution in float32, of whatever type x and the weights are, outside autocast."""
+        # A whole network of float32 computes as torch's settings say, in its middle and at its ends.
+        as_set = x.dtype == weight.dtype and not _is_autocast(x)
+        exact_weight = weight.dtype in _EXACT_IN_TF32
+        x, weight, bias = self._widened(x, weight, bias)
+        with _no_autocast(x):
+            if as_set or not _takes_tf32(x):
+                return super()._conv_forward(x, weight, bias)
+            coarse, rest = _split(x)
+            if exact_weight:
+                return super()._conv_forward(coarse, weight, bias) + super()._conv_forward(rest, weight, None)
+            coarse_weight, rest_of_weight = _split(weight)
+            output = super()._conv_forward(coarse, coarse_weight, bias) + super()._conv_forward(rest, weight, None)
+            return output + super()._conv_forward(coarse, rest_of_weight, None)
+
+
+class InputConv2d(_Conv2d):
     """Reads float32, and hands on the type of its weights."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:
             return super()._conv_forward(x, weight, bias)
-        with _no_autocast(x):
-            return super()._conv_forward(*self._widened(x, weight, bias)).to(weight.dtype)
+        return self._convolve(x, weight, bias).to(weight.dtype)
 
 
 class OutputGroupNorm(_End, nn.GroupNorm):
@@ -54,14 +72,38 @@ class OutputGroupNorm(_End, nn.GroupNorm):
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-class OutputConv2d(_End, nn.Conv2d):
+class OutputConv2d(_Conv2d):
     """Gives float32."""
 
     def _conv_forward(self, x, weight, bias):
         if not self.float32_calls:
             return super()._conv_forward(x, weight, bias)
-        with _no_autocast(x):
-            return super()._conv_forward(*self._widened(x, weight, bias))
+        return self._convolve(x, weight, bias)
+
+
+# --- float32 convolutions where torch makes them of TF32 -------------------------------------------------------------
+_EXACT_IN_TF32 = (torch.float16, torch.bfloat16)
+
+
+def _takes_tf32(x: torch.Tensor) -> bool:
+    """Whether cuDNN may round what it multiplies to TF32's 11 significant bits: torch allows it by default.
+
+    The permission belongs to the whole process. Taking it away for a moment would do so in other threads too, hence
+    `_split`, which is right with it and without.
+    """
+    return x.device.type == "cuda" and x.dtype == torch.float32
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What TF32 keeps of x, and the rest of it, of which TF32 then loses less than x 2⁻²². Gradients take the rest."""
+    bits = x.detach().view(torch.int32)
+    coarse = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # the 13 last bits rounded away
+    return coarse, x - coarse
+
+
+def _is_autocast(x: torch.Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _no_autocast(x: torch.Tensor):
@@ -69,35 +111,91 @@ def _no_autocast(x: torch.Tensor):
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+# --- making them -----------------------------------------------------------------------------------------------------
 _ENDS = {"conv_in": (nn.Conv2d, InputConv2d), "conv_norm_out": (nn.GroupNorm, OutputGroupNorm)}
 _ENDS["conv_out"] = (nn.Conv2d, OutputConv2d)
+_ROUNDING = "cast_input_dtype_enabled"  # PEFT's name for it
 
 
 def find_ends(denoiser: nn.Module) -> list[nn.Module]:
     """The layers of a UNet that can compute in float32; they are made such ones where they are not yet.
 
-    Done once before anything else wraps their `forward` (an offload does), and again by each call, for a UNet that
-    was put in a pipeline later.
+    Done when a pipeline is made, and again by each call, for a UNet that was put in it later.
     """
     found = []
     for name, (stock, exact) in _ENDS.items():
-        layer = base_layer(getattr(denoiser, name, None))
-        if type(layer) is stock:
-            layer.__class__ = exact
-        if type(layer) is exact:
-            found.append(layer)
+        layer = getattr(denoiser, name, None)
+        of_loras = [each for part in _lora_parts(layer) for each in getattr(layer, part).values()]
+        for part, kind in [(base_layer(layer), exact), *((each, OutputConv2d) for each in of_loras)]:
+            # PEFT makes a LoRA's convolutions of the class of the one that they are added to.
+            if type(part) in (stock, exact) and type(part) is not kind and _takes_class(part, kind):
+                part.__class__ = kind
+            if type(part) is kind:
+                found.append(part)
     return found
+
+
+def _lora_parts(layer: nn.Module | None) -> tuple[str, ...]:
+    """Where PEFT keeps the two convolutions of each LoRA. A variant, such as DoRA, stays in half precision."""
+    return () if getattr(layer, "lora_variant", None) or not hasattr(layer, "lora_A") else ("lora_A", "lora_B")
+
+
+@contextmanager
+def _loras_read_float32(denoiser: nn.Module) -> Iterator[None]:
+    """PEFT rounds what a LoRA reads to the type of its weights, but not inside this."""
+    layers = [getattr(denoiser, name, None) for name in _ENDS]
+    rounding = [each for each in layers if _lora_parts(each) and getattr(each, _ROUNDING, False)]
+    for layer in rounding:
+        setattr(layer, _ROUNDING, False)
+    try:
+        yield
+    finally:
+        for layer in rounding:
+            setattr(layer, _ROUNDING, True)
+
+
+def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
+    """Whether the layer computes as another class does once it is of that class.
+
+    A hook may hold the `forward` that it was put around, of the stock class. In those of accelerate and diffusers it
+    is replaced here; False for any other.
+    """
+    if "forward" not in vars(layer) or exact.forward is type(layer).forward:  # which asks the class again
+        return True
+    holders = [layer, *getattr(getattr(layer, "_diffusers_hook", None), "_fn_refs", ())]
+    names = ("_old_forward", "forward", "original_forward")
+    held = [(holder, name) for holder in holders for name in names if _is_stock(vars(holder).get(name), layer)]
+    for holder, name in held:
+        setattr(holder, name, MethodType(exact.forward, layer))
+    return bool(held)
+
+
+def _is_stock(function, layer: nn.Module) -> bool:
+    return isinstance(function, MethodType) and function.__func__ is type(layer).forward
+
+
+def _check_norm(denoiser: nn.Module) -> None:
+    """`ValueError` for a half-precision network whose last normalisation would silently stay in half precision."""
+    norm = getattr(denoiser, "conv_norm_out", None)
+    if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
+        raise ValueError(
+            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
+            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
+            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
+        )
 
 
 @contextmanager
 def float32_ends(denoiser: nn.Module) -> Iterator[None]:
     """Calls of the UNet inside read float32 latents and give a float32 output. In float32 this changes no bit."""
     ends = find_ends(denoiser)
+    _check_norm(denoiser)
     with _LOCK:
         for layer in ends:
             layer.float32_calls += 1
     try:
-        yield
+        with _loras_read_float32(denoiser):
+            yield
     finally:
         with _LOCK:
             for layer in ends:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .startup import quiet_libraries
+
 LAYOUTS = {
     "peft": "a folder with adapter_model.safetensors and adapter_config.json",
     "diffusers": "a folder with, or a file like, pytorch_lora_weights.safetensors",
@@ -35,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and say what was written."""
     options = vars(build_parser().parse_args(argv))
-    from ..formats import convert, describe
+    with quiet_libraries():
+        from ..formats import convert, describe
 
-    path = convert(options.pop("source"), options.pop("destination"), options.pop("to"), **options)
-    written = describe(path)
+        path = convert(options.pop("source"), options.pop("destination"), options.pop("to"), **options)
+        written = describe(path)
     contents = f"{written['targets']} modules, " if written["targets"] else ""
     print(f"{path}  ({written['layout']}: {contents}{written['tensors']} tensors, {written['bytes'] / 1e6:.1f} MB)")

@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     model("--model", help="packaged model, folder or Hub id: an MCM LoRA or a base model (default: mcm-shapes)")
     model("--lora", help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model")
     model("--subfolder", help="where in its folder or repository the LoRA is")
+    model("--weight_name", help="the LoRA's file there, where there are several")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
@@ -152,6 +153,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.num_videos < 1:
         raise ValueError(f"expected --num_videos of at least 1, got {arguments.num_videos}")
     output = arguments.output
+    if not output.strip():
+        raise ValueError("expected a file or folder as --output, got an empty text")
     path = Path(output)
     if names_folder(output) or not path.suffix:
         if path.exists() and not path.is_dir():
@@ -198,6 +201,7 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         arguments.model,
         lora=arguments.lora,
         subfolder=arguments.subfolder,
+        weight_name=arguments.weight_name,
         revision=arguments.revision,
         base_model=arguments.base_model,
         **({"variant": arguments.variant} if arguments.variant else {}),
@@ -258,7 +262,8 @@ def lora_sha256(arguments: argparse.Namespace) -> str | None:
     if not os.path.isfile(source):
         revision = None if arguments.lora else arguments.revision
         # what has just been loaded is in the cache
-        source = find_lora_file(source, subfolder=arguments.subfolder, revision=revision, local_files_only=True)
+        place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
+        source = find_lora_file(source, **place, local_files_only=True)
     if source is None:
         return None
     with open(source, "rb") as stream:

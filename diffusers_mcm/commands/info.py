@@ -4,6 +4,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from .startup import quiet_libraries
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `diffusers-mcm info`."""
@@ -20,10 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the description."""
     options = vars(build_parser().parse_args(argv))
-    from ..formats import describe
-
     as_json = options.pop("json")
-    description = describe(options.pop("source"), **options)
+    with quiet_libraries():
+        from ..formats import describe
+
+        description = describe(options.pop("source"), **options)
     if as_json:
         print(json.dumps(description, indent=2))
         return

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .startup import quiet_libraries
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `diffusers-mcm push`."""
@@ -43,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..hub import check_repository_name
 
     check_repository_name(arguments.repository)
+    with quiet_libraries():
+        _push(arguments)
+
+
+def _push(arguments: argparse.Namespace) -> None:
     from ..publish import publish_lora
 
     if arguments.prompt:

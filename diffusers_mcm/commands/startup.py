@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec, module_from_spec
 
 
@@ -13,9 +14,12 @@ def quick_imports() -> Iterator[None]:
     """A tenth to a fifth less time for the libraries' imports.
 
     They make hundreds of thousands of objects that stay, through which the garbage collector goes again and again.
-    And diffusers' schedulers import `scipy.stats`, where it is installed, for a schedule that MCM has no use for.
+    And where scipy is installed the libraries import parts of it that MCM has no use for: diffusers for schedules of
+    timesteps, transformers for the losses of object detection.
     """
     _import_when_used("scipy", "stats")
+    _import_when_used("scipy", "integrate")
+    _import_when_used("scipy", "optimize", functions=("linear_sum_assignment",))
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -25,9 +29,10 @@ def quick_imports() -> Iterator[None]:
             gc.enable()
 
 
-def _import_when_used(package: str, name: str) -> None:
+def _import_when_used(package: str, name: str, functions: tuple[str, ...] = ()) -> None:
     """Leave a module, if it is there, to be read when something is first looked up in it.
 
+    `functions` may be looked up, by `from … import`, and make it be read when they are called.
     `importlib.util.LazyLoader` would read it as soon as it is imported a second time, for that looks up `__spec__`.
     """
     full_name = f"{package}.{name}"
@@ -39,11 +44,18 @@ def _import_when_used(package: str, name: str) -> None:
     module = module_from_spec(spec)
 
     def read_and_get(attribute: str):
-        vars(module).pop("__getattr__", None)
-        spec.loader.exec_module(module)
+        if vars(module).pop("__getattr__", None) is not None:
+            for function in functions:
+                delattr(module, function)
+            spec.loader.exec_module(module)
         return getattr(module, attribute)
 
+    def read_and_call(function: str, *arguments, **options):
+        return read_and_get(function)(*arguments, **options)
+
     module.__getattr__ = read_and_get
+    for function in functions:
+        setattr(module, function, partial(read_and_call, function))
     sys.modules[full_name] = module
 
 

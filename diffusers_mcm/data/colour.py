@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .images import UnusableItem
+from .faults import UnusableItem
 
 # The numbers are those of ITU-T H.273, which FFmpeg uses too.
 BT709, UNSPECIFIED, BT2020 = 1, 2, 9
@@ -13,12 +13,21 @@ _ORDINARY_TRANSFERS = {1, UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15} | _RESERV
 #: Matrices from RGB to YUV that swscale inverts: RGB itself, BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020.
 _KNOWN_MATRICES = {0, 1, UNSPECIFIED, 3, 4, 5, 6, 7, BT2020}
 
-# Chromaticities of red, green and blue; primaries that are not named here are shown as BT.709's: those of
-# BT.601 differ by a hair, those of old film stock by more.
-_BT709_PRIMARIES = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
-_P3_PRIMARIES = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
-_WIDE_PRIMARIES = {BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)), 11: _P3_PRIMARIES, 12: _P3_PRIMARIES}
-_D65 = (0.3127, 0.3290)
+_D65, _C = (0.3127, 0.3290), (0.310, 0.316)
+# Chromaticities of red, green, blue and white. Those of BT.601 and of the EBU are shown as BT.709's, from which they
+# differ by a hair.
+_BT709_PRIMARIES = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), _D65)
+_P3_PRIMARIES = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), _D65)
+_SHOWN_AS_BT709 = {BT709, UNSPECIFIED, 5, 6, 7, 22} | _RESERVED
+_OTHER_PRIMARIES = {
+    4: ((0.670, 0.330), (0.210, 0.710), (0.140, 0.080), _C),  # NTSC of 1953
+    8: ((0.681, 0.319), (0.243, 0.692), (0.145, 0.049), _C),  # film
+    BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), _D65),
+    11: _P3_PRIMARIES,  # but for the white of a cinema, which is not to look green on a screen
+    12: _P3_PRIMARIES,
+}
+# From CIE XYZ to the responses of the eye's cones, after Bradford.
+_CONES = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 #: Luminance of white on the ordinary screen (BT.2408), and the brightest light of a film that still differs.
 _WHITE_NITS, _PEAK_NITS = 203.0, 1000.0
@@ -27,29 +36,36 @@ _PQ_M1, _PQ_M2, _PQ_C1, _PQ_C2, _PQ_C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2
 _HLG_A, _HLG_B, _HLG_C = 0.17883277, 0.28466892, 0.55991073
 
 
-def check_known(transfer: int, matrix: int) -> None:
-    """Refuse what would be shown in wrong colours: curves and matrices that nobody here inverts.
+def check_known(transfer: int, matrix: int, primaries: int = UNSPECIFIED) -> None:
+    """Refuse what would be shown in wrong colours: curves, matrices and primaries that nobody here inverts.
 
     Raises:
-        UnusableItem: for logarithmic, linear or cinema curves, and matrices such as ICtCp.
+        UnusableItem: for logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
     """
     if transfer not in _ORDINARY_TRANSFERS | {PQ, HLG}:
         raise UnusableItem(f"its transfer characteristic (number {transfer} of H.273) cannot be converted")
     if matrix not in _KNOWN_MATRICES:
         raise UnusableItem(f"its colour matrix (number {matrix} of H.273) cannot be converted")
+    if primaries not in _SHOWN_AS_BT709 and primaries not in _OTHER_PRIMARIES:
+        raise UnusableItem(f"its primary colours (number {primaries} of H.273) cannot be converted")
 
 
 def is_ordinary(transfer: int, primaries: int) -> bool:
     """Whether a film's colours can be shown as they are."""
-    return transfer not in (PQ, HLG) and primaries not in _WIDE_PRIMARIES
+    return transfer not in (PQ, HLG) and primaries not in _OTHER_PRIMARIES
+
+
+def _xyz(x: float, y: float) -> np.ndarray:
+    return np.array([x / y, 1.0, (1 - x - y) / y])
 
 
 def _rgb_to_xyz(primaries) -> np.ndarray:
-    def xyz(x, y):
-        return np.array([x / y, 1.0, (1 - x - y) / y])
-
-    columns = np.stack([xyz(*point) for point in primaries], axis=1)
-    return columns * np.linalg.solve(columns, xyz(*_D65))
+    """From light of these primaries to CIE XYZ, as an eye sees it whose white is that of BT.709."""
+    *colours, white = primaries
+    columns = np.stack([_xyz(*point) for point in colours], axis=1)
+    gains = (_CONES @ _xyz(*_D65)) / (_CONES @ _xyz(*white))
+    adapt = np.linalg.solve(_CONES, gains[:, None] * _CONES)
+    return adapt @ (columns * np.linalg.solve(columns, _xyz(*white)))
 
 
 def _pq_to_nits(signal: np.ndarray) -> np.ndarray:
@@ -82,7 +98,7 @@ def _compress(nits: np.ndarray) -> np.ndarray:
 
 
 def to_ordinary(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """Colours of HDR or of a wide gamut, as a screen of BT.709's colours and gamma 2.4 shows them.
+    """Colours of HDR, of a wide gamut or of old television, as a screen of BT.709's colours and gamma 2.4 shows them.
 
     HDR is taken to be mastered for 1000 cd/m²; its light is compressed as BT.2390 says, so that what is not brighter
     than a face keeps its luminance relative to white at 203 cd/m². Colours out of the gamut are clipped.
@@ -101,7 +117,7 @@ def to_ordinary(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray
             primaries = BT2020
     else:
         light = signal**_GAMMA
-    if primaries in _WIDE_PRIMARIES:
-        matrix = np.linalg.solve(_rgb_to_xyz(_BT709_PRIMARIES), _rgb_to_xyz(_WIDE_PRIMARIES[primaries]))
+    if primaries in _OTHER_PRIMARIES:
+        matrix = np.linalg.solve(_rgb_to_xyz(_BT709_PRIMARIES), _rgb_to_xyz(_OTHER_PRIMARIES[primaries]))
         light = light @ matrix.T
     return np.rint(np.clip(light, 0, 1) ** (1 / _GAMMA) * 255).astype(np.uint8)

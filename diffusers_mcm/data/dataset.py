@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .images import UnusableItem, read_image
+from .faults import UnusableItem, machine_errors_name
+from .images import read_image
 from .rows import MediaRows, examples
 from .sources import IMAGES, VIDEOS, open_rows
 from .video import read_clip
@@ -77,6 +78,7 @@ class KeyedDataset(Dataset):
 
         Raises:
             ValueError: if nothing can be used.
+            MachineError: if the machine cannot read the item, which is not replaced then.
         """
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
@@ -84,8 +86,9 @@ class KeyedDataset(Dataset):
         for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
             item = self.rows[row]
             try:
-                caption = self.rows.caption(item, draw_uniform(self.seed, f"{self.purpose} caption", index))
-                pixels = self.read_pixels(self.rows.media(item), index)
+                with machine_errors_name(self.rows.name(row, item)):
+                    caption = self.rows.caption(item, draw_uniform(self.seed, f"{self.purpose} caption", index))
+                    pixels = self.read_pixels(self.rows.media(item), index)
             except UnusableItem as reason:
                 skipped[self.rows.name(row, item)] = str(reason)
                 if len(skipped) >= MAX_REPLACEMENTS:

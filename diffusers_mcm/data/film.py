@@ -10,8 +10,9 @@ import av
 from av.error import FFmpegError
 from av.stream import Disposition
 
+from .faults import UnusableItem, check_own_fault
 from .frames import Orientation, orientation_of
-from .images import UnusableItem, media_file
+from .images import media_file
 from .timing import at_constant_rate
 
 # Streams of these codecs may tell their orientation themselves, and once for all.
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
     pts: int | None
     dts: int | None
     is_keyframe: bool
+    duration: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class FilmIndex:
         time_base: seconds of one unit of time.
         rate: frames per second as far as it is known.
         orientation: what the first frame says.
+        end: when the last frame is no longer shown, as far as that is known.
     """
 
     stream: int
@@ -49,6 +52,7 @@ class FilmIndex:
     time_base: Fraction
     rate: Fraction | None
     orientation: Orientation
+    end: int | None = None
 
     def starts(self, time: int) -> Iterator[tuple[int, int]]:
         """Where to seek for the frame of a time, and from which keyframe's time on frames are then to be expected.
@@ -111,7 +115,8 @@ def _first_orientation(packet: av.Packet) -> Orientation | None:
     decoder = packet.stream.codec_context
     try:
         frames = [*packet.decode(), *decoder.decode(None)]
-    except FFmpegError:
+    except FFmpegError as error:
+        check_own_fault(error, None)
         return None  # a broken first frame does no harm to a clip that lies elsewhere
     finally:
         decoder.flush_buffers()
@@ -127,7 +132,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
         if not packet.size or packet.is_discard or packet.is_corrupt:
             continue
         number = packet.stream.index
-        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe))
+        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe, packet.duration))
         if packet.is_keyframe and number not in orientations:
             tells = packet.stream.codec_context.name in _TELL_ORIENTATION
             orientations[number] = _first_orientation(packet) if tells else None
@@ -135,6 +140,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
     found = entries[film.index]
     times = sorted(entry.pts for entry in found if entry.pts is not None)
     sound = len(times) == len(found) and len(set(times)) == len(times)
+    last = max(found, key=lambda entry: entry.pts) if sound and found else None
     rate = film.guessed_rate or film.average_rate
     return FilmIndex(
         stream=film.index,
@@ -144,4 +150,5 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
         time_base=film.time_base,
         rate=rate,
         orientation=orientations.get(film.index) or Orientation(),
+        end=last.pts + last.duration if last and last.duration else None,
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 import unicodedata
 from collections.abc import Collection, Iterator
 
@@ -11,7 +12,7 @@ import pyarrow.parquet
 
 from ..text_files import Row, Table, Text, decode_text, read_table
 from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, find_caption_column, find_file_column
-from .images import is_remote
+from .faults import check_own_fault, is_remote
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
     try:
         entries = list(os.scandir(os.path.join(folder, below)))
     except OSError as error:
+        check_own_fault(error, os.path.join(folder, below))
         if not below:
             raise
         logger.warning("What lies in %s is not read: %s", os.path.join(folder, below), error)
@@ -129,13 +131,29 @@ class _MetadataReader:
                 f"{name} holds no rows{problem}. Expected the columns file_name and caption, and a row for each "
                 f"{self.kind.name}."
             )
-        columns = (
-            find_file_column(table.columns, name, self.kind, self.media_column),
-            find_caption_column(table.columns, name, self.kind, self.caption_column),
-        )
+        columns = self._find_columns(table, name)
         for row in table.rows:
             where = f"{name}, {table.unit} {row.line}"
             self._take(row, where, os.path.dirname(path), columns, bool(text and text.broken_lines))
+
+    def _find_columns(self, table: Table, name: str) -> tuple[str, str | None]:
+        """The columns of the files and of the captions; of JSON more rows are looked at where the first have none."""
+
+        def find(names: list[str]) -> tuple[str, str | None]:
+            return (
+                find_file_column(names, name, self.kind, self.media_column),
+                find_caption_column(names, name, self.kind, self.caption_column),
+            )
+
+        try:
+            columns = find(table.columns)
+        except ValueError:
+            if table.all_columns is None:
+                raise
+            return find(table.all_columns())
+        if columns[1] is None and table.all_columns is not None:
+            return find(table.all_columns())
+        return columns
 
     def _take(self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool) -> None:
         file, caption = (row.values.get(column) if column else None for column in columns)
@@ -174,7 +192,7 @@ class _MetadataReader:
         found = next((path for path in paths if path in self.listed), None)
         if found is not None:
             return found
-        return next((path for path in paths if os.path.isfile(os.path.join(self.folder, path))), None)
+        return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
     def add(self, path: str, captions: list[str]) -> None:
         """Add a row."""
@@ -195,18 +213,22 @@ class _MetadataReader:
         return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
 
 
+def _is_file(path: str) -> bool:
+    """`os.path.isfile`, which also says no where the system cannot tell; here that is a `MachineError`."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
+        check_own_fault(error, path)
+        return False
+
+
 def _open_table(name: str, known: Collection[str]) -> tuple[Table, Text | None]:
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".parquet":
         return _open_parquet(name), None
     with open(name, "rb") as file:
         text = decode_text(file.read())
-    if text.encoding == "cp1252":
-        number, line = next((n, line) for n, line in enumerate(text.content.split("\n"), 1) if not line.isascii())
-        logger.warning(
-            "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
-            name, number, line[:100],
-        )  # fmt: skip
+    text.tell_guess(name)
     try:
         return read_table(text.content, suffix, known), text
     except ValueError as error:
@@ -217,6 +239,7 @@ def _open_parquet(name: str) -> Table:
     try:
         file = pa.parquet.ParquetFile(name)
     except (pa.ArrowInvalid, OSError) as error:
+        check_own_fault(error, name)
         raise ValueError(f"{name} cannot be read as parquet: {error}") from error
 
     schema = file.schema_arrow
@@ -230,6 +253,7 @@ def _open_parquet(name: str) -> Table:
                     number += 1
                     yield Row(number, values)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            check_own_fault(error, name)
             yield Row(number + 1, {}, f"from here on the table cannot be read ({error})")
 
     return Table(columns, rows(), "row")

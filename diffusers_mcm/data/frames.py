@@ -8,7 +8,8 @@ from av.sidedata.sidedata import SideDataContainer
 from PIL import Image
 
 from .colour import BT2020, HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
-from .images import UnusableItem, fit
+from .faults import UnusableItem
+from .images import fit
 
 _TANGENT_OF_ONE_DEGREE = 0.0175
 
@@ -91,7 +92,7 @@ def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
         UnusableItem: for colours that cannot be converted.
     """
     frame, orientation, aspect, transfer, primaries = shown
-    check_known(transfer, frame.colorspace)
+    check_known(transfer, frame.colorspace, primaries)
     if frame.interlaced_frame and frame.height > 1:
         frame, aspect = _upper_field(frame), aspect / 2
     aspect = 1 / aspect if orientation.transposed else aspect

@@ -7,21 +7,14 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-# What PIL's readers raise for files that are broken in one way or another; MemoryError is not about the file.
+from .faults import UnusableItem, is_remote, unusable
+
+# What PIL's readers raise for files that are broken in one way or another.
 _BROKEN_FILE = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-
-
-class UnusableItem(Exception):
-    """One item of a data set cannot be used; the message says why. The data set replaces it by another."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is an address (`hf://…`, `https://…`, `zip://…`) and not a file of this machine."""
-    return "://" in path
 
 
 def media_file(media: dict):
@@ -35,6 +28,11 @@ def media_file(media: dict):
 
         return xopen(media["path"], "rb")
     return media["path"]
+
+
+def open_path(media: dict) -> str | None:
+    """The path that `media_file` opens; None where the bytes are in memory."""
+    return media["path"] if media is not None and media.get("bytes") is None else None
 
 
 def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:
@@ -125,8 +123,8 @@ def _decode(media: dict) -> tuple[Image.Image, int]:
         with Image.open(media_file(media)) as image:
             image.load()
             return image, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _BROKEN_FILE as error:
-        raise UnusableItem(f"the image cannot be read ({type(error).__name__}: {error})") from error
+    except (*_BROKEN_FILE, MemoryError) as error:
+        raise unusable(error, open_path(media), "the image") from error
 
 
 def read_image(media: dict, height: int, width: int) -> np.ndarray:

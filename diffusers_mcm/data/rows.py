@@ -1,14 +1,16 @@
 """The rows of a data set, whatever it was opened from: for each a file, its captions and its name."""
 
+import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .columns import MediaKind, caption_texts
-from .images import UnusableItem, is_remote
+from .faults import UnusableItem, is_remote
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
+_CHUNK = 65_536  # rows that are Python objects at one time
 NO_CAPTION = "it has no caption"
 NO_TEXT = "its caption is neither a text nor a list of texts"
 
@@ -16,6 +18,16 @@ NO_TEXT = "its caption is neither a text nor a list of texts"
 def examples(reasons: Mapping[str, str]) -> str:
     """The first of what was skipped, a line each, for a message."""
     return "".join(f"\n  {name}: {reason}" for name, reason in itertools.islice(reasons.items(), 5))
+
+
+def digest(chunks: Iterable) -> str:
+    """A short text that tells columns of Arrow, given by their chunks, from others."""
+    state = hashlib.blake2b(digest_size=8)
+    for chunk in chunks:
+        for start in range(0, len(chunk), _CHUNK):
+            values = chunk.slice(start, _CHUNK).to_pylist()
+            state.update(repr(values).encode("utf-8", "surrogateescape"))
+    return state.hexdigest()
 
 
 class MediaRows:
@@ -63,6 +75,10 @@ class MediaRows:
             raise UnusableItem(NO_CAPTION if texts is not None else NO_TEXT)
         return ""
 
+    def order(self) -> str | None:
+        """What is the same for the same rows in the same order, wherever they lie; None if it cannot be told."""
+        return None
+
     def all_captions(self) -> Iterator[str]:
         """One caption of each row, as `caption` gives it, but for rows that it refuses; no media is read."""
         for row, item in enumerate(self._caption_items()):
@@ -86,6 +102,9 @@ class FolderRows(MediaRows):
     def __init__(self, source: str, kind: MediaKind, table, folder: str, skipped: Mapping[str, str] | None = None):
         super().__init__(source, kind, table, skipped)
         self.folder = folder
+
+    def order(self) -> str:
+        return digest(self.table["file"].chunks)
 
     def path(self, file: bytes) -> str:
         """The path of the file, or its address."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .columns import CAPTION_COLUMNS, MediaKind
+from .faults import check_own_fault
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -34,7 +35,11 @@ class Sample(NamedTuple):
 
 
 def read_headers(path: str) -> tuple[list[Member], str | None]:
-    """The files of a tar by their headers, and what is wrong with it; of a broken tar those that are whole."""
+    """The files of a tar by their headers, and what is wrong with it; of a broken tar those that are whole.
+
+    Raises:
+        MachineError: if it is the machine that cannot read it: without a shard all samples would be others.
+    """
     members: dict[str, Member] = {}
     problem = None
     try:
@@ -48,6 +53,7 @@ def read_headers(path: str) -> tuple[list[Member], str | None]:
             end = tar.offset
         problem = problem or _find_problem_at_end(path, end, size)
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
+        check_own_fault(error, path)
         return [], _describe_no_tar(path, error)
     if not members:
         return [], problem or "it holds no files"
@@ -87,6 +93,7 @@ def _describe_no_tar(path: str, error: Exception) -> str:
         with open(path, "rb") as file:
             start = file.read(40)
     except OSError as unreadable:
+        check_own_fault(unreadable, path)
         return str(unreadable)
     if not start:
         return "it is empty (0 bytes)"

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, MediaKind, no_caption_column
+from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, MediaKind, caption_texts, no_caption_column
 from .rows import HubRows, MediaRows, examples
 
 __all__ = ["IMAGES", "VIDEOS", "MediaKind", "MediaRows", "open_rows"]
@@ -128,7 +128,9 @@ def _open_hub(
     table = _load(datasets, source, kind, split, config_name, revision)
     media_column = _find_media_column(datasets, table.features, source, kind, media_column)
     table = table.cast_column(media_column, getattr(datasets, kind.feature)(decode=False))
-    caption_path = _find_caption(datasets, _features_with_json_keys(datasets, table), source, kind, caption_column)
+    caption_path = _find_caption(
+        datasets, _features_with_json_keys(datasets, table, caption_column), source, kind, caption_column
+    )
     return HubRows(source, kind, table, media_column, caption_path)
 
 
@@ -150,14 +152,25 @@ def _load(datasets, source: str, kind: MediaKind, split: str, config_name: str |
         raise ValueError(f"The {kind.name} data {source!r} cannot be read by `datasets`: {reason}") from error
 
 
-def _features_with_json_keys(datasets, table) -> dict:
-    """The table's features, with a json column opened up into the keys that its first rows have."""
+def _features_with_json_keys(datasets, table, asked: str | None) -> dict:
+    """The table's features, with a json column opened up into the keys that its rows have.
+
+    The first rows are looked at, and the others too until one has a caption, if none of those has.
+    """
     features = dict(table.features)
+    wanted = CAPTION_COLUMNS if asked is None else (asked, asked.partition(".")[2])
     for name in [name for name, feature in features.items() if isinstance(feature, datasets.Json)]:
-        values = [value for value in table.select_columns([name])[:100][name] if isinstance(value, Mapping)]
-        texts = {key for value in values for key, entry in value.items() if isinstance(entry, str)}
-        keys = sorted({key for value in values for key in value})
-        features[name] = {key: datasets.Value("string") if key in texts else datasets.Json() for key in keys}
+        texts, others = set(), set()
+        for batch in table.select_columns([name]).iter(batch_size=100):
+            for value in batch[name]:
+                entries = value.items() if isinstance(value, Mapping) else ()
+                texts |= {key for key, entry in entries if caption_texts(entry)}
+                others |= {key for key, entry in entries}
+            if texts & set(wanted) or any(_is_text(datasets, features.get(column)) for column in wanted):
+                break
+        features[name] = {
+            key: datasets.Value("string") if key in texts else datasets.Json() for key in sorted(texts | others)
+        }
     return features
 
 

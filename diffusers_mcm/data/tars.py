@@ -5,21 +5,20 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..text_files import decode_text, find_name, parse_json
+from ..text_files import Text, decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, no_caption_column
-from .images import UnusableItem
-from .rows import NO_CAPTION, MediaRows, examples
+from .faults import UnusableItem, unusable
+from .rows import NO_CAPTION, MediaRows, digest, examples
 from .shards import Member, Sample, field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 100  # samples whose json says which keys there are
+_LOOKED_AT = 100  # samples whose json is looked at first, to see which keys there are
 
 
 @dataclass
@@ -115,6 +114,10 @@ class TarRows(MediaRows):
             self.skipped[self.name(row, self[row])] = NO_CAPTION
         self.table = self.table.filter(pa.array(has_one)).combine_chunks()
 
+    def order(self) -> str:
+        paths = pa.array([os.path.basename(path) for path in self.paths])
+        return digest([paths.take(pa.array(self.table["shard"])), *self.table["name"].chunks])
+
     def _read(self, item: Mapping, name: str) -> bytes | None:
         offset, size = item[f"{name} offset"], item[f"{name} size"]
         return None if offset < 0 else _read_at(self.paths[item["shard"]], offset, size)
@@ -180,39 +183,91 @@ def _refuse(index: TarIndex, source: str, kind: MediaKind, asked: str | None) ->
 
 
 def _find_captions(index: TarIndex, source: str, kind: MediaKind, asked: str | None) -> list[tuple[str, str | None]]:
-    """Where captions may be: in a text file, and in json; nowhere if an image set has none."""
-    keys = {name: _keys(index, name) for name in index.fields if name.endswith("json")}
-    files = [name for name in index.fields if name not in keys]
+    """Where captions may be: in text files, and in json; nowhere if an image set has none."""
+    json_fields = {name: _JsonKeys(index, name) for name in index.fields if name.endswith("json")}
+    files = [name for name in index.fields if name not in json_fields]
     if asked is None:
-        in_files = [(name, None) for name in CAPTION_COLUMNS if name in files]
-        in_json = [("json", find_name(keys.get("json", ()), name)) for name in CAPTION_COLUMNS]
-        found = in_files[:1] + [place for place in in_json if place[1] is not None][:1]
+        found = [(name, None) for name in CAPTION_COLUMNS if name in files]
+        places = [("json", name) for name in CAPTION_COLUMNS]
     else:
         outer, _, inner = asked.rpartition(".")
+        found = [(asked.lower(), None)] if asked.lower() in files else []
         places = [("json", asked), (outer.lower(), inner)]
-        in_json = [(name, find_name(keys.get(name, ()), key)) for name, key in places]
-        in_files = [(asked.lower(), None)] if asked.lower() in files else []
-        found = (in_files + [place for place in in_json if place[1] is not None])[:1]
-    columns = sorted(index.others - {"", *keys}) + [f"{name}.{key}" for name in keys for key in keys[name]]
+    places = [(name, key) for name, key in places if name in json_fields and key]
+    in_json = _looked_up(json_fields, places)
+    for name in dict.fromkeys(name for name, _ in places):
+        if found or in_json:
+            break
+        json_fields[name].read_on([key for field_name, key in places if field_name == name])
+        in_json = _looked_up(json_fields, places)
+    found = (found + in_json)[: None if asked is None else 1]
+    columns = sorted(index.others - {"", *json_fields})
+    columns += [f"{name}.{key}" for name, field_keys in json_fields.items() for key in field_keys.keys]
+    broken = {name: reason for field_keys in json_fields.values() for name, reason in field_keys.broken.items()}
+    unread = f"\nOf the json files these cannot be read:{examples(broken)}" if broken else ""
     if not found and asked is not None:
-        raise ValueError(f"{source!r} has no caption column {asked!r} of text; its columns are {columns}.")
+        raise ValueError(f"{source!r} has no caption column {asked!r} of text; its columns are {columns}.{unread}")
     if not found and kind.needs_caption:
-        raise ValueError(no_caption_column(repr(source), columns, kind))
+        raise ValueError(no_caption_column(repr(source), columns, kind) + unread)
+    if not found and broken:
+        logger.warning("No captions were found beside the images of %r.%s", source, unread)
     return found
 
 
-def _keys(index: TarIndex, name: str) -> list[str]:
-    """The keys under which some samples' json has text."""
-    places, keys = index.fields[name], {}
-    for at in np.unique(np.linspace(0, len(places.rows) - 1, _LOOKED_AT).astype(int)).tolist():
-        path = index.paths[index.shards[places.rows[at]]]
+def _looked_up(json_fields: Mapping[str, "_JsonKeys"], places: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    keys = [(name, find_name(json_fields[name].keys, key)) for name, key in places]
+    return list(dict.fromkeys((name, key) for name, key in keys if key is not None))
+
+
+class _JsonKeys:
+    """The keys under which the samples' json of one field has text.
+
+    Attributes:
+        keys: those that were found so far, in the order in which they were.
+        broken: json that cannot be read, by the name of its sample; it is skipped and counted when its turn comes.
+    """
+
+    def __init__(self, index: TarIndex, name: str):
+        self.index, self.name = index, name
+        self.keys: dict[str, None] = {}
+        self.broken: dict[str, str] = {}
+        self._number = len(index.fields[name].rows)
+        self._seen = np.unique(np.linspace(0, self._number - 1, _LOOKED_AT).astype(int)).tolist()
+        for at in self._seen:
+            self._look_at(at)
+
+    def read_on(self, wanted: Iterable[str]) -> None:
+        """Read the json of all samples until one has a wanted key, and say which one that is."""
+        seen, before = set(self._seen), list(self.keys)
+        for at in range(self._number):
+            if at in seen:
+                continue
+            self._look_at(at)
+            key = next((key for key in (find_name(self.keys, name) for name in wanted) if key), None)
+            if key is not None:
+                logger.warning(
+                    "Captions are taken from %r in the %s files: %s has it. None of the first %d looked at does; "
+                    "their keys are %s. Samples without it count as having no caption.",
+                    key, self.name, self._sample(at), len(seen), before,
+                )  # fmt: skip
+                return
+
+    def _look_at(self, at: int) -> None:
+        places = self.index.fields[self.name]
+        path = self.index.paths[self.index.shards[places.rows[at]]]
         try:
-            value = _read_value(_read_at(path, places.offsets[at], places.sizes[at]), name, path)
-        except UnusableItem:
-            continue  # it is skipped and counted when its turn comes
+            value = _read_value(_read_at(path, places.offsets[at], places.sizes[at]), self.name, path)
+        except UnusableItem as reason:
+            self.broken[self._sample(at)] = str(reason)
+            return
         if isinstance(value, Mapping):
-            keys |= {key: None for key, entry in value.items() if caption_texts(entry)}
-    return list(keys)
+            self.keys |= {key: None for key, entry in value.items() if caption_texts(entry)}
+
+    def _sample(self, at: int) -> str:
+        """The name of a sample, for messages."""
+        row = self.index.fields[self.name].rows[at]
+        shard = os.path.basename(self.index.paths[self.index.shards[row]])
+        return f"{shard}/{pa.chunked_array(self.index.names, pa.string())[row].as_py()}"
 
 
 def _read_at(path: str, offset: int, size: int) -> bytes:
@@ -220,8 +275,8 @@ def _read_at(path: str, offset: int, size: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-    except OSError as error:
-        raise UnusableItem(f"its tar cannot be read ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise unusable(error, path, "its tar") from error
     if len(data) < size:
         raise UnusableItem("its tar has become shorter since it was opened")
     return data
@@ -233,7 +288,7 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
     if text.broken_lines:
         raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
     if text.encoding == "cp1252":
-        _warn_of_encoding(path)
+        _warn_of_guess(path, name, text)
     if not name.endswith("json"):
         return text.content
     try:
@@ -242,6 +297,11 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
         raise UnusableItem(f"its {name} is broken ({error})") from error
 
 
-@cache
-def _warn_of_encoding(path: str) -> None:
-    logger.warning("%s holds texts that are not in UTF-8 and are read as Windows-1252.", path)
+_told: set[str] = set()
+
+
+def _warn_of_guess(path: str, name: str, text: Text) -> None:
+    """Once for each tar: what one of its texts says of the encoding holds for the others."""
+    if path not in _told:
+        _told.add(path)
+        text.tell_guess(f"A {name} file in {path}")

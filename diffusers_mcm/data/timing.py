@@ -6,10 +6,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from .images import UnusableItem
+from .faults import UnusableItem
 
 #: Frames may be decoded so many places away from where they are shown (H.264 and HEVC allow 16).
 MAX_REORDERING = 16
+_USABLE = 0.9  # share of the labels that must be in place for these to be believed
+_USUAL_RATE = Fraction(25)
 
 
 def _check_enough(num_available: int, num_frames: int) -> None:
@@ -33,18 +35,21 @@ def clip_positions(num_available: int, num_frames: int, frame_interval: int, uni
     return [start + i * frame_interval for i in range(num_frames)]
 
 
-def timed_clip_positions(seconds: Sequence[float], num_frames: int, fps: float, uniform: float) -> list[int]:
+def timed_clip_positions(
+    seconds: Sequence[float], num_frames: int, fps: float, uniform: float, end: float | None = None
+) -> list[int]:
     """Positions of the frames that are shown every 1/fps seconds, from a start chosen by `uniform` in [0, 1).
 
     The clip begins with the frame shown at a time that is uniform over the film. A moment shows the last frame whose
     time is not after it, times being met to within half a frame: containers round them. So a frame that stays for
-    longer than 1/fps comes more than once. Where the film is shorter than the clip, the clip's frames lie closer
-    together, from the first frame of the film to its last.
+    longer than 1/fps comes more than once, the last one too. Where the film is shorter than the clip, the clip's
+    frames lie closer together, from the first frame of the film to its last.
 
     Args:
         seconds: ascending times of all frames of the film.
         num_frames: how many frames T to choose.
         fps: frames per second of the clip.
+        end: when the last frame is no longer shown; None takes it to stay as long as most frames do.
 
     Raises:
         UnusableItem: if the film has fewer frames than asked for.
@@ -52,12 +57,14 @@ def timed_clip_positions(seconds: Sequence[float], num_frames: int, fps: float, 
     _check_enough(len(seconds), num_frames)
     since = np.asarray(seconds, dtype=np.float64) - float(seconds[0])
     gap = float(np.median(np.diff(since))) if len(since) > 1 else 0.0
-    step = min(1 / fps, since[-1] / (num_frames - 1)) if num_frames > 1 else 0.0
+    # A writer's mistakes in the last frame's duration may be hours: it counts as no longer than all before it.
+    stays = gap if end is None else min(max(float(end) - float(seconds[-1]), 0.0), since[-1])
+    length, reach = since[-1] + stays, since[-1] + max(stays - gap, 0.0)
+    steps = num_frames - 1
+    step = 0.0 if not steps else 1 / fps if steps / fps < reach + gap / 2 else reach / steps
     slack = min(gap, step) / 2
-    last_start = since[-1] - step * (num_frames - 1)
-    start_time = min(
-        uniform * (last_start + gap), last_start + slack
-    )  # the last start lasts for a frame, as others do
+    # The last start lasts for a frame, as others do; rounded times are not to make one more of it.
+    start_time = max(min(uniform * (length - step * steps), reach - step * steps + slack), 0.0)
     start = since[np.searchsorted(since, start_time, side="right") - 1]
     moments = start + step * np.arange(num_frames) + slack
     return (np.searchsorted(since, moments, side="right") - 1).tolist()
@@ -81,31 +88,64 @@ class ClipChoice:
     uniform: float
     min_frames: int = 1
 
-    def positions(self, times: Sequence[int], time_base: Fraction) -> list[int]:
-        """Where the clip's frames stand among the frames of the film, which are shown at `times` · `time_base`."""
+    def positions(self, times: Sequence[int], time_base: Fraction, end: int | None = None) -> list[int]:
+        """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
         _check_enough(len(times), self.min_frames)
         if self.fps is None:
             return clip_positions(len(times), self.num_frames, self.frame_interval, self.uniform)
         seconds = [float(time * time_base) for time in times]
-        return timed_clip_positions(seconds, self.num_frames, self.fps, self.uniform)
+        until = None if end is None else float(end * time_base)
+        return timed_clip_positions(seconds, self.num_frames, self.fps, self.uniform, until)
 
 
 def times_in_output_order(
     pts: Sequence[int | None], time_base: Fraction, rate: Fraction | None
-) -> list[int] | list[Fraction]:
+) -> list[int] | list[int | Fraction]:
     """Ascending times of frames that are given in the order in which they are shown, in the unit `time_base`.
 
-    Some containers (AVI) label frames by the order in which they are decoded: the labels are right as a set. Where
-    labels are missing or of no use, the frames are taken to follow one another at `rate` per second.
+    Some containers (AVI) label frames by the order in which they are decoded: the labels are right as a set. A frame
+    whose label is missing, another's or far from its place is taken to be shown evenly between those beside it. Where
+    most labels are of no use, the frames are taken to follow one another at `rate` per second.
     """
-    if None not in pts and len(set(pts)) == len(pts):
-        order = np.argsort(np.argsort(pts))
-        if np.abs(order - np.arange(len(pts))).max(initial=0) <= MAX_REORDERING:
-            return sorted(pts)
-    return at_constant_rate(len(pts), time_base, rate)
+    places = _places_in_order(pts)
+    if places is None:
+        return at_constant_rate(len(pts), time_base, rate)
+    times = sorted(pts[place] for place in places)
+    if len(times) == len(pts):
+        return times
+    return _fill(times, places, len(pts), 1 / ((rate or _USUAL_RATE) * time_base))
+
+
+def _places_in_order(pts: Sequence[int | None]) -> list[int] | None:
+    """The places of the labels that can be used; None if one cannot tell."""
+    first: dict[int, int] = {}
+    for place, label in enumerate(pts):
+        if label is not None:
+            first.setdefault(label, place)
+    places, labelled = list(first.values()), sum(label is not None for label in pts)
+    for _ in range(2):  # without those that are far away the others may be in place
+        ranks = np.argsort(np.argsort([pts[place] for place in places]))
+        distances = np.abs(ranks - np.arange(len(places)))
+        if distances.max(initial=0) <= MAX_REORDERING:
+            break
+        places = [place for place, distance in zip(places, distances.tolist()) if distance <= MAX_REORDERING]
+    else:
+        return None
+    return places if len(places) >= max(2, _USABLE * labelled) else None
+
+
+def _fill(times: list[int], places: list[int], num_frames: int, usual_step: Fraction) -> list[int | Fraction]:
+    """Times of all frames, from the ascending ones of those at `places`; the others lie evenly between and beyond."""
+    gaps = [Fraction(b - a, d - c) for a, b, c, d in zip(times, times[1:], places, places[1:])]
+    step = sorted(gaps)[len(gaps) // 2] if gaps else usual_step
+    filled: list[int | Fraction] = [times[0] - step * (places[0] - number) for number in range(places[0])]
+    for time, gap, place, following in zip(times, gaps, places, places[1:]):
+        filled += [time, *(time + gap * number for number in range(1, following - place))]
+    filled.append(times[-1])
+    return filled + [times[-1] + step * number for number in range(1, num_frames - places[-1])]
 
 
 def at_constant_rate(num_frames: int, time_base: Fraction, rate: Fraction | None) -> list[Fraction]:
     """Times of frames at `rate` per second (25 if that is unknown), in the unit `time_base`."""
-    step = 1 / ((rate or Fraction(25)) * time_base)
+    step = 1 / ((rate or _USUAL_RATE) * time_base)
     return [number * step for number in range(num_frames)]

@@ -1,22 +1,60 @@
 """Reading one clip with PyAV, decoding only what is needed for the frames that are used."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
+from .counted import CountedFilm, CountedFilms, film_key
+from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import ShownFrame, orientation_of, picture
-from .images import UnusableItem
-from .timing import ClipChoice, clip_positions, timed_clip_positions, times_in_output_order
+from .images import open_path
+from .timing import ClipChoice, clip_positions, timed_clip_positions
 
 __all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
+
+_counted = CountedFilms()
 
 
 class _Contradiction(Exception):
     """The decoder gives other frames than the packets promise."""
+
+
+class _Pictures:
+    """The pictures at some places of a film, each scaled as soon as it is decoded: whole frames take much room.
+
+    What is wrong with one counts once the clip is known to consist of these.
+    """
+
+    def __init__(self, positions: Sequence[int], index: FilmIndex, stream: av.VideoStream, size: tuple[int, int]):
+        self.positions, self.stream, self.size = positions, stream, size
+        self.orientation = index.orientation
+        self._wanted = set(positions)
+        self._found: dict[int, np.ndarray | UnusableItem] = {}
+
+    def take(self, position: int | None, frame: av.VideoFrame) -> None:
+        """Every frame that is decoded, for one may turn those after it; `position` is None before the clip."""
+        self.orientation = orientation_of(frame) or self.orientation
+        if position in self._wanted:
+            try:
+                self._found[position] = self._show(frame)
+            except UnusableItem as reason:
+                self._found[position] = reason.with_traceback(None)  # which would keep the frame
+
+    def _show(self, frame: av.VideoFrame) -> np.ndarray:
+        if frame.is_corrupt:
+            raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
+        return picture(ShownFrame.of(frame, self.stream, self.orientation), *self.size)
+
+    def clip(self) -> np.ndarray:
+        """uint8 (T, H, W, 3); by time, one picture may come more than once."""
+        for picture_ in self._found.values():
+            if isinstance(picture_, UnusableItem):
+                raise picture_
+        return np.stack([self._found[position] for position in self.positions])
 
 
 def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
@@ -29,103 +67,135 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
 
 
 def _decode(
-    container: av.container.InputContainer, index: FilmIndex, positions: Sequence[int], seek_to: int, since: int
-) -> list[ShownFrame] | None:
-    """Seek, then decode the frames at `positions`; None if that lands behind the first of them.
+    container: av.container.InputContainer,
+    pictures: _Pictures,
+    labels: Sequence[int],
+    seek_to: int,
+    place: Callable[[int], int | None],
+) -> _Pictures | None:
+    """Seek, then decode the frames of a clip; None if that lands behind the first of them.
 
-    From the time `since` on the decoder must give one frame after the other as the packets promise: it gives them in
-    the order of presentation, so that times which mean anything else come out of order.
+    From the first frame on whose `place` is known the decoder must give one frame after the other as `labels` says: it
+    gives them in the order of presentation, so that times which mean anything else come out of order.
 
     Raises:
         _Contradiction: if it does not.
     """
-    stream, times = container.streams[index.stream], index.times
     try:
-        container.seek(seek_to, stream=stream, backward=True, any_frame=False)
-    except FFmpegError:
+        container.seek(seek_to, stream=pictures.stream, backward=True, any_frame=False)
+    except FFmpegError as error:
+        check_own_fault(error, None)
         return None  # the container cannot seek
-    found, expected, wanted, orientation = {}, None, set(positions), index.orientation
-    for frame in _frames(container, stream):
-        orientation = orientation_of(frame) or orientation
+    expected, first, last = None, pictures.positions[0], pictures.positions[-1]
+    for frame in _frames(container, pictures.stream):
         if frame.pts is None:
             raise _Contradiction
         if expected is None:
-            if frame.pts < since:
-                continue
-            if frame.pts > times[positions[0]]:
+            expected = place(frame.pts)
+            if expected is not None and expected > first:
                 return None
-            expected = bisect_left(times, frame.pts)
-        if frame.pts != times[expected]:
+        if expected is not None and frame.pts != labels[expected]:
             raise _Contradiction
-        if expected in wanted:
-            found[expected] = ShownFrame.of(frame, stream, orientation)
-        expected += 1
-        if expected > positions[-1]:
-            return [found[position] for position in positions]  # by time, one may come more than once
+        pictures.take(expected, frame)
+        if expected is not None:
+            expected += 1
+            if expected > last:
+                return pictures
     raise _Contradiction
 
 
 def _decode_by_seeking(
-    container: av.container.InputContainer, index: FilmIndex, choice: ClipChoice
-) -> list[ShownFrame] | None:
+    container: av.container.InputContainer, index: FilmIndex, choice: ClipChoice, size: tuple[int, int]
+) -> _Pictures | None:
     """The clip, from the keyframe before it; None if no seeking leads there."""
-    positions = choice.positions(index.times, index.time_base)
+    positions, times = choice.positions(index.times, index.time_base, index.end), index.times
+    stream = container.streams[index.stream]
     try:
-        for seek_to, since in index.starts(index.times[positions[0]]):
-            found = _decode(container, index, positions, seek_to, since)
-            if found is not None:
-                return found
+        for seek_to, since in index.starts(times[positions[0]]):
+            pictures = _Pictures(positions, index, stream, size)
+
+            def place(label: int, since=since) -> int | None:
+                return None if label < since else min(bisect_left(times, label), len(times) - 1)
+
+            if _decode(container, pictures, times, seek_to, place) is not None:
+                return pictures
     except _Contradiction:
         pass  # decoding from the start numbers the frames as they come
     return None
 
 
+def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
+    """The clip of a film that was counted before; None if the film no longer is as it was then."""
+    index = film.index
+    positions = choice.positions(film.times(), index.time_base, film.index.end)
+    with open_film(media) as container:
+        stream = container.streams[index.stream]
+        try:
+            for seek_to, since in film.starts(positions[0]) if film.places else ():
+                pictures = _Pictures(positions, index, stream, size)
+
+                def place(label: int, since=since) -> int | None:
+                    return since if film.places.get(label) == since else None
+
+                if _decode(container, pictures, film.labels, seek_to, place) is not None:
+                    return pictures
+        except _Contradiction:
+            pass
+    pictures, labels = _decode_from_start(media, index, positions, film.labels, size)
+    return pictures if labels is None else None
+
+
 def _decode_from_start(
-    media: dict, index: FilmIndex, positions: Sequence[int], believed: Sequence[int | None]
-) -> tuple[list[ShownFrame], list[int | None] | None]:
-    """Frames at `positions`, counted from the first one decoded, and the times of all frames.
+    media: dict, index: FilmIndex, positions: Sequence[int], believed: Sequence[int | None], size: tuple[int, int]
+) -> tuple[_Pictures, list[int | None] | None]:
+    """Frames at `positions`, counted from the first one decoded, and the times that all frames carry.
 
     As long as the frames come with the times `believed`, reading stops at the last position; the times are None then.
     """
-    seen, found, wanted, orientation, as_believed = [], {}, set(positions), index.orientation, True
+    seen, as_believed = [], True
     with open_film(media) as container:
         stream = container.streams[index.stream]
+        pictures = _Pictures(positions, index, stream, size)
         for frame in _frames(container, stream):
-            orientation = orientation_of(frame) or orientation
-            if len(seen) in wanted:
-                found[len(seen)] = ShownFrame.of(frame, stream, orientation)
+            pictures.take(len(seen), frame)
             as_believed = as_believed and len(seen) < len(believed) and frame.pts == believed[len(seen)]
             if as_believed and len(seen) == positions[-1]:
-                return [found[position] for position in positions], None
+                return pictures, None
             seen.append(frame.pts)
-    return [found[position] for position in positions if position in found], seen
+    return pictures, seen
 
 
-def _decode_by_counting(media: dict, index: FilmIndex, choice: ClipChoice) -> list[ShownFrame]:
+def _decode_by_counting(
+    media: dict, index: FilmIndex, choice: ClipChoice, size: tuple[int, int], key: tuple | None
+) -> _Pictures:
     """The clip of a film whose packets do not say where its frames are, or not rightly."""
-    positions = choice.positions(index.times, index.time_base)
-    found, times = _decode_from_start(media, index, positions, index.times if index.sound else [])
-    if times is None:
-        return found
-    right = choice.positions(times_in_output_order(times, index.time_base, index.rate), index.time_base)
-    if right == positions:
-        return found
-    found, times = _decode_from_start(media, index, right, times)
-    if times is not None:
+    positions = choice.positions(index.times, index.time_base, index.end)
+    pictures, labels = _decode_from_start(media, index, positions, index.times if index.sound else [], size)
+    if labels is None:
+        return pictures
+    film = CountedFilm.of(index, labels)
+    _counted.add(key, film)
+    if choice.positions(film.times(), index.time_base, film.index.end) == positions:
+        return pictures
+    pictures = _decode_counted(media, film, choice, size)
+    if pictures is None:
+        _counted.drop(key)
         raise UnusableItem("it gives other frames each time it is decoded")
-    return found
+    return pictures
 
 
-def _clip_frames(media: dict, choice: ClipChoice) -> list[ShownFrame]:
+def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
+    key = film_key(media) if _counted else None
+    film = _counted.get(key)
+    if film is not None:
+        pictures = _decode_counted(media, film, choice, size)
+        if pictures is not None:
+            return pictures
+        _counted.drop(key)
     with open_film(media) as container:
         index = read_index(container)
-        found = _decode_by_seeking(container, index, choice) if index.sound else None
-    if found is None:
-        found = _decode_by_counting(media, index, choice)
-    for frame in (shown.frame for shown in found):
-        if frame.is_corrupt:
-            raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
-    return found
+        pictures = _decode_by_seeking(container, index, choice, size) if index.sound else None
+    return pictures or _decode_by_counting(media, index, choice, size, key or film_key(media))
 
 
 def read_clip(
@@ -156,9 +226,10 @@ def read_clip(
     Raises:
         UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames, or
             if its colours cannot be converted.
+        MachineError: if the machine cannot read it, whose files are not to blame.
     """
     choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)
     try:
-        return np.stack([picture(shown, height, width) for shown in _clip_frames(media, choice)])
-    except (FFmpegError, OSError) as error:
-        raise UnusableItem(f"the video cannot be read ({type(error).__name__}: {error})") from error
+        return _read_pictures(media, choice, (height, width)).clip()
+    except (FFmpegError, OSError, MemoryError) as error:
+        raise unusable(error, open_path(media), "the video") from error

@@ -52,8 +52,8 @@ def pair_texts(rule: str, prompts: Sequence[str], captions: Sequence[str]) -> tu
     """Texts of generated images and of the real ones that they are paired with.
 
     Args:
-        rule: "own": a real image has its own caption, or, if it has none, the prompt of its pair; "prompt": the prompt
-            of its pair; "none": neither image has a text.
+        rule: "own": a real image has its own caption; if it has none, neither image of the pair has a text; "prompt":
+            the prompt of its pair; "none": neither image has a text.
         prompts: one per generated image.
         captions: one per real image, "" for an image without one.
     """
@@ -63,4 +63,5 @@ def pair_texts(rule: str, prompts: Sequence[str], captions: Sequence[str]) -> tu
         return list(prompts), list(prompts)
     if rule != "own":
         raise ValueError(f"Expected one of the rules own, prompt and none, got {rule!r}.")
-    return list(prompts), [caption or prompt for caption, prompt in zip(captions, prompts, strict=True)]
+    # As many generated images as real ones are then without a text, whatever their prompts.
+    return [prompt if caption else "" for prompt, caption in zip(prompts, captions, strict=True)], list(captions)

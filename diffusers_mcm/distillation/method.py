@@ -67,8 +67,8 @@ class MethodConfig:
     )
     image_text: str = flag(
         "auto",
-        help="Text that the discriminator reads beside a real image. 'own': its caption or, if it has none, that "
-        "of the generated image that it is paired with; 'prompt': always that one's; 'none': no text, beside "
+        help="Text that the discriminator reads beside a real image. 'own': its caption, and if it has none, no "
+        "text, nor beside the generated image that it is paired with; 'prompt': that one's; 'none': no text, beside "
         f"generated images neither; 'auto': 'own' where the captions of images and videos overlap by {ALIKE:.0%} or "
         "more, else 'none', for texts of another kind tell real from generated images without a look at them.",
         group="method",

@@ -130,6 +130,8 @@ def load_lora_into(
     in)."""
     from peft import inject_adapter_in_model
 
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"`adapter_name` must be a string, got {adapter_name!r}.")
     if not adapter_name or set(adapter_name) & set("./\\"):
         raise ValueError(f"An adapter's name must not be empty or contain a dot or slash, got {adapter_name!r}.")
     if adapter_name in getattr(denoiser, "peft_config", {}):

@@ -66,10 +66,15 @@ def split_prefix(key: str) -> tuple[str, str, str]:
     return "", DENOISER, key
 
 
+def is_denoisers(key: str) -> bool:
+    """Whether a key has the prefix that diffusers or PEFT put before the denoiser's, or none."""
+    layout, component, _ = split_prefix(key)
+    return layout in ("peft", "diffusers", "") and component == DENOISER
+
+
 def denoiser_key(key: str) -> str:
-    """The key without the prefix that diffusers and PEFT put before the denoiser's."""
-    layout, component, rest = split_prefix(key)
-    return rest if layout in ("peft", "diffusers") and component == DENOISER else key
+    """The key without the prefix that diffusers or PEFT put before the denoiser's."""
+    return split_prefix(key)[2] if is_denoisers(key) else key
 
 
 def renamed(key: str, component: str = DENOISER) -> str:

@@ -107,7 +107,9 @@ def _the_only_one(source: str, **where) -> Path | None:
         return None
     if len(names) > 1:
         place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
-        raise ValueError(f"There are several files in {place}: {', '.join(names)}; name one with `weight_name`.")
+        raise ValueError(
+            f"There are several files in {place}: {', '.join(names)}; name one with `weight_name` (--weight_name)."
+        )
     return hub.find_file(source, names[0], **where)
 
 

@@ -112,6 +112,8 @@ class LoRAVerbs(FusingVerbs):
         return list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
+        if not isinstance(names, (str, Sequence, set)):
+            raise TypeError(f"`adapter_names` must be a name or a list of names, got {names!r}.")
         names = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in names if name not in self._loaded]
         if unknown:

@@ -97,8 +97,12 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
         )
         self._set_up(sampling, vae=vae, text_encoder=text_encoder, unet=self.unet, image_encoder=image_encoder)
+        if isinstance(unet, UNet2DConditionModel):
+            self._warn_of_betas()
+
+    def _warn_of_betas(self) -> None:
         betas = self.scheduler.config.get("beta_schedule")
-        if isinstance(unet, UNet2DConditionModel) and betas != "linear":
+        if betas != "linear":
             logger.warning(
                 "The scheduler has the %s betas of an image model; the motion modules were trained on linear ones:"
                 ' pipe.scheduler = MCMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear").',
@@ -148,7 +152,8 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
     def from_pipe(cls, pipeline, **kwargs):
         """As diffusers' own; a Stable Diffusion pipeline needs a `motion_adapter` besides.
 
-        Its scheduler stays behind unless one is given: the image model's betas are not those of the motion modules.
+        Its scheduler stays behind unless one is given: the image model's betas are not those of the motion modules. An
+        AnimateDiff pipeline keeps its own, with a warning where it has such betas.
         """
         unet = kwargs.get("unet", pipeline.unet)
         if isinstance(unet, UNet2DConditionModel):
@@ -160,7 +165,10 @@ class AnimateDiffMCMPipeline(MCMPipeline, AnimateDiffPipeline):
             if "scheduler" not in kwargs:
                 config = cls.base_model.own_schedule({}, pipeline.scheduler.config)
                 kwargs["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
-        return super().from_pipe(pipeline, **kwargs)
+            return super().from_pipe(pipeline, **kwargs)
+        made = super().from_pipe(pipeline, **kwargs)
+        made._warn_of_betas()
+        return made
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """diffusers' own; a LoRA has to be fused into the projections before, for beside them it would do nothing."""

@@ -49,6 +49,15 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return int(found)
 
 
+def weights_dtype(dtype: Any) -> torch.dtype:
+    """The type to load weights in, float32 by default; diffusers would load in float32 whatever else is given."""
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point type such as torch.float16, got {shown(dtype)}.")
+    return dtype
+
+
 def lora_scale(lora_scale: Any, cross_attention_kwargs: Mapping[str, Any] | None) -> float:
     """The strength that either of the two arguments gives."""
     scale, others = split_scale(cross_attention_kwargs)

@@ -16,14 +16,14 @@ HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
 
 
-def read_model_index(source: str, **where) -> dict[str, Any] | None:
+def read_model_index(source: str, *, weight_name: str | None = None, **where) -> dict[str, Any] | None:
     """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` if `source` is a
-    LoRA; an error if it is neither."""
+    LoRA (of which the file `weight_name` is looked for later); an error if it is neither."""
     if os.path.isfile(source):
         whole = not hub.is_pickled(source) and single_file.is_checkpoint(source)
         return dict(single_file.INDEX) if whole else None
     index = hub.read_json(source, "model_index.json", **where)
-    if index is None and find_lora_file(source, **where) is None:
+    if index is None and not weight_name and find_lora_file(source, **where) is None:
         place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
         raise ValueError(
             f"{place} holds neither a pipeline (model_index.json) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."

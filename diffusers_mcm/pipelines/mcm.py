@@ -24,7 +24,7 @@ from .callbacks import TENSORS, step_callback
 from .networks import require_unfused
 from .publishing import HubVerbs
 from .sampling import Sampling
-from .sole_use import alone, one_call
+from .sole_use import alone, is_sampling, one_call
 
 
 @dataclass
@@ -173,13 +173,14 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
                 `device_map`, components by name, and whatever else diffusers takes.
         """
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = dtype or torch_dtype or torch.float32
+        kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
         options = {key: kwargs[key] for key in loading.HUB_OPTIONS if key in kwargs}
         source = hub.resolve(pretrained_model_name_or_path)
         lora_options = dict(options, subfolder=subfolder, weight_name=weight_name)
         if lora is not None:
-            subfolder = None
-        index = loading.read_model_index(source, subfolder=subfolder, revision=revision, **options)
+            subfolder = weight_name = None
+        where = dict(options, subfolder=subfolder, revision=revision)
+        index = loading.read_model_index(source, weight_name=weight_name, **where)
         if index is not None:
             if subfolder:
                 source = _local_subfolder(source, subfolder)
@@ -254,6 +255,11 @@ class MCMPipeline(HubVerbs, LoRAVerbs, Sampling, DiffusionPipeline):
 
         `options` are those of [`~MCMPipeline.load_lora_weights`].
         """
+        if is_sampling(self):
+            raise ValueError(
+                "`load_mcm_lora` brings a scheduler of its own, which a call that is under way cannot change to; in a"
+                " callback use `load_lora_weights` and `set_adapters`."
+            )
         lora = _as_lora(pretrained_model_name_or_path, options)
         adapter_name = adapter_name or _free_name("mcm", self._loaded)
         self.load_lora_weights(lora, adapter_name)

@@ -69,6 +69,12 @@ def sole_use(pipeline: Any, *, to_call: bool = False, to_sample: bool = False) -
                     del _uses[id(each)]
 
 
+def is_sampling(pipeline: Any) -> bool:
+    """Whether a call of the pipeline is under way: for a verb, which needs the sole use, that is from a callback."""
+    use = _uses.get(id(pipeline))
+    return use is not None and use.sampling
+
+
 def _objects(pipeline: Any) -> dict[str, Any]:
     """A pipeline and its components by their names; of compiled ones what was compiled."""
     named = {"": pipeline} | {name: part for name, part in pipeline.components.items() if part is not None}

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,19 @@ _NOT_SUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
+
+
+@contextmanager
+def told_by_one(accelerator: Accelerator) -> Iterator[None]:
+    """Warnings of this package from the main process only, where each process does the same; errors come from all."""
+    package = logging.getLogger(__name__.partition(".")[0])
+    level = package.level
+    if not accelerator.is_main_process:
+        package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def with_accelerate_settings(config: TrainingConfig) -> TrainingConfig:

@@ -37,10 +37,12 @@ class Batches:
         self.videos, self.images, self.image_text = videos, images, image_text
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """How many videos and images there are to take from."""
-        loaders = {"number of videos": self.videos, "number of images": self.images}
-        return {name: len(loader.dataset) for name, loader in loaders.items() if loader is not None}
+    def sizes(self) -> dict[str, int | str | None]:
+        """How many videos and images there are to take from, and what tells their order from others."""
+        loaders = {"videos": self.videos, "images": self.images}
+        rows = {name: loader.dataset.rows for name, loader in loaders.items() if loader is not None}
+        numbers = {f"number of {name}": len(each) for name, each in rows.items()}
+        return numbers | {f"order of {name}": each.order() for name, each in rows.items()}
 
     @property
     def skipped(self) -> list[str]:

@@ -202,6 +202,9 @@ class TrainingConfig(MethodConfig):
         None, help="Token for the Hub, if not logged in. Never saved.", group="output", secret=True
     )
     hub_private_repo: bool = flag(False, help="Create the repository as a private one.", group="output")
+    overwrite_card: bool = flag(
+        False, help="Replace a card that was edited on the Hub. Default: it stays.", group="output"
+    )
 
     def __post_init__(self) -> None:
         for name in ("validation_prompts", "extra_repositories", "discriminator_augmentation"):
@@ -326,6 +329,6 @@ def _check_combinations(config: TrainingConfig) -> None:
             f"--report_to {config.report_to} would record --hub_token; log in with `hf auth login` instead."
         )
     if not config.push_to_hub:
-        for name in ("hub_model_id", "hub_private_repo"):
+        for name in ("hub_model_id", "hub_private_repo", "overwrite_card"):
             if getattr(config, name):
                 raise ValueError(f"--{name} has no effect without --push_to_hub.")

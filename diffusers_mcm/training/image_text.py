@@ -29,7 +29,7 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
         return None, f"captions of more than {MAX_COMPARED:,} items are not compared"
     captions = [caption for caption in images.all_captions() if caption]
     if not captions:
-        return 0.0, "images have no captions"
+        return None, "images have no captions"
     overlap = caption_overlap(captions, videos.all_captions())
     missing = len(images) - len(captions)
     without = f", {missing} of {len(images)} images have none" if missing else ""

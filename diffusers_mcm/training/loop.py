@@ -21,18 +21,18 @@ from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
 from ..files import whole_files
 from ..lora import lora_state_dict, set_lora_state_dict
-from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
+from .acceleration import build_accelerator, start_trackers, told_by_one, with_accelerate_settings
 from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
 from .networks import build_networks, describe
-from .output import prepare_push, push_to_hub, write_lora_folder
+from .output import prepare_push, push_to_hub, unusable, write_lora_folder
 from .parts import TrainedPart, slow_learning
 from .record import RunRecord, find_checkpoint, go_on
-from .resuming import check_identity, circumstances, identity, told_changes
+from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
-from .validation import sample_clip, write_validation
+from .validation import NonFiniteSample, sample_clip, write_validation
 
 try:
     from accelerate.utils import gather_object
@@ -71,7 +71,8 @@ class Trainer:
             self.parts.append(self.discriminator)
         grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
-        self.data = open_data(config, self.networks.clip_size)
+        with told_by_one(self.accelerator):
+            self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
         self.sums: dict[str, torch.Tensor] = {}
@@ -140,6 +141,8 @@ class Trainer:
         samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
         checked = losses if scaler is not None else {**losses, **gradients}
         check_finite(checked, self.step + 1, samples, self.last_checkpoint)
+        for part in self.parts:
+            part.count_step(gradients[f"{part.name}_grad_norm"], self.step + 1)
         rates = {f"{part.name}_learning_rate": part.rate for part in self.parts}
         for part in self.parts:
             part.update(scaler)
@@ -203,9 +206,11 @@ class Trainer:
             self.accelerator.num_processes,
             pin_memory=self.device.type == "cuda",
         )
+        sizes = batches.sizes
+        check_same_everywhere(gather_object([sizes]))
         if self.last_checkpoint is not None:
-            self.warn(told_changes(self.data_sizes, batches.sizes, self.last_checkpoint))
-        self.data_sizes = batches.sizes
+            check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
+        self.data_sizes = sizes
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
@@ -270,11 +275,26 @@ class Trainer:
 
     def validate(self) -> None:
         if self.accelerator.is_main_process:
-            clips = {prompt: self.clip(prompt, index) for index, prompt in enumerate(self.config.validation_prompts)}
-            picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
-            with room_for("the tracker's pictures", self.output_dir):
-                self.pictures.write("validation", picture, self.step)
+            prompts = self.config.validation_prompts
+            clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
+            if any(clip is not None for clip in clips.values()):
+                picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
+                with room_for("the tracker's pictures", self.output_dir):
+                    self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()
+
+    def clip_or_error(self, prompt: str, index: int = 0) -> np.ndarray | None:
+        """`clip`, or an error in the log if it is not finite: the losses are, so the run goes on and loses nothing."""
+        try:
+            return self.clip(prompt, index)
+        except NonFiniteSample as error:
+            logger.error(
+                "The student of step %d makes no clip of %r: %s. The losses of the training are finite, so it is not"
+                " stopped. The usual causes: a network or VAE that overflows --mixed_precision fp16 (bf16 does not),"
+                " or learning rates that are too high. %s",
+                *(self.step, prompt, error, saved_in(self.last_checkpoint)),
+            )
+            return None
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
@@ -400,13 +420,17 @@ class Trainer:
                 f" {self.config.gradient_accumulation_steps} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
+        for part in self.parts:
+            part.check_learnt()
 
     def finish(self, skipped: list[str]) -> None:
         config = self.config
         skipped = set(gather_object(skipped))  # each process read other samples
+        prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
+        clip = None
         if self.accelerator.is_main_process:
-            prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
-            sample = (prompts[0], self.clip(prompts[0])) if prompts else None
+            clip = self.clip_or_error(prompts[0]) if prompts else None
+            sample = None if clip is None else (prompts[0], clip)
             with (
                 room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
                 whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
@@ -418,6 +442,8 @@ class Trainer:
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if prompts and clip is None and self.accelerator.is_main_process:
+            raise NonFiniteSample(unusable(config, prompts[0]))
         if config.push_to_hub and self.accelerator.is_main_process:
             logger.info("Published: %s", push_to_hub(config))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..lora import (
     read_lora,
     set_lora_state_dict,
 )
+from ..pipelines.single_file import how_to_unpack, is_checkpoint
 from .config import TrainingConfig
 from .text import CachedTextEncoder
 
@@ -53,9 +55,11 @@ class Networks:
 
 def find_base_model(config: TrainingConfig) -> BaseModel:
     """The row of `BASE_MODELS` for the teacher: as named, or as its `model_index.json` says."""
+    source = hub.resolve(config.pretrained_teacher_model)
+    if os.path.isfile(source):
+        raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_what_to_do_with(source)}")
     if config.base_model is not None:
         return get_base_model(config.base_model)
-    source = hub.resolve(config.pretrained_teacher_model)
     index = hub.read_json(source, "model_index.json", revision=config.revision)
     if index is None:
         raise ValueError(
@@ -63,6 +67,18 @@ def find_base_model(config: TrainingConfig) -> BaseModel:
             "expected the folder or repository of a text-to-video pipeline."
         )
     return infer_base_model(model_index=index)
+
+
+def _what_to_do_with(file: str) -> str:
+    if hub.is_pickled(file):
+        return f"{file} is a file, and {hub.how_to_convert(file)}"
+    if is_checkpoint(file):
+        folder = os.path.splitext(file)[0]
+        return (
+            f"{file} is a single-file checkpoint. Make a folder of it, {how_to_unpack(file)}, and give"
+            f" --pretrained_teacher_model {shlex.quote(folder)}"
+        )
+    return f"{file} is a file, and no checkpoint of a whole model: a LoRA to start from would be --pretrained_lora."
 
 
 def extra_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:

@@ -17,7 +17,8 @@ from .networks import Networks
 
 # What only says where a run put its files, or is secret, is not part of how the LoRA was made.
 _NOT_RECORDED = frozenset(
-    "output_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_model_id hub_private_repo".split()
+    "output_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_model_id hub_private_repo "
+    "overwrite_card".split()
 )
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -118,6 +119,16 @@ def prepare_push(config: TrainingConfig) -> None:
     open_repository(hub_repository(config), private=config.hub_private_repo or None, token=config.hub_token)
 
 
+def unusable(config: TrainingConfig, prompt: str) -> str:
+    """What to say at the end of a run whose LoRA makes NaN."""
+    published = f" It was not published; that would be: {push_command(config)}." if config.push_to_hub else ""
+    return (
+        f"The training is done and its LoRA is in {config.output_dir}, but what it makes of {prompt!r} is not finite"
+        f" (the log says more), so it has no sample clip.{published} Try it in another precision (dtype=torch.bfloat16"
+        " or torch.float32) before it is used."
+    )
+
+
 def push_to_hub(config: TrainingConfig) -> str:
     """Publish the output folder; the address of the commit."""
     try:
@@ -126,6 +137,7 @@ def push_to_hub(config: TrainingConfig) -> str:
             hub_repository(config),
             private=config.hub_private_repo or None,
             token=config.hub_token,
+            overwrite_card=config.overwrite_card,
         )
     except PublishError as error:
         raise PublishError(
@@ -139,5 +151,6 @@ def hub_repository(config: TrainingConfig) -> str:
 
 def push_command(config: TrainingConfig) -> str:
     """What does the same as --push_to_hub, later."""
-    private = ["--private"] if config.hub_private_repo else []
-    return shlex.join(["diffusers-mcm", "push", config.output_dir, hub_repository(config), *private])
+    flags = ["--private"] if config.hub_private_repo else []
+    flags += ["--overwrite_card"] if config.overwrite_card else []
+    return shlex.join(["diffusers-mcm", "push", config.output_dir, hub_repository(config), *flags])

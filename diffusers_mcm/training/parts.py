@@ -1,5 +1,6 @@
 """What is trained, with all that belongs to it: parameters, optimiser, schedule."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # Under this sum of the rates over a run no LoRA is known to have learnt anything; the paper's is a hundred times that.
 LEAST_SUM_OF_RATES = 0.0015
+# fp16 halves the scale of a loss for each step that it skips: so many in a row take it from 65,536 to under 0.001.
+MOST_SKIPPED = 27
 _PAPERS_SUM = "the paper's is 5e-6 × 30,000 steps = 0.15"
 
 
@@ -20,11 +23,16 @@ class MissingGradient(RuntimeError):
     """Something that is trained got no gradient in a step; no weight was changed by it."""
 
 
+class SkippedSteps(RuntimeError):
+    """fp16 skipped the steps of something that is trained, as its gradients were not finite: it does not learn."""
+
+
 class TrainedPart:
     """One of the two things that are trained: its wrapped module, parameters, optimiser and schedule."""
 
     def __init__(self, name: str, module: nn.Module, rate: float, config: TrainingConfig, accelerator: "Accelerator"):
         self.name, self.num_steps = name, config.max_train_steps
+        self.made, self.skipped = 0, 0  # steps since the start of the process, and those that fp16 skipped just now
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.module = accelerator.prepare_model(module)
@@ -75,6 +83,30 @@ class TrainedPart:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def count_step(self, norm: float, step: int) -> None:
+        """Take note of whether fp16 will skip this step, as it does where the gradients' norm is not finite.
+
+        A few in a row are how it finds the scale of the loss. If there is no end to them, the run stops.
+        """
+        if math.isfinite(norm):
+            self.made, self.skipped = self.made + 1, 0
+            return
+        self.skipped += 1
+        if self.skipped > MOST_SKIPPED:
+            raise SkippedSteps(f"Training stopped at step {step}: {self._told_skipped()}")
+
+    def check_learnt(self) -> None:
+        """Raise `SkippedSteps` if fp16 skipped every step that was to be made, so that nothing was trained."""
+        if self.skipped and not self.made:
+            raise SkippedSteps(f"Nothing was trained, so no LoRA is written: {self._told_skipped()}")
+
+    def _told_skipped(self) -> str:
+        return (
+            f"the last {self.skipped} steps of the {self.name} were skipped, because its gradients are not finite in "
+            "fp16, and its weights are what they were before. A run of a few steps needs more of them to find the "
+            "scale of the loss; else use --mixed_precision bf16 or no."
+        )
 
     def update(self, scaler: Any) -> None:
         if scaler is None:

@@ -100,15 +100,17 @@ def go_on(output_dir: Path, folder: Path, run: str | None) -> RunRecord:
 
     Raises ValueError if it would write among the checkpoints of another run.
     """
-    record, inside = RunRecord.read(output_dir), folder.resolve().parent == output_dir.resolve()
-    others = [one for one in checkpoints(output_dir) if not inside or one.name != folder.resolve().name]
+    # Resolved: where a folder is a link, `..` leads elsewhere than its path says.
+    there, here = folder.resolve(), output_dir.resolve()
+    record, inside = RunRecord.read(output_dir), there.parent == here
+    others = [one for one in checkpoints(output_dir) if not inside or one.name != there.name]
     same = run == record.id if record and run else inside
     if others and not same:
         raise ValueError(
             f"{output_dir} holds checkpoints of another run ({_names(others)}) than {folder}, and what goes on from "
             "that would write among them. Name another --output_dir, or move or delete those checkpoints."
         )
-    name = folder.resolve().name if inside else Path(os.path.relpath(folder, output_dir)).as_posix()
+    name = there.name if inside else Path(os.path.relpath(there, here)).as_posix()
     # Before runs were recorded a folder's checkpoints were those of one run.
     line = record.line if record else [one.name for one in checkpoints(output_dir)]
     line = line[: line.index(name) + 1] if name in line else [name]

@@ -67,5 +67,27 @@ def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str
     )
 
 
+def check_data(then: dict[str, Any], now: dict[str, Any], folder: Path, skipped: list[str]) -> None:
+    """Raise ValueError if the data are no longer those of the run in a checkpoint: it would read other samples."""
+    changed = _changes(then, {name: value for name, value in now.items() if name in then})
+    if changed:
+        first = "".join(f"\n  {name}" for name in skipped[:5])
+        raise ValueError(
+            f"The run in {folder} cannot be gone on with, for its data have changed and each sample would be another: "
+            f"{changed}. Bring the data back as they were, or begin anew with another --output_dir."
+            + (f" What cannot be used now:{first}" if skipped else "")
+        )
+
+
+def check_same_everywhere(sizes: list[dict[str, Any]]) -> None:
+    """Raise ValueError if the data of the processes, by their number, are not the same: each would count on others."""
+    for process, other in enumerate(sizes):
+        if other != sizes[0]:
+            raise ValueError(
+                f"Process {process} sees other data than process 0: {_changes(sizes[0], other)} there. Each machine "
+                "needs all files of the data, under the same names."
+            )
+
+
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name])

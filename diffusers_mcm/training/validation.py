@@ -11,8 +11,13 @@ from ..conditioning import Conditioning
 from ..distillation.draws import draw_normal, sample_generator
 from ..distillation.student import Student
 from ..files import whole_folder
+from ..pipelines.checks import all_finite, count_of_not_finite
 from ..video_io import comparison, write_image, write_mp4
 from .disk import room_for
+
+
+class NonFiniteSample(FloatingPointError):
+    """A clip of the student would hold NaN or infinite values; as pixels they would be black, or anything."""
 
 
 @torch.no_grad()
@@ -25,7 +30,10 @@ def sample_clip(
     seed: int,
     index: int,
 ) -> np.ndarray:
-    """One clip by multistep consistency sampling; frames (T, H, W, 3) uint8. The same noise whenever it is called."""
+    """One clip by multistep consistency sampling; frames (T, H, W, 3) uint8. The same noise whenever it is called.
+
+    `NonFiniteSample` if the network or the VAE makes values that are not finite.
+    """
     device = next(student.parameters()).device
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
@@ -34,16 +42,28 @@ def sample_clip(
     for t in scheduler.timesteps:
         output = student.denoise(latents, t.reshape(1).to(device), text)
         latents, denoised = scheduler.step(output.float(), t, latents, generator=generator, return_dict=False)
+    _check_finite(denoised, "sampled latents")
     pixels = student.base.decode_video(student.vae, denoised, chunk_size=4)[0]  # (3, T, H, W)
+    _check_finite(pixels, "decoded frames (not the latents)")
     pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
-def write_validation(folder: Path, clips: dict[str, np.ndarray], fps: int) -> np.ndarray:
-    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none."""
-    picture = comparison({prompt: [clip] for prompt, clip in clips.items()}, [folder.name], frames_per_video=8)
+def _check_finite(values: torch.Tensor, what: str) -> None:
+    if not all_finite(values):
+        raise NonFiniteSample(f"the {what} hold {count_of_not_finite(values)}")
+
+
+def write_validation(folder: Path, clips: dict[str, np.ndarray | None], fps: int) -> np.ndarray:
+    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none.
+
+    Where there is no clip of a prompt its number stays free.
+    """
+    shown = {prompt: [clip] for prompt, clip in clips.items() if clip is not None}
+    picture = comparison(shown, [folder.name], frames_per_video=8)
     with room_for("the validation clips", folder), whole_folder(folder) as temporary:
         for number, clip in enumerate(clips.values()):
-            write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
+            if clip is not None:
+                write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
         write_image(temporary / "overview.png", picture)
     return np.asarray(picture)

@@ -222,6 +222,8 @@ def test_a_motion_lora_as_on_the_hub(both, tmp_path):
         for key, tensor in lora.tensors.items()
     }
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    halves = {key: tensor.half() for key, tensor in tensors.items()}
+    save_file(halves, tmp_path / "diffusion_pytorch_model.fp16.safetensors")  # a variant makes no choice needed
     plain = sample(ours)
     for pipe in both:
         pipe.load_lora_weights(tmp_path, adapter_name="zoom-out")

@@ -9,7 +9,7 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler
 from torch import nn
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
-from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.base_models import get_base_model, precision
 from diffusers_mcm.base_models.precision import InputConv2d, OutputConv2d, OutputGroupNorm, float32_ends
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
@@ -160,18 +160,178 @@ def test_calls_in_several_threads_do_not_end_each_others_precision():
     assert unet.conv_out(torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_with_a_lora_on_the_last_convolution_and_layers_kept_in_fewer_bits():
+@both
+@halves
+@pytest.mark.parametrize("end", ["conv_in", "conv_out"])
+def test_a_lora_on_an_end_is_computed_in_float32_too(name, dtype, end):
+    """Its part is as large as the layer's own here: rounding either would cost x̂_0 several c."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    unet = UNETS[name]().to(dtype)
+    plain = denoise(name, unet)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[end]), unet)
+    assert torch.equal(denoise(name, unet), plain)  # a fresh LoRA adds nothing
+    layer = getattr(unet, end)
+    weights = torch.randn(layer.lora_B["default"].weight.shape, generator=torch.Generator().manual_seed(5))
+    layer.lora_B["default"].weight.data = (0.5 * weights).to(dtype)
+    seen = {}
+    watch = layer.register_forward_hook(lambda _, inputs, output: seen.update(read=inputs[0], given=output))
+    output = denoise(name, unet)
+    watch.remove()
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(seen["read"].double())
+        assert (exact - copy.deepcopy(layer.base_layer).double()(seen["read"].double())).norm() > 0.5 * exact.norm()
+    if end == "conv_in":  # what goes on is in half precision, rounded from float32 at most twice
+        error = (seen["given"].double() - exact).abs()
+        assert seen["given"].dtype == dtype and (error <= torch.finfo(dtype).eps * (exact.abs() + 4)).all()
+    else:
+        exact = exact.unflatten(0, (2, NUM_FRAMES)).transpose(1, 2)
+        assert x0_error(exact.to(dtype), exact) > {torch.bfloat16: 2, torch.float16: 0.2}[dtype]
+        assert output.dtype == torch.float32 and x0_error(output, exact) < 0.01 * exact.abs().mean()
+    assert layer.cast_input_dtype_enabled  # as PEFT has it, for other calls
+
+
+def test_with_layers_kept_in_fewer_bits():
     unet = tiny_unet().bfloat16()
     expected = denoise("modelscope", unet)
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_in", "conv_out"]), unet)
-    assert torch.equal(denoise("modelscope", unet), expected)  # a fresh LoRA adds nothing
-
     unet = tiny_unet().bfloat16()
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     output = denoise("modelscope", unet)  # with weights of three bits, each up to 6 % off
     assert output.dtype == torch.float32 and (output - expected).norm() < 0.2 * expected.norm()
+
+
+# --- hooks that were there before ------------------------------------------------------------------------------------
+def hooked_by_accelerate(norm):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(norm, ModelHook())
+    add_hook_to_module(norm, ModelHook(), append=True)
+
+
+def hooked_by_diffusers(norm):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    for name in ("one", "two"):
+        HookRegistry.check_if_exists_or_initialize(norm).register_hook(ModelHook(), name)
+
+
+def hooked_by_both(norm):
+    hooked_by_accelerate(norm)
+    hooked_by_diffusers(norm)
+
+
+def offloaded(norm):
+    from accelerate import cpu_offload
+
+    cpu_offload(norm, execution_device=torch.device("cpu"))
+
+
+@both
+@pytest.mark.parametrize("hook", [hooked_by_accelerate, hooked_by_diffusers, hooked_by_both, offloaded])
+def test_a_norm_within_others_hooks_is_reached(name, hook):
+    unet = UNETS[name]().bfloat16()
+    expected = denoise(name, UNETS[name]().bfloat16())
+    for layer in (unet.conv_in, unet.conv_norm_out, unet.conv_out):
+        hook(layer)
+    normalised = []
+    unet.conv_norm_out.register_forward_hook(lambda _, inputs, output: normalised.append(output.dtype))
+    assert torch.equal(denoise(name, unet), expected) and normalised == [torch.float32]
+    assert torch.equal(denoise(name, unet), expected)
+
+
+@both
+def test_a_norm_that_cannot_be_reached_is_refused_in_half_precision(name):
+    def replaced(unet):
+        forward = unet.conv_norm_out.forward
+        unet.conv_norm_out.forward = lambda x: forward(x)
+        return unet
+
+    with pytest.raises(ValueError, match="Expected `conv_norm_out` .* after the pipeline is made .* in float32"):
+        denoise(name, replaced(UNETS[name]().bfloat16()))
+    assert denoise(name, replaced(UNETS[name]())).dtype == torch.float32
+    unet = UNETS[name]().bfloat16()
+    expected = denoise(name, unet)
+    assert torch.equal(denoise(name, replaced(unet)), expected)  # put around it later
+
+
+# --- TF32 ------------------------------------------------------------------------------------------------------------
+def as_tf32(x):
+    """x as a graphics card multiplies it where TF32 is allowed: with 11 significant bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    """Every float32 convolution as on such a card; the layers believe to be on one."""
+    conv2d = nn.functional.conv2d
+
+    def rounding(x, weight, *arguments, **options):
+        if x.dtype == torch.float32:
+            x, weight = as_tf32(x), as_tf32(weight)
+        return conv2d(x, weight, *arguments, **options)
+
+    monkeypatch.setattr(nn.functional, "conv2d", rounding)
+    monkeypatch.setattr(precision, "_takes_tf32", lambda x: x.dtype == torch.float32)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_ends_are_of_float32_where_convolutions_are_of_tf32(name, dtype, tf32, monkeypatch):
+    """Weights of half precision, and of float32 under autocast: both lose nothing, and would lose a lot."""
+    unet = UNETS[name]().to(dtype)
+    between, errors = Between(unet), {}
+    for guarded in (True, False):
+        if not guarded:
+            monkeypatch.setattr(precision, "_takes_tf32", lambda x: False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = denoise(name, unet)
+        read = between.first[0]
+        with torch.no_grad():
+            exact = copy.deepcopy(unet.conv_in).double()(read.double())
+            with float32_ends(unet), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+                features = unet.conv_in._convolve(read, unet.conv_in.weight, unet.conv_in.bias)
+            errors[guarded] = x0_error(output, between.exact_output()), float((features - exact).norm() / exact.norm())
+    assert errors[True][0] < 0.01 < 0.1 < errors[False][0]
+    assert errors[True][1] < 1e-6 < 1e-4 < errors[False][1]
+
+
+def test_a_network_of_float32_computes_as_torch_is_set(tf32):
+    unet, x = tiny_unet(), latents()
+    with torch.no_grad():
+        expected = tiny_unet()(x, T, text()["prompt_embeds"]).sample
+    assert torch.equal(denoise("modelscope", unet, x), expected)
+
+
+def test_both_parts_of_a_number_add_up_and_the_first_is_exact_in_tf32():
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-5, 5).repeat(1000)
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 1.0, 2**0.5, torch.finfo(torch.float32).tiny])]).requires_grad_()
+    coarse, rest = precision._split(x)
+    assert torch.equal(coarse, as_tf32(coarse)) and torch.equal(coarse + rest, x)
+    lost = (as_tf32(rest).double() - rest.double()).abs()
+    assert (lost <= x.double().abs() * 2**-22).all() and lost.max() > 0
+    (3 * coarse + 3 * rest).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+    for broken in (torch.inf, torch.nan):
+        assert not sum(precision._split(torch.tensor([broken]))).isfinite()
+
+
+def test_gradients_of_split_convolutions_are_those_of_whole_ones(monkeypatch):
+    gradients = {}
+    for split in (True, False):
+        monkeypatch.setattr(precision, "_takes_tf32", lambda x, split=split: split)
+        for dtype in (torch.bfloat16, torch.float32):
+            layer = OutputConv2d(4, 3, 3, padding=1).to(dtype)
+            layer.float32_calls = 1
+            for value, parameter in enumerate(layer.parameters(), 1):
+                parameter.data = torch.linspace(-1, value, parameter.numel()).view_as(parameter).to(dtype)
+            x = latents()[:, :, 0].clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x).square().sum().backward()
+            gradients[split, dtype] = [x.grad, *(parameter.grad.float() for parameter in layer.parameters())]
+    for dtype in (torch.bfloat16, torch.float32):
+        for split, whole in zip(gradients[True, dtype], gradients[False, dtype]):
+            torch.testing.assert_close(split, whole, rtol=torch.finfo(dtype).eps * 10, atol=1e-3)
 
 
 class Ends(nn.Module):

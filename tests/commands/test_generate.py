@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,9 @@ def test_the_file_says_how_it_was_made_and_nothing_about_this_machine(base, lora
 
 
 def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
+    named = shutil.copytree(lora, lora.parent / "named")
+    (named / "pytorch_lora_weights.safetensors").rename(named / "this.safetensors")
+    shutil.copyfile(named / "this.safetensors", named / "that.safetensors")
     ways = {
         "a": [lora],
         "b": [lora, "--base_model", base],
@@ -159,14 +163,18 @@ def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
         "f": [lora, "--lora_scale", 0],
         "g": [base],
         "h": [None, "--lora", lora],
+        "i": [named, "--weight_name", "this.safetensors"],
     }
     for name, (model, *options) in ways.items():
         assert generate(model, PROMPT, "-o", tmp_path / name, "--format", "frames", *options) == 0
     frames = {name: (tmp_path / name / f"0001-{video_slug()}" / "0002.png").read_bytes() for name in ways}
-    assert frames["a"] == frames["b"] == frames["c"] == frames["d"] == frames["e"] == frames["h"]
+    assert frames["a"] == frames["b"] == frames["c"] == frames["d"] == frames["e"] == frames["h"] == frames["i"]
     assert frames["f"] == frames["g"] != frames["a"]
     read = {name: read_metadata(tmp_path / name / f"0001-{video_slug()}") for name in ways}
-    assert read["a"]["lora_sha256"] == read["d"]["lora_sha256"] and read["g"]["lora_sha256"] is None
+    assert (
+        read["a"]["lora_sha256"] == read["d"]["lora_sha256"] == read["i"]["lora_sha256"]
+        and read["g"]["lora_sha256"] is None
+    )
     assert (read["d"]["model"], read["d"]["lora"], read["d"]["subfolder"]) == ("base", lora.parent.name, "lora")
 
 
@@ -280,6 +288,14 @@ def test_a_run_says_one_line_draws_one_bar_and_names_the_file(tmp_path):
     assert bar and all(re.search(r"[01]/1 \[", state) for state in bar), bar  # of one step
 
 
+@pytest.mark.parametrize("arguments", [["info", "mcm-shapes"], ["convert", "mcm-shapes", "peft", "--to", "peft"]])
+def test_the_other_commands_are_quiet_too(tmp_path, arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "diffusers_mcm", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout
+
+
 def test_the_rest_is_told_when_it_is_asked_for(base, tmp_path, capsys):
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -339,6 +355,7 @@ def test_offloading_reaches_the_pipeline_with_its_device(base, monkeypatch, offl
     [
         (["-o", "out.avi"], "ending in .mp4, .gif, .webp, .png, got 'out.avi'"),
         (["-o", "out.mp4", "--format", "gif"], "expected a folder as --output with --format gif, got 'out.mp4'"),
+        (["-o", ""], "expected a file or folder as --output, got an empty text"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--fps", "0"], "expected --fps above 0, got 0"),
         (["--fps", "nan"], "expected a finite number as --fps, got nan"),

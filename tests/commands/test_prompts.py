@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug
+from diffusers_mcm.text_files import _warn_of_guess
 
 
 @pytest.fixture
@@ -178,3 +179,15 @@ def test_numbers_sort_as_text():
 )
 def test_slugs_are_file_names(prompt, expected):
     assert slug(prompt) == expected
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv"])
+def test_a_guessed_encoding_is_told(tmp_path, monkeypatch, caplog, name):
+    _warn_of_guess.cache_clear()  # each file's is told once
+    data = "prompt\na café\n".encode("cp1252")
+    (tmp_path / name).write_bytes(data)
+    read_list(str(tmp_path / name))
+    assert f"{tmp_path / name} is not in UTF-8 and is read as Windows-1252. If line 2 should" in caplog.text
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    read_list("-")
+    assert "stdin is not in UTF-8 and is read as Windows-1252" in caplog.text

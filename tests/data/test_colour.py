@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusers_mcm.data.colour import BT709, BT2020, HLG, PQ, check_known, to_ordinary
-from diffusers_mcm.data.images import UnusableItem
+from diffusers_mcm.data.faults import UnusableItem
 
 from .test_frames import encode, read
 
@@ -43,6 +43,52 @@ def test_an_hdr_film_is_not_washed_out():
     data = encode(pixels, "libx265", "rgb48le", "yuv420p10le", prepare, options={"x265-params": "log-level=none:qp=4"})
     shown = read(data, 32, 128)[0, 16, 16::32]
     assert np.abs(shown - to_ordinary(patches[16, 16::32], PQ, BT2020)).max() <= 4
+
+
+@pytest.mark.parametrize("primaries", [4, 8, 11, 12, BT2020])
+def test_white_stays_white_and_gray_gray_whatever_the_primaries(primaries):
+    for level in (255, 128, 40):
+        assert to_ordinary(np.full(3, level / 255), BT709, primaries).tolist() == [level] * 3
+    assert to_ordinary(np.array([0.6, 0.3, 0.3]), BT709, primaries)[0] > 160  # more red than BT.709's own 153
+
+
+def test_the_colours_of_1953_are_those_of_their_standard():
+    """NTSC's green lies outside BT.709; its red (0.67, 0.33) is brighter than BT.709's, by the matrix of the eye."""
+    from diffusers_mcm.data.colour import _BT709_PRIMARIES, _OTHER_PRIMARIES, _rgb_to_xyz
+
+    matrix = np.linalg.solve(_rgb_to_xyz(_BT709_PRIMARIES), _rgb_to_xyz(_OTHER_PRIMARIES[4]))
+    # the rows that colour libraries give for NTSC (1953) to sRGB with Bradford's adaptation
+    expected = [[1.4858, -0.4033, -0.0825], [-0.0251, 0.9541, 0.0710], [-0.0272, -0.0440, 1.0712]]
+    assert np.abs(matrix - expected).max() < 2e-3
+    assert np.allclose(matrix.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("primaries", [10, 13, 21, 99])
+def test_primaries_that_nobody_converts_are_refused(primaries):
+    with pytest.raises(UnusableItem, match=f"primary colours .number {primaries} of H.273. cannot be converted"):
+        check_known(BT709, BT709, primaries)
+    for known in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 22):
+        check_known(BT709, BT709, known)
+
+
+@pytest.mark.parametrize("primaries", [4, 10])
+def test_the_primaries_of_a_film_are_those_it_tells(primaries):
+    pixels = np.full((32, 32, 3), (150, 80, 80), np.uint8)
+
+    def show(told):
+        def prepare(stream):
+            context = stream.codec_context
+            context.color_trc, context.color_primaries, context.colorspace = BT709, told, BT709
+
+        return read(encode(pixels, prepare=prepare), 32, 32)[0, 16, 16]
+
+    if primaries == 10:
+        with pytest.raises(UnusableItem, match="primary colours .number 10"):
+            show(10)
+        return
+    shown, plain = show(4), show(BT709)
+    assert np.abs(shown - to_ordinary(plain / 255, BT709, 4)).max() <= 3
+    assert np.abs(shown - plain).max() > 6
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,21 @@ def test_a_zip_is_left_to_the_library(tmp_path, clip):
         archive.writestr("a.mp4", clip)
         archive.writestr("metadata.csv", io.StringIO("file_name,text\na.mp4,zipped\n").getvalue())
     assert VideoDataset(tmp_path, 2, 1, 8, 8)[0]["caption"] == "zipped"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.json"])
+@pytest.mark.parametrize("kind", [VIDEOS, IMAGES])
+def test_a_caption_that_none_of_the_first_rows_has_is_found(tmp_path, name, kind):
+    rows = [{"file_name": f"{i:03d}.{kind.name}"} for i in range(150)]
+    rows[140]["caption"] = "a dog"
+    for row in rows:
+        (tmp_path / row["file_name"]).touch()
+    text = json.dumps(rows) if name == "metadata.json" else "\n".join(map(json.dumps, rows))
+    opened = open_rows(write(tmp_path, text, name), kind)
+    assert [caption for caption in opened.all_captions() if caption] == ["a dog"]
+
+
+def test_a_column_that_no_row_has_is_missed_with_all_there_are(tmp_path):
+    rows = [{"file_name": "a.mp4"}] * 120 + [{"file_name": "a.mp4", "titel": "a dog"}]
+    with pytest.raises(ValueError, match=r"No caption column found .*its columns are \['file_name', 'titel'\]"):
+        open_rows(write(tmp_path, "\n".join(map(json.dumps, rows)), "metadata.jsonl"), VIDEOS)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 
+from diffusers_mcm.data.faults import UnusableItem
 from diffusers_mcm.data.frames import Orientation
-from diffusers_mcm.data.images import UnusableItem
 from diffusers_mcm.data.video import read_clip
 
 

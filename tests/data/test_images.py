@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_mcm.data.images import UnusableItem, fit, read_image
+from diffusers_mcm.data.faults import MachineError, UnusableItem
+from diffusers_mcm.data.images import fit, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 96), (64, 1))
 
@@ -128,7 +129,7 @@ def test_lack_of_memory_is_not_the_files_fault(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", out_of_memory)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MachineError, match="MemoryError"):
         read(b"")
 
 

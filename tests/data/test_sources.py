@@ -199,3 +199,16 @@ def test_hub_images(hub):
     table = datasets.Dataset.from_dict({"image": [{"bytes": image_bytes(9), "path": None}]})
     hub["owner/images"] = table.cast_column("image", datasets.Image(decode=False))
     assert ImageDataset("owner/images", size=8)[0]["caption"] == ""
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of `datasets` has no column of json")
+def test_a_key_that_only_a_late_row_has_is_seen(tmp_path):
+    from diffusers_mcm.data.columns import VIDEOS
+    from diffusers_mcm.data.sources import _features_with_json_keys, _find_caption
+
+    values = [{"id": "7"}] * 250
+    values[230] = {"caption": "a dog"}
+    table = datasets.Dataset.from_dict({"json": values}, features=datasets.Features({"json": datasets.Json()}))
+    for asked in (None, "caption", "json.caption"):
+        features = _features_with_json_keys(datasets, table, asked)
+        assert _find_caption(datasets, features, "x", VIDEOS, asked) == ("json", "caption")

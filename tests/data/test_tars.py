@@ -89,7 +89,8 @@ def test_texts_in_other_encodings(tmp_path, caplog):
              ((f"{key}.mp4", b"v"), (f"{key}.TXT", text))}  # fmt: skip
     rows = open_tar(tmp_path, files)
     assert [rows.caption(rows[i]) for i in range(2)] == ["café", "cafés"]
-    assert "0.tar holds texts that are not in UTF-8" in caplog.text
+    told = f"A txt file in {tmp_path / '0.tar'} is not in UTF-8 and is read as Windows-1252. If line 1"
+    assert caplog.text.count(told) == caplog.text.count("Windows-1252") == 1
     with pytest.raises(Exception, match="its txt is neither in UTF-8 nor in Windows-1252"):
         rows.caption(rows[2])
 
@@ -209,3 +210,42 @@ def test_a_tar_that_shrinks_while_it_is_read_costs_its_samples_only(tmp_path, cl
     os.truncate(tmp_path / "1.tar", 100)
     assert {dataset[i]["caption"] for i in range(8)} == {"one"}
     assert dataset.skipped == {"1.tar/b.mp4": "its tar has become shorter since it was opened"}
+
+
+def many(changed, number=300, kind="mp4"):
+    """Samples of which all json is alike but that of `changed`, a name and its content."""
+    files = {}
+    for name in (f"{i:03d}" for i in range(number)):
+        files |= {f"{name}.{kind}": b"v", f"{name}.json": changed.get(name, {"id": "7"})}
+    return files
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_column": "caption"}, {"caption_column": "json.Caption"}])
+@pytest.mark.parametrize(("kind", "suffix"), [(VIDEOS, "mp4"), (IMAGES, "png")])
+def test_a_caption_that_only_one_sample_has_is_found(tmp_path, caplog, kind, suffix, options):
+    files = many({"098": {"caption": "a dog"}}, kind=suffix)  # the hundred looked at are every third or so
+    rows = open_tar(tmp_path, files, kind, **options)
+    assert "a dog" in list(rows.all_captions())
+    message = f"Captions are taken from 'caption' in the json files: 0.tar/098.{suffix} has it. None of the first 100"
+    assert message in caplog.text and "their keys are ['id']" in caplog.text
+
+
+def test_a_second_notation_of_captions_is_read_where_the_first_has_none(tmp_path):
+    files = {"a.mp4": b"v", "a.json": {"caption": "a dog"}, "b.mp4": b"v", "b.json": {"text": "a cat"}}
+    files |= {"c.mp4": b"v", "c.txt": "a cow", "d.mp4": b"v", "d.caption": "a hen"}
+    assert sorted(captions(open_tar(tmp_path, files))) == ["a cat", "a cow", "a dog", "a hen"]
+
+
+def test_json_that_cannot_be_read_is_named_where_no_caption_is_found(tmp_path, caplog):
+    files = {"a.mp4": b"v", "a.json": "{broken", "b.mp4": b"v", "b.json": {"id": "7"}}
+    with pytest.raises(
+        ValueError, match=r"(?s)No caption column found .*cannot be read:\n  0\.tar/a\.mp4: its json is"
+    ):
+        open_tar(tmp_path, files)
+    with pytest.raises(ValueError, match=r"(?s)no caption column 'title'.*cannot be read:\n  0\.tar/a\.mp4"):
+        open_tar(tmp_path, files, caption_column="title")
+    images = {name.replace("mp4", "png"): content for name, content in files.items()}
+    assert captions(open_tar(tmp_path, images, IMAGES)) == ["", ""]
+    assert (
+        "No captions were found beside the images" in caplog.text and "0.tar/a.png: its json is broken" in caplog.text
+    )

@@ -10,7 +10,8 @@ from av.stream import Disposition
 from PIL import Image
 
 from diffusers_mcm.data import video
-from diffusers_mcm.data.images import UnusableItem, fit
+from diffusers_mcm.data.faults import UnusableItem
+from diffusers_mcm.data.images import fit
 from diffusers_mcm.data.video import clip_positions, read_clip
 
 from .conftest import encode_mp4, flat_frames, frame_numbers
@@ -180,3 +181,22 @@ def test_fit_is_scaling_then_centre_crop():
 @pytest.mark.parametrize("size", [(368, 240), (241, 367), (1, 1), (31, 33)])
 def test_fit_takes_any_size(size):
     assert fit(Image.new("RGB", size, (9, 9, 9)), 64, 48).size == (48, 64)
+
+
+def test_each_frame_is_scaled_before_the_next_is_decoded(clip, monkeypatch):
+    """Sixteen whole frames of a large film would take hundreds of megabytes in each worker."""
+    events, frames, picture = [], video._frames, video.picture
+
+    def decoding(container, stream):
+        for number, frame in enumerate(frames(container, stream)):
+            events.append(number)
+            yield frame
+
+    def scaling(*args):
+        events.append("scaled")
+        return picture(*args)
+
+    monkeypatch.setattr(video, "_frames", decoding)
+    monkeypatch.setattr(video, "picture", scaling)
+    assert read_numbers(clip, 3, 2, 0.0) == [0, 2, 4]
+    assert events == [0, "scaled", 1, 2, "scaled", 3, 4, "scaled"]

@@ -240,6 +240,15 @@ def test_a_verb_in_a_callback_acts_from_then_on(adapted, change, lora_scale):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_a_callback_cannot_bring_another_schedule(adapted):
+    lora = fresh_lora(adapted.unet, FEW_MODULES, rank=2, alpha=2.0)
+    before = adapted.scheduler
+    with pytest.raises(ValueError, match="in a callback use `load_lora_weights` and `set_adapters`"):
+        sample(adapted, callback=lambda p, i, t, k: p.load_mcm_lora(lora, "c"))
+    assert adapted.scheduler is before and adapted.get_active_adapters() == ["a"]
+    adapted.load_mcm_lora(lora, "c")  # after the call it may
+
+
 def test_what_a_callback_chose_stays_after_the_call(adapted):
     adapted.set_adapters("a", 0.3)
     expected = sample(adapted)

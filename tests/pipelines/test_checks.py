@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler, ModelScopeMCMPipeline
+from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.pipelines import checks
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
@@ -157,6 +157,25 @@ def test_a_generator_of_another_device_is_named():
 
     with pytest.raises(ValueError, match="`generator` is on cuda:0, the pipeline on cpu; it may also be on the cpu"):
         checks.generators(Elsewhere(), 1, torch.device("cpu"))
+
+
+def test_verbs_of_the_wrong_kind(modelscope):
+    for wrong in (42, None, NAN):
+        for verb in (modelscope.set_adapters, modelscope.delete_adapters):
+            with pytest.raises(TypeError, match="`adapter_names` must be a name or a list of names, got"):
+                verb(wrong)
+        for verb in (modelscope.load_lora_weights, modelscope.load_mcm_lora, type(modelscope).from_pretrained):
+            with pytest.raises(TypeError, match="Expected a path, a packaged model or a Hub repository .* got"):
+                verb(wrong)
+    with pytest.raises(TypeError, match="`adapter_names` must be a name or a list of names, got 42"):
+        modelscope.fuse_lora(42)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("wrong", ["float16", 16, torch.int8])
+def test_a_type_that_is_none_is_not_taken_for_float32(name, wrong):
+    with pytest.raises(ValueError, match="`dtype` must be a floating-point type such as torch.float16, got"):
+        MCMPipeline.from_pretrained("mcm-shapes", **{name: wrong})
 
 
 def test_adapter_weights(modelscope):

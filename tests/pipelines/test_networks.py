@@ -8,8 +8,9 @@ from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.lora import LoRA, lora_layers
 from tests.base_models.test_animatediff_pipeline import random_lora
-from tests.test_style_lora import SPATIAL, make, sample
+from tests.lora.test_components import SPATIAL, make, sample
 from tests.tiny import (
+    ANIMATEDIFF_SCHEDULER,
     SCHEDULER,
     save_tiny_base,
     save_tiny_stable_diffusion,
@@ -199,6 +200,13 @@ def test_an_image_models_betas_are_told_of(caplog):
     components = tiny_components() | dict(unet=tiny_image_unet(), motion_adapter=tiny_motion_adapter())
     AnimateDiffMCMPipeline(**components)
     assert "scaled_linear betas" in caplog.text and 'beta_schedule="linear"' in caplog.text
+    caplog.clear()
+    stock = AnimateDiffPipeline(**components)  # its UNet has motion modules by now
+    pipe = AnimateDiffMCMPipeline.from_pipe(stock)
+    assert "scaled_linear betas" in caplog.text
+    caplog.clear()
+    AnimateDiffMCMPipeline.from_pipe(stock, scheduler=MCMScheduler(**ANIMATEDIFF_SCHEDULER))
+    assert "betas" not in caplog.text and pipe.scheduler is stock.scheduler
 
 
 # --- inpainting ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 import inspect
+import logging
 import re
+import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import launch
 
 from diffusers_mcm.training.acceleration import build_accelerator, with_accelerate_settings
+from diffusers_mcm.training.loop import Trainer
 
 from .world import tiny_config
 
@@ -98,3 +102,21 @@ def test_autocast_keeps_no_cache(config):
     accelerator = build_accelerator(with_accelerate_settings(config(mixed_precision="bf16")))
     with accelerator.autocast():
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_every_process_would_say_of_the_data_is_said_by_one(world, tmp_path, monkeypatch, caplog, main):
+    videos = shutil.copytree(world["video_data"], tmp_path / "videos")
+    with (videos / "metadata.csv").open("a") as file:
+        file.write("missing.mp4,a circle\n")
+    config = tiny_config(world, tmp_path / "out", video_data=str(videos), lambda_adv=0.0, image_data=None)
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: main))
+    Trainer(config)
+    assert ("missing.mp4" in caplog.text) == main
+    caplog.clear()
+    for row in (videos / "metadata.csv", *videos.glob("*.mp4")):
+        row.unlink()
+    with pytest.raises(ValueError, match="holds no video files"):  # an error comes from all
+        Trainer(config)
+    logging.getLogger("diffusers_mcm.data").warning("as before")
+    assert "as before" in caplog.text

@@ -67,6 +67,7 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         (dict(fold_lora=True, mixed_precision="bf16"), "--fold_lora needs --mixed_precision no: in bf16 most of"),
         (dict(fold_lora=True, gradient_checkpointing=True), "--fold_lora spends memory, which --gradient_checkpoi"),
         (dict(hub_model_id="me/lora"), "--hub_model_id has no effect without --push_to_hub"),
+        (dict(overwrite_card=True), "--overwrite_card has no effect without --push_to_hub"),
         (dict(report_to="wandb", hub_token="hf_x", push_to_hub=True), "--report_to wandb would record --hub_token"),
         (
             dict(report_to="clearml", hub_token="hf_x", push_to_hub=True),

@@ -82,8 +82,8 @@ class Experiment:
     draws. Nothing but the text could tell it from a real one.
     """
 
-    def __init__(self, world, folder, captions, **options):
-        images = make_images(folder / "images", captions)
+    def __init__(self, world, folder, captions, missing=0, **options):
+        images = make_images(folder / "images", captions, missing)
         config = tiny_config(
             world | {"image_data": str(images)},
             folder / "out",
@@ -95,7 +95,8 @@ class Experiment:
             **options,
         )
         self.trainer = Trainer(config)
-        data = ImageDataset(images, size=(config.height, config.width), seed=1)
+        shown = make_images(folder / "all captioned", captions)  # what a picture shows, whether or not it says so
+        data = ImageDataset(shown, size=(config.height, config.width), seed=1)
         self.pictures = [data[index] for index in range(NUM_IMAGES)]
         self.rng = np.random.default_rng(0)
 
@@ -134,6 +135,13 @@ def test_on_the_same_pictures_the_texts_give_nothing_away(world, tmp_path, small
     assert experiment.hinge() == pytest.approx(2.0, abs=0.2)
 
 
+def test_nor_do_captions_that_some_images_lack(world, tmp_path, small_discriminator):
+    """A prompt beside those would be one that a real image does not show, and a generated one does."""
+    experiment = Experiment(world, tmp_path, CAPTIONS, missing=60)
+    assert experiment.trainer.data.image_text.rule == "own"
+    assert experiment.hinge() == pytest.approx(2.0, abs=0.2)
+
+
 def test_no_text_against_prompts_would_give_it_away(world, tmp_path, small_discriminator):
     def leak(batch):
         return batch._replace(
@@ -167,7 +175,7 @@ def test_overlap_is_what_the_texts_alone_leave_of_the_hinge():
 
 def test_what_each_rule_pairs():
     prompts, captions = ["one", "one", "two", "two"], ["a", "", "b", "c"]
-    assert pair_texts("own", prompts, captions) == (prompts, ["a", "one", "b", "c"])
+    assert pair_texts("own", prompts, captions) == (["one", "", "two", "two"], captions)
     assert pair_texts("prompt", prompts, captions) == (prompts, prompts)
     assert pair_texts("none", prompts, captions) == ([""] * 4, [""] * 4)
     with pytest.raises(ValueError, match="one of the rules own, prompt and none, got 'auto'"):
@@ -195,7 +203,7 @@ def test_own_captions_are_taken_where_both_sets_are_alike(world, tmp_path, capti
     assert chosen.rule == rule and re.search(reason, chosen.reason) and chosen.warning is None
     assert choose_image_text("auto", images, videos) == chosen
     asked = choose_image_text("own", images, videos)
-    assert asked.rule == "own" and (asked.warning is None) == (rule == "own")
+    assert asked.rule == "own" and (asked.warning is None) == (rule == "own" or captions is None)
     assert "do not show their texts" in choose_image_text("prompt", images, videos).warning
 
 

@@ -1,10 +1,6 @@
-import dataclasses
 import json
-import logging
-import shlex
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +9,13 @@ from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusers_mcm.cards import check_card
-from diffusers_mcm.cli import main
 from diffusers_mcm.distillation.losses import pseudo_huber
 from diffusers_mcm.files import whole_files
-from diffusers_mcm.publish import PublishError
 from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
-from diffusers_mcm.training.parts import MissingGradient
+from diffusers_mcm.training.parts import MissingGradient, SkippedSteps
 from diffusers_mcm.training.tracking import NonFiniteLoss
-from tests.hub_server import hub_server
 
 from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, stop_in_step_two, tiny_config
 
@@ -319,6 +311,18 @@ def test_what_gets_no_gradient_stops_the_run_before_a_weight_changes(world, tmp_
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_a_run_of_which_fp16_skips_every_step_writes_no_lora(world, tmp_path):
+    trainer = Trainer(tiny_config(world, tmp_path, lambda_adv=0.0, image_data=None, train_batch_size=1))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.student.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    before = flatten(trainer.state()["lora"])
+    with pytest.raises(SkippedSteps, match="no LoRA is written: the last 2 steps of the student were"):
+        trainer.train()
+    after = flatten(trainer.state()["lora"])
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
 def test_accelerates_settings_are_those_of_the_run(world, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
@@ -408,67 +412,6 @@ def test_half_precision_keeps_what_is_trained_in_fp32_and_video_frames_stand_in_
     trained = [parameter for part in trainer.parts for parameter in part.parameters]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert read_log(tmp_path)[0]["discriminator"] > 0
-
-
-@pytest.fixture
-def published(world, tmp_path, monkeypatch):
-    """A Hub, and the flags of a run whose teacher others have too."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr("diffusers_mcm.hub.PACKAGED_FOLDER", tmp_path / "packaged")
-    shutil.copytree(world["pretrained_teacher_model"], tmp_path / "packaged" / "mcm-shapes-teacher")
-    options = dict(pretrained_teacher_model="mcm-shapes-teacher", max_train_steps=1, lambda_adv=0.0, image_data=None)
-    with hub_server(tmp_path / "hub") as server:
-        server.token = "hf_secret"
-        options |= dict(push_to_hub=True, hub_model_id="me/mcm", hub_token=server.token)
-        yield server, tiny_config(world, tmp_path / "out dir", **options, report_to="tensorboard")
-
-
-def test_a_run_is_published_in_one_commit_without_its_secrets_and_paths(published, tmp_path, caplog, capsys):
-    server, config = published
-    caplog.set_level(logging.INFO)
-    train(config)
-    repository = server.repositories["me/mcm"]
-    assert len(repository.messages) == 2 and f"commit/{repository.branches['main']}" in caplog.text
-    expected = {"README.md", "mcm_config.json", "motion_head.safetensors", "pytorch_lora_weights.safetensors"}
-    assert repository.files.keys() == expected | {"sample.mp4", "scheduler/scheduler_config.json"}
-    card = repository.files["README.md"].decode()
-    check_card(card)
-    assert "base_model: mcm-shapes-teacher" in card and "| optimiser steps | 1 |" in card and "sample.mp4" in card
-    assert 'from_pretrained("me/mcm")' in card and "| videos | videos |" in card
-    shown = capsys.readouterr()
-    told = [repr(config), caplog.text, shown.out, shown.err]
-    told += [content.decode("latin1") for content in repository.files.values()]
-    assert not [text for text in told if "hf_secret" in text] and not [text for text in told[4:] if "../" in text]
-    written = [path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()]
-    assert any(b"tensorboard" in content or b"scalar" in content for content in written)
-    assert not [content for content in written if b"hf_secret" in content]
-
-
-def test_a_run_that_could_not_be_published_is_whole_and_says_how_to_go_on(published, monkeypatch):
-    server, config = published
-    server.fail("POST .*/commit/", 500, times=99)
-    with pytest.raises(
-        PublishError, match="status 500.*publish it with: diffusers-mcm push '.*out dir' me/mcm"
-    ) as error:
-        train(config)
-    assert server.repositories["me/mcm"].files == {}
-    server.faults.clear()
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    assert main(shlex.split(str(error.value).split("publish it with: ")[1])[1:]) == 0
-    assert "pytorch_lora_weights.safetensors" in server.repositories["me/mcm"].files
-
-
-def test_what_could_not_be_published_is_told_before_the_training(published, world, monkeypatch):
-    server, config = published
-    monkeypatch.setattr("diffusers_mcm.training.loop.build_networks", lambda *_: pytest.fail("too late"))
-    with pytest.raises(PublishError, match="The Hub refuses the token"):
-        Trainer(dataclasses.replace(config, hub_token="hf_wrong"))
-    with pytest.raises(ValueError, match="is a folder of this machine.*then run: diffusers-mcm push .* --base_model"):
-        Trainer(dataclasses.replace(config, pretrained_teacher_model=world["pretrained_teacher_model"]))
-    local = (f"motion_adapter={world['pretrained_teacher_model']}",)
-    with pytest.raises(ValueError, match="others will load the motion_adapter, but .* is a folder of this machine"):
-        Trainer(dataclasses.replace(config, extra_repositories=local))
-    assert server.repositories == {}
 
 
 def test_a_kill_while_the_files_move_leaves_no_half_old_folder(tmp_path, monkeypatch):

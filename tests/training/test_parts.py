@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusers_mcm.training.config import TrainingConfig
-from diffusers_mcm.training.parts import MissingGradient, TrainedPart, slow_learning
+from diffusers_mcm.training.parts import MOST_SKIPPED, MissingGradient, SkippedSteps, TrainedPart, slow_learning
 
 REQUIRED = dict(pretrained_teacher_model="teacher", video_data="videos")
 
@@ -62,6 +62,21 @@ def test_a_parameter_without_a_gradient_is_named_and_one_of_zeros_is_not():
     (0 * second(first(torch.ones(1, 2)))).sum().backward()  # another micro-batch
     part.check_gradients(1)
     assert not first.weight.grad.any()
+
+
+def test_steps_that_fp16_skips_are_counted_in_a_row():
+    part = build_part(TrainingConfig(**REQUIRED))
+    part.check_learnt()  # a run that has nothing left to do
+    for norm in (float("inf"), float("nan")):
+        part.count_step(norm, 1)
+    with pytest.raises(SkippedSteps, match="Nothing was trained.* last 2 steps of the student were skipped"):
+        part.check_learnt()
+    part.count_step(1.0, 3)
+    for step in range(MOST_SKIPPED):
+        part.count_step(float("inf"), 4 + step)
+    part.check_learnt()
+    with pytest.raises(SkippedSteps, match=f"stopped at step 99: the last {MOST_SKIPPED + 1} steps of the student"):
+        part.count_step(float("inf"), 99)
 
 
 def test_what_is_frozen_from_the_start_is_not_trained():

@@ -95,6 +95,16 @@ def test_a_run_may_be_gone_on_with_in_another_folder(tmp_path):
     assert go_on(here, here / "kept", run.id).id == run.id
 
 
+def test_latest_finds_another_folders_checkpoint_through_a_link(tmp_path):
+    """As where the outputs of all runs are linked to a larger disk: `..` leads out of the disk's folder."""
+    (tmp_path / "disk" / "of" / "many").mkdir(parents=True)
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk" / "of" / "many")
+    run, here = make_run(tmp_path / "there", 5), tmp_path / "outputs" / "here"
+    here.mkdir()
+    go_on(here, tmp_path / "there" / "checkpoint-5", run.id).write()
+    assert find_checkpoint(here, "latest").resolve() == tmp_path / "there" / "checkpoint-5"
+
+
 def test_checkpoints_from_before_runs_were_recorded_are_one_runs(tmp_path):
     for step in (2, 9, 10):
         save(tmp_path, step)

@@ -148,6 +148,21 @@ def test_the_layers_and_scales_of_every_naming(pipe, parts, naming):
         assert scale == expected[name][0] and torch.equal(weight, expected[name][1])
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_unet."])
+def test_a_file_whose_halves_alone_have_pefts_names(pipe, parts, tmp_path, prefix):
+    tensors = {
+        key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): t for key, t in kohya(parts).items()
+    }
+    tensors = {key.replace("lora_unet_", prefix): t for key, t in tensors.items() if not key.endswith(".alpha")}
+    save_file(tensors, tmp_path / "style.safetensors")
+    pipe.load_lora_weights(tmp_path / "style.safetensors", "file")
+    pipe.load_lora_weights(tensors, "tensors")
+    assert pipe.get_list_adapters() == {"unet": ["file", "tensors"], "text_encoder": ["file", "tensors"]}
+    for layer in pipe._layers.values():
+        assert torch.equal(layer.lora_A["file"].weight, layer.lora_A["tensors"].weight)
+        assert layer.scaling["file"] == layer.scaling["tensors"]
+
+
 def test_a_tensor_that_is_there_twice(pipe, parts):
     twice = f"unet.{SPATIAL[0]}.lora_A.weight"
     with pytest.raises(ValueError, match=rf"lora_A.weight of the unet twice, as 'lora_unet_.*' and as '{twice}'"):

@@ -1,0 +1,125 @@
+"""Whose fault it is that a file cannot be read: its own, so that another is read instead, or the machine's."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from av.error import FFmpegError
+
+# What the system says of the file that was asked for, and of no other.
+_OF_THE_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EINVAL, errno.EILSEQ, errno.EFBIG, errno.EOVERFLOW, errno.ENXIO),
+}
+# FFmpeg also borrows the system's numbers for what it finds inside a file; these it has from the system.
+_MACHINE_NAMES = """
+    EMFILE ENFILE ENOBUFS ENOSPC EDQUOT EROFS ESTALE ENODEV ENOLCK EKEYEXPIRED EREMOTEIO ETIMEDOUT ECONNREFUSED
+    ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ENOTCONN ESHUTDOWN
+"""
+_OF_THE_MACHINE = {getattr(errno, name) for name in _MACHINE_NAMES.split() if hasattr(errno, name)}
+_LOST_CONNECTIONS = {"ConnectionError", "TimeoutError", "Timeout"}  # of Python, and of libraries that name theirs so
+_BUSY_SERVER = {408, 425, 429}
+_LITTLE_MEMORY = 256 << 20
+_ADVICE = {
+    errno.EMFILE: "Allow more open files (ulimit -n), or take fewer --dataloader_num_workers.",
+    errno.ENFILE: "Too many files are open on the whole machine.",
+    errno.ENOMEM: "Take fewer --dataloader_num_workers, or a machine with more memory.",
+}
+
+
+class UnusableItem(Exception):
+    """One item of a data set cannot be used; the message says why. The data set replaces it by another."""
+
+
+class MachineError(OSError):
+    """A file cannot be read, and the machine is why: its disk, its memory, its connection. Nothing is skipped then."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is an address (`hf://…`, `https://…`, `zip://…`) and not a file of this machine."""
+    return "://" in path
+
+
+def check_own_fault(error: BaseException, name: str | None) -> None:
+    """Return if an error that reading a file gave is about the file itself.
+
+    Args:
+        error: what was raised.
+        name: path of the file that was open; None if its bytes were in memory, and no disk was read.
+
+    Raises:
+        MachineError: if it is the machine's, so that another file would not do better; it names the file.
+    """
+    if isinstance(error, MachineError):
+        raise error
+    if not _is_of_the_machine(error, name):
+        return
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    advice = _ADVICE.get(number, "See to the disk or the connection.")
+    told = MachineError(
+        f"{name or 'Its data'} cannot be read, and not by its own fault: {type(error).__name__}: {error}. "
+        f"{advice} It is not skipped, for others would be too; a run goes on from its last checkpoint with "
+        "--resume_from_checkpoint latest."
+    )
+    told.errno = number
+    raise told from error
+
+
+@contextmanager
+def machine_errors_name(name: str) -> Iterator[None]:
+    """Let the machine's errors say which item was being read, whoever met them: a `MachineError` that names it."""
+    try:
+        yield
+    except (MachineError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            check_own_fault(error, name)
+        if name in str(error):
+            raise
+        told = MachineError(f"{name}: {error}")
+        told.errno = error.errno
+        raise told from error
+
+
+def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
+    """Why `what` cannot be used, where the error is about the file; `MachineError` where it is not."""
+    check_own_fault(error, name)
+    return UnusableItem(f"{what} cannot be read ({type(error).__name__}: {error})")
+
+
+def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
+    number = getattr(error, "errno", None)
+    if isinstance(error, FFmpegError):
+        if isinstance(error, MemoryError):  # which FFmpeg also says of a header that asks for gigabytes
+            return not _has_memory()
+        if number == errno.EIO:  # and this of a file that breaks off
+            return name is not None and not is_remote(name) and not _can_be_read(name)
+        return number in _OF_THE_MACHINE
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, OSError):
+        return False
+    if number is None:
+        status = getattr(getattr(error, "response", None), "status_code", None) or 0
+        lost = _LOST_CONNECTIONS & {kind.__name__ for kind in type(error).__mro__}
+        return bool(lost) or status >= 500 or status in _BUSY_SERVER
+    return number not in _OF_THE_FILE
+
+
+def _has_memory() -> bool:
+    try:
+        np.empty(_LITTLE_MEMORY, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
+def _can_be_read(path: str) -> bool:
+    """Whether the system gives every byte of a file."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        return error.errno in _OF_THE_FILE
+    return True
