@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -125,12 +126,13 @@ def _complete(lora: LoRA) -> None:
 
 def _rebase(lora: LoRA, folder: Path) -> None:
     """What was recorded relative to where the LoRA was, relative to where it will be."""
-    if lora.folder is None:
+    place = lora.folder
+    if place is None:
         return
 
     def rebased(name: str | None) -> str | None:
-        is_here = (name or "").startswith(("./", "../")) and (lora.folder / name).exists()
-        return hub.recordable(lora.folder / name, folder) if is_here else name
+        is_here = name and name.startswith(("./", "../")) and (place / name).exists()
+        return hub.recordable(place / name, folder) if name and is_here else name
 
     config = dict(lora.config)
     config["base_model_repository"] = rebased(config.get("base_model_repository"))
@@ -185,7 +187,8 @@ def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.Path
 def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
     """`motion_adapter` plus what the LoRA adds to it, in the adapter's types, under AnimateDiff's keys."""
     spatial_modules(lora)  # refuses a LoRA of another model
-    weights, scales = load_motion_adapter(motion_adapter).state_dict(), lora.scales()
+    adapter: Any = load_motion_adapter(motion_adapter)
+    weights, scales = adapter.state_dict(), lora.scales()
     for module in (module for module in lora.modules if MOTION in module):
         down, up = (lora.tensors[f"{module}.lora_{half}.weight"].float() for half in "AB")
         weight = weights.get(f"{module}.weight")

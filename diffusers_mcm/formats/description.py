@@ -110,7 +110,7 @@ def _base_model(config: Mapping[str, Any], layout: str, modules: Iterable[str]) 
 def _repository(about: Mapping[str, Any], base_model: BaseModel | None) -> str | None:
     recorded = about["config"].get("base_model_repository")
     recorded = recorded or (about["adapter_config"] or {}).get("base_model_name_or_path")
-    return recorded or (base_model and base_model.default_repository)
+    return recorded or (base_model.default_repository if base_model else None)
 
 
 def _settings(about: Mapping[str, Any], base_model: BaseModel | None) -> dict[str, Any] | None:

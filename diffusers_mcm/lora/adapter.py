@@ -67,9 +67,10 @@ class LoRA:
         different = {f"^{module}": r for module, r in ranks.items() if r != rank}
         # Without an alpha every module has scale one, whatever its rank.
         alpha_pattern = different if self.alpha is None else self.alpha_pattern
+        alpha: Any = rank if self.alpha is None else self.alpha  # an int by peft's annotation, and any number in fact
         return LoraConfig(
             r=rank,
-            lora_alpha=rank if self.alpha is None else self.alpha,
+            lora_alpha=alpha,
             rank_pattern=different,
             alpha_pattern=alpha_pattern,
             target_modules=self.modules,

@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,7 +86,10 @@ def split_components(
     """Sort tensors into a LoRA for each component, under the names that its modules have."""
     check_no_dora(source, tensors)
     names = {component: _known_names(module) for component, module in components.items()}
-    found, alphas, seen, strange = defaultdict(dict), defaultdict(dict), defaultdict(dict), []
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    alphas: dict[str, dict[str, float]] = defaultdict(dict)
+    seen: dict[str, dict[str, str]] = defaultdict(dict)
+    strange = []
     for key, tensor in tensors.items():
         component, module, half = _place(key, names)
         place = f"{module}.{half}"
@@ -123,7 +127,7 @@ def _place(key: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str |
 
 def _known_names(network: nn.Module) -> dict[str, str]:
     """Every name a file may give a module of the network, and the one it has."""
-    names = {}
+    names: dict[str, str] = {}
     for name, module in network.named_modules():
         if isinstance(base_layer(module), (nn.Linear, nn.Conv2d, nn.Conv3d)):
             # transformers once had CLIP's text model one level deeper.
@@ -168,7 +172,9 @@ def _why_not(strange: list[str], count: int, components: Mapping[str, nn.Module]
 
 def write_components(path: Path, loras: Mapping[str, LoRA]) -> None:
     """Write one file in diffusers' layout that holds a LoRA for each component."""
-    tensors, header, metadata = {}, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    header: dict[str, str] = {}
+    metadata: dict[str, Any] = {}
     for component, lora in loras.items():
         tensors |= {f"{component}.{key}": tensor.detach().cpu().contiguous() for key, tensor in lora.tensors.items()}
         own = lora_header(lora, component)
