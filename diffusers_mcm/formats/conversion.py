@@ -8,15 +8,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
+from ..base_models.motion_adapter import load_motion_adapter
 from ..files import disk_full_told, new_folders
 from ..lora import (
     CONFIG_NAME,
     MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
-    PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     LoRA,
@@ -26,10 +29,15 @@ from ..lora import (
     write_safetensors,
     write_settings,
 )
+from ..lora.layouts import (
+    MOTION,
+    PEFT_PREFIX,
+    animatediff_keys,
+    kohya_header,
+    kohya_tensors,
+    spatial_modules,
+)
 from ..pipelines.loading import recorded_repositories
-from .kohya import kohya_header, kohya_tensors
-from .motion_module import merged_motion_module
-from .pairs import check_pairs
 
 # What a LoRA folder may hold; replacing one leaves none of the old behind.
 _LORA_FILES = (
@@ -59,7 +67,7 @@ def convert(
         destination: A folder or, if it ends in `.safetensors`, a single file.
         to: `peft` (a folder), `diffusers` (a folder or file), `kohya` or `motion-module` (a file).
         overwrite: Replace what is at `destination`; otherwise that is an error.
-        motion_adapter: For `motion-module`: the motion adapter to merge the LoRA into, as a folder or Hub id.
+        motion_adapter: For `motion-module`: the motion adapter to fuse the LoRA into, as a folder or Hub id.
         subfolder, weight_name, revision, hub_options: Where in `source`, as in `from_pretrained`.
 
     Returns:
@@ -79,7 +87,7 @@ def convert(
         raise FileExistsError(f"{destination} exists already and is a {'folder' if single else 'file'}.")
     where = dict(subfolder=subfolder, revision=revision, **hub_options)
     lora = read_lora(source, weight_name=weight_name, **where)
-    check_pairs(lora)
+    lora.check_pairs()
     head = hub.find_file(hub.resolve(source), MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
     _complete(lora)
     _rebase(lora, destination.parent if single else destination)
@@ -118,12 +126,13 @@ def _complete(lora: LoRA) -> None:
 
 def _rebase(lora: LoRA, folder: Path) -> None:
     """What was recorded relative to where the LoRA was, relative to where it will be."""
-    if lora.folder is None:
+    place = lora.folder
+    if place is None:
         return
 
     def rebased(name: str | None) -> str | None:
-        is_here = (name or "").startswith(("./", "../")) and (lora.folder / name).exists()
-        return hub.recordable(lora.folder / name, folder) if is_here else name
+        is_here = name and name.startswith(("./", "../")) and (place / name).exists()
+        return hub.recordable(place / name, folder) if name and is_here else name
 
     config = dict(lora.config)
     config["base_model_repository"] = rebased(config.get("base_model_repository"))
@@ -159,7 +168,8 @@ def _write_peft(lora: LoRA, folder: Path, _) -> None:
 
 
 def _write_kohya(lora: LoRA, folder: Path, _) -> None:
-    write_safetensors(folder / "kohya.safetensors", kohya_tensors(lora), kohya_header(lora))
+    ours = {key: value for key, value in lora_header(lora, "unet").items() if key.startswith("mcm_")}
+    write_safetensors(folder / "kohya.safetensors", kohya_tensors(lora), ours | kohya_header(lora))
 
 
 def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.PathLike | None) -> None:
@@ -171,7 +181,25 @@ def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.Path
     if repository is None:
         raise ValueError(f"{lora.source} is a LoRA for {_base_model(lora).name}, which has no motion adapter.")
     header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
-    write_safetensors(folder / "motion_module.safetensors", merged_motion_module(lora, repository), header)
+    write_safetensors(folder / "motion_module.safetensors", fused_motion_module(lora, repository), header)
+
+
+def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """`motion_adapter` plus what the LoRA adds to it, in the adapter's types, under AnimateDiff's keys."""
+    spatial_modules(lora)  # refuses a LoRA of another model
+    adapter: Any = load_motion_adapter(motion_adapter)
+    weights, scales = adapter.state_dict(), lora.scales()
+    for module in (module for module in lora.modules if MOTION in module):
+        down, up = (lora.tensors[f"{module}.lora_{half}.weight"].float() for half in "AB")
+        weight = weights.get(f"{module}.weight")
+        if weight is None or weight.shape != (up.shape[0], down.shape[1]):
+            found = "does not have that" if weight is None else f"has there {tuple(weight.shape)}"
+            raise ValueError(
+                f"{lora.source} does not fit the motion adapter {os.fspath(motion_adapter)}: it changes {module}, a"
+                f" {(up.shape[0], down.shape[1])} matrix, and the adapter {found}."
+            )
+        weights[f"{module}.weight"] = (weight.float() + scales[module] * up @ down).to(weight.dtype)
+    return animatediff_keys(weights)
 
 
 def _base_model(lora: LoRA) -> BaseModel:

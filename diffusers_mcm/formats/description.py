@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -12,17 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel
-from ..lora import METADATA_KEY, PEFT_PREFIX, PREFIXES, locate_lora, open_safetensors, read_settings
-from .kohya import PREFIX as KOHYA_PREFIX
+from ..lora import locate_lora, open_safetensors, read_settings, split_key
+from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
 
-# layout -> what its keys look like
-_LAYOUTS = {
-    "peft": lambda key: key.startswith(PEFT_PREFIX),
-    "diffusers": lambda key: key.startswith(PREFIXES[1:]),
-    "kohya": lambda key: key.startswith(KOHYA_PREFIX),
-    "motion-module": lambda key: ".temporal_transformer." in key,
-}
-_DOWN, _UP = (".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight")
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
 _SCHEDULER_KEYS = ("timestep_scaling", "beta_schedule", "beta_start", "beta_end", "original_inference_steps")
 _SIZES = ("num_frames", "height", "width", "fps")
@@ -51,7 +42,13 @@ def describe(
         slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
     shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
     about = read_settings(source, header, **where)
-    layout = _layout(path, shapes)
+    layout = layout_of(shapes)
+    if layout is None:
+        raise ValueError(
+            f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as"
+            f" {next(iter(shapes), 'none at all')!r}."
+        )
+    config = recorded_config(header, about["adapter_config"] if layout == "peft" else None)
     modules = _modules(path, shapes)
     base_model = _base_model(about["config"], layout, modules)
     ranks = Counter(shape[0] for shape, _ in modules.values())
@@ -61,7 +58,7 @@ def describe(
         "base_model": base_model and base_model.name,
         "base_model_repository": _repository(about, base_model),
         "rank": ranks.most_common(1)[0][0] if len(ranks) == 1 else dict(ranks) or None,
-        "alpha": _alpha(header, about["adapter_config"] or {}),
+        "alpha": config.get("lora_alpha") if (alpha := kohya_alpha(header)) is None else alpha,
         "targets": len(modules),
         "kinds": dict(Counter(_KINDS[len(shape)] for shape, _ in modules.values())),
         "modules": dict(Counter(_last_part(name) for name in modules)),
@@ -76,36 +73,20 @@ def describe(
     }
 
 
-def _layout(path: Path, keys: Iterable[str]) -> str:
-    keys = list(keys)
-    for layout, belongs in _LAYOUTS.items():
-        if keys and all(map(belongs, keys)):
-            return layout
-    raise ValueError(
-        f"{path} has keys of no known layout ({', '.join(_LAYOUTS)}), such as {keys[0] if keys else 'none at all'!r}."
-    )
-
-
 def _modules(path: Path, shapes: Mapping[str, tuple]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """The shapes of both matrices of each module."""
-    halves: dict[str, list] = {}
-    for position, suffixes in enumerate((_DOWN, _UP)):
-        for key, shape in shapes.items():
-            suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
-            if suffix is not None:
-                halves.setdefault(key.removesuffix(suffix), [None, None])[position] = shape
-    half = [module for module, pair in halves.items() if None in pair]
-    if half:
+    halves: dict[str, dict[str, tuple]] = {}
+    for key, shape in shapes.items():
+        module, half = split_key(renamed(key))
+        if half in ("lora_A.weight", "lora_B.weight"):
+            halves.setdefault(module, {})[half] = shape
+    alone = [module for module, pair in halves.items() if len(pair) < 2]
+    if alone:
         raise ValueError(
-            f"{path} is incomplete: {len(half)} of its {len(halves)} modules have only one matrix, such as"
-            f" {half[0]!r}."
+            f"{path} is incomplete: {len(alone)} of its {len(halves)} modules have only one matrix, such as"
+            f" {alone[0]!r}."
         )
-    return {_strip(module): tuple(pair) for module, pair in halves.items()}
-
-
-def _strip(module: str) -> str:
-    prefix = next((prefix for prefix in (*PREFIXES, KOHYA_PREFIX) if module.startswith(prefix)), "")
-    return module.removeprefix(prefix)
+    return {split_prefix(module)[2]: (pair["lora_A.weight"], pair["lora_B.weight"]) for module, pair in halves.items()}
 
 
 def _last_part(module: str) -> str:
@@ -129,20 +110,7 @@ def _base_model(config: Mapping[str, Any], layout: str, modules: Iterable[str]) 
 def _repository(about: Mapping[str, Any], base_model: BaseModel | None) -> str | None:
     recorded = about["config"].get("base_model_repository")
     recorded = recorded or (about["adapter_config"] or {}).get("base_model_name_or_path")
-    return recorded or (base_model and base_model.default_repository)
-
-
-def _alpha(header: Mapping[str, str], adapter_config: Mapping[str, Any]) -> float | None:
-    packed = json.loads(header.get(METADATA_KEY, "{}"))
-    alphas = [value for key, value in packed.items() if key.endswith("lora_alpha")] + [
-        adapter_config.get("lora_alpha")
-    ]
-    if "ss_network_alpha" in header:
-        try:
-            alphas.insert(0, float(header["ss_network_alpha"]))
-        except ValueError:  # "None" or "Dynamic", as other trainers have it
-            pass
-    return alphas[0]
+    return recorded or (base_model.default_repository if base_model else None)
 
 
 def _settings(about: Mapping[str, Any], base_model: BaseModel | None) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
-"""LoRA for a denoiser: files, checks, injection.
+"""LoRA: what it is in memory and on disk, how tools name its tensors, and its layers in a network.
 
 In memory a LoRA is a dict `module.lora_A.weight -> tensor`, `module.lora_B.weight -> tensor`, with the module's full
 name in the denoiser. On disk the keys have a prefix: the denoiser's name (`unet.`, what diffusers writes and reads) or
-`base_model.model.` (what PEFT writes). Both are read; the first is written, unless one converts (`formats`). What else
-belongs to a LoRA, scale, settings and scheduler, is in the header of the file too, so that the file alone is enough.
+`base_model.model.` (what PEFT writes). Both are read, and others besides (`layouts`, `components`); the first is
+written, unless one converts (`formats`). What else belongs to a LoRA, scale, settings and scheduler, is in the header
+of the file too, so that the file alone is enough.
 
 A LoRA fits wholly or not at all: a key without a module, a module with half a pair, a tensor of another shape is an
 error before anything in the denoiser has changed.
@@ -18,14 +19,14 @@ from .adapter import (
     METADATA_KEY,
     MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
-    PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
-    PREFIXES,
     WEIGHTS_NAME,
     LoRA,
     split_key,
 )
-from .injection import (
+from .components import read_components, write_components
+from .layers import (
+    activate,
     add_lora,
     base_layer,
     check_fits,
@@ -33,12 +34,15 @@ from .injection import (
     compute_dtype,
     extract_lora,
     fresh_lora,
+    fused,
     load_lora_into,
     lora_disabled,
     lora_layers,
     lora_state_dict,
+    replace,
     set_lora_state_dict,
 )
+from .layouts import TEXT_ENCODER
 from .reading import elsewhere, find_lora_file, locate_lora, open_safetensors, read_lora, read_settings
 from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
 
@@ -49,11 +53,11 @@ __all__ = [
     "METADATA_KEY",
     "MOTION_HEAD_NAME",
     "PEFT_CONFIG_NAME",
-    "PEFT_PREFIX",
     "PEFT_WEIGHTS_NAME",
-    "PREFIXES",
+    "TEXT_ENCODER",
     "WEIGHTS_NAME",
     "LoRA",
+    "activate",
     "add_lora",
     "base_layer",
     "check_fits",
@@ -63,6 +67,7 @@ __all__ = [
     "extract_lora",
     "find_lora_file",
     "fresh_lora",
+    "fused",
     "load_lora_into",
     "locate_lora",
     "lora_disabled",
@@ -70,11 +75,14 @@ __all__ = [
     "lora_layers",
     "lora_state_dict",
     "open_safetensors",
+    "read_components",
     "read_lora",
     "read_settings",
+    "replace",
     "save_lora",
     "set_lora_state_dict",
     "split_key",
+    "write_components",
     "write_lora_folder",
     "write_lora_weights",
     "write_safetensors",

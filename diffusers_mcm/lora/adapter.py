@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,8 +24,6 @@ MOTION_HEAD_NAME = "motion_head.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
 # Ours, in the same place: `LoRA`'s attributes by the keys they are stored under, each as JSON.
 HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}
-PEFT_PREFIX = "base_model.model."
-PREFIXES = (PEFT_PREFIX, "unet.", "transformer.")
 DEFAULT_ADAPTER = "default"
 
 
@@ -68,14 +67,34 @@ class LoRA:
         different = {f"^{module}": r for module, r in ranks.items() if r != rank}
         # Without an alpha every module has scale one, whatever its rank.
         alpha_pattern = different if self.alpha is None else self.alpha_pattern
+        alpha: Any = rank if self.alpha is None else self.alpha  # an int by peft's annotation, and any number in fact
         return LoraConfig(
             r=rank,
-            lora_alpha=rank if self.alpha is None else self.alpha,
+            lora_alpha=alpha,
             rank_pattern=different,
             alpha_pattern=alpha_pattern,
             target_modules=self.modules,
             use_rslora=self.use_rslora,
         )
+
+    def scales(self) -> dict[str, float]:
+        """The factor of B·A in each module: alpha / rank, or alpha / √rank with rsLoRA."""
+        from peft.utils.other import get_pattern_key
+
+        config, ranks = self.peft_config(), self.ranks()
+        pattern = config.alpha_pattern
+        alphas = {module: pattern.get(get_pattern_key(pattern, module), config.lora_alpha) for module in ranks}
+        return {module: alphas[module] / (math.sqrt(r) if self.use_rslora else r) for module, r in ranks.items()}
+
+    def check_pairs(self) -> None:
+        """`ValueError` unless every module has both of its matrices."""
+        halves = Counter(split_key(key)[0] for key in self.tensors)
+        half = [module for module, count in halves.items() if count != 2]
+        if half:
+            raise ValueError(
+                f"{self.source} is incomplete: {len(half)} of its {len(halves)} modules have only one of lora_A and"
+                f" lora_B, such as {half[0]!r}. Was the file cut or edited? Fetch it again."
+            )
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -16,16 +16,14 @@ from .. import hub
 from .adapter import (
     CONFIG_NAME,
     HEADER_KEYS,
-    METADATA_KEY,
     MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
-    PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
-    PREFIXES,
     WEIGHTS_NAME,
     LoRA,
     split_key,
 )
+from .layouts import PEFT_PREFIX, check_no_dora, denoiser_key, recorded_config, set_scale
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +39,28 @@ def read_lora(
     """Read a LoRA from a folder, a `.safetensors` file, a packaged model or a Hub repository."""
     where = dict(subfolder=subfolder, revision=revision, **hub_options)
     source, path, where = locate_lora(source, weight_name=weight_name, **where)
+    return lora_of_file(*read_tensors(path), path, source, **where)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file by their keys, and its header."""
     with open_safetensors(path) as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    lora = LoRA(tensors=_strip_prefixes(tensors, path), source=str(path), **read_settings(source, header, **where))
-    _read_alpha(lora, header, is_peft=any(key.startswith(PEFT_PREFIX) for key in tensors))
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def lora_of_file(
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path, source: str, **where
+) -> LoRA:
+    """The LoRA that a file in diffusers' or PEFT's layout holds for the denoiser, with the settings beside it."""
+    lora = LoRA(tensors=_by_module(tensors, path), source=str(path), **read_settings(source, header, **where))
+    is_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
+    config = recorded_config(header, lora.adapter_config if is_peft else None)
+    if is_peft and not config:
+        logger.warning(
+            "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
+        )
+    check_no_dora(lora.source, config=lora.adapter_config)
+    set_scale(lora, config)
     lora.folder = path.parent if os.path.isdir(source) else None
     return lora
 
@@ -139,35 +155,15 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in tensors):
-        raise ValueError(f"{path} is a DoRA; only plain LoRA is supported.")
-    stripped = {_strip_prefix(key): tensor for key, tensor in tensors.items()}
-    strange = [key for key in stripped if split_key(key)[1] not in ("lora_A.weight", "lora_B.weight")]
-    if strange or not stripped:
+def _by_module(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The tensors by `module.lora_A.weight` and B; `ValueError` if there are others."""
+    check_no_dora(str(path), tensors)
+    found = {denoiser_key(key): tensor for key, tensor in tensors.items()}
+    strange = [key for key in found if split_key(key)[1] not in ("lora_A.weight", "lora_B.weight")]
+    if strange or not found:
         raise ValueError(
             f"{path} is not a LoRA in diffusers' (unet.*) or PEFT's (base_model.model.*) layout:"
-            f" {len(strange)} of its {len(stripped)} keys are not lora_A/lora_B weights"
+            f" {len(strange)} of its {len(found)} keys are not lora_A/lora_B weights"
             + (f", such as {strange[0]!r}." if strange else ".")
         )
-    return stripped
-
-
-def _strip_prefix(key: str) -> str:
-    return key.removeprefix(next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""))
-
-
-def _read_alpha(lora: LoRA, header: Mapping[str, str], is_peft: bool) -> None:
-    """The scale's numerator, from PEFT's configuration file or diffusers' metadata."""
-    config = dict(lora.adapter_config or {}) if is_peft else {}
-    if not config and METADATA_KEY in header:
-        config = {_strip_prefix(key): value for key, value in json.loads(header[METADATA_KEY]).items()}
-    if is_peft and not config:
-        logger.warning(
-            "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
-        )
-    if config.get("use_dora") or (lora.adapter_config or {}).get("use_dora"):
-        raise ValueError(f"{lora.source} is a DoRA; only plain LoRA is supported.")
-    lora.alpha = config.get("lora_alpha")
-    lora.alpha_pattern = dict(config.get("alpha_pattern") or {})
-    lora.use_rslora = bool(config.get("use_rslora", False))
+    return found

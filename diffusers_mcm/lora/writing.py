@@ -14,7 +14,7 @@ from torch import nn
 from .. import hub
 from ..files import whole_file, whole_files, write_text
 from .adapter import CONFIG_NAME, DEFAULT_ADAPTER, HEADER_KEYS, METADATA_KEY, WEIGHTS_NAME, LoRA
-from .injection import extract_lora
+from .layers import extract_lora
 
 
 def write_lora_weights(

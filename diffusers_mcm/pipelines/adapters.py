@@ -27,17 +27,21 @@ from ..base_models import BASE_MODELS
 from ..cards import public_training
 from ..lora import (
     CONFIG_NAME,
+    TEXT_ENCODER,
     WEIGHTS_NAME,
     LoRA,
+    activate,
     check_fits,
     load_lora_into,
     lora_layers,
+    read_components,
     read_lora,
+    replace,
+    write_components,
 )
 from .checks import is_one_value, number
 from .fusing import FusingVerbs
-from .networks import AdapterState, activate, fused_projections, replace, unwrapped
-from .style_lora import TEXT_ENCODER, read_parts, write_parts
+from .networks import AdapterState, fused_projections, unwrapped
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -143,7 +147,7 @@ class LoRAVerbs(FusingVerbs):
             options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
         """
         self._require_unfused("load a LoRA")
-        parts = read_parts(pretrained_model_name_or_path_or_dict, self._networks, **options)
+        parts = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
         for lora in parts.values():
             made_for = lora.config.get("base_model") or self._recognised(lora)
             if made_for != self.base_model.name:
@@ -298,7 +302,7 @@ class LoRAVerbs(FusingVerbs):
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            write_parts(target / WEIGHTS_NAME, self._extract(name))
+            write_components(target / WEIGHTS_NAME, self._extract(name))
             config = dict(self._adapters.configs.get(name, {}), base_model=self.base_model.name)
             extra = config.pop("extra_repositories", {})
             repository = config.get("base_model_repository")
@@ -325,7 +329,7 @@ class LoRAVerbs(FusingVerbs):
             return
         for name in state["adapters"]:
             where = options | {"subfolder": f"{ADAPTERS_FOLDER}/{name}"}
-            parts = read_parts(source, self._networks, **where)
+            parts = read_components(source, self._networks, **where)
             next(iter(parts.values())).config = hub.read_json(source, CONFIG_NAME, **where) or {}
             self._put_in(parts, name)
         for name, weight in state["adapters"].items():

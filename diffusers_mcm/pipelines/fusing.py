@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..lora import LoRA, compute_dtype, extract_lora
+from ..lora import LoRA, activate, compute_dtype, extract_lora, replace
 from .mixin import PipelineMixin
-from .networks import AdapterState, activate, replace, require_called
+from .networks import AdapterState, require_called
 
 
 class FusingVerbs(PipelineMixin):
@@ -102,7 +102,7 @@ class FusingVerbs(PipelineMixin):
         self._adapters.originals = {}
 
     def _set_aside(self) -> None:
-        """What peft's layers adapt in their places."""
+        """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
         for module, layer in layers.items():
             replace(networks, module, layer.get_base_layer())

@@ -21,7 +21,7 @@ from ..lora import LoRA
 from . import checks, loading
 from .adapters import _as_lora, _free_name
 from .callbacks import TENSORS, step_callback
-from .networks import require_unmerged
+from .networks import require_unfused
 from .publishing import HubVerbs
 from .request import Request
 from .sampling import Sampling
@@ -69,7 +69,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
         """What `__init__` of a subclass does, once the components have their names."""
         self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
-        require_unmerged([module for module in components.values() if isinstance(module, nn.Module)])
+        require_unfused([module for module in components.values() if isinstance(module, nn.Module)])
         self.register_modules(**components)
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,

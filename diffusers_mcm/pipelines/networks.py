@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,25 +52,12 @@ def require_called(network: nn.Module, modules: Iterable[str], what: str) -> Non
         )
 
 
-def require_unmerged(networks: Iterable[nn.Module]) -> None:
+def require_unfused(networks: Iterable[nn.Module]) -> None:
     """`ValueError` if a LoRA is in the weights that another pipeline has fused there."""
     for network in networks:
-        merged = next((name for name, layer in lora_layers(network).items() if layer.merged), None)
-        if merged is not None:
+        fused = next((name for name, layer in lora_layers(network).items() if layer.merged), None)
+        if fused is not None:
             raise ValueError(
-                f"A LoRA is fused into the weights of this {type(network).__name__} (at {merged!r}) by another"
+                f"A LoRA is fused into the weights of this {type(network).__name__} (at {fused!r}) by another"
                 " pipeline, which alone can take it out: `unfuse_lora()` there first, and fuse it here."
             )
-
-
-def activate(layer: nn.Module, names: Sequence[str]) -> None:
-    """These adapters, and no others, act on peft's layer; what is trainable stays so."""
-    trainable = [parameter.requires_grad for parameter in layer.parameters()]
-    layer.set_adapter(list(names))
-    for parameter, requires_grad in zip(layer.parameters(), trainable):
-        parameter.requires_grad_(requires_grad)
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -42,11 +42,10 @@ def load_checkpoint(path: str, config: str, dtype: torch.dtype, **options) -> di
     _check_kind(path)
     nothing = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     with tempfile.TemporaryDirectory() as folder:
-        if Path(path).suffix != ".safetensors":  # by which diffusers tells it from a pickle
+        link = Path(path)
+        if link.suffix != ".safetensors":  # by which diffusers tells it from a pickle
             link = Path(folder, "checkpoint.safetensors")
             link.symlink_to(Path(path).resolve())
-        else:
-            link = path
         try:
             found = StableDiffusionPipeline.from_single_file(
                 str(link), config=config, dtype=dtype, requires_safety_checker=False, **nothing, **options

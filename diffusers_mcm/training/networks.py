@@ -23,13 +23,13 @@ from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
     check_fits,
+    fused,
     lora_disabled,
     lora_state_dict,
     open_safetensors,
     read_lora,
     set_lora_state_dict,
 )
-from ..lora.fused import fused
 from ..pipelines import MCMPipeline
 from ..pipelines.single_file import how_to_unpack, is_checkpoint
 from .config import TrainingConfig

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_mcm.base_models.motion_adapter import load_motion_adapter
-from diffusers_mcm.formats.motion_module import original_keys
+from diffusers_mcm.lora.layouts import animatediff_keys
 from tests.tiny import tiny_motion_adapter
 
 SIZES = dict(block_out_channels=(32, 64), motion_num_attention_heads=8, motion_norm_num_groups=32)
@@ -20,7 +20,7 @@ def adapter():
 def test_a_file_is_the_adapter(adapter, tmp_path, form):
     tensors = adapter.state_dict()
     if form != "diffusers":
-        tensors = original_keys(tensors)
+        tensors = animatediff_keys(tensors)
     prefix = "module." if form == "with a prefix" else ""
     save_file({prefix + key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "mm.safetensors")
     for source in (tmp_path / "mm.safetensors", tmp_path):  # by its name, or where it is alone
@@ -34,7 +34,7 @@ def test_a_file_is_the_adapter(adapter, tmp_path, form):
 
 def test_the_first_version_has_none_in_the_middle(tmp_path):
     adapter = tiny_motion_adapter(**SIZES, use_motion_mid_block=False)
-    save_file(original_keys(adapter.state_dict()), tmp_path / "mm.safetensors")
+    save_file(animatediff_keys(adapter.state_dict()), tmp_path / "mm.safetensors")
     assert not load_motion_adapter(tmp_path / "mm.safetensors").config.use_motion_mid_block
 
 
@@ -46,7 +46,7 @@ def test_what_is_no_motion_module(adapter, tmp_path):
         load_motion_adapter(tmp_path)
     with pytest.raises(ValueError, match="mm.ckpt is not a .safetensors file; pickled weights are not read"):
         load_motion_adapter(tmp_path / "mm.ckpt")
-    tensors = original_keys(adapter.state_dict())
+    tensors = animatediff_keys(adapter.state_dict())
     save_file(tensors | {"conv_in.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="1 of its .* keys are of something else, such as 'conv_in.weight'"):
         load_motion_adapter(tmp_path / "a.safetensors")

@@ -9,8 +9,7 @@ from diffusers_mcm.distillation.adversarial import AdversarialStep
 from diffusers_mcm.distillation.draws import draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
 from diffusers_mcm.distillation.student import Student
-from diffusers_mcm.lora import add_lora, lora_disabled, lora_state_dict
-from diffusers_mcm.lora.fused import fused
+from diffusers_mcm.lora import add_lora, fused, lora_disabled, lora_state_dict
 from tests.distillation.discriminator.tiny import random_tensor, tiny_discriminator
 from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 from tests.training.world import CAPTIONS, tiny_config

@@ -176,16 +176,16 @@ def test_stock_animatediff_loads_it_fully_and_computes_the_same(adapters, places
 
 
 # --- kohya files and motion modules ----------------------------------------------------------------------------------
-def merged_unet(adapter: Path):
-    """The base with the LoRA merged in by our own pipeline code."""
+def fused_unet(adapter: Path):
+    """The base with the LoRA fused in by our own pipeline code."""
     unet = tiny_motion_unet()
     load_lora_into(unet, read_lora(adapter))
-    merged = {}
+    fused = {}
     for name, module in unet.named_modules():
         if hasattr(module, "get_delta_weight"):
             base = module.get_base_layer().weight
-            merged[f"{name}.weight"] = base + module.get_delta_weight("default")
-    return merged
+            fused[f"{name}.weight"] = base + module.get_delta_weight("default")
+    return fused
 
 
 def test_kohya_file_is_the_spatial_half_to_stock_diffusers(adapters, tmp_path):
@@ -201,7 +201,7 @@ def test_kohya_file_is_the_spatial_half_to_stock_diffusers(adapters, tmp_path):
     pipe.load_lora_weights(file)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    after, expected = pipe.unet.state_dict(), merged_unet(adapters["animatediff"])
+    after, expected = pipe.unet.state_dict(), fused_unet(adapters["animatediff"])
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed == {f"{name}.weight" for name in spatial}
     for key in changed:
@@ -211,14 +211,14 @@ def test_kohya_file_is_the_spatial_half_to_stock_diffusers(adapters, tmp_path):
 def test_motion_module_loads_back_with_diffusers_own_converter(adapters, hub_root, tmp_path):
     options = dict(motion_adapter=hub_root / ADAPTER)
     file = convert(adapters["animatediff"], tmp_path / "motion.safetensors", "motion-module", **options)
-    base, expected = tiny_motion_adapter().state_dict(), merged_unet(adapters["animatediff"])
+    base, expected = tiny_motion_adapter().state_dict(), fused_unet(adapters["animatediff"])
     adapter = MotionAdapter.from_single_file(file, config=str(hub_root / ADAPTER)).state_dict()
     assert adapter.keys() == base.keys()
-    merged = {key for key in base if key in expected}
-    assert len(merged) == len([name for name in expected if ".motion_modules." in name]) > 0
+    fused = {key for key in base if key in expected}
+    assert len(fused) == len([name for name in expected if ".motion_modules." in name]) > 0
     for key, tensor in adapter.items():
         torch.testing.assert_close(tensor, expected.get(key, base[key]), msg=key)
-        assert torch.equal(tensor, base[key]) == (key not in merged)
+        assert torch.equal(tensor, base[key]) == (key not in fused)
 
 
 def test_a_motion_adapter_that_is_given_stands_in_for_one_that_has_gone(adapters, hub_root, tmp_path):

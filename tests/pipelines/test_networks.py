@@ -6,8 +6,8 @@ from diffusers import AnimateDiffPipeline, PNDMScheduler, StableDiffusionPipelin
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
 from diffusers_mcm.lora import LoRA, lora_layers
+from tests.lora.test_components import SPATIAL, make, sample
 from tests.pipelines.test_animatediff import random_lora
-from tests.test_style_lora import SPATIAL, make, sample
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
     SCHEDULER,

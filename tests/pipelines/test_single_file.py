@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline
-from diffusers_mcm.pipelines.original_names import original_name
+from diffusers_mcm.lora.original_names import original_name
 from tests.tiny import (
     NUM_FRAMES,
     SIZE,

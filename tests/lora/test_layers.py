@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from diffusers_mcm.base_models import get_base_model
-from diffusers_mcm.lora import add_lora, lora_state_dict
-from diffusers_mcm.lora.fused import fused
+from diffusers_mcm.lora import add_lora, fused, lora_state_dict
 from tests.tiny import EXACT, TEXT_DIM, randomise_lora, tiny_unet
 
 MODELSCOPE = get_base_model("modelscope")

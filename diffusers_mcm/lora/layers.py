@@ -1,11 +1,12 @@
-"""A LoRA in a denoiser: whether it fits, putting it in, reading it out."""
+"""A LoRA in a network: whether it fits, putting it in, reading it out, switching it, fusing it."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,13 +33,13 @@ def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
         if down is None or up is None:
             problems.append(f"{name} has only one of lora_A and lora_B")
             continue
-        weight = getattr(modules[name], "weight", None)
-        if not isinstance(modules[name], (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            problems.append(f"{name} is a {type(modules[name]).__name__}, which takes no LoRA")
-        elif (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-            problems.append(
-                f"{name} has a weight of shape {tuple(weight.shape)}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}"
-            )
+        module = modules[name]
+        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            problems.append(f"{name} is a {type(module).__name__}, which takes no LoRA")
+            continue
+        shape = tuple(module.weight.shape)
+        if (up.shape[0], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
+            problems.append(f"{name} has a weight of shape {shape}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}")
     if problems:
         raise ValueError(
             f"{lora.source} does not fit this {type(denoiser).__name__}: {problems[0]}"
@@ -58,8 +59,8 @@ def check_not_wrapped(network: nn.Module, source: str) -> None:
         )
 
 
-def base_layer(module: nn.Module) -> nn.Module:
-    """What is behind a LoRA; the module itself where there is none."""
+def base_layer(module: Any) -> Any:
+    """The module that a LoRA adapts, from peft's layer; any other module is returned as it is."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
@@ -72,11 +73,16 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 # --- in the denoiser -------------------------------------------------------------------------------------------------
-def lora_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
     """peft's layers by the names of the modules they stand in for."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _peft_configs(denoiser: nn.Module) -> dict[str, Any]:
+    """peft's configuration of each LoRA in the denoiser, by its name."""
+    return getattr(denoiser, "peft_config", {})
 
 
 def add_lora(
@@ -133,7 +139,7 @@ def load_lora_into(
         raise TypeError(f"`adapter_name` must be a string, got {adapter_name!r}.")
     if not adapter_name or set(adapter_name) & set("./\\"):
         raise ValueError(f"An adapter's name must not be empty or contain a dot or slash, got {adapter_name!r}.")
-    if adapter_name in getattr(denoiser, "peft_config", {}):
+    if adapter_name in _peft_configs(denoiser):
         raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
     check_fits(denoiser, lora)
     # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
@@ -174,7 +180,7 @@ def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) ->
             tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
             tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
     if not tensors:
-        known = ", ".join(sorted(getattr(denoiser, "peft_config", {}))) or "none"
+        known = ", ".join(sorted(_peft_configs(denoiser))) or "none"
         raise ValueError(f"There is no adapter named {adapter_name!r} in the denoiser. Loaded: {known}.")
     return tensors
 
@@ -182,7 +188,7 @@ def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) ->
 def extract_lora(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> LoRA:
     """A LoRA that is in the denoiser, as it would be read from disk; shares its tensors."""
     tensors = lora_state_dict(denoiser, adapter_name)
-    config = denoiser.peft_config[adapter_name]
+    config = _peft_configs(denoiser)[adapter_name]
     return LoRA(tensors, config.lora_alpha, dict(config.alpha_pattern), config.use_rslora)
 
 
@@ -200,6 +206,7 @@ def set_lora_state_dict(
             current[key].copy_(tensor)
 
 
+# --- switched, and fused ---------------------------------------------------------------------------------------------
 @contextmanager
 def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
     """The base model, bit for bit, while the context is open."""
@@ -215,3 +222,39 @@ def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, value in zip(layers, before):
             layer._disable_adapters = value
+
+
+def activate(layer: Any, names: Sequence[str]) -> None:
+    """These adapters, and no others, act on peft's layer; what is trainable stays so."""
+    trainable = [parameter.requires_grad for parameter in layer.parameters()]
+    layer.set_adapter(list(names))
+    for parameter, requires_grad in zip(layer.parameters(), trainable):
+        parameter.requires_grad_(requires_grad)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that has this name in the model."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def fused(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
+    """The denoiser with W + s B A as one weight in each layer, instead of a second path beside W.
+
+    Called like the denoiser, with its result up to rounding, at less cost where the network is small; gradients reach
+    A and B. The sums are made here, once for all calls and for at most one backward pass. They take the memory of the
+    weights they stand for.
+    """
+    layers = {name: layer for name, layer in lora_layers(denoiser).items() if adapter_name in layer.lora_A}
+    sums: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        weight = layer.get_base_layer().weight
+        product = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[adapter_name])
+
+    def call(*args, **kwargs):
+        with lora_disabled(denoiser):
+            return torch.func.functional_call(denoiser, sums, args, kwargs)
+
+    return call

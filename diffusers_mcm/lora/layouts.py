@@ -1,0 +1,186 @@
+"""How tools name the tensors of a LoRA, and where each of them keeps the scale.
+
+In memory a key is the module's name in diffusers and `.lora_A.weight` or `.lora_B.weight`; what other tools write is
+translated to that. The readers of kohya files look up `lora_unet_` and the module's name with underscores. Their
+tables hold the modules of the image UNet and nothing else: what a LoRA changes in the motion modules goes into the
+file of a motion module, under the names of AnimateDiff's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .adapter import METADATA_KEY, LoRA
+
+DENOISER, TEXT_ENCODER = "", "text_encoder"  # the components that a key may belong to
+PEFT_PREFIX = "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
+# What the keys of each layout start with, and the component they belong to; a key without prefix is the denoiser's.
+PREFIXES = {
+    "peft": {PEFT_PREFIX: DENOISER},
+    "diffusers": {"unet.": DENOISER, "transformer.": DENOISER, "text_encoder.": TEXT_ENCODER},
+    "kohya": {KOHYA_PREFIX: DENOISER, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER},
+    "OneTrainer": {
+        "lora_unet.": DENOISER,
+        **dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
+    },
+}
+WRITTEN = ("peft", "diffusers", "kohya", "motion-module")  # the layouts that are written, and told by `layout_of`
+# Older namings of diffusers, and kohya's, as they are written today.
+_RENAMED = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\.processor\.", "."),
+        (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
+        (r"\.to_out_lora\.", ".to_out.0.lora."),
+        (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
+        (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
+    )
+]
+_RENAMED_IN_TEXT = [(re.compile(r"\.to_out\.0\."), ".out_proj."), (re.compile(r"\.to_(q|k|v)\."), r".\1_proj.")]
+MOTION = ".motion_modules."
+_IN_ANIMATEDIFF = ".temporal_transformer."
+# diffusers' names of what is inside a motion module, and AnimateDiff's.
+_RENAMED_IN_ANIMATEDIFF = {
+    ".norm1.": ".norms.0.",
+    ".norm2.": ".norms.1.",
+    ".norm3.": ".ff_norm.",
+    ".attn1.": ".attention_blocks.0.",
+    ".attn2.": ".attention_blocks.1.",
+}
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+def split_prefix(key: str) -> tuple[str, str, str]:
+    """`unet.mid_block.x` to (`diffusers`, `DENOISER`, `mid_block.x`); the layout is empty where there is no prefix."""
+    for layout, prefixes in PREFIXES.items():
+        for prefix, component in prefixes.items():
+            if key.startswith(prefix):
+                return layout, component, key.removeprefix(prefix)
+    return "", DENOISER, key
+
+
+def is_denoisers(key: str) -> bool:
+    """Whether a key has the prefix that diffusers or PEFT put before the denoiser's, or none."""
+    layout, component, _ = split_prefix(key)
+    return layout in ("peft", "diffusers", "") and component == DENOISER
+
+
+def denoiser_key(key: str) -> str:
+    """The key without the prefix that diffusers or PEFT put before the denoiser's."""
+    return split_prefix(key)[2] if is_denoisers(key) else key
+
+
+def renamed(key: str, component: str = DENOISER) -> str:
+    """`x.to_q_lora.down.weight` as `x.to_q.lora_A.weight`: an older name as diffusers writes it today."""
+    for pattern, new in _RENAMED + (_RENAMED_IN_TEXT if component == TEXT_ENCODER else []):
+        key = pattern.sub(new, key)
+    return key
+
+
+def layout_of(keys: Iterable[str]) -> str | None:
+    """Which of `WRITTEN` all of these keys are in; `None` if they are in several, or in another."""
+    keys = list(keys)
+    found = {split_prefix(key)[:2] for key in keys}
+    layout, component = found.pop() if len(found) == 1 else ("", DENOISER)
+    if layout in WRITTEN and component == DENOISER:
+        return layout
+    return "motion-module" if keys and all(_IN_ANIMATEDIFF in key for key in keys) else None
+
+
+# --- what a LoRA's scale is ------------------------------------------------------------------------------------------
+def check_no_dora(source: str, keys: Iterable[str] = (), config: Mapping[str, Any] | None = None) -> None:
+    """`ValueError` if keys, or peft's configuration, are those of a DoRA."""
+    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in keys) or (config or {}).get("use_dora"):
+        raise ValueError(f"{source} is a DoRA; only plain LoRA is supported.")
+
+
+def recorded_config(
+    header: Mapping[str, str], adapter_config: Mapping[str, Any] | None = None, component: str = DENOISER
+) -> dict[str, Any]:
+    """`lora_alpha` and what else peft configures: from its file, or else from diffusers' metadata in the header."""
+    packed = {split_prefix(key)[1:]: value for key, value in json.loads(header.get(METADATA_KEY, "{}")).items()}
+    return dict(adapter_config or {key: value for (owner, key), value in packed.items() if owner == component})
+
+
+def set_scale(lora: LoRA, config: Mapping[str, Any], alphas: Mapping[str, float] | None = None) -> None:
+    """Set the numerator of the scale: kohya's, one for each module, or that of peft's configuration, or the rank."""
+    if alphas:
+        full = {module: alphas.get(module, float(rank)) for module, rank in lora.ranks().items()}
+        lora.alpha = Counter(full.values()).most_common(1)[0][0]
+        lora.alpha_pattern = {f"^{module}": alpha for module, alpha in full.items() if alpha != lora.alpha}
+        return
+    check_no_dora(lora.source, config=config)
+    lora.alpha = config.get("lora_alpha")
+    lora.alpha_pattern = dict(config.get("alpha_pattern") or {})
+    lora.use_rslora = bool(config.get("use_rslora", False))
+
+
+def kohya_alpha(header: Mapping[str, str]) -> float | None:
+    """The alpha that a kohya file tells of itself, if that is a number."""
+    try:
+        return float(header["ss_network_alpha"])
+    except (KeyError, ValueError):  # "None" or "Dynamic", as other trainers have it
+        return None
+
+
+# --- kohya files and motion modules, written -------------------------------------------------------------------------
+def spatial_modules(lora: LoRA) -> list[str]:
+    """The modules of the image UNet; `ValueError` for a LoRA of a model that is not one with motion modules added."""
+    spatial = [module for module in lora.modules if MOTION not in module]
+    if not spatial or len(spatial) == len(lora.modules):
+        raise ValueError(
+            f"{lora.source} has {len(spatial)} spatial and {len(lora.modules) - len(spatial)} motion modules; this"
+            " layout is for an AnimateDiff LoRA, which has both. Its readers know no other video model."
+        )
+    return spatial
+
+
+def kohya_tensors(lora: LoRA) -> dict[str, torch.Tensor]:
+    """`lora_down (r, in, …)`, `lora_up (out, r, …)` and `alpha ()`, a scale of alpha / r, for each spatial module."""
+    ranks, scales = lora.ranks(), lora.scales()
+    tensors = {}
+    for module in spatial_modules(lora):
+        name = KOHYA_PREFIX + module.replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = lora.tensors[f"{module}.lora_A.weight"].contiguous()
+        tensors[f"{name}.lora_up.weight"] = lora.tensors[f"{module}.lora_B.weight"].contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(scales[module] * ranks[module]))
+    return tensors
+
+
+def kohya_header(lora: LoRA) -> dict[str, str]:
+    """What the interfaces show of a kohya file."""
+    config = lora.peft_config()
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": json.dumps(config.r),
+        "ss_network_alpha": json.dumps(config.lora_alpha),
+        "ss_base_model_version": "sd_v1",
+    }
+
+
+def animatediff_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A motion adapter under AnimateDiff's keys; the positions, which both attentions share, are there for each.
+
+    `mid_block.motion_modules.0.norm.bias` becomes `mid_block.motion_modules.0.temporal_transformer.norm.bias`.
+    """
+    tensors = {}
+    for key, tensor in weights.items():
+        block, _, rest = key.partition(MOTION)
+        number, _, inside = rest.partition(".")
+        name = f"{block}{MOTION}{number}{_IN_ANIMATEDIFF}{inside}"
+        for ours, theirs in _RENAMED_IN_ANIMATEDIFF.items():
+            name = name.replace(ours, theirs)
+        if name.endswith(".pos_embed.pe"):
+            for i in (0, 1):
+                tensors[name.replace(".pos_embed.pe", f".attention_blocks.{i}.pos_encoder.pe")] = tensor.clone()
+        else:
+            tensors[name] = tensor.contiguous()
+    return tensors
