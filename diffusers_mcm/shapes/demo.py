@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_text
+from ..tables import replace_section, table
 from ..video_io import comparison, write_image, write_mp4
 from .captions import Caption, held_out_captions
 from .methods import MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
-from .scores import METRICS, outcomes, read, replace_section, table
+from .scores import METRICS, outcomes, read
 
 FPS = 8
 SHOWN = 3  # prompts in the picture

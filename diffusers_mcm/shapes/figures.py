@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..files import write_text
+from ..tables import replace_section, table
 from .captions import Caption, held_out_captions, training_captions
 from .methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
 from .render import render_video
@@ -23,9 +24,7 @@ from .scores import (
     interval,
     outcomes,
     read,
-    replace_section,
     resampled_captions,
-    table,
 )
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
