@@ -254,11 +254,12 @@ def lora_sha256(arguments: argparse.Namespace) -> str | None:
     from .. import hub
     from ..lora import find_lora_file
 
-    source = hub.resolve(arguments.lora or arguments.model)
-    if not os.path.isfile(source):
+    name = hub.resolve(arguments.lora or arguments.model)
+    source: str | Path | None = name
+    if not os.path.isfile(name):
         revision = None if arguments.lora else arguments.revision
         # what has just been loaded is in the cache
-        source = find_lora_file(source, subfolder=arguments.subfolder, revision=revision, local_files_only=True)
+        source = find_lora_file(name, subfolder=arguments.subfolder, revision=revision, local_files_only=True)
     if source is None:
         return None
     with open(source, "rb") as stream:

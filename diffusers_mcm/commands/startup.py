@@ -34,16 +34,16 @@ def _import_when_used(package: str, name: str) -> None:
     if full_name in sys.modules or find_spec(package) is None:
         return
     spec = find_spec(full_name)
-    if spec is None or spec.loader is None:
+    if spec is None or (loader := spec.loader) is None:
         return
     module = module_from_spec(spec)
 
     def read_and_get(attribute: str):
         vars(module).pop("__getattr__", None)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         return getattr(module, attribute)
 
-    module.__getattr__ = read_and_get
+    vars(module)["__getattr__"] = read_and_get
     sys.modules[full_name] = module
 
 

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def decode(data: bytes) -> np.ndarray:
     """All frames of an mp4: uint8 (T, H, W, 3)."""
     import av
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -106,20 +107,20 @@ def build(
             raise ValueError(f"the number of {name} must be at least {least}, got {value}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
-    settings = dict(split=split, seed=seed, size=size)
     with _whole_directory(directory) as temporary:
         if num_videos:
-            samples = videos(num_videos, num_frames=num_frames, **settings)
-            WRITERS[format](temporary / "videos", samples, "mp4")
+            WRITERS[format](temporary / "videos", videos(num_videos, split, seed, size, num_frames), "mp4")
         for domain in image_domains if num_images else ():
-            WRITERS[format](temporary / "images" / domain, images(num_images, domain, **settings), "png")
+            WRITERS[format](temporary / "images" / domain, images(num_images, domain, split, seed, size), "png")
         record = dict(
             num_videos=num_videos,
             num_images=num_images,
             image_domains=list(image_domains),
             format=format,
             num_frames=num_frames,
-            **settings,
+            split=split,
+            seed=seed,
+            size=size,
         )
         (temporary / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return directory
@@ -132,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(WRITERS), default="folder", help="files and metadata.csv, or WebDataset tars")
     add("--videos", type=int, default=2064, metavar="N", help="number of videos (default: %(default)s, 4 per caption)")
     add("--images", type=int, default=2064, metavar="N", help="number of images per domain (default: %(default)s)")
-    add("--image_domains", nargs="*", choices=IMAGE_DOMAINS, default=IMAGE_DOMAINS, help="looks of the images")
+    add("--image_domains", nargs="*", choices=IMAGE_DOMAINS, default=IMAGE_DOMAINS, help="appearances of the images")
     add("--split", choices=tuple(SPLITS), default="train", help="captions to use; train never contains a held-out one")
     add("--seed", type=int, default=0, help="same seed, same bytes")
     add("--size", type=int, default=64, help="width and height in pixels (default: %(default)s)")
@@ -169,7 +170,7 @@ def _schedule(count: int, split: str, seed: int, domain: str) -> Iterator[tuple[
     """Captions in shuffled rounds, each with a render seed that no other domain or item has."""
     captions = SPLITS[split]()
     rng = np.random.default_rng([seed, DOMAINS.index(domain)])
-    order = []
+    order: list[int] = []
     for item in range(count):
         if not order:
             order = rng.permutation(len(captions)).tolist()
@@ -189,21 +190,15 @@ def _write_folder(directory: Path, samples: Iterator[Sample], extension: str) ->
 
 def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> None:
     directory.mkdir(parents=True)
-    tar = None
-    try:
-        for number, sample in enumerate(samples):
-            if number % SHARD == 0:
-                if tar:
-                    tar.close()
-                tar = tarfile.open(directory / f"{number // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT)
-            label = json.dumps({"caption": sample.caption}).encode()
-            for suffix, data in ((extension, sample.data), ("json", label)):
-                entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    finally:
-        if tar:
-            tar.close()
+    numbered = enumerate(samples)
+    for shard, first in enumerate(iter(lambda: next(numbered, None), None)):
+        with tarfile.open(directory / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, sample in chain([first], islice(numbered, SHARD - 1)):
+                label = json.dumps({"caption": sample.caption}).encode()
+                for suffix, data in ((extension, sample.data), ("json", label)):
+                    entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[Sample], str], None]] = {"folder": _write_folder, "tars": _write_tars}

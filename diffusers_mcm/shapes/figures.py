@@ -81,7 +81,7 @@ class Study:
             found = outcomes(self.readings(candidate, captions, [SEARCH_SEED]), captions)
             attributes = float(np.mean([found[attribute] for attribute in ATTRIBUTES]))
             scores[guidance] = (float(found["all_right"].mean()), attributes, -guidance)
-        return max(scores, key=scores.get), {guidance: score[0] for guidance, score in scores.items()}
+        return max(scores, key=scores.__getitem__), {guidance: score[0] for guidance, score in scores.items()}
 
     def _kept(
         self, name: str, recipe: list, make: Callable, captions: Sequence[Caption], seeds: Sequence[int]
@@ -123,7 +123,7 @@ def time_methods(
 ) -> dict[str, float]:
     """Median seconds per video, prompt to pixels; the methods take turns so that load falls on all."""
     prompts = [captions[index % len(captions)] for index in range(runs + batch_size - 1)]
-    seconds = {method.name: [] for method in methods}
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     for method in methods:
         networks.timed_batch(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
     for turn in range(runs):
