@@ -1,4 +1,4 @@
-"""Videos out, as H.264, GIF, WebP, frames or pictures, whole or not at all; what they say of their making is read back.
+"""Videos as H.264, GIF, WebP, frames or pictures, whole or not at all; how they were made is read back from them.
 
 The name is public: the README and people's scripts import `write_video` from here. Films are read in `data/`.
 """
