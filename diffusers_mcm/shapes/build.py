@@ -105,8 +105,7 @@ def build(
             raise ValueError(f"the number of {name} must be at least {least}, got {value}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
+    _check_free(directory)
     with whole_folder(directory) as temporary:
         if num_videos:
             WRITERS[format](temporary / "videos", videos(num_videos, split, seed, size, num_frames), "mp4")
@@ -190,6 +189,11 @@ def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> N
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[Sample], str], None]] = {"folder": _write_folder, "tars": _write_tars}
+
+
+def _check_free(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
 
 
 def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
