@@ -1,7 +1,7 @@
 """The caption grammar of the shapes world, and which captions no training may read."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -46,8 +46,8 @@ class Caption(NamedTuple):
 
 def grammar() -> dict[str, str | dict[str, list[str]]]:
     """The grammar as a model's `grammar.json` holds it, for `diffusers-mcm generate` to tell what the model draws."""
-    words = zip(Caption._fields, (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
-    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in words}}
+    words: tuple[Iterable[str], ...] = (COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
+    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in zip(Caption._fields, words)}}
 
 
 def parse(caption: "str | Caption") -> Caption:
