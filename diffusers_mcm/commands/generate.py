@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+    _add_sampling_and_machine(parser)
+    return parser
 
+
+def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
     sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
@@ -85,7 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
     machine("--decode_chunk_size", type=int, default=16, help="decode that many frames at a time (default: 16)")
     machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
     machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -258,12 +261,13 @@ def lora_sha256(arguments: argparse.Namespace) -> str | None:
     from .. import hub
     from ..lora import find_lora_file
 
-    source = hub.resolve(arguments.lora or arguments.model)
-    if not os.path.isfile(source):
+    name = hub.resolve(arguments.lora or arguments.model)
+    source: str | Path | None = name
+    if not os.path.isfile(name):
         revision = None if arguments.lora else arguments.revision
         # what has just been loaded is in the cache
         place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
-        source = find_lora_file(source, **place, local_files_only=True)
+        source = find_lora_file(name, **place, local_files_only=True)
     if source is None:
         return None
     with open(source, "rb") as stream:
