@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import hub
 from ..conditioning import Conditioning
+from ..location import Location
 from ..scheduler import MCMScheduler
+from ..settings import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from ..consistency import NoisePath
@@ -86,9 +87,9 @@ class BaseModel(ABC):
         `extra_repositories` overrides the class's own, by component name.
         """
 
-    def read_sampling(self, repository: str, denoiser: nn.Module, vae: nn.Module, **options) -> dict[str, Any]:
+    def read_sampling(self, location: Location, denoiser: nn.Module, vae: nn.Module) -> dict[str, Any]:
         """The size of the model's videos: from `model_index.json`, or the networks, or this model's defaults."""
-        index = hub.read_json(repository, "model_index.json", **options) or {}
+        index = location.json("model_index.json") or {}
         names = ("height", "width", "num_frames", "fps")
         return {name: index.get(name) or self.sampling_default(name, denoiser, vae) for name in names}
 
@@ -127,7 +128,7 @@ class BaseModel(ABC):
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """`num_frames`, `height`, `width`, `fps` or `num_inference_steps` where no configuration says otherwise."""
-        return 4 if name == "num_inference_steps" else getattr(self, name)
+        return DEFAULT_STEPS if name == "num_inference_steps" else getattr(self, name)
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod

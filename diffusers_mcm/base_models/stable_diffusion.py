@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .. import hub
 from ..conditioning import Conditioning
+from ..location import Location
 from ..lora import base_layer
 from .base import BaseModel, Components
 from .precision import find_ends
@@ -57,18 +57,17 @@ class StableDiffusionModel(BaseModel):
         extra_repositories: Mapping[str, str] | None = None,
         **hub_options,
     ) -> Components:
-        source = hub.resolve(repository or self.default_repository)
-        where = dict(revision=revision, **hub_options)
-        index = hub.read_json(source, "model_index.json", subfolder=subfolder, **where) or {}
-
-        def part(name: str) -> dict:
-            return dict(subfolder=f"{subfolder}/{name}" if subfolder else name, **where)
+        location = Location.of(
+            repository or self.default_repository, subfolder=subfolder, revision=revision, **hub_options
+        )
+        source = location.name
+        index = location.json("model_index.json") or {}
 
         def weights_of(name: str) -> dict:
-            place = part(name)
-            return dict(dtype=dtype, use_safetensors=True, **place, **hub.variant_of(source, variant, **place))
+            place = location.inside(name)
+            return dict(dtype=dtype, use_safetensors=True, **place.arguments, **place.variant(variant))
 
-        with hub.never_pickled(source, **where):
+        with location.never_pickled():
             others = dict(hub_options, variant=variant)
             denoiser, found = self.load_denoiser(source, index, weights_of, extra_repositories or {}, others)
             vae = AutoencoderKL.from_pretrained(source, **weights_of("vae"))
@@ -76,14 +75,14 @@ class StableDiffusionModel(BaseModel):
         self.check_components(denoiser, vae)
         for module in (denoiser, vae, text_encoder):
             module.requires_grad_(False).eval()
-        scheduler = hub.read_json(source, "scheduler_config.json", **part("scheduler"))
+        scheduler = location.inside("scheduler").json("scheduler_config.json")
         return Components(
             denoiser=denoiser,
             vae=vae,
             text_encoder=text_encoder,
-            tokenizer=CLIPTokenizer.from_pretrained(source, **part("tokenizer")),
+            tokenizer=CLIPTokenizer.from_pretrained(source, **location.inside("tokenizer").arguments),
             scheduler_config=self.scheduler_config(self.own_schedule(index, scheduler)),
-            sampling=self.read_sampling(source, denoiser, vae, subfolder=subfolder, **where),
+            sampling=self.read_sampling(location, denoiser, vae),
             extra_repositories=found,
         )
 

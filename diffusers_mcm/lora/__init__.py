@@ -11,17 +11,15 @@ error before anything in the denoiser has changed.
 
 from __future__ import annotations
 
+from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from ..settings import CONFIG_NAME
 from .adapter import (
-    CONFIG_NAME,
     DEFAULT_ADAPTER,
     HEADER_KEYS,
     METADATA_KEY,
-    MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
-    PEFT_WEIGHTS_NAME,
     PREFIXES,
-    WEIGHTS_NAME,
     LoRA,
     split_key,
 )
@@ -39,7 +37,16 @@ from .injection import (
     lora_state_dict,
     set_lora_state_dict,
 )
-from .reading import elsewhere, find_lora_file, locate_lora, open_safetensors, read_lora, read_settings
+from .reading import (
+    LoRAFile,
+    locate_lora,
+    open_safetensors,
+    read_beside,
+    read_lora,
+    read_lora_file,
+    read_settings,
+    to_lora,
+)
 from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
 
 __all__ = [
@@ -54,14 +61,13 @@ __all__ = [
     "PREFIXES",
     "WEIGHTS_NAME",
     "LoRA",
+    "LoRAFile",
     "add_lora",
     "base_layer",
     "check_fits",
     "check_not_wrapped",
     "compute_dtype",
-    "elsewhere",
     "extract_lora",
-    "find_lora_file",
     "fresh_lora",
     "load_lora_into",
     "locate_lora",
@@ -70,11 +76,14 @@ __all__ = [
     "lora_layers",
     "lora_state_dict",
     "open_safetensors",
+    "read_beside",
     "read_lora",
+    "read_lora_file",
     "read_settings",
     "save_lora",
     "set_lora_state_dict",
     "split_key",
+    "to_lora",
     "write_lora_folder",
     "write_lora_weights",
     "write_safetensors",

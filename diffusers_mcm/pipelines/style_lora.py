@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import hub
+from ..location import Location
 from ..lora import (
     METADATA_KEY,
     PEFT_PREFIX,
     LoRA,
     base_layer,
     check_not_wrapped,
-    find_lora_file,
-    locate_lora,
     lora_header,
-    open_safetensors,
-    read_lora,
+    read_lora_file,
     split_key,
+    to_lora,
     write_safetensors,
 )
 from .original_names import original_name
@@ -72,7 +70,7 @@ _RENAMED_IN_TEXT = [(re.compile(r"\.to_out\.0\."), ".out_proj."), (re.compile(r"
 
 
 def read_parts(
-    source: str | os.PathLike | LoRA | Mapping[str, torch.Tensor],
+    source: str | os.PathLike | Location | LoRA | Mapping[str, torch.Tensor],
     components: Mapping[str, nn.Module],
     **options,
 ) -> dict[str, LoRA]:
@@ -87,17 +85,11 @@ def read_parts(
         return {denoiser: source}
     if isinstance(source, Mapping):
         return split_parts(source, {}, components, "the LoRA")
-    if not options.get("weight_name") and not os.path.isfile(source):
-        where = {key: value for key, value in options.items() if key != "weight_name"}
-        if find_lora_file(hub.resolve(source), **where) is None and hub.find_file(source, MOTION_LORA_NAME, **where):
-            options["weight_name"] = MOTION_LORA_NAME
-    path = locate_lora(source, **options)[1]
-    with open_safetensors(path) as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in tensors):
-        if not any(key.startswith(f"{TEXT_ENCODER}.") for key in tensors):
-            return {denoiser: read_lora(source, **options)}  # with the settings beside it
-    return split_parts(tensors, header, components, str(path))
+    file = read_lora_file(Location.of(source, **options), MOTION_LORA_NAME)
+    if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in file.tensors):
+        if not any(key.startswith(f"{TEXT_ENCODER}.") for key in file.tensors):
+            return {denoiser: to_lora(file)}  # with the settings beside it
+    return split_parts(file.tensors, file.header, components, str(file.path))
 
 
 def split_parts(

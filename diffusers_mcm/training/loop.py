@@ -19,8 +19,8 @@ from ..distillation.discriminator import PenaltyWeight
 from ..distillation.draws import Coins, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
-from ..files import whole_files
-from ..lora import lora_state_dict, set_lora_state_dict
+from ..files import atomic_files
+from ..lora import LoRA, lora_state_dict, set_lora_state_dict
 from .acceleration import build_accelerator, start_trackers, with_accelerate_settings
 from .batches import Batch, build_batches, open_data
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -329,7 +329,7 @@ class Trainer:
 
     def write_folder(
         self, folder: Path, sample: tuple[str, np.ndarray] | None = None, relative_to: Path | None = None
-    ) -> None:
+    ) -> LoRA:
         rates = self.config.learning_rates(self.total_batch)
         progress = {
             "steps": self.step,
@@ -341,7 +341,7 @@ class Trainer:
         }
         name = self.output_dir.resolve().name
         with self.averaged():
-            write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
+            return write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -409,9 +409,9 @@ class Trainer:
             sample = (prompts[0], self.clip(prompts[0])) if prompts else None
             with (
                 room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
-                whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
+                atomic_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
             ):
-                self.write_folder(folder, sample, relative_to=self.output_dir)
+                lora = self.write_folder(folder, sample, relative_to=self.output_dir)
             if skipped:
                 first = ", ".join(sorted(skipped)[:5]) + (", …" if len(skipped) > 5 else "")
                 logger.warning("%d items of the data could not be used: %s", len(skipped), first)
@@ -419,7 +419,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if config.push_to_hub and self.accelerator.is_main_process:
-            logger.info("Published: %s", push_to_hub(config))
+            logger.info("Published: %s", push_to_hub(config, lora))
 
 
 def train(config: TrainingConfig) -> Path:

@@ -1,7 +1,6 @@
 """Everything a run computes with, made from its configuration."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
 from ..consistency import SIGMA_DATA
 from ..distillation.discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
 from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
+from ..location import Location
 from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
@@ -55,8 +54,7 @@ def find_base_model(config: TrainingConfig) -> BaseModel:
     """The row of `BASE_MODELS` for the teacher: as named, or as its `model_index.json` says."""
     if config.base_model is not None:
         return get_base_model(config.base_model)
-    source = hub.resolve(config.pretrained_teacher_model)
-    index = hub.read_json(source, "model_index.json", revision=config.revision)
+    index = Location.of(config.pretrained_teacher_model, revision=config.revision).json("model_index.json")
     if index is None:
         raise ValueError(
             f"--pretrained_teacher_model {config.pretrained_teacher_model!r} has no model_index.json; "
@@ -160,7 +158,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> Networks:
 
 def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
     """Overwrite a fresh LoRA with `--pretrained_lora`, and the motion head with the one beside it, if there is one."""
-    lora = read_lora(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+    location = Location.of(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+    lora = read_lora(location)
     check_fits(denoiser, lora)
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]
@@ -170,8 +169,7 @@ def start_from_pretrained(denoiser: nn.Module, motion: nn.Module, config: Traini
             f" {config.lora_rank} and --lora_alpha {config.lora_alpha:g}: they must be the same, for all its modules."
         )
     set_lora_state_dict(denoiser, lora.tensors)
-    source, where = hub.resolve(config.pretrained_lora), dict(subfolder=config.pretrained_lora_subfolder)
-    head = hub.find_file(source, MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
     if head is not None:
         with open_safetensors(head) as file:
             if (file.metadata() or {}).get("motion") == config.motion:

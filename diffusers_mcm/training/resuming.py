@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..hub import recordable_source
 from .config import VALUES_BEFORE_FLAGS, TrainingConfig, default_values
 from .networks import Networks
-from .output import recordable_source
 
 # With one of these changed, or a flag of the method, it would not be the same run that goes on.
 _FIXED = (

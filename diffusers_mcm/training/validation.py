@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 from ..conditioning import Conditioning
 from ..distillation.draws import draw_normal, sample_generator
 from ..distillation.student import Student
-from ..files import whole_folder
+from ..files import atomic_folder
 from ..video_io import comparison, write_image, write_mp4
 from .disk import room_for
 
@@ -42,7 +42,7 @@ def sample_clip(
 def write_validation(folder: Path, clips: dict[str, np.ndarray], fps: int) -> np.ndarray:
     """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none."""
     picture = comparison({prompt: [clip] for prompt, clip in clips.items()}, [folder.name], frames_per_video=8)
-    with room_for("the validation clips", folder), whole_folder(folder) as temporary:
+    with room_for("the validation clips", folder), atomic_folder(folder) as temporary:
         for number, clip in enumerate(clips.values()):
             write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
         write_image(temporary / "overview.png", picture)
