@@ -426,7 +426,10 @@ def published(world, tmp_path, monkeypatch):
 def test_a_run_is_published_in_one_commit_without_its_secrets_and_paths(published, tmp_path, caplog, capsys):
     server, config = published
     caplog.set_level(logging.INFO)
-    train(config)
+    with reads() as found:
+        train(config)
+    assert found["pytorch_lora_weights.safetensors"] == 1  # by the client that uploads it; none by us
+    assert found["mcm_config.json"] <= 1
     repository = server.repositories["me/mcm"]
     assert len(repository.messages) == 2 and f"commit/{repository.branches['main']}" in caplog.text
     expected = {"README.md", "mcm_config.json", "motion_head.safetensors", "pytorch_lora_weights.safetensors"}
