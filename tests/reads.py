@@ -13,7 +13,7 @@ _watching: list[Counter] = []
 
 def _opened(event, arguments):
     if event == "open" and _watching and isinstance(arguments[0], (str, Path)) and "r" in str(arguments[1]):
-        _watching[-1][Path(arguments[0]).name] += 1
+        _watching[-1].update((Path(arguments[0]).name, str(arguments[0])))
 
 
 sys.addaudithook(_opened)  # there is no way to remove one
@@ -21,11 +21,11 @@ sys.addaudithook(_opened)  # there is no way to remove one
 
 @contextmanager
 def reads():
-    """How often each file is opened to be read, by its name."""
+    """How often each file is opened to be read, by its name and by its path."""
     original, found = safetensors.safe_open, Counter()
 
     def counted(path, *args, **kwargs):
-        found[Path(path).name] += 1
+        found.update((Path(path).name, str(path)))
         return original(path, *args, **kwargs)
 
     _watching.append(found)
