@@ -121,7 +121,7 @@ def render_card(
     base, *extra = _repositories(settings)
     values = {
         "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
-        "steps": settings.steps,
+        "steps": str(settings.steps),
         "load": f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
         "where": repository + (f" --subfolder {subfolder}" if subfolder else ""),
         "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',

@@ -93,9 +93,8 @@ class Location:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-        where = dict(revision=self.revision, subfolder=self.subfolder)
         try:
-            return Path(hf_hub_download(self.name, filename, **where, **self.options))
+            return Path(hf_hub_download(self.name, filename, **self.arguments))
         except LocalEntryNotFoundError as error:
             # The Hub could not be asked. The cache may know that the file does not exist.
             inside = f"{self.subfolder}/{filename}" if self.subfolder else filename

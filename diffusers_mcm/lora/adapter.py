@@ -53,11 +53,12 @@ class LoRA:
     @property
     def base_repository(self) -> str | None:
         """Where its base model is: what our settings say, or else PEFT's, if that is not a path elsewhere."""
-        name = self.settings.base_model_repository
-        if name is None and (name := (self.adapter_config or {}).get("base_model_name_or_path")):
-            if not (hub.is_hub_id(name) or os.path.isdir(name)):
-                logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
-                return None
+        if self.settings.base_model_repository is not None:
+            return self.settings.base_model_repository
+        name = (self.adapter_config or {}).get("base_model_name_or_path")
+        if name and not (hub.is_hub_id(name) or os.path.isdir(name)):
+            logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
+            return None
         return name
 
     def cast(self, dtype: torch.dtype | None) -> LoRA:

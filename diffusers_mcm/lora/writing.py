@@ -18,7 +18,7 @@ from .adapter import DEFAULT_ADAPTER, HEADER_KEYS, METADATA_KEY, SCHEDULER_NAME,
 from .injection import extract_lora
 
 
-def write_lora_weights(path: str | os.PathLike, lora: LoRA, prefix: str = "unet") -> None:
+def write_lora_weights(path: str | Path, lora: LoRA, prefix: str = "unet") -> None:
     """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads, and ours."""
     tensors = {f"{prefix}.{key}": tensor.detach().cpu().contiguous() for key, tensor in sorted(lora.tensors.items())}
     write_safetensors(path, tensors, lora_header(lora, prefix))
@@ -43,7 +43,7 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
     return header
 
 
-def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all, readable by whom the umask allows, and the same bytes each time.
 
     `save_file` writes for its own user only, and the metadata in an order that it draws.
