@@ -53,7 +53,7 @@ def _free(path: Path) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -73,7 +73,7 @@ def new_folders(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, and vanishes if it raises."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,8 +85,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+whole_file = atomic_file  # its name before
+
+
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # beside it, so that relative paths hold
@@ -106,7 +109,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
 
     An older `last` goes first, and with it the files and folders `stale` of an older save: a process that is killed in
