@@ -119,8 +119,8 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             adapter = recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
         if not is_animatediff(index) and "scheduler" not in options:
             config = location.inside("scheduler").json("scheduler_config.json")
-            config = cls.base_model.own_schedule(index, config)
-            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+            schedule = cls.base_model.own_schedule(index, config)
+            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
         if adapter is not None:
             adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
         if adapter is not None or complete:

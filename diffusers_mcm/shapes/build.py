@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..files import whole_folder
+from ..files import atomic_folder
 from ..video_io import encode_mp4
 from .captions import Caption, held_out_captions, training_captions
 from .render import DOMAINS, render_image, render_video
@@ -106,7 +106,7 @@ def build(
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
     _check_free(directory)
-    with whole_folder(directory) as temporary:
+    with atomic_folder(directory) as temporary:
         if num_videos:
             WRITERS[format](temporary / "videos", videos(num_videos, split, seed, size, num_frames), "mp4")
         for domain in image_domains if num_images else ():
