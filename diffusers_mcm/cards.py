@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from string import Template
 from typing import Any
 
-from . import hub
+from .hub import PACKAGED_MODELS, is_local, public_name
+from .location import Location
+from .settings import CONFIG_NAME, Sample, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
-# What of a recorded training may be the name of a model or a data set, or a path.
-SOURCES = (
-    *("pretrained_teacher_model", "pretrained_lora", "discriminator_features", "discriminator_text"),
-    *("video_data", "image_data"),
-)
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-# label -> keys of `mcm_config.json`'s training section
-_TRAINING_ROWS = {
-    "teacher": ("pretrained_teacher_model",),
-    "begun from the LoRA": ("pretrained_lora",),
-    "videos": ("video_data",),
-    "images": ("image_data",),
-    "frames, height, width": ("num_frames", "height", "width"),
-    "frame interval": ("frame_interval",),
-    "frames per second of the data": ("data_fps",),
-    "motion representation": ("motion",),
-    "lambda_real, lambda_adv": ("lambda_real", "lambda_adv"),
-    "teacher's guidance, w": ("guidance_min", "guidance_max"),
-    "solver steps": ("num_solver_steps",),
-    "weight of the gradient penalty": ("gradient_penalty_weight",),
-    "LoRA rank, alpha": ("lora_rank", "lora_alpha"),
-    "optimiser steps": ("steps",),
-    "total batch": ("total_batch",),
-    "learning rate": ("effective_learning_rate",),
-    "discriminator's learning rate": ("effective_discriminator_learning_rate",),
-    "schedule, warm-up steps": ("lr_scheduler", "lr_warmup_steps"),
-    "precision": ("mixed_precision",),
-    "decay of the weights' average": ("ema_decay",),
-    "seed": ("seed",),
-    "hours": ("hours",),
-}
 
 # How stock diffusers takes the LoRA, by base model and layout of its file.
 _WITH_PEFT = """```python
@@ -99,24 +70,6 @@ those programs; it was not run in them.""",
 }
 
 
-def is_local(name: str) -> bool:
-    """Whether a recorded name is a path and not an id."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name) or "\\" in name
-
-
-def public_name(name: Any) -> Any:
-    """A recorded name as others may see it: of a path only its last part."""
-    return PurePosixPath(name.replace("\\", "/")).name if isinstance(name, str) and is_local(name) else name
-
-
-def public_training(training: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded training without the paths of the machine it ran on."""
-    public = {key: public_name(training[key]) for key in SOURCES if key in training}
-    if extra := training.get("extra_repositories"):
-        public["extra_repositories"] = {name: public_name(place) for name, place in extra.items()}
-    return {**training, **public}
-
-
 def metadata(tags: Sequence[str] = TAGS, **fields: Any) -> str:
     """The YAML a card begins with; fields that are `None` are left out."""
     from huggingface_hub import ModelCardData
@@ -124,30 +77,29 @@ def metadata(tags: Sequence[str] = TAGS, **fields: Any) -> str:
     return ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", **fields, tags=list(tags)).to_yaml()
 
 
-def _front_matter(
-    base_models: list[str],
-    training: Mapping[str, Any],
-    prompt: str,
-    sample: Mapping[str, str] | None,
-    more: Mapping[str, Any],
-) -> str:
-    fields = dict(license=training.get("license"))
+def _front_matter(settings: Settings, prompt: str, more: Mapping[str, Any]) -> str:
+    fields: dict[str, Any] = {"license": settings.license}
     # A base model that is a local folder is nobody else's business.
-    public = [name for name in base_models if not is_local(name)]
+    public = [name for name in _repositories(settings) if not is_local(name)]
     if public:
         fields.update(base_model=public[0] if len(public) == 1 else public, base_model_relation="adapter")
-    fields["widget"] = [{"text": prompt} | ({"output": {"url": sample["file"]}} if sample else {})]
+    output = {"output": {"url": settings.sample.file}} if settings.sample else {}
+    fields["widget"] = [{"text": prompt} | output]
     return metadata(**{**fields, **more})
 
 
+def _repositories(settings: Settings) -> list[str]:
+    """The base model, and what of it lies elsewhere."""
+    return [settings.base_model_repository or "", *settings.extra_repositories.values()]
+
+
 def render_card(
-    config: Mapping[str, Any],
+    settings: Settings,
     *,
     title: str,
     repository: str,
     subfolder: str | None = None,
     layout: str = "diffusers",
-    sample: Mapping[str, str] | None = None,
     scores: Mapping[str, Any] | None = None,
     about: str = "",
     training_note: str = "From the configuration that was saved with the weights.",
@@ -156,46 +108,43 @@ def render_card(
     """The card's text.
 
     Args:
-        config: what `mcm_config.json` holds.
+        settings: the LoRA's; a sample in them lies beside the card and is shown.
         title: the heading.
         repository: what to pass to `from_pretrained`, with `subfolder`.
         layout: of the LoRA's keys, `"diffusers"` or `"peft"`.
-        sample: `prompt`, and `file` beside the card, of a clip to show.
         scores: what `scores.json` holds: `about`, `columns` and `rows` (each a label and then the cells).
         about: a paragraph on this LoRA.
         training_note: where the training's settings are known from.
         more: fields of the card's YAML, such as `license_link`.
     """
-    training = config.get("training") or {}
-    base, extra = config["base_model_repository"], list((config.get("extra_repositories") or {}).values())
-    prompt = sample["prompt"] if sample else next(iter(training.get("validation_prompts") or ()), DEFAULT_PROMPT)
+    prompt = settings.prompt or DEFAULT_PROMPT
+    base, *extra = _repositories(settings)
     values = {
         "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
-        "steps": (config.get("sampling") or {}).get("num_inference_steps") or 4,
+        "steps": str(settings.steps),
         "load": f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
         "where": repository + (f" --subfolder {subfolder}" if subfolder else ""),
-        "repository": f'resolve("{base}")' if base in hub.PACKAGED_MODELS else f'"{public_name(base)}"',
-        "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in hub.PACKAGED_MODELS else "",
+        "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',
+        "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
         "motion_adapter": public_name(extra[0]) if extra else "",
     }
-    kind = config.get("base_model")
+    kind = settings.base_model or ""
     stock = _STOCK.get((kind, layout), "Not known for this base model.")
     values |= _adapter_and_scheduler(values["load"], subfolder, converted="convert" in stock, layout=layout)
-    if config.get("training") and not training.get("image_data"):
-        looks = "those videos too"
-    else:
-        looks = "images" if training.get("image_data") else "those videos or from images"
+    looks = (
+        "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
+    )
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         values,
-        front_matter=_front_matter([base, *extra], training, prompt, sample, more),
+        front_matter=_front_matter(settings, prompt, more),
         title=title,
-        base="\nwith ".join(map(_link, [base, *extra])),
+        base="\nwith ".join(map(_link, _repositories(settings))),
         looks=looks,
         about=f"\n{about}\n" if about else "",
-        sample=_sample_section(sample),
+        sample=_sample_section(settings.sample),
         stock=Template(stock).substitute(values),
         comfyui=Template(_COMFYUI.get(kind, "Not known for this base model.")).substitute(values),
-        training=_training_section(training, training_note),
+        training=_training_section(settings, training_note),
         scores=_scores_section(scores),
     )
 
@@ -211,27 +160,20 @@ def _adapter_and_scheduler(load: str, subfolder: str | None, converted: bool, la
 
 
 def render_folder_card(
-    folder: str | os.PathLike, repository: str, config: Mapping[str, Any] | None = None, **more: Any
+    folder: str | os.PathLike, repository: str, settings: Settings | None = None, **more: Any
 ) -> str:
-    """The card of a LoRA folder, from what lies in it; `config` instead of its `mcm_config.json`.
+    """The card of a LoRA folder, from what lies in it; `settings` instead of its `mcm_config.json`.
 
     `more` is as in `render_card`.
     """
-    folder = Path(folder)
-    if config is None:
-        config = json.loads((folder / "mcm_config.json").read_bytes())
-    sample = config.get("sample")
-    if sample and not (folder / sample["file"]).is_file():
-        sample = None
-    scores = folder / SCORES_NAME
-    return render_card(
-        config,
-        title=repository.rpartition("/")[2],
-        repository=repository,
-        sample=sample,
-        scores=json.loads(scores.read_bytes()) if scores.is_file() else None,
-        **more,
-    )
+    place = Location.of(folder)
+    settings = settings or Settings.read(place)
+    if settings is None:
+        raise FileNotFoundError(f"There is no {CONFIG_NAME} in {folder}.")
+    if settings.sample and not Path(folder, settings.sample.file).is_file():
+        settings = replace(settings, sample=None)
+    title = repository.rpartition("/")[2]
+    return render_card(settings, title=title, repository=repository, scores=place.json(SCORES_NAME), **more)
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:
@@ -263,21 +205,18 @@ def _link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
-def _sample_section(sample: Mapping[str, str] | None) -> str:
+def _sample_section(sample: Sample | None) -> str:
     if sample is None:
         return ""
-    return f'\n<video src="{sample["file"]}" controls autoplay loop muted></video>\n\n*{sample["prompt"]}*\n'
+    return f'\n<video src="{sample.file}" controls autoplay loop muted></video>\n\n*{sample.prompt}*\n'
 
 
-def _training_section(training: Mapping[str, Any], note: str) -> str:
-    rows = [
-        (label, ", ".join(_text(public_name(training.get(key))) for key in keys))
-        for label, keys in _TRAINING_ROWS.items()
-        if any(training.get(key) is not None for key in keys)
-    ]
+def _training_section(settings: Settings, note: str) -> str:
+    rows = settings.training_rows()
     if not rows:
         return "No configuration of the training was saved with the weights."
-    return "\n".join([note, "", "| | |", "|---|---|", *(f"| {label} | {cell} |" for label, cell in rows)])
+    cells = [f"| {label} | {', '.join(map(_text, row))} |" for label, row in rows.items()]
+    return "\n".join([note, "", "| | |", "|---|---|", *cells])
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .hub import never_pickled, resolve
+from .location import Location
 
 MAX_INPUT_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -57,11 +57,12 @@ class PatchFeatures(_Frozen):
         """Load from a folder, a packaged model or a Hub repository that holds a DINOv2 without registers."""
         from transformers import Dinov2Config, Dinov2Model
 
-        name = resolve(name)
+        location = Location.of(name)
+        name = location.name
         model_type = Dinov2Config.get_config_dict(name)[0].get("model_type")
         if model_type != "dinov2":
             raise ValueError(f"Expected a model of type 'dinov2' in {name!r}, got {model_type!r}.")
-        with never_pickled(name):
+        with location.never_pickled():
             model = Dinov2Model.from_pretrained(name, dtype=dtype or torch.float32, use_safetensors=True)
         return cls(model, blocks)
 
@@ -96,7 +97,8 @@ class TextFeatures(_Frozen):
         """Load from a folder, a packaged model or a Hub repository of a CLIP, or its text half, with the tokenizer."""
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
-        name = resolve(name)
+        location = Location.of(name)
+        name = location.name
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in ("clip", "clip_text_model"):
             raise ValueError(
@@ -107,7 +109,7 @@ class TextFeatures(_Frozen):
             config.text_config.projection_dim = config.projection_dim
             config = config.text_config
         options = dict(config=config, dtype=dtype or torch.float32, use_safetensors=True)
-        with never_pickled(name):
+        with location.never_pickled():
             model = CLIPTextModelWithProjection.from_pretrained(name, **options)
         return cls(model, AutoTokenizer.from_pretrained(name))
 

@@ -16,7 +16,7 @@ class DiskFullError(OSError):
     """There was no room for a file. Nothing of it is left behind."""
 
 
-def is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one it was raised from, says that a disk, a quota or a limit of file sizes is full."""
     while error is not None:
         if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _DISK_FULL:
@@ -35,14 +35,14 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        if isinstance(error, DiskFullError):  # of a part of what is written here, in a place that nobody knows
-            error = error.__cause__
+        # One of ours is of a part of what is written here, in a place that nobody knows.
+        cause = error.__cause__ if isinstance(error, DiskFullError) else error
         told = DiskFullError(
             f"The disk is full: there was no room to write {path}{_free(Path(path))}. Nothing half-written was left;"
-            f" make room, or choose a place on another disk. ({error})"
+            f" make room, or choose a place on another disk. ({cause})"
         )
-        told.errno = getattr(error, "errno", None) or errno.ENOSPC
-        raise told from error
+        told.errno = getattr(cause, "errno", None) or errno.ENOSPC
+        raise told from cause
 
 
 def _free(path: Path) -> str:
@@ -53,7 +53,7 @@ def _free(path: Path) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -73,7 +73,7 @@ def new_folders(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, and vanishes if it raises."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,8 +85,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+whole_file = atomic_file  # its name before
+
+
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # beside it, so that relative paths hold
@@ -106,7 +109,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
 
     An older `last` goes first, and with it the files and folders `stale` of an older save: a process that is killed in
@@ -119,8 +122,8 @@ def whole_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[
         try:
             yield _emptied(temporary)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-            for name in (last, *stale):
-                _remove(folder / name)
+            for old in (last, *stale):
+                _remove(folder / old)
             for name in sorted(files, key=lambda name: str(name) == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)

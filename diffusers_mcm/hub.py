@@ -1,15 +1,11 @@
-"""From a name to files: a local folder or file, a packaged model, or a repository on the Hub, in that order."""
+"""What a name means: a local folder or file, a packaged model, or a repository on the Hub, in that order."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import shlex
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 PACKAGED_FOLDER = Path(__file__).parent / "shapes" / "weights"
@@ -56,10 +52,15 @@ def check_repository_name(repo_id: str) -> None:
         raise ValueError(f"Expected a repository such as 'owner/name', got {repo_id!r}.") from error
 
 
+def is_relative(name: str) -> bool:
+    """Whether a recorded name is a path relative to the folder of the file that it is recorded in."""
+    return name.startswith(("./", "../"))
+
+
 def resolve_recorded(name: str, folder: str | os.PathLike | None) -> str:
     """Like `resolve`, for a name read from a configuration in `folder`: './' and '../' are relative to that folder,
     and a packaged model is never shadowed by a folder that happens to lie in the working directory."""
-    if name.startswith(("./", "../")):
+    if is_relative(name):
         if folder is None:
             raise FileNotFoundError(f"The base model is recorded as {name!r}, beside the LoRA, which is remote.")
         path = Path(os.path.normpath(Path(folder, name)))
@@ -83,41 +84,25 @@ def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
     return relative if relative.startswith("../") else f"./{relative}"
 
 
-def find_file(
-    name: str | os.PathLike,
-    filename: str,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    **hub_options,
-) -> Path | None:
-    """The local path of a file in a folder or repository, downloaded if need be; `None` if there is no such file.
+def recordable_source(source: str, folder: Path) -> str:
+    """Like `recordable`, and for globs too: never an absolute path."""
+    if os.path.isabs(source) and not os.path.exists(source):
+        return Path(os.path.relpath(source, folder.resolve())).as_posix()
+    return recordable(source, folder)
 
-    `hub_options` are those of `hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `force_download`, ...
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        path = Path(name, subfolder or "", filename)
-        return path if path.is_file() else None
-    if os.path.isfile(name):
-        raise ValueError(f"{name} is a file; expected a folder or a repository with {filename} in it.")
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    where = dict(revision=revision, subfolder=subfolder or None)
-    try:
-        return Path(hf_hub_download(name, filename, **where, **hub_options))
-    except LocalEntryNotFoundError as error:
-        # The Hub could not be asked. The cache may know that the file does not exist.
-        inside = f"{subfolder}/{filename}" if subfolder else filename
-        cached = try_to_load_from_cache(name, inside, hub_options.get("cache_dir"), revision)
-        if cached is _CACHED_NO_EXIST or hub_options.get("local_files_only"):
-            return None
-        raise OSError(f"{inside} of {name} is not in the cache, and the Hub cannot be asked: {error}") from error
-    except EntryNotFoundError:
-        return None
-    except HfHubHTTPError as error:
-        raise OSError(explain(error, name, revision)) from error
+def is_local(name: str) -> bool:
+    """Whether a recorded name is a path and not an id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name) or "\\" in name
+
+
+def public_name(name: Any, *, given: bool = False) -> Any:
+    """A name as others may see it: of a path only its last part. A `given` name is a path if there is such a one here;
+    a recorded one is told by how it is written."""
+    if given and name and os.path.exists(name):
+        return os.path.basename(os.path.abspath(name))
+    path = not given and isinstance(name, str) and is_local(name)
+    return PurePosixPath(name.replace("\\", "/")).name if path else name
 
 
 def is_pickled(name: str | os.PathLike) -> bool:
@@ -155,45 +140,6 @@ def how_to_convert(name: str | os.PathLike) -> str:
     )
 
 
-def variant_of(source: str | os.PathLike, variant: str | None, subfolder: str | None = None, **where) -> dict:
-    """`{"variant": variant}` if the component in `subfolder` has weights of that variant, or else nothing."""
-    if variant is not None:
-        for name in ("diffusion_pytorch_model", "model"):
-            files = (f"{name}.{variant}.safetensors", f"{name}.safetensors.index.{variant}.json")
-            if any(find_file(source, file, subfolder=subfolder, **where) for file in files):
-                return {"variant": variant}
-    return {}
-
-
-@contextmanager
-def never_pickled(source: str | os.PathLike, **where) -> Iterator[None]:
-    """Says why a model that has no safetensors, or only those of a variant, is not loaded.
-
-    For calls with `use_safetensors=True`; `where` are the options to find the files with.
-    """
-    try:
-        yield
-    except OSError as error:
-        if "safetensors" not in str(error) or os.path.isfile(source):
-            raise
-        files = list_files(source, **where)
-        variants = _variants(files)
-        if variants:
-            raise OSError(
-                f"{source} has no plain weights ({error}), but those of a variant: give `variant={variants[0]!r}`"
-                f" (--variant {variants[0]})" + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
-            ) from error
-        found = next((name for name in files if is_pickled(name)), "pytorch_model.bin")
-        advice = how_to_convert(Path(source, found) if os.path.isdir(source) else found)
-        raise OSError(f"{source} has no safetensors weights ({error}), and {advice}") from error
-
-
-def _variants(files: Iterable[str]) -> list[str]:
-    """`fp16` for `unet/diffusion_pytorch_model.fp16.safetensors`, whole or in parts."""
-    pattern = re.compile(r"(?:^|/)(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
-    return sorted({match[1] for match in map(pattern.search, files) if match})
-
-
 def http_errors() -> tuple[type[Exception], ...]:
     """What `huggingface_hub` raises when the Hub refuses, fails or cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -225,40 +171,3 @@ def explain(error: BaseException, name: str, revision: str | None = None) -> str
     if status is not None:
         return f"The Hub failed with status {status}. Try again."
     return f"The Hub cannot be reached ({type(error).__name__}: {error}). Try again."
-
-
-def list_files(
-    name: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token=None,
-    local_files_only: bool = False,
-    cache_dir: str | os.PathLike | None = None,
-    **_,
-) -> list[str]:
-    """The paths of all files in a folder or repository; those in the cache if the Hub must not or cannot be asked."""
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return [path.relative_to(name).as_posix() for path in sorted(Path(name).rglob("*")) if path.is_file()]
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        if not local_files_only:
-            return HfApi(token=token).list_repo_files(name, revision=revision)
-    except http_errors():
-        pass  # what the cache holds, then
-    try:
-        return list_files(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except http_errors():
-        return []
-
-
-def read_json(name: str | os.PathLike, filename: str, **options) -> dict[str, Any] | None:
-    """The content of a JSON file in a folder or repository (`find_file`'s options); `None` if there is none."""
-    path = find_file(name, filename, **options)
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_bytes())  # of bytes it knows the encoding, byte order marks included
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error

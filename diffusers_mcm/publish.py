@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import hub
+from .base_models import base_model_of
 from .cards import (
     CARD_NAME,
     DEFAULT_PROMPT,
     SAMPLE_NAME,
     SCORES_NAME,
     check_card,
-    is_local,
     metadata,
-    public_training,
     render_folder_card,
 )
-from .files import disk_full_told, whole_files, write_text
+from .files import atomic_files, disk_full_told, write_text
 from .hub import check_repository_name
-from .lora import (
-    CONFIG_NAME,
-    MOTION_HEAD_NAME,
-    WEIGHTS_NAME,
-    locate_lora,
-    open_safetensors,
-    read_lora,
-    read_settings,
-    write_lora_weights,
-    write_settings,
-)
+from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
+from .lora import LoRA, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
+from .settings import CONFIG_NAME, Sample, Settings
 from .text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -63,6 +54,7 @@ def publish_lora(
     create_pr: bool = False,
     base_model: str | None = None,
     overwrite_card: bool = False,
+    lora: LoRA | None = None,
 ) -> str:
     """Put a LoRA folder on the Hub in one commit; the address of the commit.
 
@@ -78,6 +70,7 @@ def publish_lora(
         create_pr: open a pull request instead.
         base_model: repository of the base model, where the folder names one that only this machine has.
         overwrite_card: put the folder's card in the place of one that was edited on the Hub, which otherwise stays.
+        lora: what the folder holds, where that is in memory and need not be read.
 
     Raises:
         ValueError: for a folder that cannot be published as it is.
@@ -87,7 +80,7 @@ def publish_lora(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
         with disk_full_told(staged):
-            stage_lora(Path(folder), staged, repo_id, base_model)
+            stage_lora(Path(folder), staged, repo_id, base_model, lora)
         return publish_folder(
             staged,
             repo_id,
@@ -151,7 +144,7 @@ def publish_folder(
 
 def _edited_on_hub(api: Any, repository: str, revision: str, ours: Path) -> bool:
     """Whether the card there is neither this one nor one that an earlier push has put there."""
-    theirs = hub.find_file(repository, CARD_NAME, revision=revision, token=api.token)
+    theirs = Location.on_hub(repository, revision, token=api.token).file(CARD_NAME)
     if theirs is None or _digest(theirs) == _digest(ours):
         return False
     mark = f"{_CARD_MARK} {_digest(theirs)}"
@@ -169,7 +162,7 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
     with _told_plainly(repo_id, token, "Nothing was uploaded.") as api:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_private = None if private is None else api.model_info(repository).private
-    if is_private != private:
+    if private is not None and is_private != private:
         words = {True: "private", False: "public"}
         raise ValueError(
             f"{repository} exists and is {words[bool(is_private)]}, not {words[private]}, and publishing never changes"
@@ -194,94 +187,89 @@ def _told_plainly(repository: str, token: str | None, outcome: str) -> Iterator[
 
 
 # --- what is published -----------------------------------------------------------------------------------------------
-def stage_lora(folder: Path, target: Path, repo_id: str, base_model: str | None = None) -> None:
-    """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
-    from .base_models import get_base_model, infer_base_model
+def stage_lora(
+    folder: Path, target: Path, repo_id: str, base_model: str | None = None, lora: LoRA | None = None
+) -> None:
+    """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be.
 
+    `lora` is what the folder holds, where that is known already.
+    """
     if not folder.is_dir():
         raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
-    if (folder / "model_index.json").is_file():
+    if (folder / INDEX_NAME).is_file():
         raise ValueError(
             f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
             " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
         )
-    lora = read_lora(folder)
-    name = lora.config.get("base_model")
-    kind = get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
+    lora = lora or read_lora(folder)
+    kind = base_model_of(lora)
     recorded = base_model or lora.base_repository or kind.default_repository
-    lora.config = public_config({**lora.config, "base_model": kind.name, "base_model_repository": recorded})
-    if lora.adapter_config:
-        lora.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
-    sample = lora.config.get("sample")
-    if not sample or not (folder / sample["file"]).is_file():
+    settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()
+    sample = settings.sample
+    if not sample or not (folder / sample.file).is_file():
         raise ValueError(
             f"{folder} has no sample clip, without which nobody sees what the LoRA does. Make one:"
             ' `diffusers-mcm push … --prompt "a corgi running on the beach"`.'
         )
-    write_lora_weights(target / WEIGHTS_NAME, lora, kind.denoiser_name)
-    write_settings(target, lora)
-    card = _card(folder, repo_id, lora.config)
+    public = replace(lora, settings=settings)
+    if lora.adapter_config:
+        public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
+    write_lora_weights(target / WEIGHTS_NAME, public, kind.denoiser_name)
+    write_settings(target, public)
+    card = _card(folder, repo_id, lora.settings, settings)
     check_card(card, str(folder / CARD_NAME))
     write_text(target / CARD_NAME, card)
     mentioned = {path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() in card}
-    for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample["file"])}):
+    for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)}):
         copy = target / path.relative_to(folder)
         if path.is_file() and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
 
 
-def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without the paths of the machine it was made on; `ValueError` if it makes no sense without."""
-    places = {"base model": config["base_model_repository"], **(config.get("extra_repositories") or {})}
-    for part, name in places.items():
-        if is_local(name):
-            where = "`base_model=` here, `--base_model` for `diffusers-mcm push`"
-            if part != "base model":
-                where = f"`extra_repositories` in the folder's {CONFIG_NAME}"
-            raise ValueError(
-                f"The {part} is recorded as the local folder {name!r}, which nobody else has. Say which repository it"
-                f" is a copy of: {where}."
-            )
-    config = json.loads(json.dumps(config, default=str))
-    return {**config, "training": public_training(config.get("training") or {})}
-
-
-def _card(folder: Path, repo_id: str, config: Mapping[str, Any]) -> str:
+def _card(folder: Path, repo_id: str, settings: Settings, public: Settings) -> str:
     """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
     path = folder / CARD_NAME
-    if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder) is None:
+    if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder, settings) is None:
         return read_text(path)
-    return render_folder_card(folder, repo_id, config)
+    return render_folder_card(folder, repo_id, public)
 
 
-def _card_made_for(folder: Path) -> str | None:
+def _card_made_for(folder: Path, settings: Settings) -> str | None:
     """The repository in the folder's card, if that is as `render_folder_card` made it and nobody has edited it."""
-    path, config = folder / CARD_NAME, hub.read_json(folder, CONFIG_NAME) or {}
-    if not path.is_file() or "base_model_repository" not in config:
+    path = folder / CARD_NAME
+    if not path.is_file() or settings.base_model_repository is None:
         return None
     text = read_text(path)
     name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
-    return name[1] if name and text == render_folder_card(folder, name[1]) else None
+    return name[1] if name and text == render_folder_card(folder, name[1], settings) else None
 
 
 def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
-    """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the configuration, and both
-    in the card, unless somebody has edited that."""
-    from .video_io import write_mp4
-
-    repository = _card_made_for(folder)
-    source, weights, _ = locate_lora(folder)
-    with open_safetensors(weights) as file:
-        config = read_settings(source, file.metadata() or {})["config"]
-    config["sample"] = {"file": SAMPLE_NAME, "prompt": prompt}
-    with whole_files(folder, CONFIG_NAME) as temporary:
-        write_mp4(temporary / SAMPLE_NAME, video, fps=fps)
-        write_text(temporary / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
+    card, unless somebody has edited that."""
+    location = Location.of(folder)
+    weights = location.lora_file()
+    settings = Settings.read(location)
+    repository = None if settings is None else _card_made_for(folder, settings)
+    if settings is None:
+        with open_safetensors(weights) as file:
+            settings = read_beside(location, file.metadata() or {})[0]
+    with atomic_files(folder, CONFIG_NAME) as temporary:
+        settings = put_sample(temporary, settings, video, prompt, fps)
+        settings.write(temporary)
         if repository is not None:
             if (folder / SCORES_NAME).is_file():
                 shutil.copyfile(folder / SCORES_NAME, temporary / SCORES_NAME)  # the card shows them
-            write_text(temporary / CARD_NAME, render_folder_card(temporary, repository))
+            write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
+
+
+def put_sample(folder: Path, settings: Settings, video, prompt: str, fps: float) -> Settings:
+    """Write a clip into a folder; the settings that name it."""
+    from .video_io import write_mp4
+
+    write_mp4(folder / SAMPLE_NAME, video, fps=fps)
+    return replace(settings, sample=Sample(SAMPLE_NAME, prompt))
 
 
 def pipeline_card(repository: str) -> str:

@@ -1,4 +1,7 @@
-"""Writing what was sampled: H.264, GIF, WebP, frames, contact sheets, labelled comparisons. Whole files or none."""
+"""Videos as H.264, GIF, WebP, frames or pictures, whole or not at all; how they were made is read back from them.
+
+The name is public: the README and people's scripts import `write_video` from here. Films are read in `data/`.
+"""
 
 import io
 import json
@@ -14,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from .files import whole_file, whole_folder
+from .files import atomic_file, atomic_folder
 
 _HALF_A_LEVEL = 0.5 / 255
 _MARGIN = 4
@@ -99,7 +102,7 @@ def write_mp4(
     path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None
 ) -> None:
     """Write frames (T, H, W, 3) as H.264; the metadata become its comment."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(encode_mp4(video, fps, crf, metadata))
 
 
@@ -150,7 +153,7 @@ def _write_animation(path: str | Path, video: np.ndarray, fps: float, kind: tupl
     frames = [Image.fromarray(frame) for frame in to_uint8(video)]
     milliseconds = [int(delay * kind[0] * 1000) for delay in delays(len(frames), fps, *kind)]
     options |= dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         frames[0].save(temporary, **options)
 
 
@@ -166,7 +169,7 @@ def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None =
     text = PngInfo()
     if metadata:
         text.add_text("Comment", _to_json(metadata))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 
 
@@ -176,7 +179,7 @@ def write_frames(path: str | Path, video: np.ndarray, fps: float = 8, metadata: 
     foreign = [p.name for p in path.glob("*") if not re.fullmatch(rf"\d+\.png|{re.escape(_METADATA_FILE)}", p.name)]
     if foreign:
         raise ValueError(f"expected a folder of frames, or none yet, at {path}; it also holds {foreign[0]!r}")
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         for number, frame in enumerate(video, start=1):
             Image.fromarray(frame).save(temporary / f"{number:04d}.png")
         if metadata:
@@ -278,8 +281,8 @@ def comparison(
         draw.multiline_text((_LABEL_WIDTH + column * group, 2), "\n".join(lines), fill="black", font=font, spacing=2)
     for row, (label, videos) in enumerate(rows.items()):
         y = top + row * (height + _MARGIN)
-        lines = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
-        draw.multiline_text((2 * _MARGIN, y + height / 2), lines, fill="black", font=font, anchor="lm")
+        label_text = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
+        draw.multiline_text((2 * _MARGIN, y + height / 2), label_text, fill="black", font=font, anchor="lm")
         for column, video in enumerate(videos):
             video = to_uint8(video)
             chosen = np.linspace(0, len(video) - 1, frames_per_video).round().astype(int)
@@ -288,7 +291,7 @@ def comparison(
     return picture
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
     """Break a text into lines no wider than `width` pixels."""
     lines = [""]
     for word in text.split():

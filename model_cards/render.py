@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_mcm.cards import CARD_NAME, TEMPLATE, check_card, render_card, render_folder_card
 from diffusers_mcm.hub import PACKAGED_FOLDER
+from diffusers_mcm.settings import Settings
 
 HERE = Path(__file__).parent
 RELEASED = "yhzhai/mcm"
@@ -23,7 +24,7 @@ _NOTE = (
 _SHAPES = """It lives in a world of moving shapes, 64×64 pixels, and knows 576 sentences. It was distilled from
 {videos:,} poor videos of {captions} captions and {images:,} clean images; no held-out caption was read (`data.json`).
 How it was made, command by command, is in `examples/shapes/README.md`; the losses of its two stages are in
-`train_log-looks.jsonl` and `train_log.jsonl`."""
+`train_log-appearance.jsonl` and `train_log.jsonl`."""
 
 
 def shapes_card(folder: Path) -> str:
@@ -45,19 +46,18 @@ def released_card(name: str, data: dict[str, Any]) -> str:
         "width": base["size"],
         "image_data": lora["image_data"],
     }
-    config = {
-        "base_model": lora["base_model"],
-        "base_model_repository": base["base_model_repository"],
-        "extra_repositories": base.get("extra_repositories"),
-        "sampling": {"num_inference_steps": 4},
-        "training": training,
-    }
+    settings = Settings(
+        base_model=lora["base_model"],
+        base_model_repository=base["base_model_repository"],
+        extra_repositories=base.get("extra_repositories") or {},
+        training=training,
+    )
     scores = lora["scores"]
     if scores is not None:
         about = f"Reported by the paper ({scores['where']}), not measured here."
         scores = {"about": about, "columns": ["1 step", "2 steps", "4 steps", "8 steps"], "rows": scores["rows"]}
     return render_card(
-        config,
+        settings,
         title=f"{RELEASED}, {name}",
         repository=RELEASED,
         subfolder=name,

@@ -14,6 +14,7 @@ from diffusers_mcm.cards import TEMPLATE, check_card, render_card, render_folder
 from diffusers_mcm.commands.convert import build_parser
 from diffusers_mcm.hub import PACKAGED_FOLDER, PACKAGED_MODELS
 from diffusers_mcm.publish import record_sample
+from diffusers_mcm.settings import Settings
 from tests.tiny import save_tiny_lora
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -32,7 +33,7 @@ CONFIG = {
 
 
 def render(**changes):
-    return render_card({**CONFIG, **changes}, title="t", repository="me/mcm")
+    return render_card(Settings.from_dict({**CONFIG, **changes}), title="t", repository="me/mcm")
 
 
 def metadata(text):
@@ -110,7 +111,7 @@ def test_a_local_base_model_is_not_named():
 
 def test_prompts_cannot_break_the_card():
     prompt = 'a "quoted" cat: # $title \\ --- {x}'
-    text = render_card(CONFIG, title="t", repository="me/mcm", sample={"prompt": prompt, "file": "sample.mp4"})
+    text = render(sample={"prompt": prompt, "file": "sample.mp4"})
     check_card(text)
     assert metadata(text)["widget"] == [{"text": prompt, "output": {"url": "sample.mp4"}}]
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.files import DiskFullError, is_disk_full, whole_file, whole_files, whole_folder, write_text
+from diffusers_mcm.files import DiskFullError, atomic_file, atomic_files, atomic_folder, is_disk_full, write_text
 from diffusers_mcm.formats import convert
 from diffusers_mcm.lora import WEIGHTS_NAME
 from diffusers_mcm.publish import record_sample, stage_lora
@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_base, save_tiny_lora
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as temporary:
+    with pytest.raises(RuntimeError, match="half way"), atomic_file(path) as temporary:
         temporary.write_text("ne")
         raise RuntimeError("half way")
     assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
@@ -31,9 +31,9 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path):
     path = tmp_path / "new" / "kept"
     for text in ("old", "new"):
-        with whole_folder(path) as temporary:
+        with atomic_folder(path) as temporary:
             (temporary / f"{text}.txt").write_text(text)
-    with pytest.raises(RuntimeError, match="half way"), whole_folder(path) as temporary:
+    with pytest.raises(RuntimeError, match="half way"), atomic_folder(path) as temporary:
         (temporary / "more.txt").write_text("mo")
         raise RuntimeError("half way")
     assert [p.name for p in path.parent.iterdir()] == ["kept"]
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr("os.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), whole_folder(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["kept", "kept/old.txt"]
 
@@ -147,7 +147,7 @@ def test_full_disks_are_known_by_number_and_by_what_libraries_say():
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(PermissionError, match="not yours"), whole_file(tmp_path / "a" / "b.txt"):
+    with pytest.raises(PermissionError, match="not yours"), atomic_file(tmp_path / "a" / "b.txt"):
         raise PermissionError(errno.EACCES, "not yours")
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +156,7 @@ def test_a_set_of_files_takes_the_place_of_an_older_one(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("old/part.txt", "notes.txt", "last.txt"):
         (tmp_path / name).write_text("old")
-    with whole_files(tmp_path, "last.txt", stale=["old", "never"]) as temporary:
+    with atomic_files(tmp_path, "last.txt", stale=["old", "never"]) as temporary:
         write_text(temporary / "new" / "part.txt", "new")
         write_text(temporary / "last.txt", "new")
         assert (tmp_path / "old" / "part.txt").is_file()  # up to the end

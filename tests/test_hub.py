@@ -3,6 +3,7 @@ import json
 import pytest
 
 from diffusers_mcm import hub
+from diffusers_mcm.location import Location
 
 
 @pytest.fixture
@@ -61,17 +62,17 @@ def test_a_recorded_folder_that_is_gone(tmp_path):
 def test_read_json(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.json").write_text(json.dumps({"x": 1}))
-    assert hub.read_json(tmp_path, "a.json", subfolder="sub") == {"x": 1}
-    assert hub.read_json(tmp_path, "a.json") is None
+    assert Location.of(tmp_path, subfolder="sub").json("a.json") == {"x": 1}
+    assert Location.of(tmp_path).json("a.json") is None
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="a.json is not valid JSON"):
-        hub.read_json(tmp_path, "a.json")
+        Location.of(tmp_path).json("a.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_that_somebody_has_edited_is_read_in_any_encoding(tmp_path, encoding):
     (tmp_path / "mcm_config.json").write_bytes('{"note": "café"}'.encode(encoding))
-    assert hub.read_json(tmp_path, "mcm_config.json") == {"note": "café"}
+    assert Location.of(tmp_path).json("mcm_config.json") == {"note": "café"}
     (tmp_path / "mcm_config.json").write_bytes('{"note": "café"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"mcm_config\.json is not valid JSON"):
-        hub.read_json(tmp_path, "mcm_config.json")
+        Location.of(tmp_path).json("mcm_config.json")

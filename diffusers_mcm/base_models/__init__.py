@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..lora import LoRA
 from .animatediff import AnimateDiff
 from .base import BaseModel
 from .modelscope import ModelScope
@@ -44,4 +45,10 @@ def infer_base_model(
     )
 
 
-__all__ = ["BASE_MODELS", "BaseModel", "get_base_model", "infer_base_model"]
+def base_model_of(lora: LoRA) -> BaseModel:
+    """The base model that a LoRA is for: as its settings say, or else by the modules it names."""
+    name = lora.settings.base_model
+    return get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
+
+
+__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "get_base_model", "infer_base_model"]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..conditioning import Conditioning
 from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, NoisePath
+from ..settings import DEFAULT_STEPS
 
 
 class BaseModel(ABC):
@@ -98,7 +99,7 @@ class BaseModel(ABC):
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """The model's own `num_frames`, `height`, `width`, `fps` or `num_inference_steps`."""
-        return 4 if name == "num_inference_steps" else getattr(self, name)
+        return DEFAULT_STEPS if name == "num_inference_steps" else getattr(self, name)
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -11,6 +11,7 @@ import torch
 from diffusers import MotionAdapter
 
 from .. import hub
+from ..location import Location
 from ..lora import open_safetensors
 
 _POSITIONS = ".pos_embed.pe"  # of one attention; it holds no weights, but says how long a clip may be
@@ -25,27 +26,28 @@ def load_motion_adapter(
     """
     if isinstance(source, MotionAdapter):
         return source
-    source = hub.resolve(source)
-    if not os.path.isfile(source) and hub.find_file(source, "config.json", **options) is None:
-        source = _only_file(source, **options)
-    if os.path.isfile(source):
-        return read_motion_modules(source, dtype)
-    with hub.never_pickled(source, **options):
-        options |= hub.variant_of(source, variant, **options) | ({} if dtype is None else {"dtype": dtype})
-        return MotionAdapter.from_pretrained(source, use_safetensors=True, **options)
+    location = Location.of(source, **options)
+    if location.is_file:
+        return read_motion_modules(location.name, dtype)
+    if location.file("config.json") is None:
+        return read_motion_modules(_only_file(location), dtype)
+    given = location.arguments | location.variant(variant) | ({} if dtype is None else {"dtype": dtype})
+    with location.never_pickled():
+        return MotionAdapter.from_pretrained(location.name, use_safetensors=True, **given)
 
 
-def _only_file(source: str, **options) -> str:
+def _only_file(location: Location) -> Path:
     """The one file of weights in a folder or repository that has no configuration."""
-    files = [name for name in hub.list_files(source, **options) if "/" not in name]
+    files = [name for name in location.files() if "/" not in name]
     names = [name for name in files if hub.is_safetensors(name)]
-    if len(names) == 1:
-        return str(hub.find_file(source, names[0], **options))
+    if len(names) == 1 and (found := location.file(names[0])):
+        return found
+    source = location.name
     if names:
         raise ValueError(f"There are several motion modules in {source}: {', '.join(names)}; give the path of one.")
     pickled = [name for name in files if hub.is_pickled(name)]
     if pickled:
-        path = Path(source, pickled[0]) if os.path.isdir(source) else pickled[0]
+        path = Path(source, pickled[0]) if location.is_folder else pickled[0]
         raise ValueError(f"{source} has no .safetensors file; {hub.how_to_convert(path)}")
     raise ValueError(f"{source} is no motion adapter: it has neither a config.json nor a .safetensors file.")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..hub import public_name
 from .grammar import notice
 from .prompts import Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
@@ -65,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+    _add_sampling_and_machine(parser)
+    return parser
 
+
+def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
     sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
@@ -85,7 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
     machine("--decode_chunk_size", type=int, default=16, help="decode that many frames at a time (default: 16)")
     machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
     machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,10 +142,10 @@ def tell(text: str | None) -> None:
 
 def headline(arguments: argparse.Namespace, device: str) -> str:
     """The one line that a run begins with: model, device, precision."""
-    lora = f" with {public_name(arguments.lora)}" if arguments.lora else ""
+    lora = f" with {public_name(arguments.lora, given=True)}" if arguments.lora else ""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     many = f", {processes} processes" if processes > 1 else ""
-    return f"{public_name(arguments.model)}{lora} on {device}{many}, {arguments.dtype}"
+    return f"{public_name(arguments.model, given=True)}{lora} on {device}{many}, {arguments.dtype}"
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -234,11 +238,11 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     given = {name: getattr(arguments, flag) for name, flag in names.items()}
     sizes = {name: pipeline.sampling_default(name) if value is None else value for name, value in given.items()}
     return {
-        "model": public_name(arguments.model),
-        "lora": public_name(arguments.lora),
+        "model": public_name(arguments.model, given=True),
+        "lora": public_name(arguments.lora, given=True),
         "subfolder": arguments.subfolder,
         "revision": arguments.revision,
-        "base_model": public_name(arguments.base_model),
+        "base_model": public_name(arguments.base_model, given=True),
         **({"variant": arguments.variant} if arguments.variant else {}),
         "lora_sha256": lora_sha256(arguments),
         "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
@@ -248,25 +252,17 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     }
 
 
-def public_name(model: str | None) -> str | None:
-    """A model's name without the folders of this machine."""
-    return os.path.basename(os.path.abspath(model)) if model and os.path.exists(model) else model
-
-
 def lora_sha256(arguments: argparse.Namespace) -> str | None:
     """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
-    from .. import hub
-    from ..lora import find_lora_file
+    from ..location import Location
 
-    source = hub.resolve(arguments.lora or arguments.model)
-    if not os.path.isfile(source):
-        revision = None if arguments.lora else arguments.revision
-        # what has just been loaded is in the cache
-        place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
-        source = find_lora_file(source, **place, local_files_only=True)
-    if source is None:
+    revision = None if arguments.lora else arguments.revision
+    place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
+    # what has just been loaded is in the cache
+    path = Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file()
+    if path is None:
         return None
-    with open(source, "rb") as stream:
+    with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..base_models import BaseModel, get_base_model, infer_base_model
+from ..base_models import base_model_of
 from ..base_models.motion_adapter import load_motion_adapter
 from ..files import disk_full_told, new_folders
+from ..location import Location
 from ..lora import (
     CONFIG_NAME,
     MOTION_HEAD_NAME,
@@ -88,7 +89,8 @@ def convert(
     where = dict(subfolder=subfolder, revision=revision, **hub_options)
     lora = read_lora(source, weight_name=weight_name, **where)
     lora.check_pairs()
-    head = hub.find_file(hub.resolve(source), MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    location = Location.of(source, **where)
+    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
     _complete(lora)
     _rebase(lora, destination.parent if single else destination)
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
@@ -110,7 +112,7 @@ def convert(
 
 def _complete(lora: LoRA) -> None:
     """Put down what `MCMPipeline.from_pretrained` would infer: base model, steps and scheduler."""
-    base_model = _base_model(lora)
+    base_model = base_model_of(lora)
     if not lora.config:
         lora.config = {
             "base_model": base_model.name,
@@ -158,7 +160,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def _write_diffusers(lora: LoRA, folder: Path, _) -> None:
     if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
         lora.adapter_config = None
-    write_lora_weights(folder / WEIGHTS_NAME, lora, _base_model(lora).denoiser_name)
+    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model_of(lora).denoiser_name)
 
 
 def _write_peft(lora: LoRA, folder: Path, _) -> None:
@@ -174,12 +176,12 @@ def _write_kohya(lora: LoRA, folder: Path, _) -> None:
 
 def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.PathLike | None) -> None:
     repositories = {
-        **_base_model(lora).extra_repositories,
+        **base_model_of(lora).extra_repositories,
         **recorded_repositories(lora, {"motion_adapter": motion_adapter}),
     }
     repository = motion_adapter or repositories.get("motion_adapter")
     if repository is None:
-        raise ValueError(f"{lora.source} is a LoRA for {_base_model(lora).name}, which has no motion adapter.")
+        raise ValueError(f"{lora.source} is a LoRA for {base_model_of(lora).name}, which has no motion adapter.")
     header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
     write_safetensors(folder / "motion_module.safetensors", fused_motion_module(lora, repository), header)
 
@@ -200,11 +202,6 @@ def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[s
             )
         weights[f"{module}.weight"] = (weight.float() + scales[module] * up @ down).to(weight.dtype)
     return animatediff_keys(weights)
-
-
-def _base_model(lora: LoRA) -> BaseModel:
-    name = lora.config.get("base_model")
-    return get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
 
 
 def _adapter_config(lora: LoRA) -> dict:

@@ -12,15 +12,13 @@ error before anything in the denoiser has changed.
 
 from __future__ import annotations
 
+from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from ..settings import CONFIG_NAME
 from .adapter import (
-    CONFIG_NAME,
     DEFAULT_ADAPTER,
     HEADER_KEYS,
     METADATA_KEY,
-    MOTION_HEAD_NAME,
     PEFT_CONFIG_NAME,
-    PEFT_WEIGHTS_NAME,
-    WEIGHTS_NAME,
     LoRA,
     split_key,
 )
@@ -43,7 +41,16 @@ from .layers import (
     set_lora_state_dict,
 )
 from .layouts import TEXT_ENCODER
-from .reading import elsewhere, find_lora_file, locate_lora, open_safetensors, read_lora, read_settings
+from .reading import (
+    LoRAFile,
+    locate_lora,
+    open_safetensors,
+    read_beside,
+    read_lora,
+    read_lora_file,
+    read_settings,
+    to_lora,
+)
 from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
 
 __all__ = [
@@ -57,15 +64,14 @@ __all__ = [
     "TEXT_ENCODER",
     "WEIGHTS_NAME",
     "LoRA",
+    "LoRAFile",
     "activate",
     "add_lora",
     "base_layer",
     "check_fits",
     "check_not_wrapped",
     "compute_dtype",
-    "elsewhere",
     "extract_lora",
-    "find_lora_file",
     "fresh_lora",
     "fused",
     "load_lora_into",
@@ -75,13 +81,16 @@ __all__ = [
     "lora_layers",
     "lora_state_dict",
     "open_safetensors",
+    "read_beside",
     "read_components",
     "read_lora",
+    "read_lora_file",
     "read_settings",
     "replace",
     "save_lora",
     "set_lora_state_dict",
     "split_key",
+    "to_lora",
     "write_components",
     "write_lora_folder",
     "write_lora_weights",

@@ -6,23 +6,22 @@ import logging
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
+from ..settings import Settings
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
-CONFIG_NAME = "mcm_config.json"
-MOTION_HEAD_NAME = "motion_head.safetensors"
+SCHEDULER_NAME = "scheduler/scheduler_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
-# Ours, in the same place: `LoRA`'s attributes by the keys they are stored under, each as JSON.
+# Ours, in the same place: attributes of a `LoRA` by the keys they are stored under, each as JSON.
 HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}
 DEFAULT_ADAPTER = "default"
 
@@ -35,21 +34,35 @@ class LoRA:
     alpha: float | None = None  # None: the rank, that is a scale of one
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    config: dict[str, Any] = field(default_factory=dict)  # mcm_config.json
+    settings: Settings = Settings()  # mcm_config.json
     scheduler_config: dict[str, Any] | None = None
     adapter_config: dict[str, Any] | None = None  # adapter_config.json, as PEFT wrote it
     source: str = "the LoRA"
-    folder: Path | None = None  # where `config` was read from, for paths relative to it
+    folder: Path | None = None  # where `settings` were read, for paths relative to it
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as a dictionary."""
+        return self.settings.to_dict()
+
+    @config.setter
+    def config(self, content: Mapping[str, Any]) -> None:
+        self.settings = Settings.from_dict(content)
 
     @property
     def base_repository(self) -> str | None:
-        """Where its base model is: what our configuration says, or else PEFT's, if that is not a path elsewhere."""
-        name = self.config.get("base_model_repository")
-        if name is None and (name := (self.adapter_config or {}).get("base_model_name_or_path")):
-            if not (hub.is_hub_id(name) or os.path.isdir(name)):
-                logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
-                return None
+        """Where its base model is: what our settings say, or else PEFT's, if that is not a path elsewhere."""
+        if self.settings.base_model_repository is not None:
+            return self.settings.base_model_repository
+        name = (self.adapter_config or {}).get("base_model_name_or_path")
+        if name and not (hub.is_hub_id(name) or os.path.isdir(name)):
+            logger.warning("%s names a base model that is not here, %r; its default is used.", self.source, name)
+            return None
         return name
+
+    def cast(self, dtype: torch.dtype | None) -> LoRA:
+        """The same with tensors of this type on the CPU; `None` leaves theirs."""
+        return replace(self, tensors={key: tensor.detach().to("cpu", dtype) for key, tensor in self.tensors.items()})
 
     @property
     def modules(self) -> list[str]:

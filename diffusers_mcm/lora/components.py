@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import hub
-from .adapter import METADATA_KEY, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, LoRA, split_key
+from ..location import Location
+from .adapter import METADATA_KEY, LoRA, split_key
 from .layers import base_layer, check_not_wrapped
 from .layouts import (
     DENOISER,
@@ -30,7 +30,7 @@ from .layouts import (
     split_prefix,
 )
 from .original_names import original_name
-from .reading import locate_lora, lora_of_file, read_tensors
+from .reading import read_lora_file, to_lora
 from .writing import lora_header, write_safetensors
 
 MOTION_LORA_NAME = "diffusion_pytorch_model.safetensors"  # what AnimateDiff's motion LoRAs on the Hub are called
@@ -47,7 +47,7 @@ _OTHER_KINDS = {
 
 
 def read_components(
-    source: str | os.PathLike | LoRA | Mapping[str, torch.Tensor],
+    source: str | os.PathLike | Location | LoRA | Mapping[str, torch.Tensor],
     components: Mapping[str, nn.Module],
     **options,
 ) -> dict[str, LoRA]:
@@ -62,22 +62,11 @@ def read_components(
         return {denoiser: source}
     if isinstance(source, Mapping):
         return split_components(source, {}, components, "the LoRA")
-    source = hub.resolve(source)
-    if not options.get("weight_name") and not os.path.isfile(source):
-        options["weight_name"] = _usual_name(source, **options)
-    folder, path, where = locate_lora(source, **options)
-    tensors, header = read_tensors(path)
-    if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in tensors):
-        if all(map(is_denoisers, tensors)):
-            return {denoiser: lora_of_file(tensors, header, path, folder, **where)}  # with the settings beside it
-    return split_components(tensors, header, components, str(path))
-
-
-def _usual_name(source: str, weight_name: str | None = None, **where) -> str | None:
-    """The name that a motion LoRA has on the Hub, if a file of that name is there and no usual one; there may be
-    variants of it beside it."""
-    usual = any(hub.find_file(source, name, **where) for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME))
-    return MOTION_LORA_NAME if not usual and hub.find_file(source, MOTION_LORA_NAME, **where) else None
+    file = read_lora_file(Location.of(source, **options), MOTION_LORA_NAME)
+    if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in file.tensors):
+        if all(map(is_denoisers, file.tensors)):
+            return {denoiser: to_lora(file)}  # with the settings beside it
+    return split_components(file.tensors, file.header, components, str(file.path))
 
 
 def split_components(

@@ -7,136 +7,87 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
-from .adapter import (
-    CONFIG_NAME,
-    HEADER_KEYS,
-    MOTION_HEAD_NAME,
-    PEFT_CONFIG_NAME,
-    PEFT_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    LoRA,
-    split_key,
-)
+from ..location import Location
+from ..settings import Settings
+from .adapter import HEADER_KEYS, PEFT_CONFIG_NAME, SCHEDULER_NAME, LoRA, split_key
 from .layouts import PEFT_PREFIX, check_no_dora, denoiser_key, recorded_config, set_scale
 
 logger = logging.getLogger(__name__)
 
 
-def read_lora(
-    source: str | os.PathLike,
-    *,
-    subfolder: str | None = None,
-    weight_name: str | None = None,
-    revision: str | None = None,
-    **hub_options,
-) -> LoRA:
-    """Read a LoRA from a folder, a `.safetensors` file, a packaged model or a Hub repository."""
-    where = dict(subfolder=subfolder, revision=revision, **hub_options)
-    source, path, where = locate_lora(source, weight_name=weight_name, **where)
-    return lora_of_file(*read_tensors(path), path, source, **where)
+@dataclass(frozen=True)
+class LoRAFile:
+    """The content of a LoRA's file, whatever its layout, and where it was found."""
+
+    location: Location  # of the folder or repository that it lies in
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, str]
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file by their keys, and its header."""
+def read_lora(source: str | os.PathLike | Location, **options) -> LoRA:
+    """Read a LoRA from a folder, a `.safetensors` file, a packaged model or a Hub repository.
+
+    `options` are those of `Location.of`: `subfolder`, `weight_name`, `revision`, and the Hub's.
+    """
+    return to_lora(read_lora_file(Location.of(source, **options)))
+
+
+def read_lora_file(location: Location, *other_names: str) -> LoRAFile:
+    """Read the file of a LoRA; `other_names` are those that it may have beside the usual ones."""
+    path = location.lora_file(*other_names)
     with open_safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return LoRAFile(location, path, {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {})
 
 
-def lora_of_file(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path, source: str, **where
-) -> LoRA:
-    """The LoRA that a file in diffusers' or PEFT's layout holds for the denoiser, with the settings beside it."""
-    lora = LoRA(tensors=_by_module(tensors, path), source=str(path), **read_settings(source, header, **where))
-    is_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
-    config = recorded_config(header, lora.adapter_config if is_peft else None)
+def to_lora(file: LoRAFile) -> LoRA:
+    """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, with the settings beside it."""
+    place = file.location.around()
+    lora = LoRA(tensors=_by_module(file.tensors, file.path), source=str(file.path))
+    lora.settings, lora.scheduler_config, lora.adapter_config = read_beside(place, file.header)
+    is_peft = any(key.startswith(PEFT_PREFIX) for key in file.tensors)
+    config = recorded_config(file.header, lora.adapter_config if is_peft else None)
     if is_peft and not config:
         logger.warning(
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )
     check_no_dora(lora.source, config=lora.adapter_config)
     set_scale(lora, config)
-    lora.folder = path.parent if os.path.isdir(source) else None
+    lora.folder = None if place.remote else file.path.parent
     return lora
 
 
-def locate_lora(
-    source: str | os.PathLike, *, weight_name: str | None = None, **where
-) -> tuple[str, Path, dict[str, Any]]:
-    """The folder or repository, the file of the weights in it, and where else to look for what is beside them."""
-    source = hub.resolve(source)
-    if os.path.isfile(source):
-        source, weight_name = os.path.dirname(source) or ".", os.path.basename(source)
-        where["subfolder"] = None
-    path = find_lora_file(source, weight_name=weight_name, **where)
-    if path is None:
-        wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
-        place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
-        raise FileNotFoundError(f"No LoRA in {place}: there is no {wanted}.{elsewhere(source, **where)}")
-    return source, path, where
+def read_beside(
+    location: Location, header: Mapping[str, str]
+) -> tuple[Settings, dict[str, Any] | None, dict[str, Any] | None]:
+    """The settings of a LoRA, the configurations of its scheduler and of PEFT: from the files beside the weights, or
+    else from the header of that file."""
+    place = location.around()
+    in_header = {attribute: json.loads(header[key]) for key, attribute in HEADER_KEYS.items() if key in header}
+    folder, _, name = SCHEDULER_NAME.rpartition("/")
+    settings = Settings.read(place) or Settings.from_dict(in_header.get("config") or {})
+    scheduler = place.inside(folder).json(name) or in_header.get("scheduler_config")
+    return settings, scheduler, place.json(PEFT_CONFIG_NAME) or in_header.get("adapter_config")
 
 
-def find_lora_file(source: str, *, weight_name: str | None = None, **where) -> Path | None:
-    """The file of a LoRA in a folder or repository: the one named, or of a usual name, or the only one that is there.
-
-    `None` if there is none; `ValueError` where several could be meant.
-    """
-    if weight_name and hub.is_pickled(weight_name):
-        found = Path(source, where.get("subfolder") or "", weight_name)
-        advice = hub.how_to_convert(found if found.is_file() else weight_name)
-        raise ValueError(f"{weight_name} of {source} is not a .safetensors file; {advice}")
-    for name in (weight_name,) if weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
-        path = hub.find_file(source, name, **where)
-        if path is not None:
-            return path
-    return None if weight_name else _the_only_one(source, **where)
+# --- under the names and arguments of before, for `formats` ----------------------------------------------------------
+def locate_lora(source: str | os.PathLike, **options) -> tuple[str, Path, dict[str, Any]]:
+    location = Location.of(source, **options)
+    place = location.around()
+    where = dict(subfolder=place.subfolder, revision=place.revision, **place.options)
+    return place.name, location.lora_file(), where
 
 
-def _the_only_one(source: str, **where) -> Path | None:
-    """Style LoRAs have names of their own. In the folder of a whole pipeline no file is taken for a LoRA."""
-    files = hub.list_files(source, **where)
-    folder = Path(where.get("subfolder") or ".")
-    here = [Path(name).name for name in files if Path(name).parent == folder]
-    names = [name for name in here if hub.is_safetensors(name) and name != MOTION_HEAD_NAME and name[0] != "."]
-    if "model_index.json" in here or not names:
-        return None
-    if len(names) > 1:
-        place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
-        raise ValueError(
-            f"There are several files in {place}: {', '.join(names)}; name one with `weight_name` (--weight_name)."
-        )
-    return hub.find_file(source, names[0], **where)
-
-
-def read_settings(source: str, header: Mapping[str, str], *, subfolder: str | None = None, **where) -> dict[str, Any]:
-    """`config`, `scheduler_config` and `adapter_config` of a LoRA: from files beside the weights, else its header."""
-    inside = f"{subfolder}/scheduler" if subfolder else "scheduler"
-    files = {
-        "config": (CONFIG_NAME, subfolder),
-        "scheduler_config": ("scheduler_config.json", inside),
-        "adapter_config": (PEFT_CONFIG_NAME, subfolder),
-    }
-    settings = {attribute: json.loads(header[key]) for key, attribute in HEADER_KEYS.items() if key in header}
-    for attribute, (name, folder) in files.items():
-        settings[attribute] = hub.read_json(source, name, subfolder=folder, **where) or settings.get(attribute)
-    settings["config"] = settings["config"] or {}
-    return settings
-
-
-def elsewhere(source: str, **where) -> str:
-    """A sentence on pickled files that are there instead, or on the subfolders that hold a LoRA; empty if none."""
-    files = [Path(name) for name in hub.list_files(source, **where)]
-    pickled = [path for path in files if hub.is_pickled(path) and path.parent == Path(where.get("subfolder") or ".")]
-    if pickled:
-        found = Path(source, pickled[0])
-        return f" There is {found.name}, but {hub.how_to_convert(found if found.is_file() else found.name)}"
-    folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
-    return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
+def read_settings(source: str, header: Mapping[str, str], **where) -> dict[str, Any]:
+    settings, scheduler, adapter = read_beside(Location.of(source, **where), header)
+    return {"config": settings.to_dict(), "scheduler_config": scheduler, "adapter_config": adapter}
 
 
 @contextmanager

@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import hub
-from ..files import whole_file, whole_files, write_text
-from .adapter import CONFIG_NAME, DEFAULT_ADAPTER, HEADER_KEYS, METADATA_KEY, WEIGHTS_NAME, LoRA
+from ..files import atomic_file, atomic_files, write_text
+from ..location import WEIGHTS_NAME
+from ..settings import SamplingDefaults, Settings
+from .adapter import DEFAULT_ADAPTER, HEADER_KEYS, METADATA_KEY, SCHEDULER_NAME, LoRA
 from .layers import extract_lora
 
 
-def write_lora_weights(
-    path: str | os.PathLike, lora: LoRA, prefix: str = "unet", dtype: torch.dtype | None = None
-) -> None:
+def write_lora_weights(path: str | Path, lora: LoRA, prefix: str = "unet") -> None:
     """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads, and ours."""
-    tensors = {
-        f"{prefix}.{key}": tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for key, tensor in sorted(lora.tensors.items())
-    }
+    tensors = {f"{prefix}.{key}": tensor.detach().cpu().contiguous() for key, tensor in sorted(lora.tensors.items())}
     write_safetensors(path, tensors, lora_header(lora, prefix))
 
 
@@ -47,7 +43,7 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
     return header
 
 
-def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all, readable by whom the umask allows, and the same bytes each time.
 
     `save_file` writes for its own user only, and the metadata in an order that it draws.
@@ -60,7 +56,7 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(memoryview(content)[end:])
 
@@ -78,41 +74,40 @@ def save_lora(
     scheduler=None,
     adapter_name: str = DEFAULT_ADAPTER,
     dtype: torch.dtype | None = None,
-    relative_to: str | os.PathLike | None = None,
 ) -> Path:
-    """Write the LoRA folder that `MCMPipeline.from_pretrained` reads.
+    """Write the LoRA in a denoiser as the folder that `MCMPipeline.from_pretrained` reads.
 
     `base_model` is a `BaseModel`; `repository`, `revision` and `extra_repositories` say where its weights came from (a
-    local folder is recorded relative to `folder`, or to `relative_to` if the files will be moved there); `sampling`
-    holds `num_inference_steps`, `num_frames`, `height`, `width`, `fps`; `scheduler` is the one to sample with.
+    local folder is recorded relative to `folder`); `sampling` holds what `SamplingDefaults` does; `scheduler` is the
+    one to sample with.
     """
     folder = Path(folder)
-    lora = extract_lora(denoiser, adapter_name)
-    lora.config = {
-        "base_model": base_model.name,
-        "base_model_repository": hub.recordable(repository or base_model.default_repository, relative_to or folder),
-        "base_model_revision": revision,
-        "extra_repositories": {
-            name: hub.recordable(place, relative_to or folder) for name, place in (extra_repositories or {}).items()
-        },
-        "sampling": dict(sampling or {}),
-        "training": dict(training or {}),
-    }
+    settings = Settings(
+        base_model=base_model.name,
+        base_model_repository=os.fspath(repository or base_model.default_repository),
+        base_model_revision=revision,
+        extra_repositories=extra_repositories or {},
+        sampling=SamplingDefaults.from_dict(sampling or {}),
+        training=training or {},
+    ).recorded_in(folder)
+    lora = extract_lora(denoiser, adapter_name).cast(dtype)
+    lora.settings = settings
     lora.scheduler_config = None if scheduler is None else json.loads(scheduler.to_json_string())
-    write_lora_folder(folder, lora, base_model.denoiser_name, dtype)
+    write_lora_folder(folder, lora, base_model.denoiser_name)
     return folder
 
 
-def write_lora_folder(folder: Path, lora: LoRA, prefix: str, dtype: torch.dtype | None = None) -> None:
+def write_lora_folder(folder: Path, lora: LoRA, prefix: str) -> None:
     """The weights and the settings beside them, all of it or nothing; other files in the folder stay."""
-    with whole_files(folder, WEIGHTS_NAME) as temporary:
-        write_lora_weights(temporary / WEIGHTS_NAME, lora, prefix, dtype)
+    with atomic_files(folder, WEIGHTS_NAME) as temporary:
+        write_lora_weights(temporary / WEIGHTS_NAME, lora, prefix)
         write_settings(temporary, lora)
 
 
 def write_settings(folder: Path, lora: LoRA) -> None:
     """The files beside the weights: mcm_config.json and scheduler/scheduler_config.json, where there is either."""
-    settings = {CONFIG_NAME: lora.config or None, "scheduler/scheduler_config.json": lora.scheduler_config}
-    for name, content in settings.items():
-        if content is not None:
-            write_text(folder / name, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    if lora.settings:
+        lora.settings.write(folder)
+    if lora.scheduler_config is not None:
+        content = json.dumps(lora.scheduler_config, indent=2, sort_keys=True, default=str)
+        write_text(folder / SCHEDULER_NAME, content + "\n")

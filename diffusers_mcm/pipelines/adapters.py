@@ -11,6 +11,7 @@ base bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,23 +23,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import hub
 from ..base_models import BASE_MODELS
-from ..cards import public_training
+from ..location import WEIGHTS_NAME, Location
 from ..lora import (
-    CONFIG_NAME,
     TEXT_ENCODER,
-    WEIGHTS_NAME,
     LoRA,
     activate,
     check_fits,
     load_lora_into,
     lora_layers,
     read_components,
-    read_lora,
     replace,
     write_components,
 )
+from ..settings import Settings
 from .checks import is_one_value, number
 from .fusing import FusingVerbs
 from .networks import AdapterState, fused_projections, unwrapped
@@ -149,7 +147,7 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused("load a LoRA")
         parts = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
         for lora in parts.values():
-            made_for = lora.config.get("base_model") or self._recognised(lora)
+            made_for = lora.settings.base_model or self._recognised(lora)
             if made_for != self.base_model.name:
                 raise ValueError(
                     f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}."
@@ -177,7 +175,9 @@ class LoRAVerbs(FusingVerbs):
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
         for component, lora in parts.items():
             load_lora_into(networks[component], lora, adapter_name)
-            self._adapters.configs.setdefault(adapter_name, {}).update(_as_recorded(lora))
+            if lora.settings:
+                settings = lora.settings.absolute(lora.folder).without_training_paths()
+                self._adapters.settings[adapter_name] = settings
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -209,7 +209,7 @@ class LoRAVerbs(FusingVerbs):
             for network in networks.values():
                 getattr(network, "peft_config", {}).pop(name, None)
             self._adapters.weights.pop(name, None)
-            self._adapters.configs.pop(name, None)
+            self._adapters.settings.pop(name, None)
         for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
                 replace(networks, name, layer.get_base_layer())
@@ -225,12 +225,12 @@ class LoRAVerbs(FusingVerbs):
         A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`.
         """
         names = self._known(adapter_names)
-        if adapter_weights is None or is_one_value(adapter_weights):
-            adapter_weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
-        if len(adapter_weights) != len(names):
-            raise ValueError(f"{len(names)} adapters were named, but {len(adapter_weights)} weights given.")
+        given: Any = 1.0 if adapter_weights is None else adapter_weights
+        each = [given] * len(names) if is_one_value(given) else list(given)
+        if len(each) != len(names):
+            raise ValueError(f"{len(names)} adapters were named, but {len(each)} weights given.")
         networks = self._networks
-        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, adapter_weights)}
+        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, each)}
         self._require_unfused("change adapters")
         for path, layer in lora_layers(networks).items():
             activate(layer, names)
@@ -303,17 +303,13 @@ class LoRAVerbs(FusingVerbs):
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
             write_components(target / WEIGHTS_NAME, self._extract(name))
-            config = dict(self._adapters.configs.get(name, {}), base_model=self.base_model.name)
-            extra = config.pop("extra_repositories", {})
-            repository = config.get("base_model_repository")
-            if not repository or any(
-                place.startswith(".") or os.path.isabs(place) for place in (repository, *extra.values())
-            ):
+            settings = self._settings(name)
+            if settings.is_local:
                 # The folder that the adapter came from is not there to be pointed at; this pipeline is.
-                config.update(base_model_repository="../..", base_model_revision=None)
-            elif extra:
-                config["extra_repositories"] = extra
-            (target / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                settings = dataclasses.replace(
+                    settings, base_model_repository="../..", base_model_revision=None, extra_repositories={}
+                )
+            settings.write(target)
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
             "active": self._switched_on,
@@ -322,15 +318,22 @@ class LoRAVerbs(FusingVerbs):
         }
         (folder / ADAPTERS_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-    def _load_adapters(self, source: str, **options) -> None:
+    def _settings(self, name: str) -> Settings:
+        """Those that an adapter came with, and what is known anyway."""
+        settings = self._adapters.settings.get(name, Settings())
+        return dataclasses.replace(settings, base_model=self.base_model.name)
+
+    def _load_adapters(self, location: Location) -> None:
         """Undo `_save_adapters`."""
-        state = hub.read_json(source, ADAPTERS_FILE, **options)
+        state = location.json(ADAPTERS_FILE)
         if state is None:
             return
         for name in state["adapters"]:
-            where = options | {"subfolder": f"{ADAPTERS_FOLDER}/{name}"}
-            parts = read_components(source, self._networks, **where)
-            next(iter(parts.values())).config = hub.read_json(source, CONFIG_NAME, **where) or {}
+            place = location.inside(f"{ADAPTERS_FOLDER}/{name}")
+            parts = read_components(place, self._networks)
+            first = next(iter(parts.values()))
+            if not first.settings:  # as of a LoRA with a part for the text encoder
+                first.settings, first.folder = Settings.read(place) or Settings(), None
             self._put_in(parts, name)
         for name, weight in state["adapters"].items():
             self.set_adapters(name, weight)
@@ -339,23 +342,6 @@ class LoRAVerbs(FusingVerbs):
             self.fuse_lora(list(state["fused"]), lora_scale=next(iter(state["fused"].values())))
         elif not state["enabled"]:
             self.disable_lora()
-
-
-def _as_lora(source: str | os.PathLike | LoRA, options: dict[str, Any]) -> LoRA:
-    return source if isinstance(source, LoRA) else read_lora(source, **options)
-
-
-def _as_recorded(lora: LoRA) -> dict[str, Any]:
-    """The LoRA's configuration, for another folder: parts of a base model that lie beside it are named by their
-    absolute path, what it was trained on by the last part of a path alone."""
-    extra = {
-        name: str(Path(os.path.normpath(lora.folder / place))) if place.startswith(".") and lora.folder else place
-        for name, place in (lora.config.get("extra_repositories") or {}).items()
-    }
-    training = public_training(lora.config.get("training") or {})
-    return (
-        lora.config | ({"extra_repositories": extra} if extra else {}) | ({"training": training} if training else {})
-    )
 
 
 def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:

@@ -19,7 +19,6 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .. import hub
 from ..base_models.animatediff import (
     ADAPTER,
     AnimateDiff,
@@ -29,12 +28,12 @@ from ..base_models.animatediff import (
     with_motion,
 )
 from ..base_models.motion_adapter import load_motion_adapter
+from ..location import HUB_OPTIONS, Location
 from ..lora import lora_layers
 from ..scheduler import MCMScheduler
 from . import checks
 from .animatediff_extras import AnimateDiffExtras
 from .callbacks import step_callback
-from .loading import HUB_OPTIONS
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .request import Request
 from .single_file import load_checkpoint
@@ -110,23 +109,23 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             )
 
     @classmethod
-    def _load_components(cls, source: str, index: Mapping[str, Any], recorded: Mapping[str, str], **options):
-        where = {key: options[key] for key in HUB_OPTIONS if key in options}
-        if os.path.isfile(source):
-            return cls._of_checkpoint(source, recorded, where, **options)
+    def _load_components(cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options):
+        where = location.options
+        if location.is_file:
+            return cls._of_checkpoint(location.name, recorded, where, **options)
         complete = isinstance(options.get("unet"), UNetMotionModel) or has_motion(index)
         adapter = options.pop(ADAPTER, None)
         if adapter is None and not complete and not has_adapter(index):
             adapter = recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
         if not is_animatediff(index) and "scheduler" not in options:
-            found = dict(where, revision=options.get("revision"), subfolder="scheduler")
-            config = cls.base_model.own_schedule(index, hub.read_json(source, "scheduler_config.json", **found))
-            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+            config = location.inside("scheduler").json("scheduler_config.json")
+            schedule = cls.base_model.own_schedule(index, config)
+            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
         if adapter is not None:
             adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
         if adapter is not None or complete:
             options[ADAPTER] = None if complete else adapter  # what is in the repository need not be read
-        pipeline = super()._load_components(source, index, recorded, **options)
+        pipeline = super()._load_components(location, index, recorded, **options)
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
         return pipeline

@@ -9,62 +9,73 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, LoRA, elsewhere, find_lora_file
+from ..base_models import base_model_of
+from ..location import INDEX_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+from ..lora import LoRA
 from . import single_file
 
-HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
-SAMPLING_KEYS = ("num_inference_steps", "num_frames", "height", "width", "fps")
 
-
-def read_model_index(source: str, *, weight_name: str | None = None, **where) -> dict[str, Any] | None:
-    """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` if `source` is a
-    LoRA (of which the file `weight_name` is looked for later); an error if it is neither."""
-    if os.path.isfile(source):
-        whole = not hub.is_pickled(source) and single_file.is_checkpoint(source)
+def read_model_index(location: Location) -> dict[str, Any] | None:
+    """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` for a LoRA (of which
+    a file that is named is looked for later); an error if there is neither."""
+    if location.is_file:
+        whole = not hub.is_pickled(location.name) and single_file.is_checkpoint(location.name)
         return dict(single_file.INDEX) if whole else None
-    index = hub.read_json(source, "model_index.json", **where)
-    if index is None and not weight_name and find_lora_file(source, **where) is None:
-        place = f"{source} (subfolder {where['subfolder']!r})" if where.get("subfolder") else source
+    index = location.json(INDEX_NAME)
+    if index is None and not location.weight_name and location.find_lora_file() is None:
         raise ValueError(
-            f"{place} holds neither a pipeline (model_index.json) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
-            + elsewhere(source, **where)
+            f"{location} holds neither a pipeline ({INDEX_NAME}) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
+            + location.elsewhere()
         )
     return index
 
 
-def read_base_index(source: str, **where) -> dict[str, Any] | None:
+def read_base_index(location: Location) -> dict[str, Any]:
     """`model_index.json` of a base model, or what it would be for a single-file checkpoint."""
-    if not os.path.isfile(source):
-        return hub.read_json(source, "model_index.json", **where)
-    if hub.is_pickled(source):
-        raise ValueError(f"{source} is not a .safetensors file; {hub.how_to_convert(source)}")
-    index = read_model_index(source)
+    if location.is_file and hub.is_pickled(location.name):
+        raise ValueError(f"{location.name} is not a .safetensors file; {hub.how_to_convert(location.name)}")
+    index = read_model_index(location) if location.is_file else location.json(INDEX_NAME)
     if index is None:
-        raise ValueError(f"{source} is not a text-to-video model: the file is no checkpoint of a whole model.")
+        why = "the file is no checkpoint of a whole model" if location.is_file else f"it has no {INDEX_NAME}"
+        raise ValueError(f"{location.name} is not a text-to-video model: {why}.")
     return index
 
 
-def checkpoint_config(lora: LoRA, **options) -> str | None:
+def base_location(
+    lora: LoRA, given: str | os.PathLike | None, revision: str | None, options: Mapping[str, Any]
+) -> Location:
+    """Where the base model of a LoRA is: what is `given`, or as its settings say, or else where it usually is."""
+    base_model = base_model_of(lora)
+    if given is not None:
+        return Location.of(given, revision=revision, **options)
+    recorded = lora.base_repository or base_model.default_repository
+    try:
+        name = hub.resolve_recorded(recorded, lora.folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Say where it is with `base_model=`.") from error
+    return Location.of(name, revision=revision or lora.settings.base_model_revision, **options)
+
+
+def checkpoint_config(lora: LoRA, options: Mapping[str, Any]) -> str | None:
     """The base model that a LoRA names, if a single-file checkpoint can take its configurations from there."""
     try:
         name = lora.base_repository and hub.resolve_recorded(lora.base_repository, lora.folder)
-        if name is None or os.path.isfile(name):
+        if name is None or (location := Location.of(name, **options)).is_file:
             return None
-        index = hub.read_json(name, "model_index.json", **options) or {}
+        index = location.json(INDEX_NAME) or {}
     except OSError:  # it is not here, or not to be had; its default is then
         return None
     return name if index.get("unet") == single_file.INDEX["unet"] else None
 
 
 def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Where the LoRA's configuration says that parts of its base model lie, other than in its repository.
+    """Where the LoRA's settings say that components of its base model lie, other than in its repository.
 
     Those that are `given` are not looked for.
     """
-    recorded = lora.config.get("extra_repositories") or {}
-    missing = {name: place for name, place in recorded.items() if (given or {}).get(name) is None}
+    missing = [name for name in lora.settings.extra_repositories if (given or {}).get(name) is None]
     try:
-        return {name: hub.resolve_recorded(place, lora.folder) for name, place in missing.items()}
+        return {name: lora.settings.found(name, lora.folder) for name in missing}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} Say where it is with {' or '.join(f'`{name}=`' for name in missing)}."
@@ -73,18 +84,6 @@ def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) ->
 
 def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
     return str(model_index.get("_class_name")).endswith("MCMPipeline")
-
-
-def fetched(source: str, revision: str | None, **options) -> str:
-    """The folder of a saved MCM pipeline. diffusers does not download components whose class is not its own."""
-    if os.path.isdir(source):
-        return source
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(source, revision=revision, **options)
-    except hub.http_errors() as error:
-        raise OSError(hub.explain(error, source, revision)) from error
 
 
 def few_step_scheduler(base_model, scheduler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import nn
 
-from .. import hub
-from ..base_models import BaseModel, get_base_model, infer_base_model
-from ..lora import LoRA
+from ..base_models import BaseModel, infer_base_model
+from ..location import HUB_OPTIONS, Location
+from ..lora import LoRA, read_lora
 from . import checks, loading
-from .adapters import _as_lora, _free_name
+from .adapters import _free_name
 from .callbacks import TENSORS, step_callback
 from .networks import require_unfused
 from .publishing import HubVerbs
@@ -138,76 +138,61 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         """
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
-        options = {key: kwargs[key] for key in loading.HUB_OPTIONS if key in kwargs}
-        source = hub.resolve(pretrained_model_name_or_path)
-        lora_options = dict(options, subfolder=subfolder, weight_name=weight_name)
-        if lora is not None:
-            subfolder = weight_name = None
-        where = dict(options, subfolder=subfolder, revision=revision)
-        index = loading.read_model_index(source, weight_name=weight_name, **where)
+        options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
+        place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
+        if lora is None:
+            location = replace(location, **place)
+        index = loading.read_model_index(location)
         if index is not None:
-            if subfolder:
-                source = _local_subfolder(source, subfolder)
-            pipeline = cls._load_pipeline(source, revision, options, kwargs)
+            pipeline = cls._load_pipeline(_with_subfolder(location), index, kwargs)
             if lora is not None:
-                pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **lora_options)
+                pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **place, **options)
             return pipeline
         if lora is not None:
-            raise ValueError(f"`lora` goes with a base model, but {source} is itself a LoRA.")
-        where = dict(lora_options, revision=revision)
-        read = _as_lora(source, where)
-        base, base_revision = cls._base_for(read, base_model, base_model_revision)
-        pipeline = cls._load_pipeline(base, base_revision, options, kwargs, lora=read)
+            raise ValueError(f"`lora` goes with a base model, but {location.name} is itself a LoRA.")
+        read = read_lora(location)
+        base = loading.base_location(read, base_model, base_model_revision, options)
+        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, lora=read)
         pipeline.load_mcm_lora(read, adapter_name=adapter_name)
         return pipeline
 
     @classmethod
-    def _base_for(cls, lora: LoRA, repository: str | None, revision: str | None) -> tuple[str, str | None]:
-        """Where the base model of a LoRA is."""
-        name = lora.config.get("base_model")
-        base_model = get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
-        if repository is not None:
-            return hub.resolve(repository), revision
-        recorded = lora.base_repository or base_model.default_repository
-        try:
-            return hub.resolve_recorded(recorded, lora.folder), revision or lora.config.get("base_model_revision")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} Say where it is with `base_model=`.") from error
-
-    @classmethod
     def _load_pipeline(
-        cls, source: str, revision: str | None, options: dict, kwargs: dict, lora: LoRA | None = None
+        cls, location: Location, index: Mapping[str, Any], kwargs: dict[str, Any], lora: LoRA | None = None
     ) -> MCMPipeline:
-        """A base model for `lora`, or one with the adapters it was saved with, as a pipeline of the right subclass."""
-        index = loading.read_base_index(source, revision=revision, **options)
-        if index is None:
-            raise ValueError(f"{source} is not a text-to-video model: it has no model_index.json.")
+        """A base model for `lora`, or one with the adapters it was saved with, as a pipeline of the right subclass.
+
+        `index` is its `model_index.json`.
+        """
         pipeline_class = cls._of_base_models[infer_base_model(model_index=index).name]
         if not issubclass(pipeline_class, cls):
-            raise ValueError(f"{source} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline.")
-        if loading.is_saved_mcm_pipeline(index):
-            source, revision = loading.fetched(source, revision, **options), None
+            raise ValueError(
+                f"{location.name} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline."
+            )
+        if saved := loading.is_saved_mcm_pipeline(index):  # diffusers fetches no components of other classes
+            location = location.fetched()
         recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
-        if os.path.isfile(source) and lora is not None and kwargs.get("config") is None:
-            kwargs["config"] = loading.checkpoint_config(lora, **options)
+        if location.is_file and lora is not None and kwargs.get("config") is None:
+            kwargs["config"] = loading.checkpoint_config(lora, location.options)
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
-        with hub.never_pickled(source, revision=revision, **options):
-            pipeline = pipeline_class._load_components(source, index, recorded, revision=revision, **kwargs)
+        with location.never_pickled():
+            pipeline = pipeline_class._load_components(location, index, recorded, **kwargs)
         pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
-        if lora is None and loading.is_saved_mcm_pipeline(index):
-            pipeline._load_adapters(source, revision=revision, **options)
+        if lora is None and saved:
+            pipeline._load_adapters(location)
         return pipeline
 
     @classmethod
     def _load_components(
-        cls, source: str, index: Mapping[str, Any], recorded: Mapping[str, str], **options
+        cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options
     ) -> MCMPipeline:
         """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here.
 
-        `index` is `model_index.json`, `recorded` says where the other parts were when the LoRA was trained.
+        `index` is `model_index.json`, `recorded` says where the other components were when the LoRA was trained.
         """
-        return super().from_pretrained(source, **options)
+        return super().from_pretrained(location.name, revision=location.revision, **options)
 
     def load_mcm_lora(
         self,
@@ -224,7 +209,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 "`load_mcm_lora` brings a scheduler of its own, which a call that is under way cannot change to; in a"
                 " callback use `load_lora_weights` and `set_adapters`."
             )
-        lora = _as_lora(pretrained_model_name_or_path, options)
+        given = pretrained_model_name_or_path
+        lora = given if isinstance(given, LoRA) else read_lora(given, **options)
         adapter_name = adapter_name or _free_name("mcm", self._loaded)
         self.load_lora_weights(lora, adapter_name)
         self.set_adapters(adapter_name)
@@ -233,8 +219,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         else:
             self.scheduler = loading.few_step_scheduler(self.base_model, self.scheduler)
-        sampling = lora.config.get("sampling") or {}
-        self.register_to_config(**{key: sampling[key] for key in loading.SAMPLING_KEYS if sampling.get(key)})
+        self.register_to_config(**lora.settings.sampling.known())
 
     # --- properties --------------------------------------------------------------------------------------------------
     @property
@@ -387,7 +372,10 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         return MCMPipelineOutput(frames=frames) if return_dict else (frames,)
 
 
-def _local_subfolder(source: str, subfolder: str) -> str:
-    if not os.path.isdir(source):
-        raise ValueError(f"{source}: `subfolder` selects a LoRA; a pipeline on the Hub has to be at the top.")
-    return os.path.join(source, subfolder)
+def _with_subfolder(location: Location) -> Location:
+    """The folder of a pipeline that lies in another."""
+    if not location.subfolder:
+        return location
+    if not location.is_folder:
+        raise ValueError(f"{location.name}: `subfolder` selects a LoRA; a pipeline on the Hub has to be at the top.")
+    return replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..lora import lora_layers
+from ..settings import Settings
 
 
 @dataclass
@@ -18,7 +18,7 @@ class AdapterState:
 
     # As given, before the factor alpha / rank; one for each component if the components' differ.
     weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # mcm_config.json of each adapter
+    settings: dict[str, Settings] = field(default_factory=dict)  # of each adapter that came with some
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused

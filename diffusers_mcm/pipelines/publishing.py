@@ -6,16 +6,19 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .. import hub
-from ..cards import CARD_NAME, DEFAULT_PROMPT, is_local
-from ..files import whole_files, write_text
-from ..lora import write_lora_folder
+from ..cards import CARD_NAME, DEFAULT_PROMPT
+from ..files import atomic_files, write_text
+from ..hub import check_repository_name, is_local
+from ..location import Location
+from ..lora import LoRA, write_lora_folder
+from ..settings import SAMPLING_KEYS, SamplingDefaults
 from . import loading
 from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER, LoRAVerbs
 
@@ -34,7 +37,7 @@ class HubVerbs(LoRAVerbs):
         """
         folder = Path(save_directory)
         hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
-        with whole_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
+        with atomic_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
             with self._clean_networks():
                 super().save_pretrained(str(temporary), **kwargs)
             loading.forget_local_paths(temporary)
@@ -56,11 +59,11 @@ class HubVerbs(LoRAVerbs):
 
         repository = open_repository(repo_id or folder.resolve().name, private=private, token=token)
         card = folder / CARD_NAME
-        if not card.is_file() and hub.find_file(repository, CARD_NAME, token=token) is None:
+        if not card.is_file() and Location.on_hub(repository, token=token).file(CARD_NAME) is None:
             write_text(card, pipeline_card(repository))
         message = commit_message or f"Upload {type(self).__name__}"
-        options = dict(create_pr=create_pr, overwrite_card=overwrite_card)
-        return publish_folder(folder, repository, token=token, commit_message=message, **options)
+        options: dict[str, Any] = dict(token=token, create_pr=create_pr, overwrite_card=overwrite_card)
+        return publish_folder(folder, repository, commit_message=message, **options)
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -69,26 +72,30 @@ class HubVerbs(LoRAVerbs):
             save_directory: Made if it is not there.
             adapter_name: Which LoRA; needed if several are loaded.
         """
-        name = self._one_adapter(adapter_name)
-        if list(parts := self._parts(name)) != [self.base_model.denoiser_name]:
-            raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
         folder = Path(save_directory)
-        lora = self._extract(name)[self.base_model.denoiser_name]
-        sampling = {key: self.sampling_default(key) for key in loading.SAMPLING_KEYS}
-        lora.config = {
-            "sampling": sampling,
-            **self._adapters.configs.get(name, {}),
-            "base_model": self.base_model.name,
-        }
-        if is_local(lora.config.get("base_model_repository") or "."):  # relative to where the LoRA was read
-            origin = self.config.get("_name_or_path") or self.base_model.default_repository
-            lora.config["base_model_repository"] = hub.recordable(origin, folder)
-        extra = lora.config.get("extra_repositories") or {}
-        lora.config["extra_repositories"] = {part: hub.recordable(place, folder) for part, place in extra.items()}
-        lora.config.pop("sample", None)  # that clip is not here
+        write_lora_folder(
+            folder, self._to_save(self._one_adapter(adapter_name), folder), self.base_model.denoiser_name
+        )
+
+    def _to_save(self, name: str, folder: Path) -> LoRA:
+        """An MCM LoRA with settings for a folder."""
+        denoiser = self.base_model.denoiser_name
+        if list(parts := self._parts(name)) != [denoiser]:
+            raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
+        lora, settings = self._extract(name)[denoiser], self._settings(name)
+        sampling = settings.sampling
+        if sampling == SamplingDefaults():
+            defaults: dict[str, Any] = {key: self.sampling_default(key) for key in SAMPLING_KEYS}
+            sampling = SamplingDefaults(**defaults)
+        repository = settings.base_model_repository
+        if repository is None or is_local(repository):  # relative to where the LoRA was read
+            repository = self.config.get("_name_or_path") or self.base_model.default_repository
+        # The clip is not here.
+        settings = replace(settings, base_model_repository=repository, sampling=sampling, sample=None)
+        lora.settings = settings.recorded_in(folder)
         if isinstance(self.scheduler, self.base_model.scheduler_class):
             lora.scheduler_config = dict(self.scheduler.config)
-        write_lora_folder(folder, lora, self.base_model.denoiser_name)
+        return lora
 
     def push_to_hub(
         self,
@@ -130,22 +137,30 @@ class HubVerbs(LoRAVerbs):
         Returns:
             `str`: The address of the commit, or of the pull request.
         """
-        from ..publish import check_repository_name, publish_lora, record_sample
+        from ..publish import publish_lora, put_sample
 
         check_repository_name(repo_id)
         name = self._one_adapter(adapter_name)
-        recorded = (self._adapters.configs.get(name, {}).get("sample") or {}).get("prompt")
-        prompt = prompt or recorded or DEFAULT_PROMPT
+        sample = self._settings(name).sample
+        prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
         with self._alone(name):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            self.save_mcm_lora(folder, name)
-            record_sample(folder, np.asarray(video), prompt, self.sampling_default("fps"))
-            options: dict[str, Any] = dict(private=private, token=token, commit_message=commit_message)
-            options |= dict(revision=revision, create_pr=create_pr, base_model=base_model)
-            options["overwrite_card"] = overwrite_card
-            return publish_lora(folder, repo_id, **options)
+            lora = self._to_save(name, folder)
+            lora.settings = put_sample(folder, lora.settings, np.asarray(video), prompt, self.sampling_default("fps"))
+            return publish_lora(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                base_model=base_model,
+                overwrite_card=overwrite_card,
+                lora=lora,
+            )
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:

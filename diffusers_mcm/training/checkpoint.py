@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..files import whole_folder
+from ..files import atomic_folder
 from .disk import room_for, save_state, size_of
 
 STATE_FILE = "training_state.pt"
@@ -39,13 +39,13 @@ def named_checkpoint(output_dir: Path, wanted: str) -> Path:
     )
 
 
-def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_more: Callable[[Path], None]) -> Path:
+def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_more: Callable[[Path], object]) -> Path:
     """Write `checkpoint-<step>` with the state and what `write_more` adds, whole or not at all.
 
     Raises `DiskFullError` if there is no room; a checkpoint of that name that was there before stays.
     """
     folder = output_dir / f"checkpoint-{step}"
-    with room_for(f"the checkpoint of step {step}", output_dir, size_of(state)), whole_folder(folder) as temporary:
+    with room_for(f"the checkpoint of step {step}", output_dir, size_of(state)), atomic_folder(folder) as temporary:
         write_more(temporary)
         save_state(state, temporary / STATE_FILE)
     return folder

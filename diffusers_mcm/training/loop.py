@@ -16,8 +16,8 @@ from ..distillation.discriminator import PenaltyWeight
 from ..distillation.draws import Coins, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
-from ..files import whole_files
-from ..lora import lora_state_dict
+from ..files import atomic_files
+from ..lora import LoRA, lora_state_dict
 from . import image_text
 from .acceleration import build_accelerator, gather_object, start_trackers, told_by_one, with_accelerate_settings
 from .batches import Batch, build_batches, open_data, told_skipped
@@ -318,7 +318,7 @@ class Trainer:
 
     def write_folder(
         self, folder: Path, sample: tuple[str, np.ndarray] | None = None, relative_to: Path | None = None
-    ) -> None:
+    ) -> LoRA:
         rates = self.config.learning_rates(self.total_batch)
         progress = {
             "steps": self.step,
@@ -330,7 +330,7 @@ class Trainer:
         }
         name = self.output_dir.resolve().name
         with self.student.averaged():
-            write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
+            return write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
@@ -379,9 +379,9 @@ class Trainer:
             sample = None if clip is None else (prompts[0], clip)
             with (
                 room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
-                whole_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
+                atomic_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
             ):
-                self.write_folder(folder, sample, relative_to=self.output_dir)
+                lora = self.write_folder(folder, sample, relative_to=self.output_dir)
             self.warn(told_skipped(skipped))
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
@@ -389,7 +389,7 @@ class Trainer:
         if prompts and clip is None and self.accelerator.is_main_process:
             raise NonFiniteSample(unusable(config, prompts[0]))
         if config.push_to_hub and self.accelerator.is_main_process:
-            logger.info("Published: %s", push_to_hub(config))
+            logger.info("Published: %s", push_to_hub(config, lora))
 
 
 def train(config: TrainingConfig) -> Path:

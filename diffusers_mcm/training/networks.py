@@ -19,6 +19,7 @@ from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
 from ..features import PatchFeatures, TextFeatures
+from ..location import INDEX_NAME, Location
 from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
@@ -120,10 +121,10 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
 
 def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
     """The row of `BASE_MODELS` for the teacher, and the `model_index.json` that says so."""
-    source = hub.resolve(config.pretrained_teacher_model)
-    if os.path.isfile(source):
-        raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_what_to_do_with(source)}")
-    index = hub.read_json(source, "model_index.json", revision=config.revision)
+    location = Location.of(config.pretrained_teacher_model, revision=config.revision)
+    if location.is_file:
+        raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_instead_of(location.name)}")
+    index = location.json(INDEX_NAME)
     if index is None:
         raise ValueError(
             f"--pretrained_teacher_model {config.pretrained_teacher_model!r} has no model_index.json; "
@@ -137,7 +138,7 @@ def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
     return base, index
 
 
-def _what_to_do_with(file: str) -> str:
+def _instead_of(file: str) -> str:
     if hub.is_pickled(file):
         return f"{file} is a file, and {hub.how_to_convert(file)}"
     if is_checkpoint(file):
@@ -233,7 +234,8 @@ def build_discriminator(config: TrainingConfig) -> Discriminator:
 
 def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
     """Overwrite a fresh LoRA with the one called `name`, and the motion head with the one beside it, if any is."""
-    lora = read_lora(name, subfolder=config.pretrained_lora_subfolder)
+    location = Location.of(name, subfolder=config.pretrained_lora_subfolder)
+    lora = read_lora(location)
     check_fits(denoiser, lora)
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]
@@ -243,8 +245,7 @@ def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, con
             f" {config.lora_rank} and --lora_alpha {config.lora_alpha:g}: they must be the same, for all its modules."
         )
     set_lora_state_dict(denoiser, lora.tensors)
-    source, where = hub.resolve(name), dict(subfolder=config.pretrained_lora_subfolder)
-    head = hub.find_file(source, MOTION_HEAD_NAME, **where) if not os.path.isfile(source) else None
+    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
     if head is not None:
         with open_safetensors(head) as file:
             if (file.metadata() or {}).get("motion") == config.motion:

@@ -1,6 +1,6 @@
 """The folder a run leaves behind: LoRA, configuration, scheduler, motion head and card."""
 
-import os
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,39 +8,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import hub
-from ..cards import CARD_NAME, is_local, render_folder_card
-from ..lora import MOTION_HEAD_NAME, save_lora, write_safetensors
-from ..publish import PublishError, open_repository, publish_lora, record_sample
+from ..cards import CARD_NAME, render_folder_card
+from ..files import write_text
+from ..hub import is_local, recordable
+from ..location import MOTION_HEAD_NAME
+from ..lora import LoRA, extract_lora, write_safetensors
+from ..lora import write_lora_folder as write_lora_files
+from ..publish import PublishError, open_repository, publish_lora, put_sample
+from ..settings import SamplingDefaults, Settings
 from .config import TrainingConfig
 from .networks import TrainingNetworks
 
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def recorded_training(
-    config: TrainingConfig, networks: TrainingNetworks, folder: Path, progress: dict[str, Any]
-) -> dict[str, Any]:
-    """The configuration as it goes beside the weights in `folder`: ids as they are, local paths relative to it."""
+def settings_of(
+    config: TrainingConfig, networks: TrainingNetworks, progress: dict[str, Any], folder: Path
+) -> Settings:
+    """What is recorded beside the weights in `folder`: ids as they are, local paths relative to it."""
+    num_frames, height, width = networks.clip_size
+    guidance_min, guidance_max = networks.guidance_range
+    found: dict[str, Any] = dict(num_frames=num_frames, height=height, width=width, guidance_min=guidance_min)
+    found |= dict(guidance_max=guidance_max, base_model=networks.base_model.name)
     values = config.to_dict()
-    training = {name: values[name] for name in config.names(recorded=True)}
-    for name in config.names(source=True):
-        if training[name] is not None:
-            training[name] = recordable_source(training[name], folder)
-    training["num_frames"], training["height"], training["width"] = networks.clip_size
-    training["guidance_min"], training["guidance_max"] = networks.guidance_range
-    training["base_model"] = networks.base_model.name
-    training["extra_repositories"] = {
-        name: recordable_source(place, folder) for name, place in networks.extra_repositories.items()
-    }
-    return {**training, **progress}
-
-
-def recordable_source(source: str, folder: Path) -> str:
-    """Like `hub.recordable`, and for globs too: never an absolute path."""
-    if os.path.isabs(source) and not os.path.exists(source):
-        return Path(os.path.relpath(source, folder.resolve())).as_posix()
-    return hub.recordable(source, folder)
+    training = {name: values[name] for name in config.names(recorded=True)} | found | progress
+    return Settings(
+        base_model=networks.base_model.name,
+        base_model_repository=config.pretrained_teacher_model,
+        base_model_revision=config.revision,
+        extra_repositories=networks.extra_repositories,
+        sampling=SamplingDefaults(config.num_inference_steps, num_frames, height, width, config.fps),
+    ).trained(training, folder)
 
 
 def write_lora_folder(
@@ -51,38 +49,24 @@ def write_lora_folder(
     name: str,
     sample: tuple[str, np.ndarray] | None = None,
     relative_to: Path | None = None,
-) -> None:
+) -> LoRA:
     """All that `MCMPipeline.from_pretrained(folder)` and a reader need. `progress` is recorded with the training.
 
     `name` is the model's in its card, `sample` a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded
-    relative to `relative_to`, where the files will be moved; default: they stay in `folder`.
+    relative to `relative_to`, where the files will be moved; default: they stay in `folder`. Returns the LoRA as it
+    is in the folder.
     """
-    num_frames, height, width = networks.clip_size
-    relative_to = relative_to or folder
-    training = recorded_training(config, networks, relative_to, progress)
-    save_lora(
-        folder,
-        networks.student.denoiser,
-        networks.base_model,
-        repository=config.pretrained_teacher_model,
-        revision=config.revision,
-        extra_repositories=networks.extra_repositories,
-        sampling={
-            "num_inference_steps": config.num_inference_steps,
-            "num_frames": num_frames,
-            "height": height,
-            "width": width,
-            "fps": config.fps,
-        },
-        training=training,
-        scheduler=networks.pipeline.scheduler,
-        dtype=_SAVE_DTYPES[config.save_dtype],
-        relative_to=relative_to,
-    )
-    write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
+    lora = extract_lora(networks.student.denoiser).cast(_SAVE_DTYPES[config.save_dtype])
+    lora.settings = settings_of(config, networks, progress, relative_to or folder)
+    lora.scheduler_config = json.loads(networks.pipeline.scheduler.to_json_string())
+    lora.folder = relative_to or folder
     if sample is not None:
-        record_sample(folder, sample[1], sample[0], config.fps)
-    (folder / CARD_NAME).write_text(render_folder_card(folder, name), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        lora.settings = put_sample(folder, lora.settings, sample[1], sample[0], config.fps)
+    write_lora_files(folder, lora, networks.base_model.denoiser_name)
+    write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
+    write_text(folder / CARD_NAME, render_folder_card(folder, name, lora.settings))
+    return lora
 
 
 def motion_head(networks: TrainingNetworks) -> dict[str, torch.Tensor]:
@@ -99,7 +83,7 @@ def motion_head(networks: TrainingNetworks) -> dict[str, torch.Tensor]:
 def prepare_push(config: TrainingConfig) -> None:
     """Fail before the training, not after it: create the repository, which needs the token that will be needed."""
     folder = Path(config.output_dir)
-    if is_local(hub.recordable(config.pretrained_teacher_model, folder)):
+    if is_local(recordable(config.pretrained_teacher_model, folder)):
         raise ValueError(
             f"With --push_to_hub others will load the base model, but {config.pretrained_teacher_model!r} is a folder"
             " of this machine. Name its repository as --pretrained_teacher_model, or train without --push_to_hub and"
@@ -107,7 +91,7 @@ def prepare_push(config: TrainingConfig) -> None:
         )
     for entry in config.extra_repositories:
         name, _, place = entry.partition("=")
-        if is_local(hub.recordable(place, folder)):
+        if is_local(recordable(place, folder)):
             raise ValueError(
                 f"With --push_to_hub others will load the {name}, but {place!r} is a folder of this machine. Name its"
                 " repository in --extra_repositories, or train without --push_to_hub."
@@ -125,8 +109,8 @@ def unusable(config: TrainingConfig, prompt: str) -> str:
     )
 
 
-def push_to_hub(config: TrainingConfig) -> str:
-    """Publish the output folder; the address of the commit."""
+def push_to_hub(config: TrainingConfig, lora: LoRA) -> str:
+    """Publish the output folder, which holds this LoRA; the address of the commit."""
     try:
         return publish_lora(
             config.output_dir,
@@ -134,6 +118,7 @@ def push_to_hub(config: TrainingConfig) -> str:
             private=config.hub_private_repo or None,
             token=config.hub_token,
             overwrite_card=config.overwrite_card,
+            lora=lora,
         )
     except PublishError as error:
         raise PublishError(

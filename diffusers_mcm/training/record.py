@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import whole_file
+from ..files import atomic_file
 from .checkpoint import checkpoints, is_checkpoint, named_checkpoint
 
 RECORD_NAME = "mcm_run.json"
@@ -73,7 +73,7 @@ class RunRecord:
             shutil.rmtree(folder)
 
     def write(self) -> None:
-        with whole_file(self.output_dir / RECORD_NAME) as temporary:
+        with atomic_file(self.output_dir / RECORD_NAME) as temporary:
             values = {"run": self.id, "checkpoints": self.line}
             temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..flags import FIXED, TOLD
+from ..hub import recordable_source
 from .config import TrainingConfig, default_values, values_before_flags
 from .networks import TrainingNetworks
-from .output import recordable_source
 
 
 def identity(

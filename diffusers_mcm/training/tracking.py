@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import whole_file
+from ..files import atomic_file
 
 logger = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
@@ -85,7 +85,7 @@ class LossLog:
         if first_step and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= first_step]
-        with whole_file(self.path) as temporary:
+        with atomic_file(self.path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

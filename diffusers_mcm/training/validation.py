@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..distillation.draws import draw_normal, sample_generator
-from ..files import whole_folder
+from ..files import atomic_folder
 from ..pipelines.checks import NotFiniteError
 from ..video_io import comparison, to_uint8, write_image, write_mp4
 from .config import TrainingConfig
@@ -50,7 +50,7 @@ def write_validation(folder: Path, clips: dict[str, np.ndarray | None], fps: int
     """
     shown = {prompt: [clip] for prompt, clip in clips.items() if clip is not None}
     picture = comparison(shown, [folder.name], frames_per_video=8)
-    with room_for("the validation clips", folder), whole_folder(folder) as temporary:
+    with room_for("the validation clips", folder), atomic_folder(folder) as temporary:
         for number, clip in enumerate(clips.values()):
             if clip is not None:
                 write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diffusers_mcm.files import whole_file
+from diffusers_mcm.files import atomic_file
 
 
 def parser(description: str, *, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
@@ -125,7 +125,7 @@ def train(
                 "step": done,
                 "seconds": seconds,
             }
-            with whole_file(checkpoint) as part:
+            with atomic_file(checkpoint) as part:
                 torch.save(state, part)
     return averaged.module if decay else model
 

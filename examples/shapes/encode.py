@@ -12,7 +12,7 @@ import torch
 from common import Frames, to_pixels
 from diffusers import AutoencoderKL
 
-from diffusers_mcm.files import whole_file
+from diffusers_mcm.files import atomic_file
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
                 for i in range(0, len(clips), 4)
             ]
         latents = np.concatenate(parts).reshape(*clips.shape[:2], *parts[0].shape[1:])
-        with whole_file(target) as part, part.open("wb") as out:
+        with atomic_file(target) as part, part.open("wb") as out:
             np.save(out, latents)
         print(target, flush=True)
 

@@ -26,6 +26,7 @@ from diffusers_mcm.lora import (
     save_lora,
     write_lora_weights,
 )
+from diffusers_mcm.settings import Settings
 from tests.formats.world import (
     ADAPTER,
     MODELSCOPE,
@@ -138,7 +139,7 @@ def test_peft_reads_what_we_write(tmp_path, base_model):
         shape = unet.get_submodule(name).weight.shape
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, *shape[1:], generator=generator)
         tensors[f"{name}.lora_B.weight"] = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator)
-    lora = LoRA(tensors, alpha=5, alpha_pattern={names[0]: 7}, config={"base_model": base_model})
+    lora = LoRA(tensors, alpha=5, alpha_pattern={names[0]: 7}, settings=Settings(base_model=base_model))
     write_lora_weights(tmp_path / "ours.safetensors", lora)
     folder = convert(tmp_path / "ours.safetensors", tmp_path / "peft", "peft")
     theirs = PeftModel.from_pretrained(released_unet(base_model), str(folder)).eval()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.lora import MOTION_HEAD_NAME, WEIGHTS_NAME, find_lora_file, read_lora
+from diffusers_mcm.location import Location
+from diffusers_mcm.lora import MOTION_HEAD_NAME, WEIGHTS_NAME, read_lora
 from tests.hub_server import hub_server
 from tests.tiny import save_tiny_base, save_tiny_lora
 
@@ -50,7 +51,7 @@ def test_several_files_are_named(lora, tmp_path):
 
 def test_no_file_of_a_whole_pipeline_is_taken_for_a_lora(lora, tmp_path):
     (place(lora, tmp_path, "v1-5.safetensors") / "model_index.json").write_text("{}")
-    assert find_lora_file(str(tmp_path)) is None
+    assert Location.of(tmp_path).find_lora_file() is None
 
 
 def test_on_the_hub_and_then_offline(lora, tmp_path):

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet3DConditionModel
 from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, hub
+from diffusers_mcm.location import Location
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, lora_layers
 from tests.hub_server import hub_server
 from tests.tiny import NUM_FRAMES, SCHEDULER, SIZE, realign, save_tiny_base, save_tiny_lora, tiny_unet
@@ -248,9 +249,9 @@ def test_from_the_hub(world, tmp_path, video, monkeypatch):
     offline = MCMPipeline.from_pretrained("owner/lora", subfolder="webvid", local_files_only=True, **options)
     assert torch.equal(sample(offline), video)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub.find_file("owner/lora", "model_index.json", subfolder="webvid", **options) is None
+    assert Location.of("owner/lora", subfolder="webvid", **options).file("model_index.json") is None
     with pytest.raises(OSError, match="never-asked-for.json of owner/lora is not in the cache"):
-        hub.find_file("owner/lora", "never-asked-for.json", **options)
+        Location.of("owner/lora", **options).file("never-asked-for.json")
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline
+from diffusers_mcm.location import Location
 from diffusers_mcm.lora.original_names import original_name
+from diffusers_mcm.pipelines.loading import read_base_index
 from tests.tiny import (
     NUM_FRAMES,
     SIZE,
@@ -122,9 +124,9 @@ def test_what_is_wrong_with_a_checkpoint(world, tmp_path, monkeypatch):
         MCMPipeline.from_pretrained(world / "dreamy.safetensors", **options | dict(config="owner/nothing"))
     save_file({"something": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="the file is no checkpoint of a whole model"):
-        AnimateDiffMCMPipeline._load_pipeline(str(path), None, {}, {})
+        read_base_index(Location.of(path))
     path.with_suffix(".ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match="x.ckpt of .* is not a .safetensors file; pickled weights are not read"):
         MCMPipeline.from_pretrained(path.with_suffix(".ckpt"))
     with pytest.raises(ValueError, match="x.ckpt is not a .safetensors file; pickled weights are not read"):
-        AnimateDiffMCMPipeline._load_pipeline(str(path.with_suffix(".ckpt")), None, {}, {})
+        read_base_index(Location.of(path.with_suffix(".ckpt")))

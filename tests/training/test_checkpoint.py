@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from diffusers_mcm.files import DiskFullError, whole_files
+from diffusers_mcm.files import DiskFullError, atomic_files
 from diffusers_mcm.training.checkpoint import STATE_FILE, checkpoints, load_checkpoint, save_checkpoint
 
 
@@ -70,11 +70,11 @@ def test_output_files_arrive_together_and_leave_the_rest_alone(tmp_path):
     folder.mkdir()
     (folder / "train_log.jsonl").write_text("kept")
     (folder / "weights").write_text("old")
-    with pytest.raises(RuntimeError), whole_files(folder, last="weights") as temporary:
+    with pytest.raises(RuntimeError), atomic_files(folder, last="weights") as temporary:
         (temporary / "weights").write_text("half")
         raise RuntimeError
     assert (folder / "weights").read_text() == "old"
-    with whole_files(folder, last="weights") as temporary:
+    with atomic_files(folder, last="weights") as temporary:
         (temporary / "weights").write_text("new")
         (temporary / "scheduler").mkdir()
         (temporary / "scheduler" / "config").write_text("new")

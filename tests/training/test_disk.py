@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusers_mcm.files import DiskFullError, whole_folder
+from diffusers_mcm.files import DiskFullError, atomic_folder
 from diffusers_mcm.training.disk import room_for, save_state, size_of
 
 FULL = "/dev/full"  # every write to it fails for want of room
@@ -40,7 +40,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_nothing_half_written_is_left(tmp_path):
-    with pytest.raises(DiskFullError), room_for("it", tmp_path), whole_folder(tmp_path / "folder") as folder:
+    with pytest.raises(DiskFullError), room_for("it", tmp_path), atomic_folder(tmp_path / "folder") as folder:
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []

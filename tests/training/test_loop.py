@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_mcm.distillation.losses import pseudo_huber
-from diffusers_mcm.files import whole_files
+from diffusers_mcm.files import atomic_files
 from diffusers_mcm.training.batches import Batches
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
@@ -419,7 +419,7 @@ def test_a_kill_while_the_files_move_leaves_no_half_old_folder(tmp_path, monkeyp
     (tmp_path / "weights").write_text("old")
     (tmp_path / "config").write_text("old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path, last="weights") as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_files(tmp_path, last="weights") as folder:
         for name in ("weights", "config"):
             (folder / name).write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["config"]

@@ -16,6 +16,7 @@ from diffusers_mcm.training.loop import Trainer, train
 from diffusers_mcm.training.output import push_command
 from diffusers_mcm.training.validation import NonFiniteSample
 from tests.hub_server import hub_server
+from tests.reads import reads
 
 from .world import tiny_config
 
@@ -36,7 +37,10 @@ def published(world, tmp_path, monkeypatch):
 def test_a_run_is_published_in_one_commit_without_its_secrets_and_paths(published, tmp_path, caplog, capsys):
     server, config = published
     caplog.set_level(logging.INFO)
-    train(config)
+    with reads() as found:
+        train(config)
+    ours = [str(Path(config.output_dir, name)) for name in ("pytorch_lora_weights.safetensors", "mcm_config.json")]
+    assert [found[path] for path in ours] == [0, 0]  # it publishes what it has in memory
     repository = server.repositories["me/mcm"]
     assert len(repository.messages) == 2 and f"commit/{repository.branches['main']}" in caplog.text
     expected = {"README.md", "mcm_config.json", "motion_head.safetensors", "pytorch_lora_weights.safetensors"}

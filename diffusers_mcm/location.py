@@ -1,0 +1,238 @@
+"""Where files are: a folder or file here, or a repository on the Hub. Whether it is a path is decided once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import hub
+
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+MOTION_HEAD_NAME = "motion_head.safetensors"
+INDEX_NAME = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder, a file or a repository, and the place in it. `Location.of` makes one of what a user gives."""
+
+    name: str  # a path that exists, or the id of a repository
+    subfolder: str | None = None
+    revision: str | None = None
+    weight_name: str | None = None  # of the file with the weights, where it has no usual name
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `hf_hub_download`: `token`, `cache_dir`, ...
+    remote: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str | os.PathLike | Location,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        weight_name: str | None = None,
+        **options,
+    ) -> Location:
+        """Where a name leads to: what is on disk wins over a packaged model, and that over the Hub."""
+        if isinstance(name, Location):
+            return name
+        name = hub.resolve(name)
+        remote = not os.path.exists(name)
+        return cls(name, subfolder or None, revision, weight_name or None, options, remote)
+
+    @classmethod
+    def on_hub(cls, repository: str, revision: str | None = None, **options) -> Location:
+        """A repository, whatever lies here under its name."""
+        return cls(repository, revision=revision, options=options, remote=True)
+
+    def __str__(self) -> str:
+        return f"{self.name} (subfolder {self.subfolder!r})" if self.subfolder else self.name
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is one file, and not a folder or repository."""
+        return not self.remote and os.path.isfile(self.name)
+
+    @property
+    def is_folder(self) -> bool:
+        return not self.remote and os.path.isdir(self.name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the libraries' `from_pretrained` takes beside the name."""
+        place = {"subfolder": self.subfolder, "revision": self.revision}
+        return {key: value for key, value in place.items() if value is not None} | dict(self.options)
+
+    def inside(self, folder: str) -> Location:
+        """A folder below this one."""
+        return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder, weight_name=None)
+
+    def around(self) -> Location:
+        """The folder that a file lies in, with the file as that of the weights; anything else is its own."""
+        if not self.is_file:
+            return self
+        folder, name = os.path.split(self.name)
+        return replace(self, name=folder or ".", subfolder=None, weight_name=name)
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+    def file(self, filename: str) -> Path | None:
+        """The local path of a file, downloaded if need be; `None` if there is no such file."""
+        if not self.remote and os.path.isdir(self.name):
+            path = Path(self.name, self.subfolder or "", filename)
+            return path if path.is_file() else None
+        if self.is_file:
+            raise ValueError(f"{self.name} is a file; expected a folder or a repository with {filename} in it.")
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.name, filename, **self.arguments))
+        except LocalEntryNotFoundError as error:
+            # The Hub could not be asked. The cache may know that the file does not exist.
+            inside = f"{self.subfolder}/{filename}" if self.subfolder else filename
+            cached = try_to_load_from_cache(self.name, inside, self.options.get("cache_dir"), self.revision)
+            if cached is _CACHED_NO_EXIST or self.options.get("local_files_only"):
+                return None
+            raise OSError(
+                f"{inside} of {self.name} is not in the cache, and the Hub cannot be asked: {error}"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            raise OSError(hub.explain(error, self.name, self.revision)) from error
+
+    def json(self, filename: str) -> dict[str, Any] | None:
+        """The content of a JSON file; `None` if there is none."""
+        path = self.file(filename)
+        if path is None:
+            return None
+        try:
+            return json.loads(path.read_bytes())  # of bytes it knows the encoding, byte order marks included
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+    def files(self) -> list[str]:
+        """The paths of all files, in subfolders too; those in the cache if the Hub must not or cannot be asked."""
+        if not self.remote:
+            return [
+                path.relative_to(self.name).as_posix() for path in sorted(Path(self.name).rglob("*")) if path.is_file()
+            ]
+        from huggingface_hub import HfApi
+
+        try:
+            if not self.options.get("local_files_only"):
+                return HfApi(token=self.options.get("token")).list_repo_files(self.name, revision=self.revision)
+        except hub.http_errors():
+            pass  # what the cache holds, then
+        try:
+            cached = {"cache_dir": self.options.get("cache_dir"), "local_files_only": True}
+            return replace(self, options=cached).fetched().files()
+        except OSError:
+            return []
+
+    def fetched(self) -> Location:
+        """The same on this machine, all of it."""
+        if not self.remote:
+            return self
+        from huggingface_hub import snapshot_download
+
+        try:
+            name = snapshot_download(self.name, revision=self.revision, **self.options)
+        except hub.http_errors() as error:
+            raise OSError(hub.explain(error, self.name, self.revision)) from error
+        return replace(self, name=name, revision=None, remote=False)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+    def lora_file(self, *other_names: str) -> Path:
+        """The file of a LoRA: the one named, or of a usual name (or of `other_names`), or the only one that is there.
+
+        `FileNotFoundError` where there is none, and `ValueError` where several could be meant.
+        """
+        path = self.find_lora_file(*other_names)
+        if path is None:
+            wanted = self.weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"
+            raise FileNotFoundError(f"No LoRA in {self}: there is no {wanted}.{self.elsewhere()}")
+        return path
+
+    def find_lora_file(self, *other_names: str) -> Path | None:
+        """Like `lora_file`, but `None` where there is none."""
+        if self.is_file:
+            return self.around().find_lora_file()
+        if self.weight_name and hub.is_pickled(self.weight_name):
+            found = Path(self.name, self.subfolder or "", self.weight_name)
+            advice = hub.how_to_convert(found if found.is_file() else self.weight_name)
+            raise ValueError(f"{self.weight_name} of {self.name} is not a .safetensors file; {advice}")
+        names = (self.weight_name,) if self.weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *other_names)
+        for name in names:
+            if (path := self.file(name)) is not None:
+                return path
+        return None if self.weight_name else self._the_only_file()
+
+    def _the_only_file(self) -> Path | None:
+        """Style LoRAs have names of their own. In the folder of a whole pipeline no file is taken for a LoRA."""
+        folder = Path(self.subfolder or ".")
+        here = [Path(name).name for name in self.files() if Path(name).parent == folder]
+        names = [name for name in here if hub.is_safetensors(name) and name != MOTION_HEAD_NAME and name[0] != "."]
+        if INDEX_NAME in here or not names:
+            return None
+        if len(names) > 1:
+            raise ValueError(
+                f"There are several files in {self}: {', '.join(names)}; name one with `weight_name` (--weight_name)."
+            )
+        return self.file(names[0])
+
+    def elsewhere(self) -> str:
+        """A sentence on pickled files that are there instead, or on the subfolders that hold a LoRA; empty if none."""
+        files = [Path(name) for name in self.files()]
+        pickled = [path for path in files if hub.is_pickled(path) and path.parent == Path(self.subfolder or ".")]
+        if pickled:
+            found = Path(self.name, pickled[0])
+            return f" There is {found.name}, but {hub.how_to_convert(found if found.is_file() else found.name)}"
+        folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
+        return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
+
+    def variant(self, variant: str | None) -> dict[str, str]:
+        """`{"variant": variant}` if the component here has weights of that variant, or else nothing."""
+        if variant is not None:
+            for name in ("diffusion_pytorch_model", "model"):
+                files = (f"{name}.{variant}.safetensors", f"{name}.safetensors.index.{variant}.json")
+                if any(map(self.file, files)):
+                    return {"variant": variant}
+        return {}
+
+    @contextmanager
+    def never_pickled(self) -> Iterator[None]:
+        """Says why a model that has no safetensors, or only those of a variant, is not loaded.
+
+        For calls with `use_safetensors=True`.
+        """
+        try:
+            yield
+        except OSError as error:
+            if "safetensors" not in str(error) or self.is_file:
+                raise
+            files = self.files()
+            variants = _variants(files)
+            if variants:
+                raise OSError(
+                    f"{self.name} has no plain weights ({error}), but those of a variant: give"
+                    f" `variant={variants[0]!r}` (--variant {variants[0]})"
+                    + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
+                ) from error
+            found = next((name for name in files if hub.is_pickled(name)), "pytorch_model.bin")
+            advice = hub.how_to_convert(Path(self.name, found) if self.is_folder else found)
+            raise OSError(f"{self.name} has no safetensors weights ({error}), and {advice}") from error
+
+
+def _variants(files: Iterable[str]) -> list[str]:
+    """`fp16` for `unet/diffusion_pytorch_model.fp16.safetensors`, whole or in parts."""
+    pattern = re.compile(r"(?:^|/)(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
+    return sorted({match[1] for match in map(pattern.search, files) if match})

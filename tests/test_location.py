@@ -1,0 +1,48 @@
+"""Where files are: one rule for what a name means, and what is found there."""
+
+import pytest
+
+from diffusers_mcm.location import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+
+
+def test_what_is_here_wins_over_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Location.of("owner/name").remote
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    location = Location.of("owner/name", subfolder="", revision="v1", token="t")
+    assert location.is_folder and not location.remote and not location.is_file
+    assert location.arguments == {"revision": "v1", "token": "t"} and Location.of(location) is location
+    assert Location.on_hub("owner/name").remote  # where a repository is meant, whatever lies here
+
+
+def test_the_place_in_it(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.json").write_text('{"y": 1}')
+    location = Location.of(tmp_path, subfolder="a")
+    assert location.inside("b").subfolder == "a/b" and str(location) == f"{tmp_path} (subfolder 'a')"
+    assert location.inside("b").json("x.json") == {"y": 1} and location.json("x.json") is None
+    assert location.files() == ["a/b/x.json"] and location.fetched() is location
+
+
+def test_a_file_lies_in_a_folder(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"")
+    location = Location.of(path, subfolder="passed over")
+    assert location.is_file and location.around() == Location(str(tmp_path), weight_name="mine.safetensors")
+    assert location.lora_file() == path
+    with pytest.raises(ValueError, match="is a file; expected a folder or a repository with x.json in it"):
+        location.file("x.json")
+
+
+def test_the_file_of_a_lora(tmp_path):
+    location = Location.of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"No LoRA in .*: there is no {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}"):
+        location.lora_file()
+    (tmp_path / "b.safetensors").write_bytes(b"")
+    assert location.find_lora_file() == tmp_path / "b.safetensors"  # the only one
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="several files in .*; name one with `weight_name`"):
+        location.lora_file()
+    (tmp_path / PEFT_WEIGHTS_NAME).write_bytes(b"")
+    assert location.lora_file() == tmp_path / PEFT_WEIGHTS_NAME
+    assert Location.of(tmp_path, weight_name="a.safetensors").lora_file() == tmp_path / "a.safetensors"
