@@ -97,6 +97,10 @@ def test_a_row_is_enough_to_load_sample_and_save(base, lora, tmp_path):
     assert torch.equal(sample(again), video) and again.scheduler.config.shift == 3.0
     pipe.save_mcm_lora(tmp_path / "again")
     assert torch.equal(sample(MCMPipeline.from_pretrained(tmp_path / "again", base_model=base)), video)
+    pipe.fuse_lora()
+    torch.testing.assert_close(sample(pipe), video, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(sample(pipe), video)
     pipe.disable_lora()
     assert not torch.allclose(sample(pipe), video)
     pipe.unload_lora_weights()
