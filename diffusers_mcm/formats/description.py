@@ -15,7 +15,6 @@ from ..lora import locate_lora, open_safetensors, read_settings, split_key
 from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
 
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
-_SCHEDULER_KEYS = ("timestep_scaling", "beta_schedule", "beta_start", "beta_end", "original_inference_steps")
 _SIZES = ("num_frames", "height", "width", "fps")
 
 
@@ -123,7 +122,8 @@ def _settings(about: Mapping[str, Any], base_model: BaseModel | None) -> dict[st
     if not scheduler:
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
     settings = {name: sampling.get(name) or value for name, value in defaults.items()}
-    return settings | {"guidance_scale": 1.0} | {key: scheduler[key] for key in _SCHEDULER_KEYS if key in scheduler}
+    keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
+    return settings | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
 
 
 def _sha256(path: Path) -> str:
