@@ -1,13 +1,15 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .dataset import KeyedDataset, to_unit_range
+from .dataset import KeyedDataset, check_at_least_one, to_unit_range
 
 
+@dataclass(frozen=True)
 class StepSampler(Sampler[list[int]]):
     """Global sample indices of one process's micro-batches, step by step.
 
@@ -24,31 +26,25 @@ class StepSampler(Sampler[list[int]]):
         items_per_sample: for data read l times per sample (images for l frames): sample g has items g·l … g·l + l − 1.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        accumulation: int = 1,
-        start_step: int = 0,
-        end_step: int | None = None,
-        items_per_sample: int = 1,
-    ):
-        sizes = {"batch_size": batch_size, "num_processes": num_processes, "accumulation": accumulation}
-        for name, value in {**sizes, "items_per_sample": items_per_sample}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}.")
-        if not 0 <= rank < num_processes:
-            raise ValueError(f"rank must be from 0 to {num_processes - 1}, not {rank}.")
-        if start_step < 0:
-            raise ValueError(f"start_step must be 0 or more, not {start_step}.")
-        self.batch_size, self.rank, self.num_processes, self.accumulation = (
-            batch_size,
-            rank,
-            num_processes,
-            accumulation,
+    batch_size: int
+    rank: int = 0
+    num_processes: int = 1
+    accumulation: int = 1
+    start_step: int = 0
+    end_step: int | None = None
+    items_per_sample: int = 1
+
+    def __post_init__(self):
+        check_at_least_one(
+            batch_size=self.batch_size,
+            num_processes=self.num_processes,
+            accumulation=self.accumulation,
+            items_per_sample=self.items_per_sample,
         )
-        self.start_step, self.end_step, self.items_per_sample = start_step, end_step, items_per_sample
+        if not 0 <= self.rank < self.num_processes:
+            raise ValueError(f"rank must be from 0 to {self.num_processes - 1}, not {self.rank}.")
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be 0 or more, not {self.start_step}.")
 
     def micro_batch(self, step: int, micro_step: int) -> list[int]:
         """The global indices of one micro-batch of this process."""
@@ -95,25 +91,16 @@ class StepLoader:
         sampler: which indices, in which order.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: page-locked batches, for copies to a GPU.
-        multiprocessing_context: how workers start ("fork", "spawn", "forkserver"); None is the platform's way.
     """
 
-    def __init__(
-        self,
-        dataset: KeyedDataset,
-        sampler: StepSampler,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        multiprocessing_context: str | None = None,
-    ):
-        self.dataset, self.sampler = dataset, sampler
+    def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
+        self.dataset = dataset
         self._loader = DataLoader(
             _ReadWithReport(dataset),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            multiprocessing_context=multiprocessing_context,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
         )
 
@@ -121,20 +108,3 @@ class StepLoader:
         for batch, skipped in self._loader:
             self.dataset.record_skipped(skipped)
             yield {**batch, "pixels": to_unit_range(batch["pixels"])}
-
-
-def build_loader(
-    dataset: KeyedDataset,
-    batch_size: int,
-    rank: int = 0,
-    num_processes: int = 1,
-    accumulation: int = 1,
-    start_step: int = 0,
-    end_step: int | None = None,
-    items_per_sample: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> StepLoader:
-    """The loader of one process; the arguments are those of `StepSampler` and `StepLoader`."""
-    sampler = StepSampler(batch_size, rank, num_processes, accumulation, start_step, end_step, items_per_sample)
-    return StepLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .columns import MediaKind, caption_texts
+from .columns import DataRequest, caption_texts
 from .faults import UnusableItem, is_remote
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
@@ -34,14 +34,13 @@ class MediaRows:
     """The rows of a data set, kept as columns of Arrow and not as objects.
 
     Args:
-        source: what the user asked for, for messages.
-        kind: `VIDEOS` or `IMAGES`.
+        request: what the user asked for.
         table: a `pyarrow.Table`, or a `datasets.Dataset`, with what the subclass reads.
         skipped: name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, skipped: Mapping[str, str] | None = None):
-        self.source, self.kind, self.table = source, kind, table
+    def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
+        self.source, self.kind, self.table = request.source, request.kind, table
         self.skipped = dict(skipped or {})
 
     def __len__(self) -> int:
@@ -99,8 +98,8 @@ class FolderRows(MediaRows):
     a list of texts.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, folder: str, skipped: Mapping[str, str] | None = None):
-        super().__init__(source, kind, table, skipped)
+    def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
+        super().__init__(request, table, skipped)
         self.folder = folder
 
     def order(self) -> str:
@@ -129,9 +128,9 @@ class HubRows(MediaRows):
         caption_path: keys that lead to the caption, or None if there are no captions.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, media_column: str, caption_path: tuple[str, ...] | None):
+    def __init__(self, request: DataRequest, table: Any, media_column: str, caption_path: tuple[str, ...] | None):
         wanted = {media_column, "__key__", "__url__", *(caption_path or ())[:1]}
-        super().__init__(source, kind, table.select_columns([c for c in table.column_names if c in wanted]))
+        super().__init__(request, table.select_columns([c for c in table.column_names if c in wanted]))
         self.media_column, self.caption_path = media_column, caption_path
 
     def __getitem__(self, row: int) -> dict[str, Any]:

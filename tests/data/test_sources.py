@@ -6,6 +6,8 @@ import datasets
 import pytest
 
 from diffusers_mcm.data import ImageDataset, VideoDataset
+from diffusers_mcm.data.columns import VIDEOS, DataRequest
+from diffusers_mcm.data.sources import _features_with_json_keys, _find_caption
 
 from .conftest import image_bytes, write_tar
 
@@ -203,12 +205,10 @@ def test_hub_images(hub):
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of `datasets` has no column of json")
 def test_a_key_that_only_a_late_row_has_is_seen(tmp_path):
-    from diffusers_mcm.data.columns import VIDEOS
-    from diffusers_mcm.data.sources import _features_with_json_keys, _find_caption
-
     values = [{"id": "7"}] * 250
     values[230] = {"caption": "a dog"}
     table = datasets.Dataset.from_dict({"json": values}, features=datasets.Features({"json": datasets.Json()}))
     for asked in (None, "caption", "json.caption"):
-        features = _features_with_json_keys(datasets, table, asked)
-        assert _find_caption(datasets, features, "x", VIDEOS, asked) == ("json", "caption")
+        features = _features_with_json_keys(table, asked)
+        request = DataRequest("x", VIDEOS, caption_column=asked)
+        assert _find_caption(features, request) == ("json", "caption")
