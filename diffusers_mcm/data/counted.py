@@ -4,13 +4,12 @@ import hashlib
 import os
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
-from .film import Entry, FilmIndex
+from .film import FilmIndex
 from .images import open_path
-from .timing import times_in_output_order
+from .timing import ClipChoice, Time, times_in_output_order
 
 #: So many frames' times are kept by a process, some 70 bytes each.
 MAX_FRAMES = 500_000
@@ -34,35 +33,43 @@ class CountedFilm:
 
     @classmethod
     def of(cls, index: FilmIndex, labels: list[int | None]) -> "CountedFilm":
-        in_another_order = index.sound and None not in labels and sorted(labels) == index.times
-        places = {label: place for place, label in enumerate(labels)} if in_another_order else {}
-        keyframes = sorted(index.keyframes, key=lambda entry: places[entry.pts]) if places else []
+        known = [label for label in labels if label is not None]
+        in_another_order = index.sound and len(known) == len(labels) and sorted(known) == index.times
+        places = {label: place for place, label in enumerate(known)} if in_another_order else {}
+        keyframes = sorted(index.keyframes, key=lambda keyframe: places[keyframe.pts]) if places else []
         end = index.end if places else None
-        return cls(replace(index, times=[], keyframes=keyframes, end=end), labels, places)
+        return cls(replace(index, times=(), keyframes=keyframes, end=end), labels, places)
 
-    def times(self) -> list[int] | list[Fraction]:
+    def times(self) -> Sequence[Time]:
         """When the frames are shown, ascending, in the stream's time base."""
         return times_in_output_order(self.labels, self.index.time_base, self.index.rate)
 
+    def positions(self, choice: ClipChoice) -> list[int]:
+        """The numbers of the clip's frames."""
+        return choice.positions(self.times(), self.index.time_base, self.index.end)
+
     def starts(self, position: int) -> Iterator[tuple[int, int]]:
         """Where to seek for the frame at `position`, and from which place on frames are then to be expected."""
-        keyframes: list[Entry] = self.index.keyframes
-        before = bisect_left(keyframes, position + 1, key=lambda entry: self.places[entry.pts])
+        keyframes = self.index.keyframes
+        before = bisect_left(keyframes, position + 1, key=lambda keyframe: self.places[keyframe.pts])
         for keyframe in keyframes[max(before - 1, 0) : before]:
-            for target in dict.fromkeys((keyframe.pts, keyframe.dts)):
-                if target is not None:
-                    yield target, self.places[keyframe.pts]
+            for target in keyframe.targets():
+                yield target, self.places[keyframe.pts]
+
+    def place(self, label: int, since: int) -> int | None:
+        """The number of the frame that carries `label` if that is `since`, which `starts` gave; else None."""
+        return since if self.places.get(label) == since else None
 
 
 class CountedFilms:
     """The films that this process counted, the last ones that `MAX_FRAMES` have room for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._films: OrderedDict[tuple, CountedFilm] = OrderedDict()
         self._num_frames = 0
 
     def get(self, key: tuple | None) -> CountedFilm | None:
-        if key not in self._films:
+        if key is None or key not in self._films:
             return None
         self._films.move_to_end(key)
         return self._films[key]
@@ -77,14 +84,11 @@ class CountedFilms:
             self.drop(next(iter(self._films)))
 
     def drop(self, key: tuple | None) -> None:
-        film = self._films.pop(key, None)
+        film = None if key is None else self._films.pop(key, None)
         self._num_frames -= len(film.labels) if film else 0
 
     def __len__(self) -> int:
         return len(self._films)
-
-    def __bool__(self) -> bool:
-        return bool(self._films)
 
 
 def film_key(media: dict) -> tuple | None:

@@ -1,10 +1,11 @@
 """Which stream of a file is the film, and what its packets say about its frames."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 from av.error import FFmpegError
@@ -13,7 +14,7 @@ from av.stream import Disposition
 from .faults import UnusableItem, check_own_fault
 from .frames import Orientation, orientation_of
 from .images import media_file
-from .timing import at_constant_rate
+from .timing import ClipChoice, Time, at_constant_rate
 
 # Streams of these codecs may tell their orientation themselves, and once for all.
 _TELL_ORIENTATION = {"h264", "hevc", "vvc"}
@@ -27,7 +28,18 @@ class Entry(NamedTuple):
     pts: int | None
     dts: int | None
     is_keyframe: bool
-    duration: int | None = None
+    duration: int | None
+
+
+class Keyframe(NamedTuple):
+    """Where decoding can start, in the stream's time base."""
+
+    pts: int
+    dts: int | None
+
+    def targets(self) -> list[int]:
+        """The times to seek: containers with an index go by presentation times, others search by decoding times."""
+        return [time for time in dict.fromkeys(self) if time is not None]
 
 
 @dataclass(frozen=True)
@@ -46,25 +58,37 @@ class FilmIndex:
     """
 
     stream: int
-    times: list
+    times: Sequence[Time]
     sound: bool
-    keyframes: list[Entry]
+    keyframes: list[Keyframe]
     time_base: Fraction
     rate: Fraction | None
     orientation: Orientation
     end: int | None = None
 
-    def starts(self, time: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame of a time, and from which keyframe's time on frames are then to be expected.
+    @property
+    def labels(self) -> Sequence[Time]:
+        """The times that the decoder is to give, in the order of presentation; none if they are a guess."""
+        return self.times if self.sound else ()
 
-        Containers with an index seek by presentation times; others search the file by decoding times and may land
-        late, so that an earlier keyframe is worth another try.
+    def positions(self, choice: ClipChoice) -> list[int]:
+        """The numbers of the clip's frames."""
+        return choice.positions(self.times, self.time_base, self.end)
+
+    def starts(self, position: int) -> Iterator[tuple[int, int]]:
+        """Where to seek for the frame at `position`, and from which keyframe's time on frames are then to be expected.
+
+        A search by decoding times may land late, so that an earlier keyframe is worth another try.
         """
+        time = self.times[position]
         before = [keyframe for keyframe in self.keyframes if keyframe.pts <= time]
         for keyframe in before[-1:] + before[-3:-2]:
-            for target in dict.fromkeys((keyframe.pts, keyframe.dts)):
-                if target is not None:
-                    yield target, keyframe.pts
+            for target in keyframe.targets():
+                yield target, keyframe.pts
+
+    def place(self, label: int, since: int) -> int | None:
+        """The number of the frame that carries `label`; None before `since`, which `starts` gave."""
+        return None if label < since else min(bisect_left(self.times, label), len(self.times) - 1)
 
 
 @contextmanager
@@ -138,17 +162,19 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
             orientations[number] = _first_orientation(packet) if tells else None
     film = next((stream for stream in streams if len(entries[stream.index]) > 1), streams[0])
     found = entries[film.index]
-    times = sorted(entry.pts for entry in found if entry.pts is not None)
-    sound = len(times) == len(found) and len(set(times)) == len(times)
-    last = max(found, key=lambda entry: entry.pts) if sound and found else None
-    rate = film.guessed_rate or film.average_rate
+    durations = {entry.pts: entry.duration for entry in found if entry.pts is not None}
+    times, rate = sorted(durations), film.guessed_rate or film.average_rate
+    sound = len(times) == len(found)
+    last = durations[times[-1]] if sound and times else None
+    time_base = cast(Fraction, film.time_base)  # which a stream of a container has
+    keyframes = [Keyframe(entry.pts, entry.dts) for entry in found if entry.is_keyframe and entry.pts is not None]
     return FilmIndex(
         stream=film.index,
-        times=times if sound else at_constant_rate(len(found), film.time_base, rate),
+        times=times if sound else at_constant_rate(len(found), time_base, rate),
         sound=sound,
-        keyframes=sorted((e for e in found if e.is_keyframe), key=lambda e: e.pts) if sound else [],
-        time_base=film.time_base,
+        keyframes=sorted(keyframes) if sound else [],
+        time_base=time_base,
         rate=rate,
         orientation=orientations.get(film.index) or Orientation(),
-        end=last.pts + last.duration if last and last.duration else None,
+        end=times[-1] + last if last else None,
     )

@@ -1,6 +1,6 @@
 """One decoded frame as a picture: upright, with square pixels and the colours of an ordinary screen."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -36,12 +36,10 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
     try:
         # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
         # scaler, for whose threads a forked worker would then wait for ever
-        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # PyAV's stub has no constructor
     except ValueError:  # PyAV refuses the whole list where one kind of side data is unknown to it
-        quarters = round(frame.rotation / 90) % 4
-        return (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))[
-            quarters
-        ]
+        turned = (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))
+        return turned[round(frame.rotation / 90) % 4]
     if matrix is None:
         return None
     # x' = a·x + c·y and y' = b·x + d·y, in FFmpeg's layout a b u, c d v, x y w
@@ -63,7 +61,7 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
     field.link_to(sink)
     graph.configure()
     graph.push(frame)
-    return graph.pull()
+    return cast(av.VideoFrame, graph.pull())
 
 
 class ShownFrame(NamedTuple):

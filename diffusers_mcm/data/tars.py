@@ -163,10 +163,11 @@ def _find_captions(index: TarIndex, request: DataRequest) -> list[tuple[str, str
     """Where captions may be: in text files, and in json; nowhere if an image set has none."""
     asked = request.caption_column
     json_fields = {name: _JsonKeys(index, name) for name in index.fields if name.endswith("json")}
-    files, places = CAPTION_COLUMNS, [("json", name) for name in CAPTION_COLUMNS]
+    files = CAPTION_COLUMNS if asked is None else (asked.lower(),)
+    places = [("json", name) for name in CAPTION_COLUMNS]
     if asked is not None:
         outer, _, inner = asked.rpartition(".")
-        files, places = (asked.lower(),), [("json", asked), (outer.lower(), inner)]
+        places = [("json", asked), (outer.lower(), inner)]
     found: list[tuple[str, str | None]] = [
         (name, None) for name in files if name in index.fields and name not in json_fields
     ]
