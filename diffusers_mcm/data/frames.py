@@ -64,32 +64,18 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
     return cast(av.VideoFrame, graph.pull())
 
 
-class ShownFrame(NamedTuple):
-    """A decoded frame with what its film says about showing it."""
-
-    frame: av.VideoFrame
-    orientation: Orientation
-    pixel_aspect: float  # width of a stored pixel in heights
-    transfer: int  # these two are numbers of H.273
-    primaries: int
-
-    @classmethod
-    def of(cls, frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation) -> "ShownFrame":
-        """The frame that the decoder of `stream` gave last."""
-        decoder = stream.codec_context
-        aspect = stream.sample_aspect_ratio
-        return cls(frame, orientation, float(aspect or 1), decoder.color_trc, decoder.color_primaries)
-
-
-def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
-    """The frame as it is to be shown, scaled and cropped: uint8 (height, width, 3).
+def picture(
+    frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation, height: int, width: int
+) -> np.ndarray:
+    """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
     Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
 
     Raises:
         UnusableItem: for colours that cannot be converted.
     """
-    frame, orientation, aspect, transfer, primaries = shown
+    transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries  # numbers of H.273
+    aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel in heights
     check_known(transfer, frame.colorspace, primaries)
     if frame.interlaced_frame and frame.height > 1:
         frame, aspect = _upper_field(frame), aspect / 2

@@ -166,17 +166,13 @@ def _split(key: str, media: list[Member], companions: list[Member], kind: MediaK
     for member in companions:
         fitting = [stem for stem in stems if member.name.startswith(stem + ".")]
         own.setdefault(max(fitting, key=len, default=None), []).append(member)
-    samples = []
+    samples, flag = [], f"--{kind.name}_column"
     for stem in dict.fromkeys(_last_dot(member.name) for member in media):
         member, name = stems[stem], field_of(stems[stem].name)
         if stem == key or stem in own or (key not in stems and None not in own):
             samples.append(_sample(member, own.get(stem, [])))
         elif key in stems:
-            left[member.name] = f"it is taken for a part of {stems[key].name}; read it with {_ask(kind, name)}"
+            left[member.name] = f"it is taken for a part of {stems[key].name}; read it with {flag} {name}"
         else:
-            left[member.name] = f"it shares {own[None][0].name} with others; read it with {_ask(kind, name)}"
+            left[member.name] = f"it shares {own[None][0].name} with others; read it with {flag} {name}"
     return samples
-
-
-def _ask(kind: MediaKind, name: str) -> str:
-    return f"--{kind.name}_column {name}"

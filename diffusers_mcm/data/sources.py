@@ -98,18 +98,15 @@ def _split_folder(request: DataRequest) -> str:
     from .folders import is_metadata
 
     source, split = request.source, request.split
-    entries = list(os.scandir(source))
-    if split == "train" and any(is_metadata(entry.name) for entry in entries):
+    entries, folder = list(os.scandir(source)), os.path.join(source, split)
+    if split == "train" and (not os.path.isdir(folder) or any(is_metadata(entry.name) for entry in entries)):
         return source
-    folder = os.path.join(source, split)
-    if os.path.isdir(folder):
-        return folder
-    if split == "train":
-        return source
-    found = sorted(entry.name for entry in entries if entry.is_dir())
-    raise ValueError(
-        f"The {request.kind.name} data {source!r} has no subfolder {split!r} for that split; found {found}."
-    )
+    if not os.path.isdir(folder):
+        found = sorted(entry.name for entry in entries if entry.is_dir())
+        raise ValueError(
+            f"The {request.kind.name} data {source!r} has no subfolder {split!r} for that split; found {found}."
+        )
+    return folder
 
 
 # -- through `datasets` -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..text_files import Text, decode_text, find_name, parse_json
+from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
 from .faults import UnusableItem, unusable
 from .rows import NO_CAPTION, MediaRows, digest, examples
@@ -17,7 +17,8 @@ from .shards import Sample, field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 100  # samples whose json is looked at first, to see which keys there are
+_LOOKED_AT = 100  # samples whose json is read first, to see which keys there are
+_told: set[str] = set()  # tars of which it was said that a text is read as Windows-1252
 
 
 class TarIndex:
@@ -264,21 +265,12 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
     text = decode_text(data)
     if text.broken_lines:
         raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
-    if text.encoding == "cp1252":
-        _warn_of_guess(path, name, text)
+    if text.encoding == "cp1252" and path not in _told:  # what one text of a tar says of it holds for the others
+        _told.add(path)
+        text.tell_guess(f"A {name} file in {path}")
     if not name.endswith("json"):
         return text.content
     try:
         return parse_json(text.content)
     except ValueError as error:
         raise UnusableItem(f"its {name} is broken ({error})") from error
-
-
-_told: set[str] = set()
-
-
-def _warn_of_guess(path: str, name: str, text: Text) -> None:
-    """Once for each tar: what one of its texts says of the encoding holds for the others."""
-    if path not in _told:
-        _told.add(path)
-        text.tell_guess(f"A {name} file in {path}")

@@ -10,7 +10,7 @@ from av.error import FFmpegError
 from .counted import CountedFilm, CountedFilms, film_key
 from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
-from .frames import ShownFrame, orientation_of, picture
+from .frames import orientation_of, picture
 from .images import open_path
 from .timing import ClipChoice, Time, clip_positions, timed_clip_positions
 
@@ -55,7 +55,7 @@ class _Pictures:
     def _show(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
             raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
-        return picture(ShownFrame.of(frame, self.stream, self.orientation), *self.size)
+        return picture(frame, self.stream, self.orientation, *self.size)
 
     def clip(self) -> np.ndarray:
         """uint8 (T, H, W, 3); by time, one picture may come more than once."""
