@@ -37,16 +37,6 @@ def test_video_folder_with_splits(tmp_path, clip):
         open_videos(tmp_path, split="test")
 
 
-def test_order_of_rows_depends_on_the_files_only(tmp_path, clip):
-    for part in ("y", "x"):
-        (tmp_path / part).mkdir()
-        for name in ("2.mp4", "1.mp4"):
-            (tmp_path / part / name).write_bytes(clip)
-        (tmp_path / part / "metadata.csv").write_text(f"file_name,text\n2.mp4,{part}2\n1.mp4,{part}1\n")
-    rows = open_videos(tmp_path).rows
-    assert [rows.caption(rows[i]) for i in range(4)] == ["x1", "x2", "y1", "y2"]
-
-
 @pytest.mark.parametrize("extension", ["json", "txt"])
 def test_video_tars(tmp_path, clip, extension):
     for shard in range(2):
