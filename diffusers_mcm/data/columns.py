@@ -1,4 +1,4 @@
-"""Which column holds the files and which the captions, and what counts as a caption."""
+"""What data is asked for, which of its columns holds the files and which the captions, and what a caption is."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -31,12 +31,12 @@ class MediaKind:
 
     @property
     def ask_for_media(self) -> str:
-        """How to name the column of the files, in Python and on the command line."""
+        """The argument that names the column of the files, in Python and on the command line."""
         return f"{self.name}_column (--{self.name}_column)"
 
     @property
     def ask_for_caption(self) -> str:
-        """How to name the column of the captions."""
+        """The argument that names the column of the captions."""
         return f"caption_column ({self.caption_flag})"
 
 

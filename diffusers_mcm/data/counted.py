@@ -5,7 +5,7 @@ import os
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .film import FilmIndex
 from .images import open_path
@@ -17,17 +17,15 @@ _PIECES, _PIECE = 64, 1024  # of a film's bytes
 
 
 @dataclass(frozen=True)
-class CountedFilm:
-    """A film that was decoded from its first frame to its last.
+class CountedFilm(FilmIndex):
+    """The index of a film that was decoded from its first frame to its last; its `times` are those of `labels`.
 
     Attributes:
-        index: what its packets say; `times` and `keyframes` are not what the decoder gives.
         labels: the time that each frame carries, in the order in which the frames are shown; None where it has none.
         places: where a label stands among them, if the labels are those of the packets and only in another order (AVI
             numbers frames as they are decoded); else empty, and decoding has to start with the first frame.
     """
 
-    index: FilmIndex
     labels: list[int | None]
     places: dict[int, int]
 
@@ -37,27 +35,25 @@ class CountedFilm:
         in_another_order = index.sound and len(known) == len(labels) and sorted(known) == index.times
         places = {label: place for place, label in enumerate(known)} if in_another_order else {}
         keyframes = sorted(index.keyframes, key=lambda keyframe: places[keyframe.pts]) if places else []
-        end = index.end if places else None
-        return cls(replace(index, times=(), keyframes=keyframes, end=end), labels, places)
+        changed = {"times": (), "keyframes": keyframes, "end": index.end if places else None}
+        return cls(**vars(index) | changed, labels=labels, places=places)
 
-    def times(self) -> Sequence[Time]:
-        """When the frames are shown, ascending, in the stream's time base."""
-        return times_in_output_order(self.labels, self.index.time_base, self.index.rate)
+    def expected(self) -> Sequence[Time | None]:
+        return self.labels
 
     def positions(self, choice: ClipChoice) -> list[int]:
-        """The numbers of the clip's frames."""
-        return choice.positions(self.times(), self.index.time_base, self.index.end)
+        times = times_in_output_order(self.labels, self.time_base, self.rate)  # keeping them would take more room
+        return choice.positions(times, self.time_base, self.end)
 
     def starts(self, position: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame at `position`, and from which place on frames are then to be expected."""
-        keyframes = self.index.keyframes
-        before = bisect_left(keyframes, position + 1, key=lambda keyframe: self.places[keyframe.pts])
-        for keyframe in keyframes[max(before - 1, 0) : before]:
+        """Where to seek for the frame at `position`, and the number of the keyframe where decoding then begins."""
+        before = bisect_left(self.keyframes, position + 1, key=lambda keyframe: self.places[keyframe.pts])
+        for keyframe in self.keyframes[max(before - 1, 0) : before]:
             for target in keyframe.targets():
                 yield target, self.places[keyframe.pts]
 
     def place(self, label: int, since: int) -> int | None:
-        """The number of the frame that carries `label` if that is `since`, which `starts` gave; else None."""
+        """The number of the frame with time `label` if that is `since`, the number that `starts` gave; else None."""
         return since if self.places.get(label) == since else None
 
 
@@ -92,7 +88,7 @@ class CountedFilms:
 
 
 def film_key(media: dict) -> tuple | None:
-    """What tells a film from others and from what it was before it was written anew; None if nothing does."""
+    """A key that tells a film from others, and from what it was before it was written anew; None if nothing does."""
     path, data = open_path(media), (media or {}).get("bytes")
     if data is not None:  # a few of them tell films apart, and cost nothing beside decoding
         digest = hashlib.blake2b(digest_size=16)

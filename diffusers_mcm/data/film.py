@@ -1,4 +1,4 @@
-"""Which stream of a file is the film, and what its packets say about its frames."""
+"""The stream of a file that is the film, and the index of its frames that its packets give."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _DOLBY_VISION_TAGS = {"dvh1", "dvhe", "dav1", "dva1", "dvav"}
 
 
 class Entry(NamedTuple):
-    """What a packet says about its frame, in the stream's time base."""
+    """A packet without its data: the times of its frame, in the stream's time base."""
 
     pts: int | None
     dts: int | None
@@ -44,7 +44,7 @@ class Keyframe(NamedTuple):
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """What a film's packets say, read without decoding (but for the first frame).
+    """The index of a film's frames that its packets give, without decoding (but for the first frame).
 
     Attributes:
         stream: number of the film's stream in its container.
@@ -64,10 +64,9 @@ class FilmIndex:
     time_base: Fraction
     rate: Fraction | None
     orientation: Orientation
-    end: int | None = None
+    end: int | None
 
-    @property
-    def labels(self) -> Sequence[Time]:
+    def expected(self) -> Sequence[Time | None]:
         """The times that the decoder is to give, in the order of presentation; none if they are a guess."""
         return self.times if self.sound else ()
 
@@ -76,7 +75,7 @@ class FilmIndex:
         return choice.positions(self.times, self.time_base, self.end)
 
     def starts(self, position: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame at `position`, and from which keyframe's time on frames are then to be expected.
+        """Where to seek for the frame at `position`, and the time of the keyframe where decoding then begins.
 
         A search by decoding times may land late, so that an earlier keyframe is worth another try.
         """
@@ -87,7 +86,7 @@ class FilmIndex:
                 yield target, keyframe.pts
 
     def place(self, label: int, since: int) -> int | None:
-        """The number of the frame that carries `label`; None before `since`, which `starts` gave."""
+        """The number of the frame with time `label`; None for one before `since`, the time that `starts` gave."""
         return None if label < since else min(bisect_left(self.times, label), len(self.times) - 1)
 
 
@@ -135,7 +134,7 @@ def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream
 
 
 def _first_orientation(packet: av.Packet) -> Orientation | None:
-    """What the frame of a keyframe's packet says; the decoder is left as it was."""
+    """The orientation that the frame of a keyframe's packet asks for; the decoder is left as it was."""
     decoder = packet.stream.codec_context
     try:
         frames = [*packet.decode(), *decoder.decode(None)]

@@ -28,7 +28,7 @@ class Orientation(NamedTuple):
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """The turn and the mirroring that a frame asks for; None if it says nothing about it.
+    """The orientation that a frame asks for; None if it says nothing about it.
 
     Raises:
         UnusableItem: for a turn that is no multiple of a quarter.

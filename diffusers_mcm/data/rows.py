@@ -21,7 +21,7 @@ def examples(reasons: Mapping[str, str]) -> str:
 
 
 def digest(chunks: Iterable) -> str:
-    """A short text that tells columns of Arrow, given by their chunks, from others."""
+    """A short digest of columns of Arrow, given by their chunks."""
     state = hashlib.blake2b(digest_size=8)
     for chunk in chunks:
         for start in range(0, len(chunk), _CHUNK):
@@ -75,7 +75,7 @@ class MediaRows:
         return ""
 
     def order(self) -> str | None:
-        """What is the same for the same rows in the same order, wherever they lie; None if it cannot be told."""
+        """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
 
     def all_captions(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What lies where in a WebDataset tar, by its headers alone, and which of its files make a sample.
+"""The files of a WebDataset tar, found by its headers alone, and the samples that they make.
 
 A sample is a video or image with the json and text files that have its name. Names are split as WebDataset does, at
 the first dot, and where that joins several files of the kind ("clip.v1.mp4", "clip.v2.mp4") at the last one.
@@ -107,7 +107,7 @@ def _describe_no_tar(path: str, error: Exception) -> str:
 
 
 def field_of(name: str) -> str:
-    """What follows the first dot of a file's name, in lower case: `x/a.caption.TXT` -> caption.txt"""
+    """The field of a file: what follows the first dot of its name, in lower case: `x/a.caption.TXT` -> caption.txt"""
     return os.path.basename(name).partition(".")[2].lower()
 
 

@@ -74,7 +74,7 @@ def timed_clip_positions(
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """What clip is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
+    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
 
     Attributes:
         num_frames: T.

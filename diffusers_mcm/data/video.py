@@ -12,7 +12,7 @@ from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import orientation_of, picture
 from .images import open_path
-from .timing import ClipChoice, Time, clip_positions, timed_clip_positions
+from .timing import ClipChoice, clip_positions, timed_clip_positions
 
 __all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
 
@@ -74,16 +74,12 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
 
 
 def _decode(
-    container: av.container.InputContainer,
-    pictures: _Pictures,
-    film: FilmIndex | CountedFilm,
-    seek_to: int,
-    since: int,
+    container: av.container.InputContainer, pictures: _Pictures, film: FilmIndex, seek_to: int, since: int
 ) -> bool:
     """Seek, then decode the frames of a clip; False if that lands behind the first of them.
 
-    From the first frame on whose place is known the decoder must give one frame after the other as the film's labels
-    say: it gives them in the order of presentation, so that times which mean anything else come out of order.
+    From the first frame on whose place is known the decoder must give one frame after the other with the times that
+    the film expects: it gives them in the order of presentation, so that times of any other meaning come out of order.
 
     Raises:
         _Contradiction: if it does not.
@@ -93,7 +89,7 @@ def _decode(
     except FFmpegError as error:
         check_own_fault(error, None)
         return False  # the container cannot seek
-    labels, expected = film.labels, None
+    labels, expected = film.expected(), None
     first, last = pictures.positions[0], pictures.positions[-1]
     for frame in _frames(container, pictures.stream):
         if frame.pts is None:
@@ -113,16 +109,12 @@ def _decode(
 
 
 def _decode_by_seeking(
-    container: av.container.InputContainer,
-    index: FilmIndex,
-    film: FilmIndex | CountedFilm,
-    positions: Sequence[int],
-    size: tuple[int, int],
+    container: av.container.InputContainer, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
 ) -> _Pictures | None:
     """Frames at `positions`, from the keyframe before them on; None if no seeking leads there."""
     try:
         for seek_to, since in film.starts(positions[0]):
-            pictures = _Pictures(positions, index, container, size)
+            pictures = _Pictures(positions, film, container, size)
             if _decode(container, pictures, film, seek_to, since):
                 return pictures
     except _Contradiction:
@@ -130,57 +122,40 @@ def _decode_by_seeking(
     return None
 
 
-def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
-    """The clip of a film that was counted before; None if the film no longer is as it was then."""
-    positions = film.positions(choice)
-    with open_film(media) as container:
-        pictures = _decode_by_seeking(container, film.index, film, positions, size)
-    if pictures is not None:
-        return pictures
-    pictures, labels = _decode_from_start(media, film.index, positions, film.labels, size)
-    return pictures if labels is None else None
-
-
 def _decode_from_start(
-    media: dict, index: FilmIndex, positions: Sequence[int], believed: Sequence[Time | None], size: tuple[int, int]
+    media: dict, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
 ) -> tuple[_Pictures, list[int | None] | None]:
     """Frames at `positions`, counted from the first one decoded, and the times that all frames carry.
 
-    As long as the frames come with the times `believed`, reading stops at the last position; the times are None then.
+    As long as the frames come with the times that are expected, reading stops at the last position; the times are None
+    then.
     """
-    seen: list[int | None] = []
-    as_believed = True
+    expected, seen = film.expected(), list[int | None]()
+    as_expected = True
     with open_film(media) as container:
-        pictures = _Pictures(positions, index, container, size)
+        pictures = _Pictures(positions, film, container, size)
         for frame in _frames(container, pictures.stream):
             pictures.take(len(seen), frame)
-            as_believed = as_believed and len(seen) < len(believed) and frame.pts == believed[len(seen)]
-            if as_believed and len(seen) == positions[-1]:
+            as_expected = as_expected and len(seen) < len(expected) and frame.pts == expected[len(seen)]
+            if as_expected and len(seen) == positions[-1]:
                 return pictures, None
             seen.append(frame.pts)
     return pictures, seen
 
 
-def _decode_by_counting(
-    media: dict, index: FilmIndex, choice: ClipChoice, size: tuple[int, int], key: tuple | None
-) -> _Pictures:
-    """The clip of a film whose packets do not say where its frames are, or not rightly."""
-    positions = index.positions(choice)
-    pictures, labels = _decode_from_start(media, index, positions, index.labels, size)
-    if labels is None:
+def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
+    """The clip of a film that was counted before; None if the film no longer is as it was then."""
+    positions = film.positions(choice)
+    with open_film(media) as container:
+        pictures = _decode_by_seeking(container, film, positions, size)
+    if pictures is not None:
         return pictures
-    film = CountedFilm.of(index, labels)
-    _counted.add(key, film)
-    if film.positions(choice) == positions:
-        return pictures
-    again = _decode_counted(media, film, choice, size)
-    if again is None:
-        _counted.drop(key)
-        raise UnusableItem("it gives other frames each time it is decoded")
-    return again
+    pictures, labels = _decode_from_start(media, film, positions, size)
+    return pictures if labels is None else None
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
+    """The clip by seeking, or else by counting frames where the packets do not say, or not rightly, which is which."""
     key = film_key(media) if _counted else None
     film = _counted.get(key)
     if film is not None:
@@ -190,11 +165,20 @@ def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _P
         _counted.drop(key)
     with open_film(media) as container:
         index = read_index(container)
-        if index.sound:
-            pictures = _decode_by_seeking(container, index, index, index.positions(choice), size)
-            if pictures is not None:
-                return pictures
-    return _decode_by_counting(media, index, choice, size, key or film_key(media))
+        positions = index.positions(choice)
+        pictures = _decode_by_seeking(container, index, positions, size)
+    if pictures is not None:
+        return pictures
+    pictures, labels = _decode_from_start(media, index, positions, size)
+    if labels is None:
+        return pictures
+    film, key = CountedFilm.of(index, labels), key or film_key(media)
+    _counted.add(key, film)
+    again = pictures if film.positions(choice) == positions else _decode_counted(media, film, choice, size)
+    if again is None:
+        _counted.drop(key)
+        raise UnusableItem("it gives other frames each time it is decoded")
+    return again
 
 
 def read_clip(
