@@ -105,15 +105,10 @@ def read_packets(container: av.container.InputContainer, streams) -> Iterator[av
     Raises:
         UnusableItem: where PyAV loses count of the streams.
     """
-    packets = container.demux(streams)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except IndexError as error:
-            raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
-        yield packet
+    try:
+        yield from container.demux(streams)
+    except IndexError as error:
+        raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
 
 
 def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:

@@ -95,7 +95,7 @@ class StepLoader:
 
     def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = dataset
-        self._loader = DataLoader(
+        self._loader: DataLoader = DataLoader(
             _ReadWithReport(dataset),
             batch_sampler=sampler,
             num_workers=num_workers,

@@ -62,8 +62,7 @@ def read_headers(path: str) -> tuple[list[Member], str | None]:
 
 def _add_member(members: dict[str, Member], entry: tarfile.TarInfo, size: int) -> None:
     name = _plain(entry.name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    if hidden:
+    if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):  # hidden, or a Mac's
         return
     if entry.islnk() and _plain(entry.linkname) in members:  # a second name of a file before it
         members[name] = members[_plain(entry.linkname)]._replace(name=name)
