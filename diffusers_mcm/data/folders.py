@@ -1,5 +1,6 @@
 """Folders of videos or images, with metadata tables that give the captions."""
 
+import itertools
 import logging
 import os
 import stat
@@ -40,16 +41,8 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
         _check_captionless(request, files, media)
     _check_one_table_each(folder, metadata)
     reader = _MetadataReader(request, folder, files)
-    for path in media if not metadata else ():
-        reader.add(path, [])
-    for path in metadata:
-        try:
-            reader.read(path)
-        except ValueError as error:  # one wrong table of many does not refuse the others
-            if len(metadata) == 1:
-                raise
-            reader.skipped[os.path.join(folder, path)] = str(error)
-    rows = FolderRows(request, reader.table(), folder, reader.skipped)
+    table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
+    rows = FolderRows(request, table, folder, reader.skipped)
     if not len(rows):
         _refuse(request, folder, metadata, reader.skipped)
     unnamed = [path for path in media if path not in reader.used]
@@ -96,18 +89,29 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
 
 
 class _MetadataReader:
-    """Collects the rows of metadata tables, and what is wrong with the others."""
+    """Reads the rows of metadata tables, each a path relative to the folder and captions.
+
+    Attributes:
+        used: the files that rows name.
+        skipped: rows and tables that are of no use, with the reason.
+    """
 
     def __init__(self, request: DataRequest, folder: str, files: Collection[str]):
         self.request, self.folder, self.listed = request, folder, set(files)
         self.used: set[str] = set()
         self.skipped: dict[str, str] = {}
-        self._files: list[bytes] = []
-        self._captions: list[list[str]] = []
-        self._chunks: list[pa.Table] = []
 
-    def read(self, path: str) -> None:
-        """Add the rows of one table, given by its path relative to the folder."""
+    def read_all(self, metadata: list[str]) -> Iterator[tuple[bytes, list[str]]]:
+        """The rows of tables, given by their paths relative to the folder."""
+        for path in metadata:
+            try:
+                yield from self._read(path)
+            except ValueError as error:  # one wrong table of many does not refuse the others
+                if len(metadata) == 1:
+                    raise
+                self.skipped[os.path.join(self.folder, path)] = str(error)
+
+    def _read(self, path: str) -> Iterator[tuple[bytes, list[str]]]:
         name = os.path.join(self.folder, path)
         asked = [name for name in (self.request.media_column, self.request.caption_column) if name is not None]
         table, damaged = _open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
@@ -119,7 +123,7 @@ class _MetadataReader:
             )
         columns = self._find_columns(table, name)
         for row in table.rows:
-            self._take(row, f"{name}, {table.unit} {row.line}", os.path.dirname(path), columns, damaged)
+            yield from self._check(row, f"{name}, {table.unit} {row.line}", os.path.dirname(path), columns, damaged)
 
     def _find_columns(self, table: Table, name: str) -> tuple[str, str | None]:
         """The columns of the files and of the captions; of JSON more rows are looked at where the first have none."""
@@ -136,7 +140,10 @@ class _MetadataReader:
                 raise
         return find(table.all_columns())
 
-    def _take(self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool) -> None:
+    def _check(
+        self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool
+    ) -> Iterator[tuple[bytes, list[str]]]:
+        """The row of a table, if it can be used."""
         file, caption = (row.values.get(column) if column else None for column in columns)
         if row.problem:
             self.skipped[where] = row.problem
@@ -154,7 +161,7 @@ class _MetadataReader:
             elif not captions and self.request.kind.needs_caption:
                 self._skip(below, file, where, NO_CAPTION if captions is not None else NO_TEXT)
             else:
-                self.add(path, captions or [])
+                yield os.fsencode(path), captions or []
 
     def _skip(self, below: str, file: str, where: str, reason: str) -> None:
         name = os.path.join(self.folder, below, file.strip())
@@ -175,23 +182,17 @@ class _MetadataReader:
             return found
         return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
-    def add(self, path: str, captions: list[str]) -> None:
-        """Add a row."""
-        self._files.append(os.fsencode(path))
-        self._captions.append(captions)
-        if len(self._files) == _CHUNK:
-            self._flush()
 
-    def _flush(self) -> None:
-        columns = [pa.array(self._files, pa.binary()), pa.array(self._captions, pa.list_(pa.string()))]
-        self._chunks.append(pa.table(columns, names=["file", "captions"]))
-        self._files, self._captions = [], []
-
-    def table(self) -> pa.Table:
-        """All rows, sorted by path (stably): several tables come in an order that says nothing."""
-        self._flush()
-        table = pa.concat_tables(self._chunks)
-        return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
+def _to_table(rows: Iterator[tuple[bytes, list[str]]]) -> pa.Table:
+    """The rows sorted by path (stably): several metadata tables come in an order that says nothing."""
+    chunks: list[pa.Table] = []
+    while not chunks or len(chunks[-1]) == _CHUNK:
+        chunk = list(itertools.islice(rows, _CHUNK))
+        files = pa.array([path for path, _ in chunk], pa.binary())
+        captions = pa.array([texts for _, texts in chunk], pa.list_(pa.string()))
+        chunks.append(pa.table({"file": files, "captions": captions}))
+    table = pa.concat_tables(chunks)
+    return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
 
 
 def _is_file(path: str) -> bool:

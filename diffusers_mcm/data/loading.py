@@ -1,6 +1,7 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +47,14 @@ class StepSampler(Sampler[list[int]]):
         if self.start_step < 0:
             raise ValueError(f"start_step must be 0 or more, not {self.start_step}.")
 
-    def micro_batch(self, step: int, micro_step: int) -> list[int]:
-        """The global indices of one micro-batch of this process."""
-        group = step * self.accumulation + micro_step
-        first = (group * self.num_processes + self.rank) * self.batch_size * self.items_per_sample
-        return list(range(first, first + self.batch_size * self.items_per_sample))
-
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while self.end_step is None or step < self.end_step:
-            for micro_step in range(self.accumulation):
-                yield self.micro_batch(step, micro_step)
-            step += 1
+        numbers: Iterable[int] = itertools.count(self.start_step * self.accumulation)  # of micro-batches, s·A + a
+        if self.end_step is not None:
+            numbers = range(self.start_step * self.accumulation, self.end_step * self.accumulation)
+        size = self.batch_size * self.items_per_sample
+        for number in numbers:
+            first = (number * self.num_processes + self.rank) * size
+            yield list(range(first, first + size))
 
 
 class _ReadWithReport(Dataset):
