@@ -25,7 +25,7 @@ from random_weights import PIPELINES, SIZES, random_pipeline
 from results import machine, read_results, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_mcm.shapes.scores import replace_section, table
+from diffusers_mcm.tables import replace_section, table
 
 PROMPT = "a red circle moving left on a black background"
 DTYPES = ("float32", "float16", "bfloat16")

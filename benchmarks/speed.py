@@ -27,7 +27,7 @@ from random_weights import PIPELINES, SIZES, add_random_lora, random_pipeline, s
 from results import machine, read_results, write_results
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.shapes.scores import replace_section, table
+from diffusers_mcm.tables import replace_section, table
 
 PROMPT = "a red circle moving left on a black background"
 STOCK = {"modelscope": (TextToVideoSDPipeline, 9.0), "animatediff": (AnimateDiffPipeline, 7.5)}  # and its guidance

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from results import read_results, write_results
 
-from diffusers_mcm.shapes.scores import replace_section, table
+from diffusers_mcm.tables import replace_section, table
 
 TARGET = 1.3
 BARE, CLASSES = "bare imports", "bare imports and the classes"

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 TIMESTEP_SCALING = 4.0
@@ -93,7 +94,7 @@ def make_betas(
     beta_start: float,
     beta_end: float,
     beta_schedule: str,
-    trained_betas: Sequence[float] | None = None,
+    trained_betas: Sequence[float] | np.ndarray | None = None,
     rescale_betas_zero_snr: bool = False,
 ) -> torch.Tensor:
     """The betas, float32 (num_train_timesteps,), that diffusers makes from the same scheduler configuration."""

@@ -16,7 +16,7 @@ class DiskFullError(OSError):
     """There was no room for a file. Nothing of it is left behind."""
 
 
-def is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one it was raised from, says that a disk, a quota or a limit of file sizes is full."""
     while error is not None:
         if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _DISK_FULL:
@@ -35,14 +35,14 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        if isinstance(error, DiskFullError):  # of a part of what is written here, in a place that nobody knows
-            error = error.__cause__
+        # That of a part of what is written here is in a place that nobody knows.
+        cause = error.__cause__ if isinstance(error, DiskFullError) else error
         told = DiskFullError(
             f"The disk is full: there was no room to write {path}{_free(Path(path))}. Nothing half-written was left;"
-            f" make room, or choose a place on another disk. ({error})"
+            f" make room, or choose a place on another disk. ({cause})"
         )
-        told.errno = getattr(error, "errno", None) or errno.ENOSPC
-        raise told from error
+        told.errno = getattr(cause, "errno", None) or errno.ENOSPC
+        raise told from cause
 
 
 def _free(path: Path) -> str:
@@ -122,8 +122,8 @@ def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator
         try:
             yield _emptied(temporary)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-            for name in (last, *stale):
-                _remove(folder / name)
+            for old in (last, *stale):
+                _remove(folder / old)
             for name in sorted(files, key=lambda name: str(name) == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)

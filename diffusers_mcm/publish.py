@@ -162,7 +162,7 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
     with _told_plainly(repo_id, token, "Nothing was uploaded.") as api:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_private = None if private is None else api.model_info(repository).private
-    if is_private != private:
+    if private is not None and is_private != private:
         words = {True: "private", False: "public"}
         raise ValueError(
             f"{repository} exists and is {words[bool(is_private)]}, not {words[private]}, and publishing never changes"

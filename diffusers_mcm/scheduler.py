@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -214,7 +215,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         return np.arange(int(steps * strength), 0, -1) * (total // steps) - 1
 
     @staticmethod
-    def _spread_over_grid(grid: np.ndarray, num_inference_steps: int) -> np.ndarray:
+    def _spread_over_grid(grid: np.ndarray, num_inference_steps: int | None) -> np.ndarray:
         if not _is_positive_integer(num_inference_steps):
             raise ValueError(f"`num_inference_steps` must be a positive integer; got {num_inference_steps}.")
         if num_inference_steps > len(grid):
@@ -368,5 +369,5 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         return (alpha * first.to(working) + sigma * second.to(working)).to(dtype)
 
 
-def _is_positive_integer(value) -> bool:
-    return isinstance(value, Integral) and value > 0
+def _is_positive_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and int(value) > 0

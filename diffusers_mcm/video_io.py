@@ -1,4 +1,7 @@
-"""Writing what was sampled: H.264, GIF, WebP, frames, contact sheets, labelled comparisons. Whole files or none."""
+"""Videos as H.264, GIF, WebP, frames or pictures, whole or not at all; how they were made is read back from them.
+
+The name is public: the README and people's scripts import `write_video` from here. Films are read in `data/`.
+"""
 
 import io
 import json
@@ -278,8 +281,8 @@ def comparison(
         draw.multiline_text((_LABEL_WIDTH + column * group, 2), "\n".join(lines), fill="black", font=font, spacing=2)
     for row, (label, videos) in enumerate(rows.items()):
         y = top + row * (height + _MARGIN)
-        lines = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
-        draw.multiline_text((2 * _MARGIN, y + height / 2), lines, fill="black", font=font, anchor="lm")
+        label_text = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
+        draw.multiline_text((2 * _MARGIN, y + height / 2), label_text, fill="black", font=font, anchor="lm")
         for column, video in enumerate(videos):
             video = to_uint8(video)
             chosen = np.linspace(0, len(video) - 1, frames_per_video).round().astype(int)
@@ -288,7 +291,7 @@ def comparison(
     return picture
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
     """Break a text into lines no wider than `width` pixels."""
     lines = [""]
     for word in text.split():

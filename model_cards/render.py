@@ -24,7 +24,7 @@ _NOTE = (
 _SHAPES = """It lives in a world of moving shapes, 64×64 pixels, and knows 576 sentences. It was distilled from
 {videos:,} poor videos of {captions} captions and {images:,} clean images; no held-out caption was read (`data.json`).
 How it was made, command by command, is in `examples/shapes/README.md`; the losses of its two stages are in
-`train_log-looks.jsonl` and `train_log.jsonl`."""
+`train_log-appearance.jsonl` and `train_log.jsonl`."""
 
 
 def shapes_card(folder: Path) -> str:

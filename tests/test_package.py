@@ -3,12 +3,11 @@
 import ast
 import graphlib
 import re
-import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -22,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{unit: set() for unit in ("moved", "text_files")},
     "location": {"hub"},
     "settings": {"files", "hub", "location"},
+    "tables": {"files"},
     "features": {"location"},
     "scheduler": {"consistency"},
     "distillation": {"conditioning", "consistency", "features", "flags"},
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "formats": {"base_models", "files", "hub", "location", "lora", "pipelines", "settings"},
     "commands": {"", "devices", "formats", "hub", "location", "lora", "publish", "text_files", "video_io"},
-    "shapes": {"files", "video_io"},
+    "shapes": {"files", "tables", "video_io"},
     "cli": {"commands", "shapes"},
     "__main__": {"cli"},
 }
@@ -54,7 +54,7 @@ SAMPLES_LAZILY = {"shapes/demo.py", "shapes/figures.py", "shapes/methods.py"}
 
 
 def unit(module: str) -> str:
-    """`diffusers_mcm.distillation.student` -> `training`; the package itself -> ``."""
+    """`diffusers_mcm.distillation.student` -> `distillation`; the package itself -> ``."""
     return (module.split(".") + [""])[1]
 
 
@@ -142,10 +142,10 @@ def test_the_command_line_parses_without_torch():
     assert not loaded & {"torch", "diffusers", "transformers", *HEAVY}
 
 
-def test_a_wheel_holds_weights_types_and_every_module(tmp_path):
+def test_a_wheel_holds_weights_types_and_every_module_but_no_logs(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(PACKAGE, copy / "diffusers_mcm", ignore=shutil.ignore_patterns("weights", "__pycache__"))
-    for name in ("setup.py", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     weights = [
         "mcm-shapes/pytorch_lora_weights.safetensors",
@@ -157,15 +157,21 @@ def test_a_wheel_holds_weights_types_and_every_module(tmp_path):
         path = copy / "diffusers_mcm" / "shapes" / "weights" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
+    logs = {"mcm-shapes/train_log.jsonl", "mcm-shapes-clip/logs/clip.jsonl"}
+    for name in logs:
+        path = copy / "diffusers_mcm" / "shapes" / "weights" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "wheel")]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     built = {path.relative_to(tmp_path / "wheel").as_posix() for path in (tmp_path / "wheel").rglob("*.*")}
     assert {f"diffusers_mcm/shapes/weights/{name}" for name in weights} <= built
+    assert not [name for name in built if name.endswith(".jsonl")], "logs of the training belong to the repository"
     assert {"diffusers_mcm/py.typed", "diffusers_mcm/card_template.md"} <= built
     assert {path.relative_to(ROOT).as_posix() for path in FILES} <= built
 
 
-# --- setup.py --------------------------------------------------------------------------------------------------------
+# --- pyproject.toml --------------------------------------------------------------------------------------------------
 # Scripts import what lies beside them, and tests import scripts.
 SCRIPTS = {path.stem for top in ("examples", "benchmarks", "model_cards") for path in (ROOT / top).rglob("*.py")}
 DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}  # import -> what to install for it, where the names differ
@@ -173,7 +179,7 @@ DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}  # import -> what to install
 EXTRAS = {
     **{f"diffusers_mcm/{unit}": set() for unit in MAY_IMPORT if unit},
     "diffusers_mcm/data": {"train"},
-    "diffusers_mcm/evaluation": {"eval"},
+    "diffusers_mcm/evaluation": set(),
     "examples": {"train"},
     "model_cards": set(),
     "benchmarks": set(),
@@ -183,16 +189,19 @@ EXTRAS = {
 
 @pytest.fixture(scope="module")
 def packaging() -> dict:
-    """The arguments of `setup`, requirements as distribution names."""
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    found = dict(setup.call_args.kwargs)
+    """The name, the requirements and the extras of the package, requirements as distribution names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
 
     def names(requirements):
-        return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+        own = [re.fullmatch(rf"{project['name']}\[(\w+)\]", requirement) for requirement in requirements]
+        others = {re.match(r"[\w-]+", requirement)[0] for requirement, match in zip(requirements, own) if not match}
+        return others.union(*(names(extras[match[1]]) for match in own if match))
 
-    found["extras_require"] = {extra: names(listed) for extra, listed in found["extras_require"].items()}
-    return found | {"install_requires": names(found["install_requires"])}
+    return {
+        "install_requires": names(project["dependencies"]),
+        "extras_require": {extra: names(listed) for extra, listed in extras.items()},
+    }
 
 
 def third_party(path: Path) -> set[str]:

@@ -66,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+    _add_sampling_and_machine(parser)
+    return parser
 
+
+def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
     sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
@@ -86,7 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
     machine("--decode_chunk_size", type=int, default=16, help="decode that many frames at a time (default: 16)")
     machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
     machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ def _import_when_used(package: str, name: str, functions: tuple[str, ...] = ()) 
     if full_name in sys.modules or find_spec(package) is None:
         return
     spec = find_spec(full_name)
-    if spec is None or spec.loader is None:
+    if spec is None or (loader := spec.loader) is None:
         return
     module = module_from_spec(spec)
 
@@ -47,13 +47,13 @@ def _import_when_used(package: str, name: str, functions: tuple[str, ...] = ()) 
         if vars(module).pop("__getattr__", None) is not None:
             for function in functions:
                 delattr(module, function)
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         return getattr(module, attribute)
 
     def read_and_call(function: str, *arguments, **options):
         return read_and_get(function)(*arguments, **options)
 
-    module.__getattr__ = read_and_get
+    vars(module)["__getattr__"] = read_and_get
     for function in functions:
         setattr(module, function, partial(read_and_call, function))
     sys.modules[full_name] = module

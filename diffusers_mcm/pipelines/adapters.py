@@ -225,12 +225,13 @@ class LoRAVerbs(FusingVerbs):
         A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`.
         """
         names = self._known(adapter_names)
-        if adapter_weights is None or is_one_value(adapter_weights):
-            adapter_weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
-        if len(adapter_weights) != len(names):
-            raise ValueError(f"{len(names)} adapters were named, but {len(adapter_weights)} weights given.")
+        given: Any = 1.0 if adapter_weights is None else adapter_weights
+        if is_one_value(given):
+            given = [given] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"{len(names)} adapters were named, but {len(given)} weights given.")
         networks = self._networks
-        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, adapter_weights)}
+        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, given)}
         self._require_unfused("change adapters")
         for path, layer in lora_layers(networks).items():
             activate(layer, names)

@@ -140,7 +140,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
-        place = dict(subfolder=subfolder, weight_name=weight_name)
+        place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
         if lora is None:
             location = replace(location, **place)
         index = loading.read_model_index(location)

@@ -61,8 +61,14 @@ class HubVerbs(LoRAVerbs):
         if not card.is_file() and Location.on_hub(repository, token=token).file(CARD_NAME) is None:
             write_text(card, pipeline_card(repository))
         message = commit_message or f"Upload {type(self).__name__}"
-        options = dict(create_pr=create_pr, overwrite_card=overwrite_card)
-        return publish_folder(folder, repository, token=token, commit_message=message, **options)
+        return publish_folder(
+            folder,
+            repository,
+            token=token,
+            commit_message=message,
+            create_pr=create_pr,
+            overwrite_card=overwrite_card,
+        )
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -84,7 +90,7 @@ class HubVerbs(LoRAVerbs):
         lora, settings = self._extract(name)[denoiser], self._settings(name)
         sampling = settings.sampling
         if sampling == SamplingDefaults():
-            sampling = SamplingDefaults(**{key: self.sampling_default(key) for key in SAMPLING_KEYS})
+            sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
         repository = settings.base_model_repository
         if repository is None or is_local(repository):  # relative to where the LoRA was read
             repository = self.config.get("_name_or_path") or self.base_model.default_repository

@@ -5,17 +5,16 @@ import csv
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ..files import disk_full_told, new_folders
+from ..files import atomic_folder
 from ..video_io import encode_mp4
 from .captions import Caption, held_out_captions, training_captions
 from .render import DOMAINS, render_image, render_video
@@ -45,7 +44,7 @@ def decode(data: bytes) -> np.ndarray:
     """All frames of an mp4: uint8 (T, H, W, 3)."""
     import av
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -106,70 +105,59 @@ def build(
             raise ValueError(f"the number of {name} must be at least {least}, got {value}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
-    settings = dict(split=split, seed=seed, size=size)
-    with _whole_directory(directory) as temporary:
+    _check_free(directory)
+    with atomic_folder(directory) as temporary:
         if num_videos:
-            samples = videos(num_videos, num_frames=num_frames, **settings)
-            WRITERS[format](temporary / "videos", samples, "mp4")
+            WRITERS[format](temporary / "videos", videos(num_videos, split, seed, size, num_frames), "mp4")
         for domain in image_domains if num_images else ():
-            WRITERS[format](temporary / "images" / domain, images(num_images, domain, **settings), "png")
+            WRITERS[format](temporary / "images" / domain, images(num_images, domain, split, seed, size), "png")
         record = dict(
             num_videos=num_videos,
             num_images=num_images,
             image_domains=list(image_domains),
             format=format,
             num_frames=num_frames,
-            **settings,
+            split=split,
+            seed=seed,
+            size=size,
         )
         (temporary / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `diffusers-mcm shapes build`."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `diffusers-mcm shapes build`, under the names of `build`'s arguments."""
+    parser = argparse.ArgumentParser(prog="diffusers-mcm shapes build", description=__doc__)
     add = parser.add_argument
     add("directory", metavar="DIR", help="where to write; must not exist, or be empty")
     add("--format", choices=tuple(WRITERS), default="folder", help="files and metadata.csv, or WebDataset tars")
-    add("--videos", type=int, default=2064, metavar="N", help="number of videos (default: %(default)s, 4 per caption)")
-    add("--images", type=int, default=2064, metavar="N", help="number of images per domain (default: %(default)s)")
-    add("--image_domains", nargs="*", choices=IMAGE_DOMAINS, default=IMAGE_DOMAINS, help="looks of the images")
+    videos_help = "number of videos (default: %(default)s, 4 per caption)"
+    add("--videos", dest="num_videos", type=int, default=2064, metavar="N", help=videos_help)
+    images_help = "number of images per domain (default: %(default)s)"
+    add("--images", dest="num_images", type=int, default=2064, metavar="N", help=images_help)
+    add("--image_domains", nargs="*", choices=IMAGE_DOMAINS, default=IMAGE_DOMAINS, help="appearances of the images")
     add("--split", choices=tuple(SPLITS), default="train", help="captions to use; train never contains a held-out one")
     add("--seed", type=int, default=0, help="same seed, same bytes")
     add("--size", type=int, default=64, help="width and height in pixels (default: %(default)s)")
     add("--num_frames", type=int, default=16, help="frames per video (default: %(default)s)")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Build what the flags say, and say what was built."""
-    directory = build(
-        arguments.directory,
-        num_videos=arguments.videos,
-        num_images=arguments.images,
-        image_domains=arguments.image_domains,
-        split=arguments.split,
-        format=arguments.format,
-        seed=arguments.seed,
-        size=arguments.size,
-        num_frames=arguments.num_frames,
-    )
-    if arguments.videos:
-        print(f"{directory / 'videos'}: {arguments.videos} videos")
-    for domain in arguments.image_domains if arguments.images else ():
-        print(f"{directory / 'images' / domain}: {arguments.images} images")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`diffusers-mcm shapes build`."""
-    parser = argparse.ArgumentParser(prog="diffusers-mcm shapes build", description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args(argv))
+    """`diffusers-mcm shapes build`: build what the flags say, and say what was built."""
+    arguments = build_parser().parse_args(argv)
+    directory = build(**vars(arguments))
+    if arguments.num_videos:
+        print(f"{directory / 'videos'}: {arguments.num_videos} videos")
+    for domain in arguments.image_domains if arguments.num_images else ():
+        print(f"{directory / 'images' / domain}: {arguments.num_images} images")
 
 
 def _schedule(count: int, split: str, seed: int, domain: str) -> Iterator[tuple[Caption, int]]:
     """Captions in shuffled rounds, each with a render seed that no other domain or item has."""
     captions = SPLITS[split]()
     rng = np.random.default_rng([seed, DOMAINS.index(domain)])
-    order = []
+    order: list[int] = []
     for item in range(count):
         if not order:
             order = rng.permutation(len(captions)).tolist()
@@ -189,41 +177,25 @@ def _write_folder(directory: Path, samples: Iterator[Sample], extension: str) ->
 
 def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> None:
     directory.mkdir(parents=True)
-    tar = None
-    try:
-        for number, sample in enumerate(samples):
-            if number % SHARD == 0:
-                if tar:
-                    tar.close()
-                tar = tarfile.open(directory / f"{number // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT)
-            label = json.dumps({"caption": sample.caption}).encode()
-            for suffix, data in ((extension, sample.data), ("json", label)):
-                entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    finally:
-        if tar:
-            tar.close()
+    numbered = enumerate(samples)
+    for shard, first in enumerate(iter(lambda: next(numbered, None), None)):
+        with tarfile.open(directory / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, sample in chain([first], islice(numbered, SHARD - 1)):
+                label = json.dumps({"caption": sample.caption}).encode()
+                for suffix, data in ((extension, sample.data), ("json", label)):
+                    entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[Sample], str], None]] = {"folder": _write_folder, "tars": _write_tars}
 
 
+def _check_free(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
+
+
 def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
-
-
-@contextmanager
-def _whole_directory(directory: Path) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its place when the block ends, and vanishes if it raises."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    with disk_full_told(directory), new_folders(directory.parent):
-        try:
-            temporary.mkdir()
-            yield temporary
-            os.replace(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

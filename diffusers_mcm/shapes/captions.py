@@ -1,8 +1,11 @@
 """The caption grammar of the shapes world, and which captions no training may read."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
+
+import numpy as np
 
 # RGB, 0-255
 COLOURS = {
@@ -43,8 +46,8 @@ class Caption(NamedTuple):
 
 def grammar() -> dict[str, str | dict[str, list[str]]]:
     """The grammar as a model's `grammar.json` holds it, for `diffusers-mcm generate` to tell what the model draws."""
-    words = zip(Caption._fields, (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
-    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in words}}
+    words: tuple[Iterable[str], ...] = (COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
+    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in zip(Caption._fields, words)}}
 
 
 def parse(caption: "str | Caption") -> Caption:
@@ -75,6 +78,11 @@ def held_out(caption: "str | Caption") -> bool:
 def training_captions() -> list[Caption]:
     """The 516 captions that training may read."""
     return [caption for caption in all_captions() if not held_out(caption)]
+
+
+def spaced(captions: Sequence[Caption], count: int) -> list[Caption]:
+    """So many of the captions, evenly spaced."""
+    return [captions[index] for index in np.linspace(0, len(captions) - 1, count).round().astype(int)]
 
 
 def held_out_captions() -> list[Caption]:

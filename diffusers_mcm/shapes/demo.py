@@ -11,14 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_text
+from ..tables import replace_section, table
 from ..video_io import comparison, write_image, write_mp4
-from .captions import Caption, held_out_captions
+from .captions import Caption, held_out_captions, spaced
 from .methods import MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
-from .scores import METRICS, outcomes, read, replace_section, table
+from .scores import METRICS, outcomes, read
 
 FPS = 8
 SHOWN = 3  # prompts in the picture
 COLUMNS = ("all_right", "colour", "shape", "motion", "background", "watermark_seen", "sharpness")
+
+
+def choose_prompts(count: int) -> list[Caption]:
+    """So many of the held-out captions, evenly spaced."""
+    captions = held_out_captions()
+    if not 1 <= count <= len(captions):
+        raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {count}")
+    return spaced(captions, count)
 
 
 def sample_all(
@@ -51,6 +60,15 @@ def write_videos(folder: Path, videos: dict[str, list[np.ndarray]], prompts: Seq
             write_mp4(folder / name / f"{index:02d}-{str(prompt).replace(' ', '-')}.mp4", video, fps=FPS)
 
 
+def tabulate(methods: Sequence[Method], scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> str:
+    """Scores and seconds of every method in markdown."""
+    rows = []
+    for method in methods:
+        cells = {METRICS[name].title: METRICS[name].format(value) for name, value in scores[method.name].items()}
+        rows.append((method.label, cells | {"seconds": f"{seconds[method.name]:.2f}"}))
+    return table(rows, [*(METRICS[name].title for name in COLUMNS), "seconds"])
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `diffusers-mcm shapes demo`."""
     parser = argparse.ArgumentParser(prog="diffusers-mcm shapes demo", description=__doc__)
@@ -74,11 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..devices import choose_device
 
     arguments = build_parser().parse_args(argv)
-    captions = held_out_captions()
-    if not 1 <= arguments.prompts <= len(captions):
-        raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {arguments.prompts}")
-    spaced = np.linspace(0, len(captions) - 1, arguments.prompts).round().astype(int)
-    prompts = [captions[index] for index in spaced]
+    prompts = choose_prompts(arguments.prompts)
     device = choose_device(arguments.device)
     methods = [*TEACHER_METHODS, *MCM_METHODS]
 
@@ -86,11 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     videos, seconds = sample_all(networks, methods, prompts, arguments.seed)
     scores = {method.name: score(videos[method.name], prompts) for method in methods}
 
-    rows = []
-    for method in methods:
-        cells = {METRICS[name].title: METRICS[name].format(value) for name, value in scores[method.name].items()}
-        rows.append((method.label, cells | {"seconds": f"{seconds[method.name]:.2f}"}))
-    text = table(rows, [*(METRICS[name].title for name in COLUMNS), "seconds"])
+    text = tabulate(methods, scores, seconds)
     where = f"seconds per video, one at a time, on {machine(device)}"
     seeds = f"seeds {arguments.seed} to {arguments.seed + len(prompts) - 1}"
     note = f"{len(prompts)} held-out prompts, {seeds}; {where}."
@@ -116,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         replace_section(arguments.readme, "demo", f"{image}\n\n{note}\n\n{text}")
 
     print(f"\n{note}\n\n{text}\n")
+    tell_where(output)
+
+
+def tell_where(output: Path) -> None:
+    """Say what lies where, and the command for more."""
     print(f"Videos:  {output}/<method>/*.mp4")
     print(f"Picture: {output / 'comparison.png'}")
     print(f"Table:   {output / 'table.md'} and table.json")

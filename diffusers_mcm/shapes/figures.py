@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..files import write_text
-from .captions import Caption, held_out_captions, training_captions
+from ..tables import replace_section, table
+from .captions import Caption, held_out_captions, spaced, training_captions
 from .methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
 from .render import render_video
 from .scores import (
@@ -23,9 +24,7 @@ from .scores import (
     interval,
     outcomes,
     read,
-    replace_section,
     resampled_captions,
-    table,
 )
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -82,7 +81,7 @@ class Study:
             found = outcomes(self.readings(candidate, captions, [SEARCH_SEED]), captions)
             attributes = float(np.mean([found[attribute] for attribute in ATTRIBUTES]))
             scores[guidance] = (float(found["all_right"].mean()), attributes, -guidance)
-        return max(scores, key=scores.get), {guidance: score[0] for guidance, score in scores.items()}
+        return max(scores, key=scores.__getitem__), {guidance: score[0] for guidance, score in scores.items()}
 
     def _kept(
         self, name: str, recipe: list, make: Callable, captions: Sequence[Caption], seeds: Sequence[int]
@@ -124,7 +123,7 @@ def time_methods(
 ) -> dict[str, float]:
     """Median seconds per video, prompt to pixels; the methods take turns so that load falls on all."""
     prompts = [captions[index % len(captions)] for index in range(runs + batch_size - 1)]
-    seconds = {method.name: [] for method in methods}
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     for method in methods:
         networks.timed_batch(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
     for turn in range(runs):
@@ -156,27 +155,11 @@ def checks(
     few = 1 - np.maximum(draws("teacher-ddim-4", "all_right"), draws("teacher-dpm-4", "all_right"))
     failures = 1 - draws("mcm-4", "all_right")
     off_clean = np.abs(mcm("sharpness", "truth-clean") - 1).max(0)
-    percent, ratio = Metric("", percent=True), Metric("")
-
-    def row(name: str, target: str, reached: Callable[[float], bool], values: np.ndarray, metric: Metric) -> Check:
-        estimate, low, high = interval(values)
-        text = f"{metric.format(estimate)} ({metric.format(low)} to {metric.format(high)})"
-        return Check(name, target, text, None if math.isnan(estimate) else bool(reached(round(estimate, 9))))
-
-    def against_lcm(steps: int) -> Check:
-        name, target = f"MCM {steps} less LCM {steps}: all right, points", "≥ 0"
-        if not with_lcm:
-            return Check(name, target, "not measured (no --lcm)", None)
-        difference = draws(f"mcm-{steps}", "all_right") - draws(f"lcm-{steps}", "all_right")
-        return row(name, target, lambda x: x >= 0, difference, percent)
+    slowest, narrowest = mcm("displacement", teacher).min(0), mcm("spread", teacher).min(0)
+    percent, ratio, row = Metric("", percent=True), Metric(""), _row
 
     def less_teacher(steps: int) -> np.ndarray:
         return draws(f"mcm-{steps}", "all_right") - of_teacher
-
-    def faster(batch_size: int) -> Check:
-        ratio = seconds[batch_size][teacher] / seconds[batch_size]["mcm-4"]
-        how = "one video at a time" if batch_size == 1 else f"{batch_size} videos at once"
-        return Check(f"MCM 4 against teacher DDIM 50, {how}: times faster", "≥ 12", f"{ratio:.1f}", ratio >= 12)
 
     return [
         row("teacher, DDIM 50: all right, %", "≥ 85", lambda x: x >= 0.85, of_teacher, percent),
@@ -188,28 +171,36 @@ def checks(
             bool(round(failures[0] - few[0] / 2, 9) <= 0),
         ),
         row("MCM 1 less teacher: all right, points", "≥ −15", lambda x: x >= -0.15, less_teacher(1), percent),
-        *(against_lcm(method.steps) for method in LCM_METHODS),
+        *(_against_lcm(method.steps, draws if with_lcm else None) for method in LCM_METHODS),
         row("teacher: watermark seen, %", "≥ 80", lambda x: x >= 0.8, draws(teacher, "watermark_seen"), percent),
         row(f"MCM: watermark seen, %, {worst}", "≤ 10", lambda x: x <= 0.1, mcm("watermark_seen").max(0), percent),
         row(f"MCM: sharpness / teacher's, {worst}", "> 1", lambda x: x > 1, mcm("sharpness", teacher).min(0), ratio),
         row(f"MCM: sharpness off clean frames', %, {worst}", "≤ 20", lambda x: x <= 0.2, off_clean, percent),
         row(f"MCM: flicker / teacher's, {worst}", "≤ 1", lambda x: x <= 1, mcm("flicker", teacher).max(0), ratio),
-        row(
-            f"MCM: displacement per frame / teacher's, {worst}",
-            "≥ 0.8",
-            lambda x: x >= 0.8,
-            mcm("displacement", teacher).min(0),
-            ratio,
-        ),
-        row(
-            f"MCM: spread of positions / teacher's, {worst}",
-            "≥ 0.7",
-            lambda x: x >= 0.7,
-            mcm("spread", teacher).min(0),
-            ratio,
-        ),
-        *map(faster, seconds),
+        row(f"MCM: displacement per frame / teacher's, {worst}", "≥ 0.8", lambda x: x >= 0.8, slowest, ratio),
+        row(f"MCM: spread of positions / teacher's, {worst}", "≥ 0.7", lambda x: x >= 0.7, narrowest, ratio),
+        *(_faster(size, times[teacher] / times["mcm-4"]) for size, times in seconds.items()),
     ]
+
+
+def _row(name: str, target: str, reached: Callable[[float], bool], values: np.ndarray, metric: Metric) -> Check:
+    """The check of an estimate, measured with its interval."""
+    estimate, low, high = interval(values)
+    text = f"{metric.format(estimate)} ({metric.format(low)} to {metric.format(high)})"
+    return Check(name, target, text, None if math.isnan(estimate) else bool(reached(round(estimate, 9))))
+
+
+def _against_lcm(steps: int, draws: Callable[[str, str], np.ndarray] | None) -> Check:
+    name, target = f"MCM {steps} less LCM {steps}: all right, points", "≥ 0"
+    if draws is None:
+        return Check(name, target, "not measured (no --lcm)", None)
+    difference = draws(f"mcm-{steps}", "all_right") - draws(f"lcm-{steps}", "all_right")
+    return _row(name, target, lambda x: x >= 0, difference, Metric("", percent=True))
+
+
+def _faster(batch_size: int, ratio: float) -> Check:
+    how = "one video at a time" if batch_size == 1 else f"{batch_size} videos at once"
+    return Check(f"MCM 4 against teacher DDIM 50, {how}: times faster", "≥ 12", f"{ratio:.1f}", ratio >= 12)
 
 
 def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
@@ -243,11 +234,18 @@ def _plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)
 
 
+def _measured(name: str, draws: Mapping[str, np.ndarray], seconds: Mapping[int, Mapping[str, float]]) -> dict:
+    """What `figures.json` holds of one method's draws and times."""
+    times = {str(size): of_methods[name] for size, of_methods in seconds.items() if name in of_methods}
+    return {"seconds": times} | {
+        metric: [_plain(value) for value in interval(values)] for metric, values in draws.items()
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict:
     """Sample, read, time and compare; what `figures.json` holds."""
     captions = held_out_captions()[: arguments.captions]
-    spaced = np.linspace(0, len(training_captions()) - 1, arguments.search_captions).round().astype(int)
-    search_captions = [training_captions()[index] for index in spaced]
+    search_captions = spaced(training_captions(), arguments.search_captions)
     seeds = list(range(arguments.seeds))
     sources = {"teacher": arguments.teacher, "mcm": arguments.mcm, "lcm": arguments.lcm}
     networks = Networks(sources, arguments.device)
@@ -279,12 +277,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "machine": machine(arguments.device),
         "guidance_search": {name: {f"{g:g}": _plain(s) for g, s in found.items()} for name, found in searches.items()},
         "methods": {
-            name: {
-                "label": labels[name],
-                "guidance": guidances.get(name),
-                "seconds": {str(size): times[name] for size, times in seconds.items() if name in times},
-                **{metric: [_plain(value) for value in interval(values)] for metric, values in found.items()},
-            }
+            name: {"label": labels[name], "guidance": guidances.get(name)} | _measured(name, found, seconds)
             for name, found in draws.items()
         },
         "checks": [

@@ -4,9 +4,11 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .captions import Caption
 
 
 class Method(NamedTuple):
@@ -45,8 +47,8 @@ class Networks:
     def __init__(self, sources: Mapping[str, str], device: str = "cpu"):
         self.sources = dict(sources)
         self.device = device
-        self._pipelines = {}
-        self._schedulers = {}
+        self._pipelines: dict[str, Any] = {}
+        self._schedulers: dict[str, Any] = {}
 
     def pipeline(self, network: str):
         """The pipeline with the scheduler it came with."""
@@ -62,7 +64,7 @@ class Networks:
         self._pipelines[network].scheduler = self._schedulers[network]
         return self._pipelines[network]
 
-    def sample(self, method: Method, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    def sample(self, method: Method, prompts: Sequence[Caption | str], seeds: Sequence[int]) -> np.ndarray:
         """One video per prompt and seed -> uint8 (N, T, H, W, 3). A seed means the same start for every method."""
         import torch
 
@@ -79,12 +81,14 @@ class Networks:
         ).frames
         return np.stack([to_uint8(video) for video in videos])
 
-    def timed_sample(self, method: Method, prompt: str, seed: int) -> tuple[np.ndarray, float]:
+    def timed_sample(self, method: Method, prompt: Caption | str, seed: int) -> tuple[np.ndarray, float]:
         """One video uint8 (T, H, W, 3), and the seconds from prompt to pixels."""
         videos, seconds = self.timed_batch(method, [prompt], [seed])
         return videos[0], seconds
 
-    def timed_batch(self, method: Method, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[np.ndarray, float]:
+    def timed_batch(
+        self, method: Method, prompts: Sequence[Caption | str], seeds: Sequence[int]
+    ) -> tuple[np.ndarray, float]:
         """What `sample` makes, and the seconds per video where all are made at once."""
         self.pipeline(method.network)  # loading is not sampling
         start = time.perf_counter()

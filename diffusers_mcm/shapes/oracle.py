@@ -57,10 +57,10 @@ class Reading(NamedTuple):
 def all_right(reading: Reading, caption: Caption | str) -> bool:
     """Whether colour, shape, motion and background are all the caption's."""
     caption = parse(caption)
-    return looks_right(reading, caption) and reading.motion == caption.motion
+    return appearance_right(reading, caption) and reading.motion == caption.motion
 
 
-def looks_right(reading: Reading, caption: Caption | str) -> bool:
+def appearance_right(reading: Reading, caption: Caption | str) -> bool:
     """Whether colour, shape and background are the caption's: all that one image can show."""
     caption = parse(caption)
     return (reading.colour, reading.shape, reading.background) == (caption.colour, caption.shape, caption.background)
@@ -283,7 +283,7 @@ def _nearest_colour(colour: np.ndarray) -> str | None:
 
 def _nearest_background(level: np.ndarray) -> str | None:
     distances = {name: float(np.linalg.norm(level - colour)) for name, colour in BACKGROUNDS.items()}
-    nearest = min(distances, key=distances.get)
+    nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] <= MAX_BACKGROUND_DISTANCE else None
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Distils the packaged teacher: [PROCESSES=2] sh distil.sh mcm|lcm WORLD OUTPUT [more flags of train_mcm_distill.py]
-# MCM in two stages, the first in OUTPUT-looks: a strong adversarial loss takes the looks of the images, and some of the
-# motion with them; a weaker one keeps the looks while the motion comes back.
+# MCM in two stages, the first in OUTPUT-appearance: a strong adversarial loss takes the appearance of the images, and some
+# of the motion with it; a weaker one keeps the appearance while the motion comes back. An OUTPUT-looks of before goes on.
 set -e
 method=$1 world=$2 output=$3
 shift 3
@@ -24,10 +24,14 @@ adversarial() {
 
 case $method in
   mcm)
-    looks=$output-looks
-    [ -f "$looks/pytorch_lora_weights.safetensors" ] ||
-      adversarial --output_dir "$looks" --lambda_adv 0.5 --max_train_steps 1250 --lr_scheduler constant_with_warmup "$@"
-    adversarial --output_dir "$output" --lambda_adv 0.15 --max_train_steps 1750 --pretrained_lora "$looks" "$@"
+    appearance=$output-appearance
+    if [ ! -e "$appearance" ] && [ -e "$output-looks" ]; then
+      appearance=$output-looks
+      echo "warning: going on with $appearance; rename it to $output-appearance" >&2
+    fi
+    [ -f "$appearance/pytorch_lora_weights.safetensors" ] ||
+      adversarial --output_dir "$appearance" --lambda_adv 0.5 --max_train_steps 1250 --lr_scheduler constant_with_warmup "$@"
+    adversarial --output_dir "$output" --lambda_adv 0.15 --max_train_steps 1750 --pretrained_lora "$appearance" "$@"
     ;;
   lcm) distil --output_dir "$output" --motion raw --lambda_real 1 --lambda_adv 0 --max_train_steps 3000 "$@" ;;
   *) echo "the method must be mcm or lcm, not $method" >&2; exit 2 ;;

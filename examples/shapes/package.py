@@ -87,6 +87,15 @@ def forget_paths(folder: Path) -> None:
             file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def first_stage(models: Path) -> Path:
+    """The folder of distillation's first stage, which has the name of before where there is no other."""
+    folder, former = models / "mcm-shapes-appearance", models / "mcm-shapes-looks"
+    if former.exists() and not folder.exists():
+        print(f"warning: reading {former}; rename it to {folder}", file=sys.stderr)
+        return former
+    return folder
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument(
@@ -112,9 +121,8 @@ def main() -> None:
         target = args.output / "mcm-shapes"
         leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
         shutil.copytree(lora, target, dirs_exist_ok=True, ignore=leave)
-        looks = args.models / "mcm-shapes-looks" / "train_log.jsonl"
-        if looks.exists():
-            shutil.copy(looks, target / "train_log-looks.jsonl")
+        if (log := first_stage(args.models) / "train_log.jsonl").exists():
+            shutil.copy(log, target / "train_log-appearance.jsonl")
         record_data(args.world, target / "data.json")
         if args.scores:
             shutil.copy(args.scores, target / "scores.json")

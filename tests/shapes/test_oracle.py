@@ -3,7 +3,7 @@ import pytest
 
 from diffusers_mcm.shapes.build import compress
 from diffusers_mcm.shapes.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, all_captions, parse
-from diffusers_mcm.shapes.oracle import WATERMARK_SEEN, all_right, looks_right, read_image, read_video
+from diffusers_mcm.shapes.oracle import WATERMARK_SEEN, all_right, appearance_right, read_image, read_video
 from diffusers_mcm.shapes.render import WATERMARK_LEVEL, render_image, render_video, trajectory, watermark
 
 # every word of the grammar comes up; seeds follow the position
@@ -54,7 +54,7 @@ def test_images_are_read_as_far_as_one_frame_goes():
     for domain in ("clean", "cartoon", "pastel"):
         for seed, caption in SAMPLE[::2]:
             reading = read_image(render_image(caption, seed, domain))
-            assert looks_right(reading, caption), (domain, str(caption), reading[:4])
+            assert appearance_right(reading, caption), (domain, str(caption), reading[:4])
             assert reading.motion is None and reading.flicker == 0 and not all_right(reading, caption)
 
 

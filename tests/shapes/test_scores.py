@@ -12,9 +12,7 @@ from diffusers_mcm.shapes.scores import (
     interval,
     outcomes,
     read,
-    replace_section,
     resampled_captions,
-    table,
 )
 
 MOVING = parse("a red circle moving left on a black background")
@@ -84,22 +82,3 @@ def test_metrics_write_percent_digits_and_the_unknown():
     assert Metric("", percent=True).format(0.9125) == "91.2"
     assert Metric("", digits=3).format(0.9125) == "0.912"
     assert Metric("").format(math.nan) == "–"
-
-
-def test_table_is_markdown():
-    assert table([("a", {"x": "1"}), ("b", {"y": "2"})], ["x", "y"]).splitlines() == [
-        "|  | x | y |",
-        "| --- | --- | --- |",
-        "| a | 1 | – |",
-        "| b | – | 2 |",
-    ]
-
-
-def test_replace_section_keeps_the_rest_and_is_idempotent(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
-    for _ in range(2):
-        replace_section(path, "figures", "new\n")
-        assert path.read_text() == "before\n<!-- figures -->\nnew\n<!-- /figures -->\nafter\n"
-    with pytest.raises(ValueError, match="expected one <!-- demo --> and then one <!-- /demo --> in .*README.md"):
-        replace_section(path, "demo", "new")
