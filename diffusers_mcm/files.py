@@ -35,7 +35,7 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        # That of a part of what is written here is in a place that nobody knows.
+        # One of ours is of a part of what is written here, in a place that nobody knows.
         cause = error.__cause__ if isinstance(error, DiskFullError) else error
         told = DiskFullError(
             f"The disk is full: there was no room to write {path}{_free(Path(path))}. Nothing half-written was left;"

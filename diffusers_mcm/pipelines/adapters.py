@@ -226,12 +226,11 @@ class LoRAVerbs(FusingVerbs):
         """
         names = self._known(adapter_names)
         given: Any = 1.0 if adapter_weights is None else adapter_weights
-        if is_one_value(given):
-            given = [given] * len(names)
-        if len(given) != len(names):
-            raise ValueError(f"{len(names)} adapters were named, but {len(given)} weights given.")
+        each = [given] * len(names) if is_one_value(given) else list(given)
+        if len(each) != len(names):
+            raise ValueError(f"{len(names)} adapters were named, but {len(each)} weights given.")
         networks = self._networks
-        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, given)}
+        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, each)}
         self._require_unfused("change adapters")
         for path, layer in lora_layers(networks).items():
             activate(layer, names)

@@ -118,8 +118,9 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         if adapter is None and not complete and not has_adapter(index):
             adapter = recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
         if not is_animatediff(index) and "scheduler" not in options:
-            config = cls.base_model.own_schedule(index, location.inside("scheduler").json("scheduler_config.json"))
-            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+            config = location.inside("scheduler").json("scheduler_config.json")
+            schedule = cls.base_model.own_schedule(index, config)
+            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
         if adapter is not None:
             adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
         if adapter is not None or complete:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,14 +62,8 @@ class HubVerbs(LoRAVerbs):
         if not card.is_file() and Location.on_hub(repository, token=token).file(CARD_NAME) is None:
             write_text(card, pipeline_card(repository))
         message = commit_message or f"Upload {type(self).__name__}"
-        return publish_folder(
-            folder,
-            repository,
-            token=token,
-            commit_message=message,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
-        )
+        options: dict[str, Any] = dict(token=token, create_pr=create_pr, overwrite_card=overwrite_card)
+        return publish_folder(folder, repository, commit_message=message, **options)
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -90,7 +85,8 @@ class HubVerbs(LoRAVerbs):
         lora, settings = self._extract(name)[denoiser], self._settings(name)
         sampling = settings.sampling
         if sampling == SamplingDefaults():
-            sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
+            defaults: dict[str, Any] = {key: self.sampling_default(key) for key in SAMPLING_KEYS}
+            sampling = SamplingDefaults(**defaults)
         repository = settings.base_model_repository
         if repository is None or is_local(repository):  # relative to where the LoRA was read
             repository = self.config.get("_name_or_path") or self.base_model.default_repository

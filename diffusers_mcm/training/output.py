@@ -28,10 +28,8 @@ def settings_of(
     """What is recorded beside the weights in `folder`: ids as they are, local paths relative to it."""
     num_frames, height, width = networks.clip_size
     guidance_min, guidance_max = networks.guidance_range
-    found: dict[str, Any] = dict(
-        num_frames=num_frames, height=height, width=width, base_model=networks.base_model.name
-    )
-    found |= dict(guidance_min=guidance_min, guidance_max=guidance_max)
+    found: dict[str, Any] = dict(num_frames=num_frames, height=height, width=width, guidance_min=guidance_min)
+    found |= dict(guidance_max=guidance_max, base_model=networks.base_model.name)
     values = config.to_dict()
     training = {name: values[name] for name in config.names(recorded=True)} | found | progress
     return Settings(
