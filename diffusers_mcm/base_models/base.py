@@ -38,6 +38,7 @@ class BaseModel(ABC):
     width: int
     num_frames: int
     fps: int = 8
+    num_inference_steps: int = DEFAULT_STEPS
     scheduler_defaults: Mapping[str, Any] = {}
     scheduler_class: Any = MCMScheduler  # the class that samples what is distilled from this model
     # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
@@ -103,7 +104,7 @@ class BaseModel(ABC):
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """The model's own `num_frames`, `height`, `width`, `fps` or `num_inference_steps`."""
-        return DEFAULT_STEPS if name == "num_inference_steps" else getattr(self, name)
+        return getattr(self, name)
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod
