@@ -157,6 +157,14 @@ class Settings(_Record):
             return self
         return self._with_places(lambda name: os.path.abspath(Path(folder, name)) if hub.is_relative(name) else name)
 
+    def moved(self, old: Path | None, new: Path) -> Settings:
+        """Settings that were read in `old`, for a file in `new`: `../base` in `/loras/a` is `./base` in `/loras`."""
+        if old is None:
+            return self
+        return self._with_places(
+            lambda name: hub.recordable(os.path.abspath(Path(old, name)), new) if hub.is_relative(name) else name
+        )
+
     def recorded_in(self, folder: Path) -> Settings:
         """For a file in `folder`: ids as they are, paths here relative to it."""
         return self._with_places(lambda name: hub.recordable(name, folder))

@@ -338,4 +338,4 @@ def test_targets_that_do_not_exist(unet):
 def test_the_packaged_layout_is_a_lora_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "PACKAGED_FOLDER", tmp_path)
     save_tiny_lora(tmp_path / "mcm-shapes", base="mcm-shapes-teacher")
-    assert read_lora("mcm-shapes").config["base_model_repository"] == "mcm-shapes-teacher"
+    assert read_lora("mcm-shapes").settings.base_model_repository == "mcm-shapes-teacher"

@@ -19,9 +19,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT: dict[str, set[str]] = {
     **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
     **{unit: set() for unit in ("moved", "text_files")},
-    "tables": {"files"},
     "location": {"hub"},
     "settings": {"files", "hub", "location"},
+    "tables": {"files"},
     "features": {"location"},
     "scheduler": {"consistency"},
     "distillation": {"conditioning", "consistency", "features", "flags"},

@@ -120,7 +120,7 @@ def test_what_is_pushed_is_what_was_there(server, lora, tmp_path):
     before = read_lora(lora)
     assert back.tensors.keys() == before.tensors.keys()
     assert all(torch.equal(back.tensors[key], before.tensors[key]) for key in before.tensors)
-    assert back.config == before.config and back.scheduler_config == before.scheduler_config
+    assert back.settings == before.settings and back.scheduler_config == before.scheduler_config
     again = len(server.requests)
     assert push(lora) == 0  # nothing has changed: nothing is uploaded, and there is no empty commit
     assert len(repository.messages) == 2 and not [r for r in server.requests[again:] if r.startswith("PUT")]

@@ -37,6 +37,7 @@ class BaseModel(ABC):
     width: int
     num_frames: int
     fps: int = 8
+    num_inference_steps: int = DEFAULT_STEPS
     negative_prompt: str = ""  # what guidance leads away from, in training too, where no one names anything
     scheduler_class: Any  # the class that samples what is distilled from this model
     scheduler_defaults: Mapping[str, Any] = {}
@@ -99,7 +100,7 @@ class BaseModel(ABC):
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """The model's own `num_frames`, `height`, `width`, `fps` or `num_inference_steps`."""
-        return DEFAULT_STEPS if name == "num_inference_steps" else getattr(self, name)
+        return getattr(self, name)
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod

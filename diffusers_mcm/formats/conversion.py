@@ -15,36 +15,16 @@ import torch
 from .. import hub
 from ..base_models import base_model_of
 from ..base_models.motion_adapter import load_motion_adapter
-from ..files import disk_full_told, new_folders
-from ..location import Location
-from ..lora import (
-    CONFIG_NAME,
-    MOTION_HEAD_NAME,
-    PEFT_CONFIG_NAME,
-    PEFT_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    LoRA,
-    lora_header,
-    read_lora,
-    write_lora_weights,
-    write_safetensors,
-    write_settings,
-)
-from ..lora.layouts import (
-    MOTION,
-    PEFT_PREFIX,
-    animatediff_keys,
-    kohya_header,
-    kohya_tensors,
-    spatial_modules,
-)
+from ..files import atomic_file, atomic_files
+from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+from ..lora import LoRA, lora_header, read_lora, write_lora_weights, write_safetensors, write_settings
+from ..lora.adapter import PEFT_CONFIG_NAME, SCHEDULER_NAME
+from ..lora.layouts import MOTION, PEFT_PREFIX, animatediff_keys, kohya_header, kohya_tensors, spatial_modules
 from ..pipelines.loading import recorded_repositories
+from ..settings import CONFIG_NAME, DEFAULT_STEPS, SamplingDefaults, Settings
 
 # What a LoRA folder may hold; replacing one leaves none of the old behind.
-_LORA_FILES = (
-    *(WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME),
-    "scheduler/scheduler_config.json",
-)
+_LORA_FILES = (WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME)
 
 
 def convert(
@@ -86,104 +66,70 @@ def convert(
         raise FileExistsError(f"{destination} exists already; choose another name, or overwrite it (--overwrite).")
     if destination.exists() and destination.is_dir() == single:
         raise FileExistsError(f"{destination} exists already and is a {'folder' if single else 'file'}.")
-    where = dict(subfolder=subfolder, revision=revision, **hub_options)
-    lora = read_lora(source, weight_name=weight_name, **where)
+    location = Location.of(source, subfolder=subfolder, weight_name=weight_name, revision=revision, **hub_options)
+    lora = read_lora(location)
     lora.check_pairs()
-    location = Location.of(source, **where)
-    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
+    if layout.fused and motion_adapter is None:
+        motion_adapter = _recorded_adapter(lora)
     _complete(lora)
-    _rebase(lora, destination.parent if single else destination)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    with disk_full_told(destination), new_folders(temporary.parent):
-        try:
-            temporary.mkdir()
+    lora.settings = lora.settings.moved(lora.folder, destination.parent if single else destination)
+    if single:
+        with atomic_file(destination) as temporary:
             layout.write(lora, temporary, motion_adapter)
-            if single:
-                os.replace(temporary / layout.file_name, destination)
-                return destination
-            write_settings(temporary, lora)
-            if head is not None:
-                shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
-            _put_in_place(temporary, destination)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        return destination
+    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
+    with atomic_files(destination, layout.file_name, stale=_LORA_FILES) as temporary:
+        layout.write(lora, temporary / layout.file_name, motion_adapter)
+        write_settings(temporary, lora)
+        if head is not None:
+            shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
     return destination
 
 
 def _complete(lora: LoRA) -> None:
     """Put down what `MCMPipeline.from_pretrained` would infer: base model, steps and scheduler."""
     base_model = base_model_of(lora)
-    if not lora.config:
-        lora.config = {
-            "base_model": base_model.name,
-            "base_model_repository": lora.base_repository or base_model.default_repository,
-            "base_model_revision": None,
-            "sampling": {"num_inference_steps": 4},
-            "training": {},
-        }
+    if not lora.settings:
+        lora.settings = Settings(
+            base_model=base_model.name,
+            base_model_repository=lora.base_repository or base_model.default_repository,
+            sampling=SamplingDefaults(DEFAULT_STEPS),
+        )
     if lora.scheduler_config is None:
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None))
         lora.scheduler_config = json.loads(scheduler.to_json_string())
 
 
-def _rebase(lora: LoRA, folder: Path) -> None:
-    """What was recorded relative to where the LoRA was, relative to where it will be."""
-    place = lora.folder
-    if place is None:
-        return
-
-    def rebased(name: str | None) -> str | None:
-        is_here = name and name.startswith(("./", "../")) and (place / name).exists()
-        return hub.recordable(place / name, folder) if name and is_here else name
-
-    config = dict(lora.config)
-    config["base_model_repository"] = rebased(config.get("base_model_repository"))
-    if "extra_repositories" in config:
-        config["extra_repositories"] = {key: rebased(name) for key, name in config["extra_repositories"].items()}
-    lora.config = config
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Move a whole folder to where there is none, or else its files over those of the LoRA that is there."""
-    if not folder.exists():
-        os.replace(temporary, folder)
-        return
-    for name in _LORA_FILES:
-        if (temporary / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(temporary / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+def _recorded_adapter(lora: LoRA) -> str:
+    """The motion adapter that a LoRA was trained with; `ValueError` for a LoRA of a model that has none."""
+    base_model = base_model_of(lora)
+    repositories = {**base_model.extra_repositories, **recorded_repositories(lora)}
+    if "motion_adapter" not in repositories:
+        raise ValueError(f"{lora.source} is a LoRA for {base_model.name}, which has no motion adapter.")
+    return repositories["motion_adapter"]
 
 
 # --- the layouts -----------------------------------------------------------------------------------------------------
-def _write_diffusers(lora: LoRA, folder: Path, _) -> None:
+def _write_diffusers(lora: LoRA, path: Path, _) -> None:
     if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
         lora.adapter_config = None
-    write_lora_weights(folder / WEIGHTS_NAME, lora, base_model_of(lora).denoiser_name)
+    write_lora_weights(path, lora, base_model_of(lora).denoiser_name)
 
 
-def _write_peft(lora: LoRA, folder: Path, _) -> None:
-    write_lora_weights(folder / PEFT_WEIGHTS_NAME, lora, PEFT_PREFIX.rstrip("."))
+def _write_peft(lora: LoRA, path: Path, _) -> None:
+    write_lora_weights(path, lora, PEFT_PREFIX.rstrip("."))
     config = lora.adapter_config or _adapter_config(lora)
-    (folder / PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    path.with_name(PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _write_kohya(lora: LoRA, folder: Path, _) -> None:
+def _write_kohya(lora: LoRA, path: Path, _) -> None:
     ours = {key: value for key, value in lora_header(lora, "unet").items() if key.startswith("mcm_")}
-    write_safetensors(folder / "kohya.safetensors", kohya_tensors(lora), ours | kohya_header(lora))
+    write_safetensors(path, kohya_tensors(lora), ours | kohya_header(lora))
 
 
-def _write_motion_module(lora: LoRA, folder: Path, motion_adapter: str | os.PathLike | None) -> None:
-    repositories = {
-        **base_model_of(lora).extra_repositories,
-        **recorded_repositories(lora, {"motion_adapter": motion_adapter}),
-    }
-    repository = motion_adapter or repositories.get("motion_adapter")
-    if repository is None:
-        raise ValueError(f"{lora.source} is a LoRA for {base_model_of(lora).name}, which has no motion adapter.")
+def _write_motion_module(lora: LoRA, path: Path, motion_adapter: Any) -> None:
     header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
-    write_safetensors(folder / "motion_module.safetensors", fused_motion_module(lora, repository), header)
+    write_safetensors(path, fused_motion_module(lora, motion_adapter), header)
 
 
 def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -207,7 +153,7 @@ def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[s
 def _adapter_config(lora: LoRA) -> dict:
     """adapter_config.json as PEFT would write it; a base model in a folder beside the LoRA is not named there."""
     config = lora.peft_config().to_dict()
-    repository = lora.config.get("base_model_repository")
+    repository = lora.settings.base_model_repository
     config["base_model_name_or_path"] = repository if repository and hub.is_hub_id(repository) else None
     config["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -216,14 +162,15 @@ def _adapter_config(lora: LoRA) -> dict:
 @dataclass(frozen=True)
 class Layout:
     write: Callable[[LoRA, Path, str | os.PathLike | None], None]
-    file_name: str
+    file_name: str  # of the weights in a folder
     as_folder: bool = False
     as_file: bool = True
+    fused: bool = False  # into a motion adapter
 
 
 LAYOUTS = {
     "peft": Layout(_write_peft, PEFT_WEIGHTS_NAME, as_folder=True, as_file=False),
     "diffusers": Layout(_write_diffusers, WEIGHTS_NAME, as_folder=True),
     "kohya": Layout(_write_kohya, "kohya.safetensors"),
-    "motion-module": Layout(_write_motion_module, "motion_module.safetensors"),
+    "motion-module": Layout(_write_motion_module, "motion_module.safetensors", fused=True),
 }

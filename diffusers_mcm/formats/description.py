@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel
-from ..lora import locate_lora, open_safetensors, read_settings, split_key
+from ..location import Location
+from ..lora import open_safetensors, read_beside, split_key
 from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
+from ..settings import SAMPLING_KEYS, Settings
 
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
-_SIZES = ("num_frames", "height", "width", "fps")
 
 
 def describe(
@@ -34,28 +35,28 @@ def describe(
         `bytes`, `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
         `training`. `None` where nothing is known.
     """
-    source, path, where = locate_lora(
-        source, weight_name=weight_name, subfolder=subfolder, revision=revision, **hub_options
-    )
+    location = Location.of(source, subfolder=subfolder, weight_name=weight_name, revision=revision, **hub_options)
+    path = location.lora_file()
     with open_safetensors(path) as file:
         slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
     shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-    about = read_settings(source, header, **where)
+    settings, scheduler_config, adapter_config = read_beside(location, header)
     layout = layout_of(shapes)
     if layout is None:
         raise ValueError(
             f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as"
             f" {next(iter(shapes), 'none at all')!r}."
         )
-    config = recorded_config(header, about["adapter_config"] if layout == "peft" else None)
+    config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
-    base_model = _base_model(about["config"], layout, modules)
+    base_model = _base_model(settings, layout, modules)
+    repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
     ranks = Counter(shape[0] for shape, _ in modules.values())
     return {
         "file": str(path),
         "layout": layout,
         "base_model": base_model and base_model.name,
-        "base_model_repository": _repository(about, base_model),
+        "base_model_repository": repository or (base_model and base_model.default_repository),
         "rank": ranks.most_common(1)[0][0] if len(ranks) == 1 else dict(ranks) or None,
         "alpha": config.get("lora_alpha") if (alpha := kohya_alpha(header)) is None else alpha,
         "targets": len(modules),
@@ -66,9 +67,9 @@ def describe(
         "dtype": " and ".join(sorted({part.get_dtype() for part in slices.values()})),
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
-        "settings": _settings(about, base_model),
-        "settings_recorded": bool(about["config"].get("sampling") or about["scheduler_config"]),
-        "training": about["config"].get("training") or None,
+        "settings": base_model and _sampled_with(settings, scheduler_config, base_model),
+        "settings_recorded": bool(settings.sampling.known() or scheduler_config),
+        "training": settings.training or None,
     }
 
 
@@ -98,32 +99,19 @@ def _last_part(module: str) -> str:
     return found or module.rpartition(".")[2]
 
 
-def _base_model(config: Mapping[str, Any], layout: str, modules: Iterable[str]) -> BaseModel | None:
-    if config.get("base_model"):
-        return BASE_MODELS.get(config["base_model"])
-    if layout == "motion-module":
-        return BASE_MODELS.get("animatediff")
+def _base_model(settings: Settings, layout: str, modules: Iterable[str]) -> BaseModel | None:
+    if name := settings.base_model or ("animatediff" if layout == "motion-module" else None):
+        return BASE_MODELS.get(name)
     return next((model for model in BASE_MODELS.values() if model.recognises(modules)), None)
 
 
-def _repository(about: Mapping[str, Any], base_model: BaseModel | None) -> str | None:
-    recorded = about["config"].get("base_model_repository")
-    recorded = recorded or (about["adapter_config"] or {}).get("base_model_name_or_path")
-    return recorded or (base_model.default_repository if base_model else None)
-
-
-def _settings(about: Mapping[str, Any], base_model: BaseModel | None) -> dict[str, Any] | None:
+def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_model: BaseModel) -> dict[str, Any]:
     """Steps, size and scheduler that `MCMPipeline.from_pretrained` will sample with."""
-    if base_model is None:
-        return None
-    sampling = about["config"].get("sampling") or {}
-    defaults = {"num_inference_steps": 4, **{name: getattr(base_model, name) for name in _SIZES}}
-    scheduler = about["scheduler_config"]
+    sampling = {key: getattr(base_model, key) for key in SAMPLING_KEYS} | settings.sampling.known()
     if not scheduler:
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
-    settings = {name: sampling.get(name) or value for name, value in defaults.items()}
     keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
-    return settings | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
+    return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,6 @@ from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..settings import CONFIG_NAME
 from .adapter import (
     DEFAULT_ADAPTER,
-    HEADER_KEYS,
     METADATA_KEY,
     PEFT_CONFIG_NAME,
     LoRA,
@@ -41,22 +40,12 @@ from .layers import (
     set_lora_state_dict,
 )
 from .layouts import TEXT_ENCODER
-from .reading import (
-    LoRAFile,
-    locate_lora,
-    open_safetensors,
-    read_beside,
-    read_lora,
-    read_lora_file,
-    read_settings,
-    to_lora,
-)
+from .reading import LoRAFile, open_safetensors, read_beside, read_lora, read_lora_file, to_lora
 from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
 
 __all__ = [
     "CONFIG_NAME",
     "DEFAULT_ADAPTER",
-    "HEADER_KEYS",
     "METADATA_KEY",
     "MOTION_HEAD_NAME",
     "PEFT_CONFIG_NAME",
@@ -75,7 +64,6 @@ __all__ = [
     "fresh_lora",
     "fused",
     "load_lora_into",
-    "locate_lora",
     "lora_disabled",
     "lora_header",
     "lora_layers",
@@ -85,7 +73,6 @@ __all__ = [
     "read_components",
     "read_lora",
     "read_lora_file",
-    "read_settings",
     "replace",
     "save_lora",
     "set_lora_state_dict",

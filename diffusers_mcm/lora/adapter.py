@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ logger = logging.getLogger(__name__)
 PEFT_CONFIG_NAME = "adapter_config.json"
 SCHEDULER_NAME = "scheduler/scheduler_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
-# Ours, in the same place: attributes of a `LoRA` by the keys they are stored under, each as JSON.
-HEADER_KEYS = {"mcm_config": "config", "mcm_scheduler": "scheduler_config", "peft_adapter_config": "adapter_config"}
+# Ours, in the same place: settings, scheduler and PEFT's configuration, each as JSON.
+HEADER_KEYS = ("mcm_config", "mcm_scheduler", "peft_adapter_config")
 DEFAULT_ADAPTER = "default"
 
 
@@ -39,15 +38,6 @@ class LoRA:
     adapter_config: dict[str, Any] | None = None  # adapter_config.json, as PEFT wrote it
     source: str = "the LoRA"
     folder: Path | None = None  # where `settings` were read, for paths relative to it
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings as a dictionary."""
-        return self.settings.to_dict()
-
-    @config.setter
-    def config(self, content: Mapping[str, Any]) -> None:
-        self.settings = Settings.from_dict(content)
 
     @property
     def base_repository(self) -> str | None:

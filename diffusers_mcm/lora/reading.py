@@ -70,24 +70,14 @@ def read_beside(
     """The settings of a LoRA, the configurations of its scheduler and of PEFT: from the files beside the weights, or
     else from the header of that file."""
     place = location.around()
-    in_header = {attribute: json.loads(header[key]) for key, attribute in HEADER_KEYS.items() if key in header}
+    config, scheduler_config, adapter_config = (json.loads(header.get(key, "null")) for key in HEADER_KEYS)
     folder, _, name = SCHEDULER_NAME.rpartition("/")
-    settings = Settings.read(place) or Settings.from_dict(in_header.get("config") or {})
-    scheduler = place.inside(folder).json(name) or in_header.get("scheduler_config")
-    return settings, scheduler, place.json(PEFT_CONFIG_NAME) or in_header.get("adapter_config")
-
-
-# --- under the names and arguments of before, for `formats` ----------------------------------------------------------
-def locate_lora(source: str | os.PathLike, **options) -> tuple[str, Path, dict[str, Any]]:
-    location = Location.of(source, **options)
-    place = location.around()
-    where = dict(subfolder=place.subfolder, revision=place.revision, **place.options)
-    return place.name, location.lora_file(), where
-
-
-def read_settings(source: str, header: Mapping[str, str], **where) -> dict[str, Any]:
-    settings, scheduler, adapter = read_beside(Location.of(source, **where), header)
-    return {"config": settings.to_dict(), "scheduler_config": scheduler, "adapter_config": adapter}
+    settings = Settings.read(place) or Settings.from_dict(config or {})
+    return (
+        settings,
+        place.inside(folder).json(name) or scheduler_config,
+        place.json(PEFT_CONFIG_NAME) or adapter_config,
+    )
 
 
 @contextmanager

@@ -37,10 +37,8 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
     )
     metadata = {f"{prefix}.{key}": value for key, value in metadata.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
-    for key, attribute in HEADER_KEYS.items():
-        if getattr(lora, attribute):
-            header[key] = json.dumps(getattr(lora, attribute), sort_keys=True, default=str)
-    return header
+    ours = zip(HEADER_KEYS, (lora.settings.to_dict(), lora.scheduler_config, lora.adapter_config))
+    return header | {key: json.dumps(value, sort_keys=True, default=str) for key, value in ours if value}
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -122,7 +122,7 @@ def test_one_file_is_enough(adapters, places, tmp_path, base_model):
         assert (pipe.scheduler.config.timestep_scaling, pipe.config.num_inference_steps) == (7.0, 3)
         written = read_lora(alone)
         assert (written.alpha, written.ranks()) == (6, read_lora(folder).ranks())
-        assert written.config == read_lora(folder).config
+        assert written.settings == read_lora(folder).settings
         assert_same_tensors(alone, folder / WEIGHTS)
 
 
@@ -231,6 +231,16 @@ def test_a_motion_adapter_that_is_given_stands_in_for_one_that_has_gone(adapters
     assert load_file(tmp_path / "motion.safetensors")
 
 
+def test_a_motion_adapter_beside_the_lora_is_found_from_wherever_the_module_is_written(adapters, hub_root, tmp_path):
+    folder = convert(adapters["animatediff"], tmp_path / "lora", "diffusers")
+    shutil.copytree(hub_root / ADAPTER, folder / "adapter")
+    edit_json(folder / "mcm_config.json", extra_repositories={"motion_adapter": "./adapter"})
+    convert(folder, tmp_path / "deep" / "down" / "motion.safetensors", "motion-module")
+    with safe_open(tmp_path / "deep" / "down" / "motion.safetensors", framework="pt") as file:
+        recorded = json.loads(file.metadata()["mcm_config"])
+    assert recorded["extra_repositories"] == {"motion_adapter": "../../lora/adapter"}
+
+
 def test_motion_module_has_animatediffs_own_keys(adapters, hub_root, tmp_path):
     options = dict(motion_adapter=hub_root / ADAPTER)
     file = convert(adapters["animatediff"], tmp_path / "motion.safetensors", "motion-module", **options)
@@ -289,7 +299,7 @@ def test_an_existing_destination_is_only_replaced_when_told(adapters, tmp_path):
         with pytest.raises(FileExistsError, match=f"{name} exists already; choose another name, or overwrite it"):
             convert(adapters["animatediff"], destination, to)
         convert(adapters["animatediff"], destination, to, overwrite=True)
-        assert read_lora(destination).config["base_model"] == "animatediff"
+        assert read_lora(destination).settings.base_model == "animatediff"
     (tmp_path / "folder/notes.txt").write_text("mine")
     convert(adapters["animatediff"], tmp_path / "folder", "diffusers", overwrite=True)
     assert sorted(listing(tmp_path / "folder")) == sorted(

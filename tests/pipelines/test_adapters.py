@@ -1,5 +1,7 @@
 """The LoRA verbs of a pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -297,7 +299,7 @@ def test_nothing_to_fuse(pipe):
 
 def test_a_lora_for_another_base_model(pipe, folder, plain):
     lora = read_lora(folder)
-    lora.config = dict(lora.config, base_model="animatediff")
+    lora.settings = replace(lora.settings, base_model="animatediff")
     with pytest.raises(ValueError, match="made for base model 'animatediff'; this is 'modelscope'"):
         pipe.load_lora_weights(lora)
     assert torch.equal(sample(pipe), plain)
