@@ -28,7 +28,8 @@ def test_from_videos_to_a_lora_that_samples(animatediff, tmp_path):
     assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.timestep_scaling) == ("linear", 4.0)
     pipe.set_progress_bar_config(disable=True)
     with_lora, without = (
-        pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), lora_scale=scale).frames for scale in (1.0, 0.0)
+        pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), lora_scale=scale, output_type="np").frames
+        for scale in (1.0, 0.0)
     )
     assert with_lora.shape == (1, 4, 16, 16, 3) and (with_lora != without).any()
 
