@@ -2,7 +2,7 @@
 
 A *path* says how a clean latent becomes noise, x_t = α_t x_0 + σ_t ε, and how the network's output is read along it.
 Everything that depends on the kind of path is here; teacher, trajectory and losses only ask the path.
-Latents are (B, C, T, H, W), timesteps are (B,), integers unless a path says otherwise.
+Latents are (B, C, T, H, W), timesteps are (B,), integers or real numbers as the path says.
 Coefficients and arithmetic are float32 whatever the latents' type; results come back in the type of the latents.
 """
 
@@ -118,49 +118,38 @@ def _working(x: torch.Tensor) -> torch.Tensor:
 
 
 class NoisePath(ABC):
-    """What a trajectory needs to know of a diffusion (or flow) model; a subclass supplies the coefficients.
+    """What a trajectory needs to know of a diffusion (or flow) model; a subclass supplies coefficients and grid."""
 
-    `timestep_scaling` and `sigma_data` are those of eq. 1.
-    """
+    prediction: PredictionType  # how the network's output is read
 
-    num_train_timesteps: int
-    prediction_type: str
-    timestep_scaling: float
-    sigma_data: float
+    @property
+    @abstractmethod
+    def terminal_timestep(self) -> float:
+        """Where sampling starts, from pure noise."""
+
+    @abstractmethod
+    def solver_timesteps(self, num_solver_steps: int = 50) -> torch.Tensor:
+        """The teacher's grid, ascending, (num_solver_steps,); the terminal timestep is its last."""
+
+    @abstractmethod
+    def previous_timestep(self, t: torch.Tensor, num_solver_steps: int = 50) -> torch.Tensor:
+        """Where one step of the solver lands: one grid interval nearer the data, at least 0."""
 
     @abstractmethod
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t, float32, one of each per timestep (B,)."""
 
-    @abstractmethod
     def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x̂_0 from the network's output at (x_t, t)."""
+        """x̂_0 from the network's output at (x_t, t), in the type of `x_t`."""
+        return self._read(self.prediction.x0, output, x_t, t)
 
-    @abstractmethod
     def predict_noise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """ε̂ from the network's output at (x_t, t)."""
+        """ε̂ from the network's output at (x_t, t), in the type of `x_t`."""
+        return self._read(self.prediction.noise, output, x_t, t)
 
-    @property
-    def terminal_timestep(self) -> int:
-        """Where sampling starts, from pure noise."""
-        return self.num_train_timesteps - 1
-
-    def _solver_stride(self, num_solver_steps: int) -> int:
-        if not 1 <= num_solver_steps <= self.num_train_timesteps or self.num_train_timesteps % num_solver_steps:
-            raise ValueError(
-                f"num_solver_steps must be a divisor of the {self.num_train_timesteps} training timesteps, so that the"
-                f" grid ends where sampling starts; got {num_solver_steps}."
-            )
-        return self.num_train_timesteps // num_solver_steps
-
-    def solver_timesteps(self, num_solver_steps: int = 50) -> torch.Tensor:
-        """The teacher's grid, ascending, int64 (num_solver_steps,): 19, 39, …, 999 for 50 steps of 1000."""
-        stride = self._solver_stride(num_solver_steps)
-        return torch.arange(1, num_solver_steps + 1) * stride - 1
-
-    def previous_timestep(self, t: torch.Tensor, num_solver_steps: int = 50) -> torch.Tensor:
-        """Where one step of the solver lands: one grid interval nearer the data, at least 0."""
-        return (t - self._solver_stride(num_solver_steps)).clamp(min=0)
+    def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """f(x_t, t) with f(x, 0) = x: x̂_0 itself, on a path whose timestep 0 has no noise."""
+        return self.predict_x0(output, x_t, t)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x_0 + σ_t ε, in the type of `x0`."""
@@ -171,12 +160,13 @@ class NoisePath(ABC):
         """The deterministic (DDIM, η = 0) transfer of an estimate (x̂_0, ε̂) to `t_prev`."""
         return self.add_noise(x0, noise, t_prev)
 
-    def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 (eq. 1), in the type of `x_t`."""
-        x_t_working = _working(x_t)
-        x0 = self.predict_x0(output, x_t_working, t)
-        c_skip, c_out = boundary_scalings(t.to(x_t_working.dtype), self.timestep_scaling, self.sigma_data)
-        return (expand_like(c_skip, x_t) * x_t_working + expand_like(c_out, x_t) * x0).to(x_t.dtype)
+    def _read(self, formula: Callable[..., torch.Tensor], output, x_t, t) -> torch.Tensor:
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"The network's output must have the latents' shape {tuple(x_t.shape)}; got {tuple(output.shape)}."
+            )
+        alpha, sigma = self._coefficients_like(x_t, t)
+        return formula(_working(output), _working(x_t), alpha, sigma).to(x_t.dtype)
 
     def _coefficients_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
@@ -199,7 +189,10 @@ _SCHEDULE_KEYS = (*_SCHEDULE_DEFAULTS, "beta_start", "beta_end", "beta_schedule"
 
 
 class VariancePreservingPath(NoisePath):
-    """The path of DDPM-trained models: α_t = √ᾱ_t and σ_t = √(1 − ᾱ_t), float32 (num_train_timesteps,) each."""
+    """The path of DDPM-trained models: α_t = √ᾱ_t and σ_t = √(1 − ᾱ_t), float32 (num_train_timesteps,) each.
+
+    Timesteps are integers; `timestep_scaling` and `sigma_data` are those of eq. 1.
+    """
 
     def __init__(
         self,
@@ -214,7 +207,7 @@ class VariancePreservingPath(NoisePath):
             raise ValueError(
                 f"timestep_scaling and sigma_data must be positive; got {timestep_scaling} and {sigma_data}."
             )
-        self._prediction = get_prediction_type(prediction_type)
+        self.prediction = get_prediction_type(prediction_type)
         if prediction_type == "epsilon" and not torch.all(alphas_cumprod > 0):
             raise ValueError(
                 "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
@@ -265,16 +258,29 @@ class VariancePreservingPath(NoisePath):
             self.alphas, self.sigmas = self.alphas.to(t.device), self.sigmas.to(t.device)
         return self.alphas[t], self.sigmas[t]
 
-    def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self._read(self._prediction.x0, output, x_t, t)
+    @property
+    def terminal_timestep(self) -> int:
+        return self.num_train_timesteps - 1
 
-    def predict_noise(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self._read(self._prediction.noise, output, x_t, t)
+    def solver_timesteps(self, num_solver_steps: int = 50) -> torch.Tensor:
+        """The teacher's grid, int64: 19, 39, …, 999 for 50 steps of 1000."""
+        stride = self._solver_stride(num_solver_steps)
+        return torch.arange(1, num_solver_steps + 1) * stride - 1
 
-    def _read(self, formula: Callable[..., torch.Tensor], output, x_t, t) -> torch.Tensor:
-        if output.shape != x_t.shape:
+    def previous_timestep(self, t: torch.Tensor, num_solver_steps: int = 50) -> torch.Tensor:
+        return (t - self._solver_stride(num_solver_steps)).clamp(min=0)
+
+    def _solver_stride(self, num_solver_steps: int) -> int:
+        if not 1 <= num_solver_steps <= self.num_train_timesteps or self.num_train_timesteps % num_solver_steps:
             raise ValueError(
-                f"The network's output must have the latents' shape {tuple(x_t.shape)}; got {tuple(output.shape)}."
+                f"num_solver_steps must be a divisor of the {self.num_train_timesteps} training timesteps, so that the"
+                f" grid ends where sampling starts; got {num_solver_steps}."
             )
-        alpha, sigma = self._coefficients_like(x_t, t)
-        return formula(_working(output), _working(x_t), alpha, sigma).to(x_t.dtype)
+        return self.num_train_timesteps // num_solver_steps
+
+    def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 (eq. 1), in the type of `x_t`."""
+        x_t_working = _working(x_t)
+        x0 = self.predict_x0(output, x_t_working, t)
+        c_skip, c_out = boundary_scalings(t.to(x_t_working.dtype), self.timestep_scaling, self.sigma_data)
+        return (expand_like(c_skip, x_t) * x_t_working + expand_like(c_out, x_t) * x0).to(x_t.dtype)

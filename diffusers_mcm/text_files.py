@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
+_Record = tuple[int, list[str], str | None]  # of csv: its line, its cells and what is wrong with it
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -105,8 +106,8 @@ def _decode_western(data: bytes) -> Text | None:
     """Windows-1252, or None where more lines speak against it than for it; those that do are broken."""
     lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     telling = [(number, line) for number, line in enumerate(lines, 1) if not line.isascii()]
-    broken = {number for number, line in telling if not _looks_western(line)}
-    if any(_is_utf8(line) for _, line in telling) or 2 * len(broken) >= len(telling):
+    broken = {number for number, line in telling if not _may_be_western(line)}
+    if any(not _decode(line, "utf-8").broken_lines for _, line in telling) or 2 * len(broken) >= len(telling):
         return None
     content = "\n".join(
         line.decode("utf-8", "replace") if number in broken else line.decode("cp1252")
@@ -119,15 +120,7 @@ def _with_unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _looks_western(line: bytes) -> bool:
+def _may_be_western(line: bytes) -> bool:
     """Whether this may be Windows-1252: no byte that it lacks, and no words wholly of letters beyond ASCII."""
     runs = re.findall(rb"[\x80-\xff]{4,}", line)  # Cyrillic, Greek and Chinese words are such, French ones are not
     return not re.search(rb"[\x81\x8d\x8f\x90\x9d]", line) and all(len(set(run)) == 1 for run in runs)
@@ -235,28 +228,21 @@ def _read_csv(text: str, known: Collection[str]) -> Table:
     header = next(records, None)
     if header is None:
         return Table([], iter(()))
-    names = [cell.strip() for cell in header.cells]
+    names = [cell.strip() for cell in header[1]]
     while names and not names[-1]:  # a spreadsheet's empty columns
         names.pop()
     return Table(names, (_csv_row(record, names, delimiter) for record in records))
 
 
-class _Record(NamedTuple):
-    line: int
-    cells: list[str]
-    problem: str | None = None
-
-
 def _csv_row(record: _Record, names: list[str], delimiter: str) -> Row:
-    cells, width = record.cells, len(names)
-    problem = record.problem
+    (line, cells, problem), width = record, len(names)
     if any(cell.strip() for cell in cells[width:]):
         problem = problem or (
             f"it has {len(cells)} cells where the header has {width}; a text that holds {delimiter!r} needs quotes"
         )
     values = dict(zip(reversed(names), reversed((cells + [""] * width)[:width])))  # of two equal names the first
     values.pop("", None)
-    return Row(record.line, values, problem)
+    return Row(line, values, problem)
 
 
 def _find_delimiter(start: str, known: Collection[str]) -> str:
@@ -264,7 +250,7 @@ def _find_delimiter(start: str, known: Collection[str]) -> str:
 
     def fit(delimiter: str) -> tuple[int, int]:
         header = next(_csv_records(start.split("\n"), 0, delimiter), None)
-        cells = header.cells if header else []
+        cells = header[1] if header else []
         return sum(plain_name(cell) in plain for cell in cells), len(cells)
 
     return max(DELIMITERS, key=fit)
@@ -298,4 +284,4 @@ def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Reco
             problem = None if literal else f"its quotes do not match ({error}); a quote within a text is written twice"
         if any(cell.strip() for cell in cells):
             width = width or len(cells)
-            yield _Record(start + 1, cells, problem)
+            yield start + 1, cells, problem

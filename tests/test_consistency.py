@@ -13,6 +13,7 @@ from diffusers_mcm.consistency import (
 )
 from diffusers_mcm.distillation.teacher import teacher_step
 from diffusers_mcm.distillation.trajectory import noisy_start, one_step_sample
+from tests.base_models.flow_model.base_model import FlowPath
 
 SHAPE = (4, 2, 3, 5, 5)
 TIMESTEPS = torch.tensor([0, 19, 500, 999])
@@ -198,36 +199,10 @@ def test_previous_timestep_is_one_interval_nearer_and_not_below_zero():
 def test_a_flow_path_is_a_subclass_and_nothing_more():
     """Velocity prediction on a shifted grid, whose timesteps are no integers and which has no boundary scalings."""
 
-    class FlowPath(NoisePath):
-        num_train_timesteps, prediction_type, terminal_timestep, shift = 1000, "flow", 1000.0, 5.0
-
-        def grid(self, num_solver_steps):
-            sigmas = torch.arange(num_solver_steps + 1) / num_solver_steps
-            return 1000 * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
-
-        def solver_timesteps(self, num_solver_steps=50):
-            return self.grid(num_solver_steps)[1:]
-
-        def previous_timestep(self, t, num_solver_steps=50):
-            grid = self.grid(num_solver_steps)
-            return grid[torch.searchsorted(grid, t) - 1]
-
-        def coefficients(self, t):
-            return 1 - t / 1000, t / 1000
-
-        def consistency_function(self, output, x_t, t):
-            return self.predict_x0(output, x_t, t)
-
-        def predict_x0(self, output, x_t, t):
-            return x_t - self._coefficients_like(x_t, t)[1] * output
-
-        def predict_noise(self, output, x_t, t):
-            return x_t + self._coefficients_like(x_t, t)[0] * output
-
     def denoise(x, t, text):
         return noise - clean  # the velocity, the same all along the way
 
-    path, clean, noise = FlowPath(), latents(1), latents(2)
+    path, clean, noise = FlowPath(5.0), latents(1), latents(2)
     t = path.solver_timesteps(4)
     torch.testing.assert_close(t, torch.tensor([625.0, 2500 / 3, 937.5, 1000.0]))
     x_t = noisy_start(path, clean, noise, t)

@@ -16,8 +16,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from ..conditioning import Conditioning
-from ..consistency import SIGMA_DATA, NoisePath, VariancePreservingPath
-from ..scheduler import MCMScheduler
+from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, NoisePath
 from ..settings import DEFAULT_STEPS
 
 
@@ -39,40 +38,37 @@ class BaseModel(ABC):
     num_frames: int
     fps: int = 8
     num_inference_steps: int = DEFAULT_STEPS
+    negative_prompt: str = ""  # what guidance leads away from, in training too, where no one names anything
+    scheduler_class: Any  # the class that samples what is distilled from this model
     scheduler_defaults: Mapping[str, Any] = {}
-    scheduler_class: Any = MCMScheduler  # the class that samples what is distilled from this model
-    # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it.
-    noise_schedule_keys: tuple[str, ...] = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
+    # The keys of a scheduler's configuration that belong to the trained network, not to a way of sampling it, and
+    # those by which a LoRA's description says how it is sampled.
+    noise_schedule_keys: tuple[str, ...]
+    described_scheduler_keys: tuple[str, ...]
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """The repository's scheduler configuration, completed (never overruled) by this model's defaults."""
         return {**self.scheduler_defaults, **(config or {})}
 
-    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **overrides) -> NoisePath:
-        """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it."""
-        return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **overrides)
+    @abstractmethod
+    def noise_path(
+        self,
+        scheduler_config: Mapping[str, Any] | None = None,
+        *,
+        timestep_scaling: float = TIMESTEP_SCALING,
+        sigma_data: float = SIGMA_DATA,
+    ) -> NoisePath:
+        """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it.
 
+        `timestep_scaling` and `sigma_data` are those of eq. 1, for a path that has boundary scalings.
+        """
+
+    @abstractmethod
     def student_scheduler(
         self, config: Mapping[str, Any], *, num_solver_steps: int, timestep_scaling: float, sigma_data: float
     ) -> SchedulerMixin:
         """The sampler that fits a training: the teacher's noise schedule, the student's grid and boundary."""
-        return self.scheduler_class.from_config(
-            config,
-            # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
-            timestep_scaling=timestep_scaling * SIGMA_DATA / sigma_data,
-            original_inference_steps=num_solver_steps,
-            clip_sample=False,
-            thresholding=False,
-        )
 
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         """Where the components are by default that a repository with this `model_index.json` leaves out."""
@@ -109,7 +105,8 @@ class BaseModel(ABC):
     # --- the tensors -------------------------------------------------------------------------------------------------
     @abstractmethod
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
-        """`(C, T, H, W)` of the latents of a clip; `ValueError` for a size that has none."""
+        """`(C, T, H, W)` of the latents of a clip, whose T may be fewer than its frames; `ValueError` for a size that
+        has none."""
 
     @abstractmethod
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -121,17 +118,26 @@ class BaseModel(ABC):
 
     @abstractmethod
     def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor:
-        """The frames `frame_indices (B, l)` as `(B * l, 3, H, W)`, sample by sample; differentiable."""
+        """The clip's frames `frame_indices (B, l)`, counted as in `decode_video`, as `(B * l, 3, H, W)`, sample by
+        sample; differentiable."""
 
     @abstractmethod
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Conditioning:
         """The condition of the denoiser for each prompt; no gradients."""
 
+    def embeds_condition(self, prompt_embeds: torch.Tensor) -> Conditioning:
+        """What `encode_text` gave, of its `prompt_embeds` alone: a caller, or a callback, may have others."""
+        return {"prompt_embeds": prompt_embeds}
+
+    def text_features(self, denoiser: nn.Module) -> int | None:
+        """The last dimension of the `prompt_embeds` that the denoiser reads, where that is known."""
+        return None
+
     @abstractmethod
     def denoise(
         self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning
     ) -> torch.Tensor:
-        """The network's output (of the latents' shape) at `timesteps (B,)`.
+        """The network's output (of the latents' shape) at `timesteps (B,)`, those of the noise path.
 
         A half-precision network is given float32 latents, and its output is float32: what is rounded of either comes
         back tens of times as large in x̂_0 near the last timestep.

@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import Conditioning
+from ..consistency import SIGMA_DATA, VariancePreservingPath
 from ..lora import base_layer
+from ..scheduler import MCMScheduler
 from .base import BaseModel
 from .precision import find_ends
 
@@ -33,6 +35,14 @@ LORA_SUFFIXES = (
 class StableDiffusionModel(BaseModel):
     """A video UNet over the latents of single frames. A subclass says which UNet, and how it is called."""
 
+    scheduler_class = MCMScheduler
+    noise_schedule_keys = (
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+        *("prediction_type", "rescale_betas_zero_snr"),
+    )
+    described_scheduler_keys = (
+        *("timestep_scaling", "beta_schedule", "beta_start", "beta_end", "original_inference_steps"),
+    )
     scheduler_defaults = {
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",
@@ -53,6 +63,21 @@ class StableDiffusionModel(BaseModel):
     def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """As much of a repository's scheduler configuration as holds for this model; `index` is its model index."""
         return config
+
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: Any) -> VariancePreservingPath:
+        return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **boundary)
+
+    def student_scheduler(
+        self, config: Mapping[str, Any], *, num_solver_steps: int, timestep_scaling: float, sigma_data: float
+    ) -> MCMScheduler:
+        return self.scheduler_class.from_config(
+            config,
+            # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
+            timestep_scaling=timestep_scaling * SIGMA_DATA / sigma_data,
+            original_inference_steps=num_solver_steps,
+            clip_sample=False,
+            thresholding=False,
+        )
 
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         suffixes = tuple("." + suffix for suffix in LORA_SUFFIXES)
@@ -111,6 +136,10 @@ class StableDiffusionModel(BaseModel):
 
     def _decode(self, vae: nn.Module, frames: torch.Tensor) -> torch.Tensor:
         return vae.decode((frames / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+    def text_features(self, denoiser: nn.Module) -> int | None:
+        features = denoiser.config.get("cross_attention_dim")
+        return features if isinstance(features, int) else None
 
     @torch.no_grad()
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Conditioning:

@@ -1,7 +1,7 @@
 """Training data: videos and images with captions, from folders, WebDataset tars or the Hub."""
 
 from .dataset import FrameDataset, ImageDataset, KeyedDataset, VideoDataset, to_unit_range
-from .loading import StepLoader, StepSampler, build_loader
+from .loading import StepLoader, StepSampler
 
 __all__ = [
     "FrameDataset",
@@ -10,6 +10,5 @@ __all__ = [
     "StepLoader",
     "StepSampler",
     "VideoDataset",
-    "build_loader",
     "to_unit_range",
 ]

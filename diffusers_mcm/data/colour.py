@@ -74,7 +74,7 @@ def _pq_to_nits(signal: np.ndarray) -> np.ndarray:
     return 10000 * (np.maximum(root - _PQ_C1, 0) / (_PQ_C2 - _PQ_C3 * root)) ** (1 / _PQ_M1)
 
 
-def _nits_to_pq(nits: np.ndarray) -> np.ndarray:
+def _nits_to_pq(nits: np.ndarray | float) -> np.ndarray:
     power = (nits / 10000) ** _PQ_M1
     return ((_PQ_C1 + _PQ_C2 * power) / (1 + _PQ_C3 * power)) ** _PQ_M2
 

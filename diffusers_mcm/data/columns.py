@@ -1,4 +1,4 @@
-"""Which column holds the files and which the captions, and what counts as a caption."""
+"""What data is asked for, which of its columns holds the files and which the captions, and what a caption is."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -31,12 +31,12 @@ class MediaKind:
 
     @property
     def ask_for_media(self) -> str:
-        """How to name the column of the files, in Python and on the command line."""
+        """The argument that names the column of the files, in Python and on the command line."""
         return f"{self.name}_column (--{self.name}_column)"
 
     @property
     def ask_for_caption(self) -> str:
-        """How to name the column of the captions."""
+        """The argument that names the column of the captions."""
         return f"caption_column ({self.caption_flag})"
 
 
@@ -71,22 +71,66 @@ def caption_texts(value: Any) -> list[str] | None:
         text = value.encode("utf-8", "replace").decode() if re.search("[\ud800-\udfff]", value) else value
         return [text.strip()] if text.strip() else []
     if isinstance(value, Sequence) and not isinstance(value, bytes) and all(isinstance(v, str) for v in value):
-        return [text for entry in value for text in caption_texts(entry)]
+        return [text for entry in value for text in caption_texts(entry) or ()]
     return None
 
 
-def find_file_column(columns: Sequence[str], name: str, kind: MediaKind, asked: str | None) -> str:
+@dataclass(frozen=True)
+class DataRequest:
+    """Which videos or images somebody asks for; a column that is None is to be detected.
+
+    Attributes:
+        source: a folder, a table, tars or a Hub data set id.
+        kind: `VIDEOS` or `IMAGES`.
+        media_column, caption_column: names of the columns; of tars those of the samples' fields ("mp4", "json.title").
+        split, config_name, revision: the part of a Hub data set, or the subfolder `split`.
+    """
+
+    source: str
+    kind: MediaKind
+    media_column: str | None = None
+    caption_column: str | None = None
+    split: str = "train"
+    config_name: str | None = None
+    revision: str | None = None
+
+    def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:
+        """The error that `name` lacks the column of the files that was asked for."""
+        return ValueError(
+            f"{name} has no {self.kind.name} column {self.media_column!r}; its columns are {list(columns)}."
+        )
+
+    def several_media_columns(self, columns: Collection[str]) -> ValueError:
+        """The error that the source does not say which of several columns is meant."""
+        return ValueError(
+            f"{self.source!r} has several {self.kind.name} columns, {columns}: say which with "
+            f"{self.kind.ask_for_media}."
+        )
+
+    def no_caption_column(self, name: str, columns: Collection[str], note: str = "") -> ValueError:
+        """The error that `name` has no column of captions, or not the one that was asked for."""
+        if self.caption_column is not None:
+            problem = f"{name} has no caption column {self.caption_column!r} of text; its columns are {list(columns)}."
+            return ValueError(problem + note)
+        return ValueError(
+            f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
+            f"Name it with {self.kind.ask_for_caption}.{note}"
+        )
+
+
+def find_file_column(columns: Sequence[str], name: str, request: DataRequest) -> str:
     """The column of a metadata file that names the media files.
 
     Raises:
         ValueError: if there is none, or two of that name; the message names the file and its columns.
     """
+    kind, asked = request.kind, request.media_column
     wanted = kind.file_columns if asked is None else (asked, *(kind.file_columns if asked == kind.name else ()))
     found = _first_found(columns, wanted, name)
     if found is not None:
         return found
     if asked is not None:
-        raise ValueError(f"{name} has no {kind.name} column {asked!r}; its columns are {list(columns)}.")
+        raise request.no_media_column(name, columns)
     if any(str(column).lower().endswith(kind.extensions) for column in columns):
         raise ValueError(
             f"{name} has no header: its first line is {list(columns)}. Put a line with the names of the columns above "
@@ -98,31 +142,22 @@ def find_file_column(columns: Sequence[str], name: str, kind: MediaKind, asked: 
     )
 
 
-def find_caption_column(columns: Sequence[str], name: str, kind: MediaKind, asked: str | None) -> str | None:
+def find_caption_column(columns: Sequence[str], name: str, request: DataRequest) -> str | None:
     """The column of a metadata file that holds the captions; None if images have none.
 
     Raises:
         ValueError: as `find_file_column`.
     """
+    asked = request.caption_column
     found = _first_found(columns, CAPTION_COLUMNS if asked is None else (asked,), name)
-    if found is None and asked is not None:
-        raise ValueError(f"{name} has no caption column {asked!r} of text; its columns are {list(columns)}.")
-    if found is None and kind.needs_caption:
-        raise ValueError(no_caption_column(name, columns, kind))
+    if found is None and (asked is not None or request.kind.needs_caption):
+        raise request.no_caption_column(name, columns)
     return found
-
-
-def no_caption_column(name: str, columns: Collection[str], kind: MediaKind) -> str:
-    """What to say where no column is a caption's."""
-    return (
-        f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
-        f"Name it with {kind.ask_for_caption}."
-    )
 
 
 def _first_found(columns: Sequence[str], wanted: Sequence[str], name: str) -> str | None:
     names = [column for column in columns if isinstance(column, str)]
-    found = [column for column in (find_name(names, one) for one in wanted) if column is not None]
-    if found and names.count(found[0]) > 1:
-        raise ValueError(f"{name} has {names.count(found[0])} columns named {found[0]!r}: rename all but one.")
-    return found[0] if found else None
+    found = next((column for one in wanted if (column := find_name(names, one)) is not None), None)
+    if found is not None and names.count(found) > 1:
+        raise ValueError(f"{name} has {names.count(found)} columns named {found!r}: rename all but one.")
+    return found

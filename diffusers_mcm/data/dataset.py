@@ -82,7 +82,7 @@ class KeyedDataset(Dataset):
         """
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
-        skipped = {}
+        skipped: dict[str, str] = {}
         for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
             item = self.rows[row]
             try:
@@ -94,8 +94,8 @@ class KeyedDataset(Dataset):
                 if len(skipped) >= MAX_REPLACEMENTS:
                     break
                 continue
-            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-            return {"pixels": pixels, "caption": caption}, skipped
+            channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+            return {"pixels": channels_first, "caption": caption}, skipped
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
             f"tried in a row can be used, for example{examples(skipped)}"
@@ -114,7 +114,7 @@ class KeyedDataset(Dataset):
         return {**item, "pixels": to_unit_range(item["pixels"])}
 
 
-def _check_at_least_one(**values: int) -> None:
+def check_at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}.")
@@ -161,7 +161,7 @@ class VideoDataset(KeyedDataset):
             raise ValueError(f"fps must be greater than 0, not {fps}.")
         if frame_interval is None:
             frame_interval = 8
-        _check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
+        check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
         rows = open_rows(source, VIDEOS, split, video_column, caption_column, config_name, revision)
         super().__init__(rows, seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
@@ -195,7 +195,7 @@ class ImageDataset(KeyedDataset):
         revision: str | None = None,
     ):
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        _check_at_least_one(height=self.height, width=self.width)
+        check_at_least_one(height=self.height, width=self.width)
         rows = open_rows(source, IMAGES, split, image_column, caption_column, config_name, revision)
         super().__init__(rows, seed, "images")
 

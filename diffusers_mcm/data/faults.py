@@ -56,14 +56,13 @@ def check_own_fault(error: BaseException, name: str | None) -> None:
     if not _is_of_the_machine(error, name):
         return
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    advice = _ADVICE.get(number, "See to the disk or the connection.")
-    told = MachineError(
+    advice = _ADVICE.get(number or 0, "See to the disk or the connection.")
+    raise _machine_error(
         f"{name or 'Its data'} cannot be read, and not by its own fault: {type(error).__name__}: {error}. "
         f"{advice} It is not skipped, for others would be too; a run goes on from its last checkpoint with "
-        "--resume_from_checkpoint latest."
-    )
-    told.errno = number
-    raise told from error
+        "--resume_from_checkpoint latest.",
+        number,
+    ) from error
 
 
 @contextmanager
@@ -76,9 +75,14 @@ def machine_errors_name(name: str) -> Iterator[None]:
             check_own_fault(error, name)
         if name in str(error):
             raise
-        told = MachineError(f"{name}: {error}")
-        told.errno = error.errno
-        raise told from error
+        raise _machine_error(f"{name}: {error}", getattr(error, "errno", None)) from error
+
+
+def _machine_error(message: str, number: int | None) -> MachineError:
+    """A `MachineError` of a system's number, which an `OSError` made with one would put before the message."""
+    error = MachineError(message)
+    error.errno = number
+    return error
 
 
 def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:

@@ -1,10 +1,11 @@
-"""Which stream of a file is the film, and what its packets say about its frames."""
+"""The stream of a file that is the film, and the index of its frames that its packets give."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 from av.error import FFmpegError
@@ -13,7 +14,7 @@ from av.stream import Disposition
 from .faults import UnusableItem, check_own_fault
 from .frames import Orientation, orientation_of
 from .images import media_file
-from .timing import at_constant_rate
+from .timing import ClipChoice, Time, at_constant_rate
 
 # Streams of these codecs may tell their orientation themselves, and once for all.
 _TELL_ORIENTATION = {"h264", "hevc", "vvc"}
@@ -22,17 +23,28 @@ _DOLBY_VISION_TAGS = {"dvh1", "dvhe", "dav1", "dva1", "dvav"}
 
 
 class Entry(NamedTuple):
-    """What a packet says about its frame, in the stream's time base."""
+    """A packet without its data: the times of its frame, in the stream's time base."""
 
     pts: int | None
     dts: int | None
     is_keyframe: bool
-    duration: int | None = None
+    duration: int | None
+
+
+class Keyframe(NamedTuple):
+    """Where decoding can start, in the stream's time base."""
+
+    pts: int
+    dts: int | None
+
+    def targets(self) -> list[int]:
+        """The times to seek: containers with an index go by presentation times, others search by decoding times."""
+        return [time for time in dict.fromkeys(self) if time is not None]
 
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """What a film's packets say, read without decoding (but for the first frame).
+    """The index of a film's frames that its packets give, without decoding (but for the first frame).
 
     Attributes:
         stream: number of the film's stream in its container.
@@ -46,25 +58,36 @@ class FilmIndex:
     """
 
     stream: int
-    times: list
+    times: Sequence[Time]
     sound: bool
-    keyframes: list[Entry]
+    keyframes: list[Keyframe]
     time_base: Fraction
     rate: Fraction | None
     orientation: Orientation
-    end: int | None = None
+    end: int | None
 
-    def starts(self, time: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame of a time, and from which keyframe's time on frames are then to be expected.
+    def expected(self) -> Sequence[Time | None]:
+        """The times that the decoder is to give, in the order of presentation; none if they are a guess."""
+        return self.times if self.sound else ()
 
-        Containers with an index seek by presentation times; others search the file by decoding times and may land
-        late, so that an earlier keyframe is worth another try.
+    def positions(self, choice: ClipChoice) -> list[int]:
+        """The numbers of the clip's frames."""
+        return choice.positions(self.times, self.time_base, self.end)
+
+    def starts(self, position: int) -> Iterator[tuple[int, int]]:
+        """Where to seek for the frame at `position`, and the time of the keyframe where decoding then begins.
+
+        A search by decoding times may land late, so that an earlier keyframe is worth another try.
         """
+        time = self.times[position]
         before = [keyframe for keyframe in self.keyframes if keyframe.pts <= time]
         for keyframe in before[-1:] + before[-3:-2]:
-            for target in dict.fromkeys((keyframe.pts, keyframe.dts)):
-                if target is not None:
-                    yield target, keyframe.pts
+            for target in keyframe.targets():
+                yield target, keyframe.pts
+
+    def place(self, label: int, since: int) -> int | None:
+        """The number of the frame with time `label`; None for one before `since`, the time that `starts` gave."""
+        return None if label < since else min(bisect_left(self.times, label), len(self.times) - 1)
 
 
 @contextmanager
@@ -82,15 +105,10 @@ def read_packets(container: av.container.InputContainer, streams) -> Iterator[av
     Raises:
         UnusableItem: where PyAV loses count of the streams.
     """
-    packets = container.demux(streams)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except IndexError as error:
-            raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
-        yield packet
+    try:
+        yield from container.demux(streams)
+    except IndexError as error:
+        raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
 
 
 def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
@@ -111,7 +129,7 @@ def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream
 
 
 def _first_orientation(packet: av.Packet) -> Orientation | None:
-    """What the frame of a keyframe's packet says; the decoder is left as it was."""
+    """The orientation that the frame of a keyframe's packet asks for; the decoder is left as it was."""
     decoder = packet.stream.codec_context
     try:
         frames = [*packet.decode(), *decoder.decode(None)]
@@ -138,17 +156,19 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
             orientations[number] = _first_orientation(packet) if tells else None
     film = next((stream for stream in streams if len(entries[stream.index]) > 1), streams[0])
     found = entries[film.index]
-    times = sorted(entry.pts for entry in found if entry.pts is not None)
-    sound = len(times) == len(found) and len(set(times)) == len(times)
-    last = max(found, key=lambda entry: entry.pts) if sound and found else None
-    rate = film.guessed_rate or film.average_rate
+    durations = {entry.pts: entry.duration for entry in found if entry.pts is not None}
+    times, rate = sorted(durations), film.guessed_rate or film.average_rate
+    sound = len(times) == len(found)
+    last = durations[times[-1]] if sound and times else None
+    time_base = cast(Fraction, film.time_base)  # which a stream of a container has
+    keyframes = [Keyframe(entry.pts, entry.dts) for entry in found if entry.is_keyframe and entry.pts is not None]
     return FilmIndex(
         stream=film.index,
-        times=times if sound else at_constant_rate(len(found), film.time_base, rate),
+        times=times if sound else at_constant_rate(len(found), time_base, rate),
         sound=sound,
-        keyframes=sorted((e for e in found if e.is_keyframe), key=lambda e: e.pts) if sound else [],
-        time_base=film.time_base,
+        keyframes=sorted(keyframes) if sound else [],
+        time_base=time_base,
         rate=rate,
         orientation=orientations.get(film.index) or Orientation(),
-        end=last.pts + last.duration if last and last.duration else None,
+        end=times[-1] + last if last else None,
     )

@@ -1,17 +1,18 @@
 """Folders of videos or images, with metadata tables that give the captions."""
 
+import itertools
 import logging
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from ..text_files import Row, Table, Text, decode_text, read_table
-from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, find_caption_column, find_file_column
+from ..text_files import Row, Table, decode_text, read_table
+from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
 
@@ -22,48 +23,34 @@ METADATA_FILES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 _CHUNK = 65_536  # rows that are Python objects at one time
 
 
-def open_folder(
-    source: str,
-    folder: str,
-    files: list[str],
-    kind: MediaKind,
-    media_column: str | None,
-    caption_column: str | None,
-    metadata: list[str] | None = None,
-) -> FolderRows:
+def open_folder(request: DataRequest, folder: str, files: list[str], metadata: list[str] | None = None) -> FolderRows:
     """The rows of the metadata in a folder; without metadata its images.
 
     Args:
-        source: what the user asked for, for messages.
+        request: what the user asked for.
         folder: where the files are.
         files: their paths relative to the folder, as `walk` gives them.
-        kind: `VIDEOS` or `IMAGES`.
-        media_column, caption_column: names of the columns, if they are not to be detected.
         metadata: which of the files are metadata; by default those that are named so.
 
     Raises:
         ValueError: if nothing there can be used; the message names the file, and the row if it is one.
     """
     metadata = [path for path in files if is_metadata(path)] if metadata is None else metadata
-    media = [path for path in files if path.lower().endswith(kind.extensions)]
+    media = [path for path in files if path.lower().endswith(request.kind.extensions)]
     if not metadata:
-        _check_captionless(source, files, media, kind, caption_column)
+        _check_captionless(request, files, media)
     _check_one_table_each(folder, metadata)
-    reader = _MetadataReader(folder, files, kind, media_column, caption_column)
-    for path in media if not metadata else ():
-        reader.add(path, [])
-    for path in metadata:
-        try:
-            reader.read(path)
-        except ValueError as error:  # one wrong table of many does not refuse the others
-            if len(metadata) == 1:
-                raise
-            reader.skipped[os.path.join(folder, path)] = str(error)
-    rows = FolderRows(source, kind, reader.table(), folder, reader.skipped)
+    reader = _MetadataReader(request, folder, files)
+    table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
+    rows = FolderRows(request, table, folder, reader.skipped)
     if not len(rows):
-        _refuse(folder, metadata, reader)
-    if metadata:
-        _warn_of_unnamed(folder, media, reader.used, kind)
+        _refuse(request, folder, metadata, reader.skipped)
+    unnamed = [path for path in media if path not in reader.used]
+    if metadata and unnamed:
+        logger.warning(
+            "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
+            len(unnamed), len(media), request.kind.name, folder, unnamed[0],
+        )  # fmt: skip
     return rows
 
 
@@ -78,17 +65,18 @@ def walk(folder: str) -> list[str]:
 
 
 def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    status = os.stat(os.path.join(folder, below))
+    directory = os.path.join(folder, below)
+    status = os.stat(directory)
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link to where it came from
         return
     try:
-        entries = list(os.scandir(os.path.join(folder, below)))
+        entries = list(os.scandir(directory))
     except OSError as error:
-        check_own_fault(error, os.path.join(folder, below))
+        check_own_fault(error, directory)
         if not below:
             raise
-        logger.warning("What lies in %s is not read: %s", os.path.join(folder, below), error)
+        logger.warning("What lies in %s is not read: %s", directory, error)
         return
     for entry in entries:
         path = os.path.join(below, entry.name)
@@ -101,61 +89,61 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
 
 
 class _MetadataReader:
-    """Collects the rows of metadata tables, and what is wrong with the others."""
+    """Reads the rows of metadata tables, each a path relative to the folder and captions.
 
-    def __init__(
-        self,
-        folder: str,
-        files: Collection[str],
-        kind: MediaKind,
-        media_column: str | None,
-        caption_column: str | None,
-    ):
-        self.folder, self.kind = folder, kind
-        self.media_column, self.caption_column = media_column, caption_column
-        self.listed = set(files)
+    Attributes:
+        used: the files that rows name.
+        skipped: rows and tables that are of no use, with the reason.
+    """
+
+    def __init__(self, request: DataRequest, folder: str, files: Collection[str]):
+        self.request, self.folder, self.listed = request, folder, set(files)
         self.used: set[str] = set()
         self.skipped: dict[str, str] = {}
-        self._files: list[bytes] = []
-        self._captions: list[list[str]] = []
-        self._chunks: list[pa.Table] = []
 
-    def read(self, path: str) -> None:
-        """Add the rows of one table, given by its path relative to the folder."""
+    def read_all(self, metadata: list[str]) -> Iterator[tuple[bytes, list[str]]]:
+        """The rows of tables, given by their paths relative to the folder."""
+        for path in metadata:
+            try:
+                yield from self._read(path)
+            except ValueError as error:  # one wrong table of many does not refuse the others
+                if len(metadata) == 1:
+                    raise
+                self.skipped[os.path.join(self.folder, path)] = str(error)
+
+    def _read(self, path: str) -> Iterator[tuple[bytes, list[str]]]:
         name = os.path.join(self.folder, path)
-        asked = [column for column in (self.media_column, self.caption_column) if column is not None]
-        table, text = _open_table(name, (*self.kind.file_columns, *CAPTION_COLUMNS, *asked))
+        asked = [name for name in (self.request.media_column, self.request.caption_column) if name is not None]
+        table, damaged = _open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
         if not table.columns:
             problem = next((f"; {table.unit} {row.line}: {row.problem}" for row in table.rows if row.problem), "")
             raise ValueError(
                 f"{name} holds no rows{problem}. Expected the columns file_name and caption, and a row for each "
-                f"{self.kind.name}."
+                f"{self.request.kind.name}."
             )
         columns = self._find_columns(table, name)
         for row in table.rows:
-            where = f"{name}, {table.unit} {row.line}"
-            self._take(row, where, os.path.dirname(path), columns, bool(text and text.broken_lines))
+            yield from self._check(row, f"{name}, {table.unit} {row.line}", os.path.dirname(path), columns, damaged)
 
     def _find_columns(self, table: Table, name: str) -> tuple[str, str | None]:
         """The columns of the files and of the captions; of JSON more rows are looked at where the first have none."""
 
         def find(names: list[str]) -> tuple[str, str | None]:
-            return (
-                find_file_column(names, name, self.kind, self.media_column),
-                find_caption_column(names, name, self.kind, self.caption_column),
-            )
+            return find_file_column(names, name, self.request), find_caption_column(names, name, self.request)
 
         try:
             columns = find(table.columns)
+            if columns[1] is not None or table.all_columns is None:
+                return columns
         except ValueError:
             if table.all_columns is None:
                 raise
-            return find(table.all_columns())
-        if columns[1] is None and table.all_columns is not None:
-            return find(table.all_columns())
-        return columns
+        return find(table.all_columns())
 
-    def _take(self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool) -> None:
+    def _check(
+        self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool
+    ) -> Iterator[tuple[bytes, list[str]]]:
+        """The row of a table, if it can be used."""
         file, caption = (row.values.get(column) if column else None for column in columns)
         if row.problem:
             self.skipped[where] = row.problem
@@ -170,10 +158,10 @@ class _MetadataReader:
             self.used.add(path or file)
             if path is None:
                 self._skip(below, file, where, f"[Errno 2] No such file or directory; {where} names it")
-            elif not captions and self.kind.needs_caption:
+            elif not captions and self.request.kind.needs_caption:
                 self._skip(below, file, where, NO_CAPTION if captions is not None else NO_TEXT)
             else:
-                self.add(path, captions or [])
+                yield os.fsencode(path), captions or []
 
     def _skip(self, below: str, file: str, where: str, reason: str) -> None:
         name = os.path.join(self.folder, below, file.strip())
@@ -194,23 +182,17 @@ class _MetadataReader:
             return found
         return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
-    def add(self, path: str, captions: list[str]) -> None:
-        """Add a row."""
-        self._files.append(os.fsencode(path))
-        self._captions.append(captions)
-        if len(self._files) == _CHUNK:
-            self._flush()
 
-    def _flush(self) -> None:
-        columns = [pa.array(self._files, pa.binary()), pa.array(self._captions, pa.list_(pa.string()))]
-        self._chunks.append(pa.table(columns, names=["file", "captions"]))
-        self._files, self._captions = [], []
-
-    def table(self) -> pa.Table:
-        """All rows, sorted by path (stably): several tables come in an order that says nothing."""
-        self._flush()
-        table = pa.concat_tables(self._chunks)
-        return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
+def _to_table(rows: Iterator[tuple[bytes, list[str]]]) -> pa.Table:
+    """The rows sorted by path (stably): several metadata tables come in an order that says nothing."""
+    chunks: list[pa.Table] = []
+    while not chunks or len(chunks[-1]) == _CHUNK:
+        chunk = list(itertools.islice(rows, _CHUNK))
+        files = pa.array([path for path, _ in chunk], pa.binary())
+        captions = pa.array([texts for _, texts in chunk], pa.list_(pa.string()))
+        chunks.append(pa.table({"file": files, "captions": captions}))
+    table = pa.concat_tables(chunks)
+    return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
 
 
 def _is_file(path: str) -> bool:
@@ -222,15 +204,16 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _open_table(name: str, known: Collection[str]) -> tuple[Table, Text | None]:
+def _open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:
+    """A metadata table, and whether some of its bytes are no text."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".parquet":
-        return _open_parquet(name), None
+        return _open_parquet(name), False
     with open(name, "rb") as file:
         text = decode_text(file.read())
     text.tell_guess(name)
     try:
-        return read_table(text.content, suffix, known), text
+        return read_table(text.content, suffix, known), bool(text.broken_lines)
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from error
 
@@ -259,15 +242,14 @@ def _open_parquet(name: str) -> Table:
     return Table(columns, rows(), "row")
 
 
-def _check_captionless(
-    source: str, files: list[str], media: list[str], kind: MediaKind, caption_column: str | None
-) -> None:
+def _check_captionless(request: DataRequest, files: list[str], media: list[str]) -> None:
     """Without metadata there must be files of the kind, and no need for captions."""
+    source, kind = request.source, request.kind
     if not media:
         raise ValueError(
             f"The folder {source!r} holds no {kind.name} files ({', '.join(kind.extensions)}) and no .tar files."
         )
-    if not kind.needs_caption and caption_column is None:
+    if not kind.needs_caption and request.caption_column is None:
         return
     tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
     instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
@@ -288,19 +270,8 @@ def _check_one_table_each(folder: str, metadata: list[str]) -> None:
             )
 
 
-def _refuse(folder: str, metadata: list[str], reader: _MetadataReader) -> None:
+def _refuse(request: DataRequest, folder: str, metadata: list[str], skipped: Mapping[str, str]) -> None:
     names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
-    if not reader.skipped:
-        raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {reader.kind.name}.")
-    raise ValueError(
-        f"None of the {len(reader.skipped)} rows of {names} can be used, for example{examples(reader.skipped)}"
-    )
-
-
-def _warn_of_unnamed(folder: str, media: list[str], used: set[str], kind: MediaKind) -> None:
-    unnamed = [path for path in media if path not in used]
-    if unnamed:
-        logger.warning(
-            "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
-            len(unnamed), len(media), kind.name, folder, unnamed[0],
-        )  # fmt: skip
+    if not skipped:
+        raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
+    raise ValueError(f"None of the {len(skipped)} rows of {names} can be used, for example{examples(skipped)}")

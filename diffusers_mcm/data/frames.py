@@ -1,6 +1,6 @@
 """One decoded frame as a picture: upright, with square pixels and the colours of an ordinary screen."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -28,7 +28,7 @@ class Orientation(NamedTuple):
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """The turn and the mirroring that a frame asks for; None if it says nothing about it.
+    """The orientation that a frame asks for; None if it says nothing about it.
 
     Raises:
         UnusableItem: for a turn that is no multiple of a quarter.
@@ -36,12 +36,10 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
     try:
         # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
         # scaler, for whose threads a forked worker would then wait for ever
-        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # PyAV's stub has no constructor
     except ValueError:  # PyAV refuses the whole list where one kind of side data is unknown to it
-        quarters = round(frame.rotation / 90) % 4
-        return (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))[
-            quarters
-        ]
+        turned = (None, Orientation(True, False, True), Orientation(False, True, True), Orientation(True, True))
+        return turned[round(frame.rotation / 90) % 4]
     if matrix is None:
         return None
     # x' = a·x + c·y and y' = b·x + d·y, in FFmpeg's layout a b u, c d v, x y w
@@ -63,35 +61,21 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
     field.link_to(sink)
     graph.configure()
     graph.push(frame)
-    return graph.pull()
+    return cast(av.VideoFrame, graph.pull())
 
 
-class ShownFrame(NamedTuple):
-    """A decoded frame with what its film says about showing it."""
-
-    frame: av.VideoFrame
-    orientation: Orientation
-    pixel_aspect: float  # width of a stored pixel in heights
-    transfer: int  # these two are numbers of H.273
-    primaries: int
-
-    @classmethod
-    def of(cls, frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation) -> "ShownFrame":
-        """The frame that the decoder of `stream` gave last."""
-        decoder = stream.codec_context
-        aspect = stream.sample_aspect_ratio
-        return cls(frame, orientation, float(aspect or 1), decoder.color_trc, decoder.color_primaries)
-
-
-def picture(shown: ShownFrame, height: int, width: int) -> np.ndarray:
-    """The frame as it is to be shown, scaled and cropped: uint8 (height, width, 3).
+def picture(
+    frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation, height: int, width: int
+) -> np.ndarray:
+    """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
     Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
 
     Raises:
         UnusableItem: for colours that cannot be converted.
     """
-    frame, orientation, aspect, transfer, primaries = shown
+    transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries  # numbers of H.273
+    aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel in heights
     check_known(transfer, frame.colorspace, primaries)
     if frame.interlaced_frame and frame.height > 1:
         frame, aspect = _upper_field(frame), aspect / 2

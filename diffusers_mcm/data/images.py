@@ -89,7 +89,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     mode = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        return image if converted is None else converted
     except (ImageCms.PyCMSError, OSError):
         return image
 

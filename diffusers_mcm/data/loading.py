@@ -1,13 +1,16 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .dataset import KeyedDataset, to_unit_range
+from .dataset import KeyedDataset, check_at_least_one, to_unit_range
 
 
+@dataclass(frozen=True)
 class StepSampler(Sampler[list[int]]):
     """Global sample indices of one process's micro-batches, step by step.
 
@@ -24,44 +27,34 @@ class StepSampler(Sampler[list[int]]):
         items_per_sample: for data read l times per sample (images for l frames): sample g has items g·l … g·l + l − 1.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        accumulation: int = 1,
-        start_step: int = 0,
-        end_step: int | None = None,
-        items_per_sample: int = 1,
-    ):
-        sizes = {"batch_size": batch_size, "num_processes": num_processes, "accumulation": accumulation}
-        for name, value in {**sizes, "items_per_sample": items_per_sample}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}.")
-        if not 0 <= rank < num_processes:
-            raise ValueError(f"rank must be from 0 to {num_processes - 1}, not {rank}.")
-        if start_step < 0:
-            raise ValueError(f"start_step must be 0 or more, not {start_step}.")
-        self.batch_size, self.rank, self.num_processes, self.accumulation = (
-            batch_size,
-            rank,
-            num_processes,
-            accumulation,
-        )
-        self.start_step, self.end_step, self.items_per_sample = start_step, end_step, items_per_sample
+    batch_size: int
+    rank: int = 0
+    num_processes: int = 1
+    accumulation: int = 1
+    start_step: int = 0
+    end_step: int | None = None
+    items_per_sample: int = 1
 
-    def micro_batch(self, step: int, micro_step: int) -> list[int]:
-        """The global indices of one micro-batch of this process."""
-        group = step * self.accumulation + micro_step
-        first = (group * self.num_processes + self.rank) * self.batch_size * self.items_per_sample
-        return list(range(first, first + self.batch_size * self.items_per_sample))
+    def __post_init__(self):
+        check_at_least_one(
+            batch_size=self.batch_size,
+            num_processes=self.num_processes,
+            accumulation=self.accumulation,
+            items_per_sample=self.items_per_sample,
+        )
+        if not 0 <= self.rank < self.num_processes:
+            raise ValueError(f"rank must be from 0 to {self.num_processes - 1}, not {self.rank}.")
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be 0 or more, not {self.start_step}.")
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while self.end_step is None or step < self.end_step:
-            for micro_step in range(self.accumulation):
-                yield self.micro_batch(step, micro_step)
-            step += 1
+        numbers: Iterable[int] = itertools.count(self.start_step * self.accumulation)  # of micro-batches, s·A + a
+        if self.end_step is not None:
+            numbers = range(self.start_step * self.accumulation, self.end_step * self.accumulation)
+        size = self.batch_size * self.items_per_sample
+        for number in numbers:
+            first = (number * self.num_processes + self.rank) * size
+            yield list(range(first, first + size))
 
 
 class _ReadWithReport(Dataset):
@@ -95,25 +88,16 @@ class StepLoader:
         sampler: which indices, in which order.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: page-locked batches, for copies to a GPU.
-        multiprocessing_context: how workers start ("fork", "spawn", "forkserver"); None is the platform's way.
     """
 
-    def __init__(
-        self,
-        dataset: KeyedDataset,
-        sampler: StepSampler,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        multiprocessing_context: str | None = None,
-    ):
-        self.dataset, self.sampler = dataset, sampler
-        self._loader = DataLoader(
+    def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
+        self.dataset = dataset
+        self._loader: DataLoader = DataLoader(
             _ReadWithReport(dataset),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            multiprocessing_context=multiprocessing_context,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
         )
 
@@ -121,20 +105,3 @@ class StepLoader:
         for batch, skipped in self._loader:
             self.dataset.record_skipped(skipped)
             yield {**batch, "pixels": to_unit_range(batch["pixels"])}
-
-
-def build_loader(
-    dataset: KeyedDataset,
-    batch_size: int,
-    rank: int = 0,
-    num_processes: int = 1,
-    accumulation: int = 1,
-    start_step: int = 0,
-    end_step: int | None = None,
-    items_per_sample: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> StepLoader:
-    """The loader of one process; the arguments are those of `StepSampler` and `StepLoader`."""
-    sampler = StepSampler(batch_size, rank, num_processes, accumulation, start_step, end_step, items_per_sample)
-    return StepLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)

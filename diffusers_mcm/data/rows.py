@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .columns import MediaKind, caption_texts
+from .columns import DataRequest, caption_texts
 from .faults import UnusableItem, is_remote
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
@@ -21,7 +21,7 @@ def examples(reasons: Mapping[str, str]) -> str:
 
 
 def digest(chunks: Iterable) -> str:
-    """A short text that tells columns of Arrow, given by their chunks, from others."""
+    """A short digest of columns of Arrow, given by their chunks."""
     state = hashlib.blake2b(digest_size=8)
     for chunk in chunks:
         for start in range(0, len(chunk), _CHUNK):
@@ -34,14 +34,13 @@ class MediaRows:
     """The rows of a data set, kept as columns of Arrow and not as objects.
 
     Args:
-        source: what the user asked for, for messages.
-        kind: `VIDEOS` or `IMAGES`.
+        request: what the user asked for.
         table: a `pyarrow.Table`, or a `datasets.Dataset`, with what the subclass reads.
         skipped: name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, skipped: Mapping[str, str] | None = None):
-        self.source, self.kind, self.table = source, kind, table
+    def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
+        self.source, self.kind, self.table = request.source, request.kind, table
         self.skipped = dict(skipped or {})
 
     def __len__(self) -> int:
@@ -76,7 +75,7 @@ class MediaRows:
         return ""
 
     def order(self) -> str | None:
-        """What is the same for the same rows in the same order, wherever they lie; None if it cannot be told."""
+        """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
 
     def all_captions(self) -> Iterator[str]:
@@ -99,8 +98,8 @@ class FolderRows(MediaRows):
     a list of texts.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, folder: str, skipped: Mapping[str, str] | None = None):
-        super().__init__(source, kind, table, skipped)
+    def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
+        super().__init__(request, table, skipped)
         self.folder = folder
 
     def order(self) -> str:
@@ -129,9 +128,9 @@ class HubRows(MediaRows):
         caption_path: keys that lead to the caption, or None if there are no captions.
     """
 
-    def __init__(self, source: str, kind: MediaKind, table, media_column: str, caption_path: tuple[str, ...] | None):
+    def __init__(self, request: DataRequest, table: Any, media_column: str, caption_path: tuple[str, ...] | None):
         wanted = {media_column, "__key__", "__url__", *(caption_path or ())[:1]}
-        super().__init__(source, kind, table.select_columns([c for c in table.column_names if c in wanted]))
+        super().__init__(request, table.select_columns([c for c in table.column_names if c in wanted]))
         self.media_column, self.caption_path = media_column, caption_path
 
     def __getitem__(self, row: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What lies where in a WebDataset tar, by its headers alone, and which of its files make a sample.
+"""The files of a WebDataset tar, found by its headers alone, and the samples that they make.
 
 A sample is a video or image with the json and text files that have its name. Names are split as WebDataset does, at
 the first dot, and where that joins several files of the kind ("clip.v1.mp4", "clip.v2.mp4") at the last one.
@@ -62,8 +62,7 @@ def read_headers(path: str) -> tuple[list[Member], str | None]:
 
 def _add_member(members: dict[str, Member], entry: tarfile.TarInfo, size: int) -> None:
     name = _plain(entry.name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    if hidden:
+    if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):  # hidden, or a Mac's
         return
     if entry.islnk() and _plain(entry.linkname) in members:  # a second name of a file before it
         members[name] = members[_plain(entry.linkname)]._replace(name=name)
@@ -107,7 +106,7 @@ def _describe_no_tar(path: str, error: Exception) -> str:
 
 
 def field_of(name: str) -> str:
-    """What follows the first dot of a file's name, in lower case: `x/a.caption.TXT` -> caption.txt"""
+    """The field of a file: what follows the first dot of its name, in lower case: `x/a.caption.TXT` -> caption.txt"""
     return os.path.basename(name).partition(".")[2].lower()
 
 
@@ -166,17 +165,13 @@ def _split(key: str, media: list[Member], companions: list[Member], kind: MediaK
     for member in companions:
         fitting = [stem for stem in stems if member.name.startswith(stem + ".")]
         own.setdefault(max(fitting, key=len, default=None), []).append(member)
-    samples = []
+    samples, flag = [], f"--{kind.name}_column"
     for stem in dict.fromkeys(_last_dot(member.name) for member in media):
         member, name = stems[stem], field_of(stems[stem].name)
         if stem == key or stem in own or (key not in stems and None not in own):
             samples.append(_sample(member, own.get(stem, [])))
         elif key in stems:
-            left[member.name] = f"it is taken for a part of {stems[key].name}; read it with {_ask(kind, name)}"
+            left[member.name] = f"it is taken for a part of {stems[key].name}; read it with {flag} {name}"
         else:
-            left[member.name] = f"it shares {own[None][0].name} with others; read it with {_ask(kind, name)}"
+            left[member.name] = f"it shares {own[None][0].name} with others; read it with {flag} {name}"
     return samples
-
-
-def _ask(kind: MediaKind, name: str) -> str:
-    return f"--{kind.name}_column {name}"

@@ -4,8 +4,9 @@ import glob
 import logging
 import os
 from collections.abc import Mapping
+from typing import Any
 
-from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, MediaKind, caption_texts, no_caption_column
+from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, DataRequest, MediaKind, caption_texts
 from .rows import HubRows, MediaRows, examples
 
 __all__ = ["IMAGES", "VIDEOS", "MediaKind", "MediaRows", "open_rows"]
@@ -13,7 +14,7 @@ __all__ = ["IMAGES", "VIDEOS", "MediaKind", "MediaRows", "open_rows"]
 logger = logging.getLogger(__name__)
 
 
-def _import_datasets():
+def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -50,183 +51,164 @@ def open_rows(
         ValueError: if there is nothing there that can be used, or no column fits; the message names the file and
             lists the columns.
     """
-    source = os.fspath(source)
-    datasets = _import_datasets()  # and with it Arrow, which the other modules keep rows in
-    rows = _open_local(source, kind, split, media_column, caption_column)
-    if rows is None:
-        rows = _open_hub(datasets, source, kind, split, media_column, caption_column, config_name, revision)
+    _import_datasets()  # and with it Arrow, which the other modules keep rows in
+    request = DataRequest(os.fspath(source), kind, media_column, caption_column, split, config_name, revision)
+    rows = _open_local(request)
+    rows = _open_hub(request) if rows is None else rows
     if not len(rows):
-        raise ValueError(f"The {kind.name} data {source!r} has no rows in its split {split!r}.")
+        raise ValueError(f"The {kind.name} data {request.source!r} has no rows in its split {split!r}.")
     if rows.skipped:
         logger.warning(
             "Items of no use in the %s data %r: %d are skipped, %d are left. For example%s",
-            kind.name, source, len(rows.skipped), len(rows), examples(rows.skipped),
+            kind.name, request.source, len(rows.skipped), len(rows), examples(rows.skipped),
         )  # fmt: skip
     return rows
 
 
-def _open_local(
-    source: str, kind: MediaKind, split: str, media_column: str | None, caption_column: str | None
-) -> MediaRows | None:
-    """The rows of a folder, a table or tars of this machine; None if `source` is not there, or needs `datasets`."""
+def _open_local(request: DataRequest) -> MediaRows | None:
+    """The rows of a folder, a table or tars of this machine; None if they are not there, or need `datasets`."""
     from .folders import TABLE_SUFFIXES, open_folder, walk
     from .shards import TAR_SUFFIXES
     from .tars import open_tars
 
-    columns = (media_column, caption_column)
+    source = request.source
     if os.path.isdir(source):
-        folder = _split_folder(source, kind, split)
+        folder = _split_folder(request)
         files = walk(folder)
         tars = [os.path.join(folder, path) for path in files if path.lower().endswith(TAR_SUFFIXES)]
         if tars:
-            return open_tars(source, tars, kind, *columns)
+            return open_tars(request, tars)
         if any(path.lower().endswith(".zip") for path in files):
             return None
-        return open_folder(source, folder, files, kind, *columns)
+        return open_folder(request, folder, files)
     if source.lower().endswith(TABLE_SUFFIXES) and os.path.isfile(source):
         folder, table = os.path.split(os.path.abspath(source))
-        return open_folder(source, folder, walk(folder), kind, *columns, metadata=[table])
+        return open_folder(request, folder, walk(folder), metadata=[table])
     if source.lower().endswith(TAR_SUFFIXES) or glob.has_magic(source):
         tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
         tars = [source] if os.path.isfile(source) else tars
         if not tars:
             raise ValueError(f"No .tar file matches {source!r}.")
-        return open_tars(source, tars, kind, *columns)
+        return open_tars(request, tars)
     return None
 
 
-def _split_folder(source: str, kind: MediaKind, split: str) -> str:
+def _split_folder(request: DataRequest) -> str:
     """The subfolder named like the split; the folder itself for "train" without one, or if its metadata rules all."""
     from .folders import is_metadata
 
-    entries = list(os.scandir(source))
-    if split == "train" and any(is_metadata(entry.name) for entry in entries):
+    source, split = request.source, request.split
+    entries, folder = list(os.scandir(source)), os.path.join(source, split)
+    if split == "train" and (not os.path.isdir(folder) or any(is_metadata(entry.name) for entry in entries)):
         return source
-    folder = os.path.join(source, split)
-    if os.path.isdir(folder):
-        return folder
-    if split == "train":
-        return source
-    found = sorted(entry.name for entry in entries if entry.is_dir())
-    raise ValueError(f"The {kind.name} data {source!r} has no subfolder {split!r} for that split; found {found}.")
+    if not os.path.isdir(folder):
+        found = sorted(entry.name for entry in entries if entry.is_dir())
+        raise ValueError(
+            f"The {request.kind.name} data {source!r} has no subfolder {split!r} for that split; found {found}."
+        )
+    return folder
 
 
 # -- through `datasets` -----------------------------------------------------------------------------------------------
 
 
-def _open_hub(
-    datasets,
-    source: str,
-    kind: MediaKind,
-    split: str,
-    media_column: str | None,
-    caption_column: str | None,
-    config_name: str | None,
-    revision: str | None,
-) -> HubRows:
-    """A Hub data set, or a folder with zip archives, which `datasets` opens."""
-    table = _load(datasets, source, kind, split, config_name, revision)
-    media_column = _find_media_column(datasets, table.features, source, kind, media_column)
-    table = table.cast_column(media_column, getattr(datasets, kind.feature)(decode=False))
-    caption_path = _find_caption(
-        datasets, _features_with_json_keys(datasets, table, caption_column), source, kind, caption_column
-    )
-    return HubRows(source, kind, table, media_column, caption_path)
+def _open_hub(request: DataRequest) -> HubRows:
+    """The rows of a Hub data set, or of a folder with zip archives, which `datasets` opens."""
+    table = _load(request)
+    media_column = _find_media_column(table.features, request)
+    table = table.cast_column(media_column, getattr(_import_datasets(), request.kind.feature)(decode=False))
+    features = _features_with_json_keys(table, request.caption_column)
+    return HubRows(request, table, media_column, _find_caption(features, request))
 
 
-def _load(datasets, source: str, kind: MediaKind, split: str, config_name: str | None, revision: str | None):
-    folder = _split_folder(source, kind, split) if os.path.isdir(source) else None
-    message = f"The {kind.name} data {source!r} is neither a local folder, nor .tar files, nor a Hub data set id"
+def _load(request: DataRequest) -> Any:
+    datasets, source, split = _import_datasets(), request.source, request.split
+    folder = _split_folder(request) if os.path.isdir(source) else None
+    data = f"The {request.kind.name} data {source!r}"
+    message = f"{data} is neither a local folder, nor .tar files, nor a Hub data set id"
     nowhere = os.path.exists(source) or os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
     if folder is None and nowhere:
         raise ValueError(f"{message} (owner/name).")
     try:
         if folder is not None:  # by hand: `datasets` would put `test_1.mp4` into a test split
             files = {split: os.path.join(folder, "**")}
-            return datasets.load_dataset(kind.builder, data_files=files, split=split)
-        return datasets.load_dataset(source, config_name, split=split, revision=revision)
+            return datasets.load_dataset(request.kind.builder, data_files=files, split=split)
+        return datasets.load_dataset(source, request.config_name, split=split, revision=request.revision)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(f"{message} that can be reached: {error}") from error
     except (datasets.exceptions.DatasetsError, ValueError) as error:
         reason = error.__cause__ or error  # what stopped the library's builder
-        raise ValueError(f"The {kind.name} data {source!r} cannot be read by `datasets`: {reason}") from error
+        raise ValueError(f"{data} cannot be read by `datasets`: {reason}") from error
 
 
-def _features_with_json_keys(datasets, table, asked: str | None) -> dict:
+def _features_with_json_keys(table: Any, asked: str | None) -> dict[str, Any]:
     """The table's features, with a json column opened up into the keys that its rows have.
 
     The first rows are looked at, and the others too until one has a caption, if none of those has.
     """
-    features = dict(table.features)
+    datasets, features = _import_datasets(), dict(table.features)
     wanted = CAPTION_COLUMNS if asked is None else (asked, asked.partition(".")[2])
     for name in [name for name, feature in features.items() if isinstance(feature, datasets.Json)]:
-        texts, others = set(), set()
+        keys: dict[str, bool] = {}  # and whether they hold text
         for batch in table.select_columns([name]).iter(batch_size=100):
             for value in batch[name]:
-                entries = value.items() if isinstance(value, Mapping) else ()
-                texts |= {key for key, entry in entries if caption_texts(entry)}
-                others |= {key for key, entry in entries}
-            if texts & set(wanted) or any(_is_text(datasets, features.get(column)) for column in wanted):
+                for key, entry in value.items() if isinstance(value, Mapping) else ():
+                    keys[key] = keys.get(key, False) or bool(caption_texts(entry))
+            if any(keys.get(key) or _is_text(features.get(key)) for key in wanted):
                 break
-        features[name] = {
-            key: datasets.Value("string") if key in texts else datasets.Json() for key in sorted(texts | others)
-        }
+        features[name] = {key: datasets.Value("string") if keys[key] else datasets.Json() for key in sorted(keys)}
     return features
 
 
-def _describe_columns(features: Mapping) -> list[str]:
-    names = []
+def _by_path(features: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The features by the keys that lead to them: `("text",)`, or `("json", "caption")` in a structure."""
+    paths: dict[tuple[str, ...], Any] = {}
     for name, feature in features.items():
         nested = isinstance(feature, Mapping)
-        names += [f"{name}.{key}" for key in feature] if nested else [name]
-    return names
+        paths |= {(name, key): entry for key, entry in feature.items()} if nested else {(name,): feature}
+    return paths
 
 
-def _find_media_column(datasets, features: Mapping, source: str, kind: MediaKind, asked: str | None) -> str:
-    columns = _describe_columns(features)
+def _column_names(features: Mapping[str, Any]) -> list[str]:
+    return [".".join(path) for path in _by_path(features)]
+
+
+def _find_media_column(features: Mapping[str, Any], request: DataRequest) -> str:
+    kind, asked = request.kind, request.media_column
     if asked is not None:
         if asked not in features:
-            raise ValueError(f"{source!r} has no {kind.name} column {asked!r}; its columns are {columns}.")
+            raise request.no_media_column(repr(request.source), _column_names(features))
         return asked
-    typed = [name for name, feature in features.items() if isinstance(feature, getattr(datasets, kind.feature))]
+    feature_type = getattr(_import_datasets(), kind.feature)
+    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
     if len(typed) > 1 and kind.name not in typed:
-        raise ValueError(f"{source!r} has several {kind.name} columns, {typed}: say which with {kind.ask_for_media}.")
-    found = [name for name in kind.columns if name in features]
-    if kind.name in typed or (not typed and found):
-        return kind.name if kind.name in typed else found[0]
-    if not typed:
+        raise request.several_media_columns(typed)
+    found = [kind.name] if kind.name in typed else typed or [name for name in kind.columns if name in features]
+    if not found:
         raise ValueError(
-            f"No {kind.name} column found in {source!r}: none is of type {kind.feature} or named one of "
-            f"{list(kind.columns)}; its columns are {columns}. Name it with {kind.ask_for_media}."
+            f"No {kind.name} column found in {request.source!r}: none is of type {kind.feature} or named one of "
+            f"{list(kind.columns)}; its columns are {_column_names(features)}. Name it with {kind.ask_for_media}."
         )
-    return typed[0]
+    return found[0]
 
 
-def _is_text(datasets, feature) -> bool:
+def _is_text(feature: Any) -> bool:
     """Whether a feature is text, or a list of texts."""
+    datasets = _import_datasets()
     if isinstance(feature, datasets.List):
         feature = feature.feature
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
 
 
-def _find_caption(datasets, features: Mapping, source: str, kind: MediaKind, asked: str | None):
-    """Keys that lead to the caption: `("text",)`, `("json", "caption")`, or None if an image set has none."""
-    columns = _describe_columns(features)
-    inside = features.get("json")
-    inside = inside if isinstance(inside, Mapping) else {}
+def _find_caption(features: Mapping[str, Any], request: DataRequest) -> tuple[str, ...] | None:
+    """The keys that lead to the caption: `("text",)`, `("json", "caption")`, or None if an image set has none."""
+    asked, paths = request.caption_column, _by_path(features)
+    choices: list[tuple[str, ...]] = [(name,) for name in CAPTION_COLUMNS]
+    choices += [("json", name) for name in CAPTION_COLUMNS]
     if asked is not None:
         outer, _, inner = asked.partition(".")
         choices = [(asked,), ("json", asked), (outer, inner)]
-    else:
-        choices = [(name,) for name in CAPTION_COLUMNS] + [("json", name) for name in CAPTION_COLUMNS]
-    for path in choices:
-        feature = features.get(path[0])
-        if len(path) == 2:
-            feature = feature.get(path[1]) if isinstance(feature, Mapping) else None
-        if feature is not None and _is_text(datasets, feature):
-            return path
-    if asked is not None:
-        raise ValueError(f"{source!r} has no caption column {asked!r} of text; its columns are {columns}.")
-    if kind.needs_caption:
-        raise ValueError(no_caption_column(repr(source), columns, kind))
-    return None
+    found = next((path for path in choices if _is_text(paths.get(path))), None)
+    if found is None and (asked is not None or request.kind.needs_caption):
+        raise request.no_caption_column(repr(request.source), _column_names(features))
+    return found

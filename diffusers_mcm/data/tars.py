@@ -4,41 +4,21 @@ import logging
 import os
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..text_files import Text, decode_text, find_name, parse_json
-from .columns import CAPTION_COLUMNS, MediaKind, caption_texts, no_caption_column
+from ..text_files import decode_text, find_name, parse_json
+from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
 from .faults import UnusableItem, unusable
 from .rows import NO_CAPTION, MediaRows, digest, examples
-from .shards import Member, Sample, field_of, group, read_headers
+from .shards import Sample, field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 100  # samples whose json is looked at first, to see which keys there are
-
-
-@dataclass
-class _Places:
-    """Where the files of one field are: rows, offsets and sizes."""
-
-    rows: array = field(default_factory=lambda: array("q"))
-    offsets: array = field(default_factory=lambda: array("q"))
-    sizes: array = field(default_factory=lambda: array("q"))
-
-    def add(self, row: int, member: Member) -> None:
-        self.rows.append(row)
-        self.offsets.append(member.offset)
-        self.sizes.append(member.size)
-
-    def dense(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets and sizes of all rows, -1 where there is no such file."""
-        columns = np.full((2, num_rows), -1, dtype=np.int64)
-        columns[0, np.asarray(self.rows)], columns[1, np.asarray(self.rows)] = self.offsets, self.sizes
-        return columns[0], columns[1]
+_LOOKED_AT = 100  # samples whose json is read first, to see which keys there are
+_told: set[str] = set()  # tars of which it was said that a text is read as Windows-1252
 
 
 class TarIndex:
@@ -48,17 +28,16 @@ class TarIndex:
         paths: the tars.
         names: of the samples' videos or images, as chunks of Arrow.
         shards: number of each sample's tar.
-        media: where the videos or images are.
-        fields: where the other files are, by field.
+        places: row, offset and size of one file after the other, by field; of the videos or images by "media".
         others: fields of files that are neither.
         skipped: tars and files that are of no use, with the reason.
     """
 
-    def __init__(self, paths: list[str], kind: MediaKind, media_field: str | None):
+    def __init__(self, request: DataRequest, paths: list[str]):
         self.paths = paths
         self.names: list[pa.Array] = []
-        self.shards, self.media = array("i"), _Places()
-        self.fields: dict[str, _Places] = {}
+        self.shards = array("i")
+        self.places: dict[str, array] = {"media": array("q")}
         self.others: set[str] = set()
         self.skipped: dict[str, str] = {}
         self.num_readable = 0
@@ -68,27 +47,36 @@ class TarIndex:
                 self.skipped[path] = problem
             self.num_readable += bool(members)
             self.others.update(field_of(member.name) for member in members)
-            samples, left = group(members, kind, media_field and media_field.lower())
+            samples, left = group(members, request.kind, request.media_column and request.media_column.lower())
             self.skipped |= {f"{os.path.basename(path)}/{name}": reason for name, reason in left.items()}
             self._add(shard, samples)
 
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields of the files beside the videos or images."""
+        return list(self.places)[1:]
+
     def _add(self, shard: int, samples: list[Sample]) -> None:
         for sample in samples:
-            row = len(self.shards)
+            for name, member in {"media": sample.media, **sample.fields}.items():
+                self.places.setdefault(name, array("q")).extend((len(self), member.offset, member.size))
             self.shards.append(shard)
-            self.media.add(row, sample.media)
-            for name, member in sample.fields.items():
-                self.fields.setdefault(name, _Places()).add(row, member)
         self.names.append(pa.array([sample.media.name for sample in samples], pa.string()))
 
     def table(self, fields: Iterable[str]) -> pa.Table:
-        """A row for each sample: `shard`, `name`, and `offset` and `size` of the media and of each of the fields."""
+        """A row for each sample: `shard`, `name`, and `offset` and `size` of the media and of each of the fields.
+
+        Both are -1 where there is no such file.
+        """
         columns: dict[str, Any] = {"shard": np.asarray(self.shards), "name": pa.chunked_array(self.names, pa.string())}
-        for name, places in {"media": self.media, **{name: self.fields[name] for name in fields}}.items():
-            columns[f"{name} offset"], columns[f"{name} size"] = places.dense(len(self))
+        for name in ("media", *fields):
+            rows, offsets, sizes = np.asarray(self.places[name]).reshape(-1, 3).T
+            for column, values in ((f"{name} offset", offsets), (f"{name} size", sizes)):
+                columns[column] = np.full(len(self), -1, dtype=np.int64)
+                columns[column][rows] = values
         return pa.table(columns).combine_chunks()
 
 
@@ -101,11 +89,11 @@ class TarRows(MediaRows):
             first that has one counts.
     """
 
-    def __init__(self, source: str, kind: MediaKind, index: TarIndex, caption_paths: list[tuple[str, str | None]]):
+    def __init__(self, request: DataRequest, index: TarIndex, caption_paths: list[tuple[str, str | None]]):
         fields = dict.fromkeys(name for name, _ in caption_paths)
-        super().__init__(source, kind, index.table(fields), index.skipped)
+        super().__init__(request, index.table(fields), index.skipped)
         self.paths, self.caption_paths = index.paths, caption_paths
-        if kind.needs_caption:
+        if self.kind.needs_caption:
             self._leave_out_captionless(fields)
 
     def _leave_out_captionless(self, fields: Iterable[str]) -> None:
@@ -143,78 +131,68 @@ class TarRows(MediaRows):
         return f"{os.path.basename(self.paths[item['shard']])}/{item['name']}"
 
 
-def open_tars(
-    source: str, paths: list[str], kind: MediaKind, media_column: str | None, caption_column: str | None
-) -> TarRows:
-    """The samples of tars.
-
-    Args:
-        source: what the user asked for, for messages.
-        paths: the tars.
-        kind: `VIDEOS` or `IMAGES`.
-        media_column, caption_column: the field of the files ("mp4"), and that of the captions ("txt", "json.title" or
-            just "title"), if they are not to be detected.
+def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
+    """The samples of the tars at `paths`.
 
     Raises:
         ValueError: if no tar can be read, or none holds what is needed.
     """
-    index = TarIndex(paths, kind, media_column)
+    index = TarIndex(request, paths)
     if not index.num_readable:
-        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped)}")
+        raise ValueError(f"None of the {len(paths)} tars of {request.source!r} can be read:{examples(index.skipped)}")
     if not len(index):
-        _refuse(index, source, kind, media_column)
-    return TarRows(source, kind, index, _find_captions(index, source, kind, caption_column))
+        _refuse(index, request)
+    return TarRows(request, index, _find_captions(index, request))
 
 
-def _refuse(index: TarIndex, source: str, kind: MediaKind, asked: str | None) -> None:
+def _refuse(index: TarIndex, request: DataRequest) -> None:
     """Say why there is no sample in tars that can be read."""
+    source, kind = request.source, request.kind
     fields = sorted(index.others - {""})
     of_kind = [name for name in fields if f".{name}".endswith(kind.extensions)]
-    if asked is not None:
-        raise ValueError(f"{source!r} has no {kind.name} column {asked!r}; its columns are {fields}.")
+    if request.media_column is not None:
+        raise request.no_media_column(repr(source), fields)
     if of_kind:
-        raise ValueError(
-            f"{source!r} has several {kind.name} columns, {of_kind}: say which with {kind.ask_for_media}."
-        )
+        raise request.several_media_columns(of_kind)
     broken = {path: index.skipped[path] for path in index.paths if path in index.skipped}
     raise ValueError(
         f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{examples(broken)}"
     )
 
 
-def _find_captions(index: TarIndex, source: str, kind: MediaKind, asked: str | None) -> list[tuple[str, str | None]]:
+def _find_captions(index: TarIndex, request: DataRequest) -> list[tuple[str, str | None]]:
     """Where captions may be: in text files, and in json; nowhere if an image set has none."""
+    asked = request.caption_column
     json_fields = {name: _JsonKeys(index, name) for name in index.fields if name.endswith("json")}
-    files = [name for name in index.fields if name not in json_fields]
-    if asked is None:
-        found = [(name, None) for name in CAPTION_COLUMNS if name in files]
-        places = [("json", name) for name in CAPTION_COLUMNS]
-    else:
+    files = CAPTION_COLUMNS if asked is None else (asked.lower(),)
+    places = [("json", name) for name in CAPTION_COLUMNS]
+    if asked is not None:
         outer, _, inner = asked.rpartition(".")
-        found = [(asked.lower(), None)] if asked.lower() in files else []
         places = [("json", asked), (outer.lower(), inner)]
+    found: list[tuple[str, str | None]] = [
+        (name, None) for name in files if name in index.fields and name not in json_fields
+    ]
     places = [(name, key) for name, key in places if name in json_fields and key]
-    in_json = _looked_up(json_fields, places)
+    in_json = _found_in(json_fields, places)
     for name in dict.fromkeys(name for name, _ in places):
         if found or in_json:
             break
         json_fields[name].read_on([key for field_name, key in places if field_name == name])
-        in_json = _looked_up(json_fields, places)
-    found = (found + in_json)[: None if asked is None else 1]
-    columns = sorted(index.others - {"", *json_fields})
-    columns += [f"{name}.{key}" for name, field_keys in json_fields.items() for key in field_keys.keys]
+        in_json = _found_in(json_fields, places)
+    found = [*found, *in_json][: None if asked is None else 1]
     broken = {name: reason for field_keys in json_fields.values() for name, reason in field_keys.broken.items()}
     unread = f"\nOf the json files these cannot be read:{examples(broken)}" if broken else ""
-    if not found and asked is not None:
-        raise ValueError(f"{source!r} has no caption column {asked!r} of text; its columns are {columns}.{unread}")
-    if not found and kind.needs_caption:
-        raise ValueError(no_caption_column(repr(source), columns, kind) + unread)
+    if not found and (asked is not None or request.kind.needs_caption):
+        columns = sorted(index.others - {"", *json_fields})
+        columns += [f"{name}.{key}" for name, field_keys in json_fields.items() for key in field_keys.keys]
+        raise request.no_caption_column(repr(request.source), columns, unread)
     if not found and broken:
-        logger.warning("No captions were found beside the images of %r.%s", source, unread)
+        logger.warning("No captions were found beside the images of %r.%s", request.source, unread)
     return found
 
 
-def _looked_up(json_fields: Mapping[str, "_JsonKeys"], places: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _found_in(json_fields: Mapping[str, "_JsonKeys"], places: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of the places (a field, a key in its json) that hold text, with the keys as they are written there."""
     keys = [(name, find_name(json_fields[name].keys, key)) for name, key in places]
     return list(dict.fromkeys((name, key) for name, key in keys if key is not None))
 
@@ -231,15 +209,15 @@ class _JsonKeys:
         self.index, self.name = index, name
         self.keys: dict[str, None] = {}
         self.broken: dict[str, str] = {}
-        self._number = len(index.fields[name].rows)
-        self._seen = np.unique(np.linspace(0, self._number - 1, _LOOKED_AT).astype(int)).tolist()
+        self._places = np.asarray(index.places[name]).reshape(-1, 3)
+        self._seen = np.unique(np.linspace(0, len(self._places) - 1, _LOOKED_AT).astype(int)).tolist()
         for at in self._seen:
             self._look_at(at)
 
     def read_on(self, wanted: Iterable[str]) -> None:
         """Read the json of all samples until one has a wanted key, and say which one that is."""
         seen, before = set(self._seen), list(self.keys)
-        for at in range(self._number):
+        for at in range(len(self._places)):
             if at in seen:
                 continue
             self._look_at(at)
@@ -253,10 +231,10 @@ class _JsonKeys:
                 return
 
     def _look_at(self, at: int) -> None:
-        places = self.index.fields[self.name]
-        path = self.index.paths[self.index.shards[places.rows[at]]]
+        row, offset, size = self._places[at].tolist()
+        path = self.index.paths[self.index.shards[row]]
         try:
-            value = _read_value(_read_at(path, places.offsets[at], places.sizes[at]), self.name, path)
+            value = _read_value(_read_at(path, offset, size), self.name, path)
         except UnusableItem as reason:
             self.broken[self._sample(at)] = str(reason)
             return
@@ -265,7 +243,7 @@ class _JsonKeys:
 
     def _sample(self, at: int) -> str:
         """The name of a sample, for messages."""
-        row = self.index.fields[self.name].rows[at]
+        row = int(self._places[at, 0])
         shard = os.path.basename(self.index.paths[self.index.shards[row]])
         return f"{shard}/{pa.chunked_array(self.index.names, pa.string())[row].as_py()}"
 
@@ -287,21 +265,12 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
     text = decode_text(data)
     if text.broken_lines:
         raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
-    if text.encoding == "cp1252":
-        _warn_of_guess(path, name, text)
+    if text.encoding == "cp1252" and path not in _told:  # what one text of a tar says of it holds for the others
+        _told.add(path)
+        text.tell_guess(f"A {name} file in {path}")
     if not name.endswith("json"):
         return text.content
     try:
         return parse_json(text.content)
     except ValueError as error:
         raise UnusableItem(f"its {name} is broken ({error})") from error
-
-
-_told: set[str] = set()
-
-
-def _warn_of_guess(path: str, name: str, text: Text) -> None:
-    """Once for each tar: what one of its texts says of the encoding holds for the others."""
-    if path not in _told:
-        _told.add(path)
-        text.tell_guess(f"A {name} file in {path}")

@@ -8,6 +8,8 @@ import numpy as np
 
 from .faults import UnusableItem
 
+Time = int | Fraction  # in units of a stream's time base
+
 #: Frames may be decoded so many places away from where they are shown (H.264 and HEVC allow 16).
 MAX_REORDERING = 16
 _USABLE = 0.9  # share of the labels that must be in place for these to be believed
@@ -72,7 +74,7 @@ def timed_clip_positions(
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """What clip is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
+    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
 
     Attributes:
         num_frames: T.
@@ -88,7 +90,7 @@ class ClipChoice:
     uniform: float
     min_frames: int = 1
 
-    def positions(self, times: Sequence[int], time_base: Fraction, end: int | None = None) -> list[int]:
+    def positions(self, times: Sequence[Time], time_base: Fraction, end: int | None = None) -> list[int]:
         """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
         _check_enough(len(times), self.min_frames)
         if self.fps is None:
@@ -98,47 +100,46 @@ class ClipChoice:
         return timed_clip_positions(seconds, self.num_frames, self.fps, self.uniform, until)
 
 
-def times_in_output_order(
-    pts: Sequence[int | None], time_base: Fraction, rate: Fraction | None
-) -> list[int] | list[int | Fraction]:
+def times_in_output_order(pts: Sequence[int | None], time_base: Fraction, rate: Fraction | None) -> Sequence[Time]:
     """Ascending times of frames that are given in the order in which they are shown, in the unit `time_base`.
 
     Some containers (AVI) label frames by the order in which they are decoded: the labels are right as a set. A frame
     whose label is missing, another's or far from its place is taken to be shown evenly between those beside it. Where
     most labels are of no use, the frames are taken to follow one another at `rate` per second.
     """
-    places = _places_in_order(pts)
-    if places is None:
+    labels = _labels_in_order(pts)
+    if labels is None:
         return at_constant_rate(len(pts), time_base, rate)
-    times = sorted(pts[place] for place in places)
+    times = sorted(labels.values())
     if len(times) == len(pts):
         return times
-    return _fill(times, places, len(pts), 1 / ((rate or _USUAL_RATE) * time_base))
+    return _fill(times, list(labels), len(pts), 1 / ((rate or _USUAL_RATE) * time_base))
 
 
-def _places_in_order(pts: Sequence[int | None]) -> list[int] | None:
-    """The places of the labels that can be used; None if one cannot tell."""
+def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
+    """The labels that can be used, by their places; None if one cannot tell."""
     first: dict[int, int] = {}
     for place, label in enumerate(pts):
         if label is not None:
             first.setdefault(label, place)
-    places, labelled = list(first.values()), sum(label is not None for label in pts)
+    labels, labelled = {place: label for label, place in first.items()}, sum(label is not None for label in pts)
     for _ in range(2):  # without those that are far away the others may be in place
-        ranks = np.argsort(np.argsort([pts[place] for place in places]))
-        distances = np.abs(ranks - np.arange(len(places)))
+        ranks = np.argsort(np.argsort(list(labels.values())))
+        distances = np.abs(ranks - np.arange(len(labels)))
         if distances.max(initial=0) <= MAX_REORDERING:
             break
-        places = [place for place, distance in zip(places, distances.tolist()) if distance <= MAX_REORDERING]
+        near = (distances <= MAX_REORDERING).tolist()
+        labels = {place: label for (place, label), is_near in zip(labels.items(), near) if is_near}
     else:
         return None
-    return places if len(places) >= max(2, _USABLE * labelled) else None
+    return labels if len(labels) >= max(2, _USABLE * labelled) else None
 
 
-def _fill(times: list[int], places: list[int], num_frames: int, usual_step: Fraction) -> list[int | Fraction]:
+def _fill(times: list[int], places: list[int], num_frames: int, usual_step: Fraction) -> list[Time]:
     """Times of all frames, from the ascending ones of those at `places`; the others lie evenly between and beyond."""
     gaps = [Fraction(b - a, d - c) for a, b, c, d in zip(times, times[1:], places, places[1:])]
     step = sorted(gaps)[len(gaps) // 2] if gaps else usual_step
-    filled: list[int | Fraction] = [times[0] - step * (places[0] - number) for number in range(places[0])]
+    filled: list[Time] = [times[0] - step * (places[0] - number) for number in range(places[0])]
     for time, gap, place, following in zip(times, gaps, places, places[1:]):
         filled += [time, *(time + gap * number for number in range(1, following - place))]
     filled.append(times[-1])

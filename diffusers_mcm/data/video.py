@@ -1,7 +1,7 @@
 """Reading one clip with PyAV, decoding only what is needed for the frames that are used."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import av
 import numpy as np
@@ -10,7 +10,7 @@ from av.error import FFmpegError
 from .counted import CountedFilm, CountedFilms, film_key
 from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
-from .frames import ShownFrame, orientation_of, picture
+from .frames import orientation_of, picture
 from .images import open_path
 from .timing import ClipChoice, clip_positions, timed_clip_positions
 
@@ -29,11 +29,19 @@ class _Pictures:
     What is wrong with one counts once the clip is known to consist of these.
     """
 
-    def __init__(self, positions: Sequence[int], index: FilmIndex, stream: av.VideoStream, size: tuple[int, int]):
-        self.positions, self.stream, self.size = positions, stream, size
+    def __init__(
+        self,
+        positions: Sequence[int],
+        index: FilmIndex,
+        container: av.container.InputContainer,
+        size: tuple[int, int],
+    ):
+        self.positions, self.size = positions, size
+        self.stream = cast(av.VideoStream, container.streams[index.stream])
         self.orientation = index.orientation
         self._wanted = set(positions)
-        self._found: dict[int, np.ndarray | UnusableItem] = {}
+        self._found: dict[int, np.ndarray] = {}
+        self._problem: UnusableItem | None = None
 
     def take(self, position: int | None, frame: av.VideoFrame) -> None:
         """Every frame that is decoded, for one may turn those after it; `position` is None before the clip."""
@@ -42,18 +50,17 @@ class _Pictures:
             try:
                 self._found[position] = self._show(frame)
             except UnusableItem as reason:
-                self._found[position] = reason.with_traceback(None)  # which would keep the frame
+                self._problem = self._problem or reason.with_traceback(None)  # which would keep the frame
 
     def _show(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
             raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
-        return picture(ShownFrame.of(frame, self.stream, self.orientation), *self.size)
+        return picture(frame, self.stream, self.orientation, *self.size)
 
     def clip(self) -> np.ndarray:
         """uint8 (T, H, W, 3); by time, one picture may come more than once."""
-        for picture_ in self._found.values():
-            if isinstance(picture_, UnusableItem):
-                raise picture_
+        if self._problem is not None:
+            raise self._problem
         return np.stack([self._found[position] for position in self.positions])
 
 
@@ -67,16 +74,12 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
 
 
 def _decode(
-    container: av.container.InputContainer,
-    pictures: _Pictures,
-    labels: Sequence[int],
-    seek_to: int,
-    place: Callable[[int], int | None],
-) -> _Pictures | None:
-    """Seek, then decode the frames of a clip; None if that lands behind the first of them.
+    container: av.container.InputContainer, pictures: _Pictures, film: FilmIndex, seek_to: int, since: int
+) -> bool:
+    """Seek, then decode the frames of a clip; False if that lands behind the first of them.
 
-    From the first frame on whose `place` is known the decoder must give one frame after the other as `labels` says: it
-    gives them in the order of presentation, so that times which mean anything else come out of order.
+    From the first frame on whose place is known the decoder must give one frame after the other with the times that
+    the film expects: it gives them in the order of presentation, so that times of any other meaning come out of order.
 
     Raises:
         _Contradiction: if it does not.
@@ -85,106 +88,74 @@ def _decode(
         container.seek(seek_to, stream=pictures.stream, backward=True, any_frame=False)
     except FFmpegError as error:
         check_own_fault(error, None)
-        return None  # the container cannot seek
-    expected, first, last = None, pictures.positions[0], pictures.positions[-1]
+        return False  # the container cannot seek
+    labels, expected = film.expected(), None
+    first, last = pictures.positions[0], pictures.positions[-1]
     for frame in _frames(container, pictures.stream):
         if frame.pts is None:
             raise _Contradiction
         if expected is None:
-            expected = place(frame.pts)
+            expected = film.place(frame.pts, since)
             if expected is not None and expected > first:
-                return None
+                return False
         if expected is not None and frame.pts != labels[expected]:
             raise _Contradiction
         pictures.take(expected, frame)
         if expected is not None:
             expected += 1
             if expected > last:
-                return pictures
+                return True
     raise _Contradiction
 
 
 def _decode_by_seeking(
-    container: av.container.InputContainer, index: FilmIndex, choice: ClipChoice, size: tuple[int, int]
+    container: av.container.InputContainer, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
 ) -> _Pictures | None:
-    """The clip, from the keyframe before it; None if no seeking leads there."""
-    positions, times = choice.positions(index.times, index.time_base, index.end), index.times
-    stream = container.streams[index.stream]
+    """Frames at `positions`, from the keyframe before them on; None if no seeking leads there."""
     try:
-        for seek_to, since in index.starts(times[positions[0]]):
-            pictures = _Pictures(positions, index, stream, size)
-
-            def place(label: int, since=since) -> int | None:
-                return None if label < since else min(bisect_left(times, label), len(times) - 1)
-
-            if _decode(container, pictures, times, seek_to, place) is not None:
+        for seek_to, since in film.starts(positions[0]):
+            pictures = _Pictures(positions, film, container, size)
+            if _decode(container, pictures, film, seek_to, since):
                 return pictures
     except _Contradiction:
         pass  # decoding from the start numbers the frames as they come
     return None
 
 
-def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
-    """The clip of a film that was counted before; None if the film no longer is as it was then."""
-    index = film.index
-    positions = choice.positions(film.times(), index.time_base, film.index.end)
-    with open_film(media) as container:
-        stream = container.streams[index.stream]
-        try:
-            for seek_to, since in film.starts(positions[0]) if film.places else ():
-                pictures = _Pictures(positions, index, stream, size)
-
-                def place(label: int, since=since) -> int | None:
-                    return since if film.places.get(label) == since else None
-
-                if _decode(container, pictures, film.labels, seek_to, place) is not None:
-                    return pictures
-        except _Contradiction:
-            pass
-    pictures, labels = _decode_from_start(media, index, positions, film.labels, size)
-    return pictures if labels is None else None
-
-
 def _decode_from_start(
-    media: dict, index: FilmIndex, positions: Sequence[int], believed: Sequence[int | None], size: tuple[int, int]
+    media: dict, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
 ) -> tuple[_Pictures, list[int | None] | None]:
     """Frames at `positions`, counted from the first one decoded, and the times that all frames carry.
 
-    As long as the frames come with the times `believed`, reading stops at the last position; the times are None then.
+    As long as the frames come with the times that are expected, reading stops at the last position; the times are None
+    then.
     """
-    seen, as_believed = [], True
+    expected, seen = film.expected(), list[int | None]()
+    as_expected = True
     with open_film(media) as container:
-        stream = container.streams[index.stream]
-        pictures = _Pictures(positions, index, stream, size)
-        for frame in _frames(container, stream):
+        pictures = _Pictures(positions, film, container, size)
+        for frame in _frames(container, pictures.stream):
             pictures.take(len(seen), frame)
-            as_believed = as_believed and len(seen) < len(believed) and frame.pts == believed[len(seen)]
-            if as_believed and len(seen) == positions[-1]:
+            as_expected = as_expected and len(seen) < len(expected) and frame.pts == expected[len(seen)]
+            if as_expected and len(seen) == positions[-1]:
                 return pictures, None
             seen.append(frame.pts)
     return pictures, seen
 
 
-def _decode_by_counting(
-    media: dict, index: FilmIndex, choice: ClipChoice, size: tuple[int, int], key: tuple | None
-) -> _Pictures:
-    """The clip of a film whose packets do not say where its frames are, or not rightly."""
-    positions = choice.positions(index.times, index.time_base, index.end)
-    pictures, labels = _decode_from_start(media, index, positions, index.times if index.sound else [], size)
-    if labels is None:
+def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
+    """The clip of a film that was counted before; None if the film no longer is as it was then."""
+    positions = film.positions(choice)
+    with open_film(media) as container:
+        pictures = _decode_by_seeking(container, film, positions, size)
+    if pictures is not None:
         return pictures
-    film = CountedFilm.of(index, labels)
-    _counted.add(key, film)
-    if choice.positions(film.times(), index.time_base, film.index.end) == positions:
-        return pictures
-    pictures = _decode_counted(media, film, choice, size)
-    if pictures is None:
-        _counted.drop(key)
-        raise UnusableItem("it gives other frames each time it is decoded")
-    return pictures
+    pictures, labels = _decode_from_start(media, film, positions, size)
+    return pictures if labels is None else None
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
+    """The clip by seeking, or else by counting frames where the packets do not say, or not rightly, which is which."""
     key = film_key(media) if _counted else None
     film = _counted.get(key)
     if film is not None:
@@ -194,8 +165,20 @@ def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _P
         _counted.drop(key)
     with open_film(media) as container:
         index = read_index(container)
-        pictures = _decode_by_seeking(container, index, choice, size) if index.sound else None
-    return pictures or _decode_by_counting(media, index, choice, size, key or film_key(media))
+        positions = index.positions(choice)
+        pictures = _decode_by_seeking(container, index, positions, size)
+    if pictures is not None:
+        return pictures
+    pictures, labels = _decode_from_start(media, index, positions, size)
+    if labels is None:
+        return pictures
+    film, key = CountedFilm.of(index, labels), key or film_key(media)
+    _counted.add(key, film)
+    again = pictures if film.positions(choice) == positions else _decode_counted(media, film, choice, size)
+    if again is None:
+        _counted.drop(key)
+        raise UnusableItem("it gives other frames each time it is decoded")
+    return again
 
 
 def read_clip(

@@ -71,7 +71,7 @@ FAIR_COINS = Coins()
 class StepDraws:
     """Everything random in the student's half of a step, one row per sample."""
 
-    timestep: torch.Tensor  # (B,) long, a point of the solver grid
+    timestep: torch.Tensor  # (B,) a point of the solver grid
     guidance: torch.Tensor  # (B,) w in [w_min, w_max]
     noise: torch.Tensor  # (B, C, T, h, w) added to the trajectory's start
     start_noise: torch.Tensor  # (B, C, T, h, w) for the one-step sample (eq. 7)

@@ -28,7 +28,7 @@ def guided_prediction(
         denoise: `denoise(latents, timesteps (B,), text)`, the network's output in the latents' shape.
         path: The noise path of the network.
         x_t: Noisy latents (B, C, T, H, W).
-        t: Their timesteps, int64 (B,).
+        t: Their timesteps (B,).
         text: The prompts' encoding; every value has the batch first.
         negative_text: What guidance leads away from (usually the empty prompt), in the same shapes.
         w: The guidance strength, a number or (B,); 0 is the conditional prediction alone. The guidance scale of

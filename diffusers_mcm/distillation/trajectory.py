@@ -19,7 +19,7 @@ def visited_timesteps(grid: torch.Tensor) -> torch.Tensor:
     return torch.cat([grid, *visits])
 
 
-# From the solver's grid, ascending, int64 (N,), to the timesteps among which one is drawn with equal chances.
+# From the solver's grid, ascending (N,), to the timesteps among which one is drawn with equal chances.
 TIMESTEPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "uniform": lambda grid: grid,
     "visited": visited_timesteps,
@@ -79,7 +79,7 @@ def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:
     """Sparse frames (section 3.1): one from each of l segments of the clip, as equal as they can be.
 
     Args:
-        num_frames: Frames of the clip.
+        num_frames: Frames of the clip, not of its latents, which may be fewer.
         uniforms: Draws from [0, 1), (B, l).
 
     Returns:

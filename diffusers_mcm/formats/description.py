@@ -17,7 +17,6 @@ from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, ren
 from ..settings import SAMPLING_KEYS, Settings
 
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
-_SCHEDULER_KEYS = ("timestep_scaling", "beta_schedule", "beta_start", "beta_end", "original_inference_steps")
 
 
 def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
@@ -106,7 +105,8 @@ def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_
     sampling = {key: getattr(base_model, key) for key in SAMPLING_KEYS} | settings.sampling.known()
     if not scheduler:
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
-    return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in _SCHEDULER_KEYS if key in scheduler}
+    keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
+    return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
 
 
 def _sha256(path: Path) -> str:

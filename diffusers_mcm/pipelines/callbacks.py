@@ -37,6 +37,9 @@ class StepCallback:
             _take_prompt_embeds(tensors["prompt_embeds"], offered, text, negative)
         if tensors.get("negative_prompt_embeds") is not offered.get("negative_prompt_embeds"):
             _take_negative(tensors["negative_prompt_embeds"], negative)
+        if "prompt_embeds" in tensors or "negative_prompt_embeds" in tensors:
+            for each in filter(None, (text, negative)):  # what goes with them, such as a mask, may be another now
+                each.update(pipeline.base_model.embeds_condition(each["prompt_embeds"]))
         if guided(pipeline, negative) and negative is not None:
             check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
         return _like("latents", tensors["latents"], latents, latents.shape)

@@ -116,7 +116,7 @@ class Sampling(PipelineMixin):
             _, *size = self.base_model.latent_shape(self.denoiser, self.vae, num_frames, height, width)
             shape = (batch_size, num_channels_latents, *size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow ones have none
 
     def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int | None = 16) -> torch.Tensor:
         """Latents `(B, C, T, H, W)` to pixels `(B, 3, T, H, W)` in [-1, 1], so many frames at a time (`None`: all)."""
@@ -138,8 +138,7 @@ class Sampling(PipelineMixin):
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if value is not None:
                 checks.check_prompt(name, value)
-        features = self.denoiser.config.get("cross_attention_dim")
-        features = features if isinstance(features, int) else None
+        features = self.base_model.text_features(self.denoiser)
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None:
                 checks.check_embeds(name, embeds, features)
@@ -155,7 +154,7 @@ class Sampling(PipelineMixin):
             return text, None
         prompts, count = request.negative_prompt, request.count_prompts()
         if prompts is None or isinstance(prompts, str):
-            prompts = [prompts or ""] * count
+            prompts = [self.base_model.negative_prompt if prompts is None else prompts] * count
         negative = self._encode(prompts, request.negative_prompt_embeds, request, device)
         checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
         return text, negative
@@ -163,7 +162,7 @@ class Sampling(PipelineMixin):
     def _encode(self, prompt, prompt_embeds: torch.Tensor | None, request: Request, device) -> Conditioning:
         """The condition of every video, of prompts or of what they are encoded to."""
         if prompt_embeds is not None:
-            text = {"prompt_embeds": prompt_embeds}
+            text = self.base_model.embeds_condition(prompt_embeds)
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             options: dict[str, Any] = {} if request.clip_skip is None else {"clip_skip": request.clip_skip}
@@ -216,7 +215,8 @@ class Sampling(PipelineMixin):
         is_guided = guided(self, negative)
         if is_guided:
             latents, text = torch.cat([latents, latents]), concatenate(negative, text)
-        latents = self.scheduler.scale_model_input(latents, t)
+        if hasattr(self.scheduler, "scale_model_input"):
+            latents = self.scheduler.scale_model_input(latents, t)
         output = self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text, **options)
         if not is_guided:
             return output

@@ -1,12 +1,11 @@
 """The samples of a run, by global sample index: clips with captions, and the real images for the discriminator."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from ..data import FrameDataset, ImageDataset, StepLoader, VideoDataset, build_loader
+from ..data import FrameDataset, ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDataset
 from ..distillation.image_text import ImageText, pair_texts
 from .config import TrainingConfig
 from .image_text import choose_image_text
@@ -108,17 +107,19 @@ def build_batches(
     pin_memory: bool,
 ) -> Batches:
     """The micro-batches of this process, from step `first_step` on."""
-    load = partial(
-        build_loader,
-        batch_size=config.train_batch_size,
-        rank=process,
-        num_processes=num_processes,
-        accumulation=config.accumulation,
-        start_step=first_step,
-        end_step=config.max_train_steps,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=pin_memory,
-    )
+
+    def load(dataset: KeyedDataset, items_per_sample: int = 1) -> StepLoader:
+        sampler = StepSampler(
+            batch_size=config.train_batch_size,
+            rank=process,
+            num_processes=num_processes,
+            accumulation=config.accumulation,
+            start_step=first_step,
+            end_step=config.max_train_steps,
+            items_per_sample=items_per_sample,
+        )
+        return StepLoader(dataset, sampler, config.dataloader_num_workers, pin_memory)
+
     videos, images, image_text = data
     image_loader = None if images is None else load(images, items_per_sample=config.num_adversarial_frames)
     return Batches(load(videos), image_loader, image_text.choice)

@@ -105,7 +105,8 @@ class Trainer:
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
         captions, networks = batch.captions, self.networks
-        text, negative_text = networks.text(captions), networks.text([""] * len(captions))
+        negative = [networks.base_model.negative_prompt] * len(captions)
+        text, negative_text = networks.text(captions), networks.text(negative)
         draws = self.draw(batch)
         adversary = self.adversary(batch)
         losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, adversary)

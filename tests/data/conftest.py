@@ -7,7 +7,11 @@ import tarfile
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from diffusers_mcm.data.sources import VIDEOS, open_rows
+from diffusers_mcm.data.video import read_clip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,6 +52,12 @@ def frame_numbers(pixels):
     """Which frames of `flat_frames` a clip (3, T, H, W) in [-1, 1] shows."""
     levels = (pixels.mean(dim=(0, 2, 3)) + 1) * 127.5
     return [round((float(level) - 20) / 4) for level in levels]
+
+
+def read_numbers(data, num_frames, frame_interval, uniform):
+    """Which frames of `flat_frames` a clip that is read from a file's bytes shows."""
+    frames = read_clip({"path": None, "bytes": data}, num_frames, frame_interval, 24, 32, uniform)
+    return frame_numbers(torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1)
 
 
 def image_bytes(level, suffix="png", size=(20, 16)):
@@ -104,3 +114,14 @@ def mixed_folder(tmp_path_factory, clip, short_clip):
     lines = [json.dumps({"file_name": name, "caption": caption}) for name, caption in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def captions(rows):
+    """The captions of the rows of a data set."""
+    return [rows.caption(rows[i]) for i in range(len(rows))]
+
+
+def open_tar(folder, files, kind=VIDEOS, **options):
+    """`files` as of `write_tar`; nothing is decoded, so any bytes will do for a video."""
+    write_tar(folder / "0.tar", files)
+    return open_rows(folder, kind, **options)

@@ -12,7 +12,7 @@ import pytest
 from diffusers_mcm.data import ImageDataset, VideoDataset
 from diffusers_mcm.data import faults as module
 from diffusers_mcm.data.faults import MachineError, UnusableItem, check_own_fault, unusable
-from diffusers_mcm.data.loading import build_loader
+from diffusers_mcm.data.loading import StepLoader, StepSampler
 
 from .conftest import encode_mp4, flat_frames, image_bytes, write_tar
 
@@ -131,7 +131,7 @@ def test_a_worker_tells_it_as_well(tmp_path, clip, monkeypatch):
 
     monkeypatch.setattr("av.open", fail)
     with pytest.raises(MachineError, match=r"a\.mp4 cannot be read"):
-        next(iter(build_loader(dataset, 1, num_workers=1)))
+        next(iter(StepLoader(dataset, StepSampler(1), num_workers=1)))
 
 
 @pytest.mark.parametrize(

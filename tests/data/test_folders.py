@@ -13,6 +13,8 @@ import pytest
 from diffusers_mcm.data import VideoDataset
 from diffusers_mcm.data.sources import IMAGES, VIDEOS, open_rows
 
+from .conftest import captions
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -25,10 +27,6 @@ def folder(tmp_path):
 def write(folder, text, name="metadata.csv", encoding="utf-8"):
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
     return folder
-
-
-def captions(rows):
-    return [rows.caption(rows[i]) for i in range(len(rows))]
 
 
 def skipped(rows):
@@ -164,18 +162,6 @@ def test_hidden_files_and_those_of_a_mac_are_no_images(tmp_path):
     assert [rows.media(rows[i])["path"] for i in range(len(rows))] == [
         str(tmp_path / "a.png"), str(tmp_path / os.fsdecode(b"caf\xe9.png")),
     ]  # fmt: skip
-
-
-def test_columns_can_be_named(folder):
-    write(folder, "clip;words\na.mp4;x\n")
-    rows = open_rows(folder, VIDEOS, media_column="clip", caption_column="words")
-    assert captions(rows) == ["x"]
-    with pytest.raises(ValueError, match=r"metadata\.csv has no video column 'nope'; its columns are \['clip'"):
-        open_rows(folder, VIDEOS, media_column="nope")
-    with pytest.raises(ValueError, match=r"names the video files; its columns are \['clip', .* \(--video_column\)"):
-        open_rows(folder, VIDEOS)
-    with pytest.raises(ValueError, match=r"No caption column found in .*metadata\.csv: .* \(--caption_column\)"):
-        open_rows(folder, VIDEOS, media_column="clip")
 
 
 def test_a_table_of_another_name_is_given_itself(folder):

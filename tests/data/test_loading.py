@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from diffusers_mcm.data import StepSampler, VideoDataset, build_loader
+from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset
 
 
 def open_videos(source):
@@ -53,7 +53,7 @@ def test_wrong_numbers_are_refused():
 
 def test_batches_are_the_items(video_folder):
     dataset = open_videos(video_folder)
-    batch = next(iter(build_loader(dataset, batch_size=3, start_step=2)))
+    batch = next(iter(StepLoader(dataset, StepSampler(3, start_step=2))))
     assert batch["index"].tolist() == [6, 7, 8]
     assert batch["pixels"].shape == (3, 3, 2, 8, 8)
     for k in range(3):
@@ -63,10 +63,10 @@ def test_batches_are_the_items(video_folder):
 
 def test_workers_give_the_same_batches_and_report_what_they_skip(mixed_folder, caplog):
     alone, helped = open_videos(mixed_folder), open_videos(mixed_folder)
-    expected = list(build_loader(alone, batch_size=2, end_step=6))
+    expected = list(StepLoader(alone, StepSampler(2, end_step=6)))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        batches = list(build_loader(helped, batch_size=2, end_step=6, num_workers=2))
+        batches = list(StepLoader(helped, StepSampler(2, end_step=6), num_workers=2))
     for batch, reference in zip(batches, expected, strict=True):
         assert torch.equal(batch["pixels"], reference["pixels"])
         assert batch["caption"] == reference["caption"]
@@ -79,11 +79,11 @@ def test_workers_give_the_same_batches_and_report_what_they_skip(mixed_folder, c
 def test_reading_leaves_the_global_generator_alone(video_folder):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(iter(build_loader(open_videos(video_folder), batch_size=1)))
+    next(iter(StepLoader(open_videos(video_folder), StepSampler(1))))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_error_in_a_worker_arrives(video_folder):
     dataset = VideoDataset(video_folder, num_frames=30, height=8, width=8)
     with pytest.raises(ValueError, match="yields nothing"):
-        next(iter(build_loader(dataset, batch_size=1, num_workers=1)))
+        next(iter(StepLoader(dataset, StepSampler(1), num_workers=1)))

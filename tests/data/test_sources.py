@@ -6,6 +6,8 @@ import datasets
 import pytest
 
 from diffusers_mcm.data import ImageDataset, VideoDataset
+from diffusers_mcm.data.columns import VIDEOS, DataRequest
+from diffusers_mcm.data.sources import _features_with_json_keys, _find_caption
 
 from .conftest import image_bytes, write_tar
 
@@ -33,16 +35,6 @@ def test_video_folder_with_splits(tmp_path, clip):
     assert captions(open_videos(tmp_path, split="validation")) == ["validation"]
     with pytest.raises(ValueError, match=r"no subfolder 'test' .*found \['train', 'validation'\]"):
         open_videos(tmp_path, split="test")
-
-
-def test_order_of_rows_depends_on_the_files_only(tmp_path, clip):
-    for part in ("y", "x"):
-        (tmp_path / part).mkdir()
-        for name in ("2.mp4", "1.mp4"):
-            (tmp_path / part / name).write_bytes(clip)
-        (tmp_path / part / "metadata.csv").write_text(f"file_name,text\n2.mp4,{part}2\n1.mp4,{part}1\n")
-    rows = open_videos(tmp_path).rows
-    assert [rows.caption(rows[i]) for i in range(4)] == ["x1", "x2", "y1", "y2"]
 
 
 @pytest.mark.parametrize("extension", ["json", "txt"])
@@ -203,12 +195,10 @@ def test_hub_images(hub):
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of `datasets` has no column of json")
 def test_a_key_that_only_a_late_row_has_is_seen(tmp_path):
-    from diffusers_mcm.data.columns import VIDEOS
-    from diffusers_mcm.data.sources import _features_with_json_keys, _find_caption
-
     values = [{"id": "7"}] * 250
     values[230] = {"caption": "a dog"}
     table = datasets.Dataset.from_dict({"json": values}, features=datasets.Features({"json": datasets.Json()}))
     for asked in (None, "caption", "json.caption"):
-        features = _features_with_json_keys(datasets, table, asked)
-        assert _find_caption(datasets, features, "x", VIDEOS, asked) == ("json", "caption")
+        features = _features_with_json_keys(table, asked)
+        request = DataRequest("x", VIDEOS, caption_column=asked)
+        assert _find_caption(features, request) == ("json", "caption")
