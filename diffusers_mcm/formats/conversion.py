@@ -34,10 +34,7 @@ def convert(
     *,
     overwrite: bool = False,
     motion_adapter: str | os.PathLike | None = None,
-    subfolder: str | None = None,
-    weight_name: str | None = None,
-    revision: str | None = None,
-    **hub_options,
+    **where,
 ) -> Path:
     """Write a LoRA in another layout. The tensors' values and types stay as they are.
 
@@ -49,7 +46,7 @@ def convert(
         to: `peft` (a folder), `diffusers` (a folder or file), `kohya` or `motion-module` (a file).
         overwrite: Replace what is at `destination`; otherwise that is an error.
         motion_adapter: For `motion-module`: the motion adapter to fuse the LoRA into, as a folder or Hub id.
-        subfolder, weight_name, revision, hub_options: Where in `source`, as in `from_pretrained`.
+        where: Where in `source`, as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
 
     Returns:
         `destination`.
@@ -66,7 +63,7 @@ def convert(
         raise FileExistsError(f"{destination} exists already; choose another name, or overwrite it (--overwrite).")
     if destination.exists() and destination.is_dir() == single:
         raise FileExistsError(f"{destination} exists already and is a {'folder' if single else 'file'}.")
-    location = Location.of(source, subfolder=subfolder, weight_name=weight_name, revision=revision, **hub_options)
+    location = Location.of(source, **where)
     lora = read_lora(location)
     lora.check_pairs()
     if layout.fused and motion_adapter is None:

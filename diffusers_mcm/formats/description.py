@@ -19,15 +19,10 @@ from ..settings import SAMPLING_KEYS, Settings
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
 
 
-def describe(
-    source: str | os.PathLike,
-    *,
-    subfolder: str | None = None,
-    weight_name: str | None = None,
-    revision: str | None = None,
-    **hub_options,
-) -> dict[str, Any]:
+def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     """What is in a LoRA (or motion module): a file, a folder, a packaged model or a Hub repository.
+
+    `where` is as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
 
     Returns:
         `file`, `layout`, `base_model`, `base_model_repository`, `rank`, `alpha`, `targets`, `kinds` (of layers, with
@@ -35,7 +30,7 @@ def describe(
         `bytes`, `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
         `training`. `None` where nothing is known.
     """
-    location = Location.of(source, subfolder=subfolder, weight_name=weight_name, revision=revision, **hub_options)
+    location = Location.of(source, **where)
     path = location.lora_file()
     with open_safetensors(path) as file:
         slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
