@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 HOME = tempfile.mkdtemp(prefix="mcm-tests-")
 # Before anything imports `huggingface_hub`, which reads them once. Subprocesses inherit them.
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
@@ -11,6 +13,14 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]
 os.environ["HF_HOME"] = HOME
 # The Hub that answers is a thread of the tests: on a machine that is busy with other work it may take its time.
 os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = "600"
+
+
+@pytest.fixture(scope="session")
+def hub_root(tmp_path_factory):
+    """Both base models and the seven released LoRAs; not to be changed."""
+    from tests.formats.world import save_hub
+
+    return save_hub(tmp_path_factory.mktemp("hub"))
 
 
 def pytest_unconfigure():

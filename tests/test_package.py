@@ -121,6 +121,24 @@ def test_no_assert_in_the_package(path):
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
 
 
+# Modules without a test file of their own name, and why.
+NO_TEST_FILE = {
+    "__main__.py": "it calls the command line, which tests/test_cli.py runs",
+    "base_models/base.py": "it declares what the base models do, each in its own test file",
+    "lora/original_names.py": "pipelines/test_single_file.py has diffusers read the names it gives",
+    "pipelines/mixin.py": "it only declares types",
+}
+
+
+def test_tests_mirror_the_package():
+    """Every module `a/b.py` is tested in `tests/a/test_b.py`; an `__init__` is tested through what it offers."""
+    modules = [path.relative_to(PACKAGE) for path in FILES if path.name != "__init__.py"]
+    missing = [
+        each.as_posix() for each in modules if not (ROOT / "tests" / each.parent / f"test_{each.name}").is_file()
+    ]
+    assert missing == sorted(NO_TEST_FILE)
+
+
 def modules_after(statement: str) -> set[str]:
     """What is in `sys.modules` after a statement in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint(*sys.modules)"

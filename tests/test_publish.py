@@ -10,19 +10,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.cards import check_card, render_folder_card
+from diffusers_mcm.cards import render_folder_card
 from diffusers_mcm.cli import main
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora
-from diffusers_mcm.publish import PublishError, publish_lora, record_sample
+from diffusers_mcm.publish import publish_lora, record_sample
 from tests.hub_server import hub_server
-from tests.tiny import NUM_FRAMES, realign, save_tiny_base, save_tiny_lora
-
-PROMPT = "a red circle moving left on a black background"
-SECRET = "hf_" + "s3cret" * 5
-FILES = {"README.md", CONFIG_NAME, WEIGHTS_NAME, "sample.mp4", "scheduler/scheduler_config.json"}
+from tests.publishing import FILES, PROMPT, SECRET, STAGES, edited_on_the_hub, make_lora, push, sample
+from tests.tiny import NUM_FRAMES, save_tiny_base, save_tiny_lora
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +38,9 @@ def server(root, monkeypatch):
         yield server
 
 
-def make_lora(folder, base="owner/base", **options):
-    save_tiny_lora(folder, base=base, **options)
-    record_sample(folder, np.zeros((NUM_FRAMES, 16, 16, 3), np.uint8), PROMPT, fps=8)
-    (folder / "README.md").write_text(render_folder_card(folder, folder.name))
-    return folder
-
-
 @pytest.fixture
 def lora(tmp_path):
     return make_lora(tmp_path / "my-lora")
-
-
-def sample(pipe):
-    realign(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(PROMPT, generator=generator, num_frames=NUM_FRAMES, output_type="pt").frames
-
-
-def push(folder, *arguments):
-    return main(["push", str(folder), "me/mcm", *arguments])
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
@@ -126,31 +104,7 @@ def test_what_is_pushed_is_what_was_there(server, lora, tmp_path):
     assert len(repository.messages) == 2 and not [r for r in server.requests[again:] if r.startswith("PUT")]
 
 
-def test_a_branch_and_a_pull_request(server, lora, capsys):
-    assert push(lora, "--revision", "v1") == 0
-    repository = server.repositories["me/mcm"]
-    assert repository.files == {} and repository.at("v1")[1].keys() == FILES
-    assert push(lora, "--create_pr") == 0
-    assert repository.files == {} and repository.at("refs/pr/1")[1].keys() == FILES
-    assert "me/mcm/discussions/1" in capsys.readouterr().out
-
-
-def test_a_dry_run_asks_nobody(server, lora, capsys):
-    assert push(lora, "--dry_run") == 0
-    listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines()}
-    assert listed == FILES and server.requests == []
-
-
 # --- what goes wrong on the way --------------------------------------------------------------------------------------
-STAGES = {
-    "create": "POST /api/repos/create",
-    "card": "POST /api/validate-yaml",
-    "preupload": "preupload",
-    "batch": "objects/batch",
-    "upload": "PUT /lfs",
-    "verify": "POST /verify",
-    "commit": "POST .*/commit/",
-}
 
 
 @pytest.mark.parametrize("how", [500, "cut"])
@@ -185,14 +139,6 @@ def test_a_connection_cut_once_is_taken_up_again(server, lora):
     server.fail("PUT /lfs", "cut")
     assert push(lora) == 0
     assert server.repositories["me/mcm"].files.keys() == FILES
-
-
-def test_a_wrong_token_and_a_name_of_somebody_else(server, lora, capsys):
-    assert push(lora, "--token", "hf_wrong") == 2
-    assert "The Hub refuses the token. Log in with `hf auth login`" in capsys.readouterr().err
-    assert server.repositories == {}
-    assert main(["push", str(lora), "others/mcm"]) == 2
-    assert "The token may not do this to others/mcm" in capsys.readouterr().err
 
 
 def test_the_token_is_told_to_nobody(server, lora, capsys, caplog, monkeypatch):
@@ -315,15 +261,6 @@ def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
 
 
-def edited_on_the_hub(server, name="me/mcm", branch="main", text="By hand, on the Hub."):
-    """Somebody writes something at the end of the card there."""
-    repository = server.repositories[name]
-    files = dict(repository.at(branch)[1])
-    files["README.md"] += f"\n{text}\n".encode()
-    repository.commit(branch, files, "Update README.md")
-    return files["README.md"]
-
-
 def test_a_card_that_was_edited_on_the_hub_stays(server, lora, caplog):
     assert push(lora) == 0
     repository = server.repositories["me/mcm"]
@@ -401,80 +338,6 @@ def test_a_card_from_another_editor_is_published_in_utf8(server, lora, encoding)
     (lora / "README.md").write_bytes(text.encode(encoding))
     assert push(lora) == 0
     assert server.repositories["me/mcm"].files["README.md"].decode("utf-8") == text
-
-
-# --- from a pipeline -------------------------------------------------------------------------------------------------
-def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
-    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
-    video = sample(pipe)
-    other = save_tiny_lora(tmp_path / "other", base=root / "owner" / "base", seed=1)
-    pipe.load_lora_weights(other, "style")
-    pipe.set_adapters(["mcm", "style"], [0.9, 0.5])
-    with pytest.raises(ValueError, match="Say which LoRA is meant with `adapter_name`; loaded are: mcm, style"):
-        pipe.push_to_hub("me/mcm")
-    address = pipe.push_to_hub("me/mcm", "From a pipeline", adapter_name="mcm", prompt="a blue ring")
-    repository = server.repositories["me/mcm"]
-    assert repository.messages == ["initial commit", "From a pipeline"] and repository.files.keys() == FILES
-    assert address.endswith(repository.branches["main"])
-    assert "text: a blue ring" in repository.files["README.md"].decode()
-    edited = edited_on_the_hub(server)
-    pipe.push_to_hub("me/mcm", adapter_name="mcm", prompt="a red ring")
-    assert repository.files["README.md"] == edited
-    pipe.push_to_hub("me/mcm", adapter_name="mcm", prompt="a red ring", overwrite_card=True)
-    assert b"text: a red ring" in repository.files["README.md"]
-    assert pipe.get_active_adapters() == ["mcm", "style"] and pipe._adapters.weights == {"mcm": 0.9, "style": 0.5}
-    options = dict(cache_dir=tmp_path / "cache", token=SECRET)
-    assert torch.equal(sample(MCMPipeline.from_pretrained("me/mcm", **options)), video)
-    pipe.unload_lora_weights()
-    with pytest.raises(ValueError, match="loaded are: none"):
-        pipe.push_to_hub("me/mcm")
-
-
-def test_a_pipeline_publishes_all_of_itself(server, root, tmp_path):
-    training = {"video_data": "../../home/alice/videos", "extra_repositories": {"adapter": "../alice/adapter"}}
-    lora = make_lora(tmp_path / "lora", training=training)
-    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
-    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", token=SECRET)
-    repository = server.repositories["me/whole"]
-    assert len(repository.messages) == 2
-    assert {"model_index.json", "README.md", f"mcm_adapters/mcm/{WEIGHTS_NAME}"} <= repository.files.keys()
-    check_card(repository.files["README.md"].decode())
-    assert json.loads(repository.files[f"mcm_adapters/mcm/{CONFIG_NAME}"])["training"]["video_data"] == "videos"
-    assert not [name for name, content in repository.files.items() if b"alice" in content]
-    edited = edited_on_the_hub(server, "me/whole")
-    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole")  # whose README.md is the old one
-    assert repository.files["README.md"] == edited
-    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", overwrite_card=True)
-    assert repository.files["README.md"] == (tmp_path / "whole" / "README.md").read_bytes() != edited
-    count = len(repository.messages)
-    again = MCMPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
-    assert torch.equal(sample(again), sample(pipe))
-    server.fail(STAGES["commit"], 500, times=99)
-    pipe.scheduler.register_to_config(timestep_scaling=5.0)
-    with pytest.raises(PublishError, match="Publishing me/whole failed. .* finishes the job"):
-        pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole")
-    assert len(repository.messages) == count and (tmp_path / "whole" / "model_index.json").is_file()
-
-
-def test_a_saved_lora_is_the_one_that_was_loaded(lora, root, tmp_path):
-    pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
-    pipe.save_mcm_lora(tmp_path / "saved")
-    saved, before = load_file(tmp_path / "saved" / WEIGHTS_NAME), load_file(lora / WEIGHTS_NAME)
-    assert saved.keys() == before.keys() and all(torch.equal(saved[key], before[key]) for key in before)
-    again = MCMPipeline.from_pretrained(tmp_path / "saved", base_model=root / "owner" / "base")
-    assert torch.equal(sample(again), sample(pipe)) and again.config.num_inference_steps == 2
-
-
-def test_the_command_makes_the_clip(server, root, tmp_path, capsys):
-    lora = save_tiny_lora(tmp_path / "lora", base=root / "owner" / "base")
-    base = str(root / "owner" / "base")
-    assert push(lora, "--base_model", "owner/base") == 2
-    assert "has no sample clip" in capsys.readouterr().err
-    assert push(lora, "--prompt", PROMPT, "--device", "cpu", "--dry_run", "--base_model", base) == 2
-    assert "recorded as the local folder" in capsys.readouterr().err
-    assert (lora / "sample.mp4").stat().st_size > 0 and json.loads((lora / CONFIG_NAME).read_text())["sample"]
-    assert push(lora, "--base_model", "owner/base") == 0
-    assert server.repositories["me/mcm"].files["sample.mp4"] == (lora / "sample.mp4").read_bytes()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -1,15 +1,23 @@
 """Where a LoRA is found: whatever its file is called, in a folder or on the Hub."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from diffusers_mcm import MCMPipeline
+from diffusers_mcm import MCMPipeline, hub
 from diffusers_mcm.location import Location
-from diffusers_mcm.lora import MOTION_HEAD_NAME, WEIGHTS_NAME, read_lora
+from diffusers_mcm.lora import (
+    MOTION_HEAD_NAME,
+    WEIGHTS_NAME,
+    load_lora_into,
+    read_lora,
+)
 from tests.hub_server import hub_server
-from tests.tiny import save_tiny_base, save_tiny_lora
+from tests.lora.test_layers import output
+from tests.tiny import save_tiny_base, save_tiny_lora, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +73,61 @@ def test_on_the_hub_and_then_offline(lora, tmp_path):
         assert read_lora("owner/style", subfolder="more", weight_name="a.SAFETENSORS", **options).tensors
     assert expected.endswith("watercolour.safetensors")
     assert read_lora("owner/style", local_files_only=True, **options).source == expected
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_peft_layout_is_read_to_the_same_effect(folder, tmp_path, alpha):
+    tensors = {key.replace("unet.", "base_model.model."): t for key, t in load_file(folder / WEIGHTS_NAME).items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha, "peft_type": "LORA"}))
+    lora, reference = read_lora(tmp_path), read_lora(folder)
+    assert lora.tensors.keys() == reference.tensors.keys() and lora.alpha == alpha
+    reference.alpha = alpha
+    ours, theirs = (tiny_unet() for _ in range(2))
+    load_lora_into(ours, lora)
+    load_lora_into(theirs, reference)
+    assert torch.equal(output(ours), output(theirs))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file at all", "cut"])
+def test_a_corrupt_file(folder, tmp_path, content):
+    if content == "cut":
+        content = (folder / WEIGHTS_NAME).read_bytes()[:-100]
+    (tmp_path / WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or not a safetensors file.*Fetch it again"):
+        read_lora(tmp_path)
+
+
+def test_a_pickle_is_refused(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a .safetensors file; pickled weights are not read"):
+        read_lora(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("keys", [["lora_unet_down_blocks_0.lora_down.weight"], ["conv_in.weight"], []])
+def test_another_layout(tmp_path, keys):
+    save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=f"is not a LoRA in diffusers'.*{len(keys)} of its {len(keys)} keys"):
+        read_lora(tmp_path)
+
+
+def test_dora_is_refused(folder, tmp_path):
+    save_file(load_file(folder / WEIGHTS_NAME), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(ValueError, match="DoRA; only plain LoRA is supported"):
+        read_lora(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No LoRA in .*pytorch_lora_weights.safetensors or adapter_model"):
+        read_lora(tmp_path)
+    with pytest.raises(FileNotFoundError, match="subfolder 'x'.*there is no mine.safetensors"):
+        read_lora(tmp_path, subfolder="x", weight_name="mine.safetensors")
+    with pytest.raises(FileNotFoundError, match="owner/name"):
+        read_lora("nothing-of-that-name")
+
+
+def test_the_packaged_layout_is_a_lora_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "PACKAGED_FOLDER", tmp_path)
+    save_tiny_lora(tmp_path / "mcm-shapes", base="mcm-shapes-teacher")
+    assert read_lora("mcm-shapes").settings.base_model_repository == "mcm-shapes-teacher"

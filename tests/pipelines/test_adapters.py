@@ -152,73 +152,6 @@ def test_unload_restores_the_base_bit_for_bit(pipe, plain, folder):
     pipe.unload_lora_weights()  # nothing left, nothing happens
 
 
-@pytest.mark.parametrize("lora_scale", [1.0, 0.4])
-def test_fusing_is_the_lora_to_rounding_and_unfusing_is_exact(pipe, plain, lora_scale):
-    modules = {name: type(module) for name, module in pipe.unet.named_modules()}
-    pipe.load_lora_weights(some_lora(pipe), "a")
-    pipe.set_adapters("a", 0.8)
-    adapted = sample(pipe)
-    pipe.fuse_lora(lora_scale=lora_scale)
-    # the point of fusing: what runs is the base model's own
-    assert {name: type(module) for name, module in pipe.unet.named_modules()} == modules
-    fused = sample(pipe)
-    pipe.unfuse_lora()
-    assert torch.equal(sample(pipe), adapted)
-    torch.testing.assert_close(fused, sample(pipe, lora_scale=lora_scale), **EXACT)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    assert torch.equal(sample(pipe), plain)
-
-
-def test_fusing_one_of_two(pipe):
-    pipe.load_lora_weights(some_lora(pipe, 1), "a")
-    pipe.load_lora_weights(some_lora(pipe, 2), "b")
-    pipe.set_adapters("b")
-    expected = sample(pipe)
-    pipe.set_adapters("a")
-    adapted = sample(pipe)
-    pipe.fuse_lora("b")
-    assert pipe.get_active_adapters() == ["b"]
-    torch.testing.assert_close(sample(pipe), expected, **EXACT)
-    pipe.unfuse_lora()
-    assert torch.equal(sample(pipe), adapted)
-
-
-def only(lora, modules):
-    """The LoRA's part on these modules."""
-    lora.tensors = {key: tensor for key, tensor in lora.tensors.items() if key.startswith(tuple(modules))}
-    return lora
-
-
-def test_what_is_not_fused_is_off_where_nothing_is_fused_too(pipe):
-    pipe.load_lora_weights(only(some_lora(pipe, 1), FEW_MODULES[:2]), "a")
-    alone = sample(pipe)
-    pipe.load_lora_weights(only(some_lora(pipe, 2), FEW_MODULES[1:]), "b")
-    both = sample(pipe)
-    pipe.fuse_lora("a")
-    assert pipe.get_active_adapters() == ["a"]
-    torch.testing.assert_close(sample(pipe), alone, **EXACT)
-    pipe.unfuse_lora()
-    assert pipe.get_active_adapters() == ["a", "b"] and torch.equal(sample(pipe), both)
-
-
-def test_fusing_that_is_broken_off_leaves_nothing_behind(pipe, plain, monkeypatch):
-    pipe.load_lora_weights(some_lora(pipe), "a")
-    adapted = sample(pipe)
-
-    def out_of_memory(**_):
-        raise torch.OutOfMemoryError("no memory left")
-
-    last = list(lora_layers(pipe.unet).values())[-1]
-    with monkeypatch.context() as patch:
-        patch.setattr(last, "merge", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            pipe.fuse_lora()
-    assert pipe.num_fused_loras == 0 and torch.equal(sample(pipe), adapted)
-    pipe.unload_lora_weights()
-    assert torch.equal(sample(pipe), plain)
-
-
 def test_an_mcm_lora_is_switched_on_and_sampled_in_few_steps(pipe):
     """Whatever was set before, and though the LoRA, like those of PEFT, names no scheduler."""
     pipe.load_lora_weights(some_lora(pipe), "a")
@@ -228,50 +161,6 @@ def test_an_mcm_lora_is_switched_on_and_sampled_in_few_steps(pipe):
     assert pipe.get_active_adapters() == ["mcm"]
     assert type(pipe.scheduler) is MCMScheduler
     assert (pipe.scheduler.config.timestep_scaling, pipe.scheduler.config.beta_end) == (4.0, 0.02)
-
-
-def test_unfusing_in_half_precision_is_exact_too(pipe):
-    pipe.to(dtype=torch.bfloat16)
-    weight = pipe.unet.transformer_in.proj_in.weight.clone()
-    pipe.load_lora_weights(some_lora(pipe))
-    pipe.fuse_lora()
-    assert not torch.equal(pipe.unet.transformer_in.proj_in.weight, weight)
-    pipe.unfuse_lora()
-    assert torch.equal(pipe.unet.transformer_in.proj_in.base_layer.weight, weight)
-
-
-def test_a_fused_pipeline_may_move_before_it_is_unfused(pipe):
-    pipe.load_lora_weights(some_lora(pipe))
-    pipe.fuse_lora()
-    pipe.to(dtype=torch.bfloat16)
-    pipe.unfuse_lora()
-    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
-    assert len(lora_layers(pipe.unet)) > 0 and sample(pipe) is not None
-
-
-def test_while_fused_nothing_is_silently_ignored(pipe):
-    pipe.load_lora_weights(some_lora(pipe), "a")
-    pipe.fuse_lora()
-    for change in (
-        lambda: sample(pipe, lora_scale=0.5),
-        lambda: pipe.set_adapters("a", 0.5),
-        lambda: pipe.load_lora_weights(some_lora(pipe), "b"),
-        lambda: pipe.delete_adapters("a"),
-        pipe.disable_lora,
-        pipe.fuse_lora,
-    ):
-        with pytest.raises(ValueError, match=r"while a LoRA \(a\) is fused into the weights; `unfuse_lora\(\)` first"):
-            change()
-
-
-def test_a_broken_lora_is_not_fused(pipe, plain):
-    lora = some_lora(pipe)
-    lora.tensors[f"{FEW_MODULES[-1]}.lora_B.weight"].fill_(float("nan"))
-    pipe.load_lora_weights(lora, "a")
-    with pytest.raises(ValueError, match="NaNs detected.*a seems to be broken"):
-        pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    assert torch.equal(sample(pipe), plain)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -286,15 +175,6 @@ def test_unknown_adapters(pipe):
         pipe.set_adapters(["a", "a"])
     with pytest.raises(ValueError, match="1 adapters were named, but 2 weights given"):
         pipe.set_adapters(["a"], [1.0, 2.0])
-
-
-def test_nothing_to_fuse(pipe):
-    with pytest.raises(ValueError, match="no active LoRA to fuse"):
-        pipe.fuse_lora()
-    pipe.load_lora_weights(some_lora(pipe), "a")
-    pipe.disable_lora()
-    with pytest.raises(ValueError, match="no active LoRA to fuse"):
-        pipe.fuse_lora("a")
 
 
 def test_a_lora_for_another_base_model(pipe, folder, plain):

@@ -1,11 +1,9 @@
 """The steps of a call are public, and called as in diffusers."""
 
 import pytest
-import torch
-from diffusers import TCDScheduler, TextToVideoSDPipeline
+from diffusers import TCDScheduler
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler, ModelScopeMCMPipeline
-from tests.pipelines.test_animatediff import STEPS, arguments
 from tests.tiny import (
     NUM_FRAMES,
     SCHEDULER,
@@ -33,30 +31,6 @@ def ready(pipe):
     pipe.register_to_config(num_frames=NUM_FRAMES, num_inference_steps=2)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_modelscopes_steps_are_those_of_diffusers(name):
-    theirs = arguments(getattr(TextToVideoSDPipeline, name))
-    ours = arguments(getattr(ModelScopeMCMPipeline, name))
-    assert ours[: len(theirs)] == theirs
-
-
-def test_the_steps_one_by_one_are_a_call(modelscope):
-    pipe, generator = modelscope, torch.Generator().manual_seed(0)
-    embeds, negative = pipe.encode_prompt(PROMPT)
-    assert negative is None and embeds.shape == (1, TEXT_LENGTH, TEXT_DIM)
-    noise = pipe.prepare_latents(1, 4, NUM_FRAMES, SIZE, SIZE, torch.float16, "cpu", generator)
-    assert noise.dtype == torch.float32
-    options = dict(prompt_embeds=embeds, num_inference_steps=1)
-    latents = pipe(**options, latents=noise, output_type="latent").frames
-    whole = {}
-    for kind in ("latent", "pt"):
-        generator = torch.Generator().manual_seed(0)
-        whole[kind] = pipe(PROMPT, generator=generator, num_inference_steps=1, output_type=kind).frames
-    assert torch.equal(latents, whole["latent"])
-    pixels = (pipe.decode_latents(latents, 3) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-    torch.testing.assert_close(pixels, whole["pt"])
 
 
 def test_encode_prompt_checks_what_it_is_given(animatediff, modelscope):

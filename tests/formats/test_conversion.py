@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import MCMPipeline, MCMScheduler
 from diffusers_mcm.base_models import get_base_model
-from diffusers_mcm.cli import main
 from diffusers_mcm.formats import convert
 from diffusers_mcm.lora import (
     CONFIG_NAME,
@@ -382,17 +381,3 @@ def test_damaged_loras_are_not_converted(adapters, tmp_path, change, message):
         with pytest.raises(ValueError, match=message):
             convert(folder, tmp_path / name, to)
         assert not (tmp_path / name).exists()
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-def test_the_command(adapters, tmp_path, capsys):
-    source, destination = str(adapters["animatediff"]), str(tmp_path / "out.safetensors")
-    assert main(["convert", source, destination, "--to", "kohya"]) == 0
-    with safe_open(destination, framework="pt") as file:
-        assert file.metadata()["ss_network_module"] == "networks.lora" and file.metadata()["ss_network_alpha"] == "6"
-        modules = len([key for key in file.keys() if key.endswith("alpha")])
-    assert f"{destination}  (kohya: {modules} modules, {3 * modules} tensors" in capsys.readouterr().out
-    assert main(["convert", source, destination, "--to", "kohya"]) == 2
-    assert "exists already; choose another name, or overwrite it (--overwrite)" in capsys.readouterr().err
-    assert main(["convert", source, destination, "--to", "diffusers", "--overwrite"]) == 0
-    assert read_lora(destination).modules == read_lora(source).modules

@@ -1,16 +1,13 @@
-"""`diffusers-mcm info`."""
+"""What is said of a LoRA in any layout."""
 
 import hashlib
-import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_mcm.cli import main
 from diffusers_mcm.formats import convert, describe
-from tests.formats.world import ADAPTER, MODELSCOPE, RELEASED, edit_json, save_released
-from tests.hub_server import hub_server
+from tests.formats.world import ADAPTER, MODELSCOPE, edit_json, save_released
 from tests.tiny import FEW_MODULES, save_tiny_lora
 
 
@@ -64,20 +61,6 @@ def test_a_lora_of_ours(hub_root, tmp_path):
     assert about["training"] == {"motion": "learnable", "steps": 700}
     (folder / "mcm_config.json").unlink()  # the file itself knows
     assert describe(folder) == about
-
-
-def test_the_command_on_the_hub(hub_root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with hub_server(hub_root):
-        assert main(["info", "yhzhai/mcm", "--subfolder", "modelscopet2v-anime", "--json"]) == 0
-        about = json.loads(capsys.readouterr().out)
-        assert (about["base_model"], about["base_model_repository"]) == ("modelscope", MODELSCOPE)
-        assert main(["info", "yhzhai/mcm", "--subfolder", "animatediff-laion"]) == 0
-        printed = capsys.readouterr().out
-        assert "base_model: animatediff\n" in printed and "  timestep_scaling: 4.0\n" in printed
-        assert f"sha256: {about['sha256']}" not in printed and "training: not known" in printed
-        assert main(["info", "yhzhai/mcm"]) == 2
-        assert f"There are LoRAs in its subfolders: {', '.join(sorted(RELEASED))}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
