@@ -126,7 +126,7 @@ class BaseModel(ABC):
         """The condition of the denoiser for each prompt; no gradients."""
 
     def embeds_condition(self, prompt_embeds: torch.Tensor) -> Conditioning:
-        """What `encode_text` gave, of its `prompt_embeds` alone: a caller, or a callback, may have others."""
+        """Make the condition of `prompt_embeds` alone, where a caller or a callback brings its own."""
         return {"prompt_embeds": prompt_embeds}
 
     def text_features(self, denoiser: nn.Module) -> int | None:

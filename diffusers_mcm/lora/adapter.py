@@ -51,7 +51,7 @@ class LoRA:
         return name
 
     def cast(self, dtype: torch.dtype | None) -> LoRA:
-        """The same with tensors of this type on the CPU; `None` leaves theirs."""
+        """Return it with tensors of this type on the CPU; `None` leaves theirs."""
         return replace(self, tensors={key: tensor.detach().to("cpu", dtype) for key, tensor in self.tensors.items()})
 
     @property

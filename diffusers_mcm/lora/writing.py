@@ -19,7 +19,7 @@ from .layers import extract_lora
 
 
 def write_lora_weights(path: str | Path, lora: LoRA, prefix: str = "unet") -> None:
-    """A safetensors file with `unet.*` keys and the metadata that diffusers' `load_lora_weights` reads, and ours."""
+    """Write a safetensors file: `unet.*` keys, the metadata that diffusers' `load_lora_weights` reads, and ours."""
     tensors = {f"{prefix}.{key}": tensor.detach().cpu().contiguous() for key, tensor in sorted(lora.tensors.items())}
     write_safetensors(path, tensors, lora_header(lora, prefix))
 
@@ -42,7 +42,7 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all, readable by whom the umask allows, and the same bytes each time.
+    """Write a file whole or not at all, for whom the umask allows, and the same bytes each time.
 
     `save_file` writes for its own user only, and the metadata in an order that it draws.
     """
@@ -96,14 +96,14 @@ def save_lora(
 
 
 def write_lora_folder(folder: Path, lora: LoRA, prefix: str) -> None:
-    """The weights and the settings beside them, all of it or nothing; other files in the folder stay."""
+    """Write weights and the settings beside them, all or nothing; other files in the folder stay."""
     with atomic_files(folder, WEIGHTS_NAME) as temporary:
         write_lora_weights(temporary / WEIGHTS_NAME, lora, prefix)
         write_settings(temporary, lora)
 
 
 def write_settings(folder: Path, lora: LoRA) -> None:
-    """The files beside the weights: mcm_config.json and scheduler/scheduler_config.json, where there is either."""
+    """Write the files beside the weights, where there is any: mcm_config.json and scheduler/scheduler_config.json."""
     if lora.settings:
         lora.settings.write(folder)
     if lora.scheduler_config is not None:

@@ -58,7 +58,7 @@ class AnimateDiffExtras(Sampling):
         *,
         num_frames: int | None = None,
     ) -> None:
-        """As [`MCMPipeline.check_inputs`]; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
+        """Check as [`MCMPipeline`] does; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
         self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
         embeds: dict[str, Any] = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         others = dict(num_frames=num_frames, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs)
@@ -74,7 +74,7 @@ class AnimateDiffExtras(Sampling):
         super()._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames)
 
     def _one_of_the_texts(self, name: str, value: Any) -> Any:
-        """A prompt as it is, but of one that has a text for each of some frames the first."""
+        """Return a prompt, but of one that has texts for some frames the first text."""
         if not isinstance(value, Mapping):
             return value
         if not self.free_noise_enabled:
@@ -113,7 +113,7 @@ class AnimateDiffExtras(Sampling):
     def prepare_latents(
         self, batch_size, num_channels_latents, num_frames, height, width, dtype, device, generator, latents=None
     ) -> torch.Tensor:
-        """As [`MCMPipeline.prepare_latents`]; with FreeNoise the noise of a long clip repeats itself."""
+        """Draw noise as [`MCMPipeline`] does; with FreeNoise the noise of a long clip repeats itself."""
         size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)
         if self.free_noise_enabled:
             each: list[tuple[int, Any]] = [(batch_size, generator)]
@@ -126,7 +126,7 @@ class AnimateDiffExtras(Sampling):
         return super().prepare_latents(batch_size, num_channels_latents, *size, dtype, device, generator, latents)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """With FreeNoise they may be the noise of one window, which is then repeated."""
+        """Check latents; with FreeNoise they may be the noise of one window, which is repeated."""
         repeated = self.free_noise_enabled and self._free_noise_noise_type == "repeat_context"
         if repeated and getattr(latents, "ndim", 0) == 5 and latents.shape[2] == self._free_noise_context_length:
             shape = (*shape[:2], self._free_noise_context_length, *shape[3:])
@@ -144,7 +144,7 @@ class AnimateDiffExtras(Sampling):
         return text
 
     def _encode_frames(self, prompts: Mapping[int, str], request: Request) -> torch.Tensor:
-        """`(1, T, length, features)` of texts for some frames; between two frames theirs are mixed."""
+        """Encode texts for some frames to `(1, T, length, features)`; between two frames theirs are mixed."""
         last = request.num_frames - 1
         if max(prompts) > last:
             raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {last + 1}, counted from 0.")
@@ -160,7 +160,7 @@ class AnimateDiffExtras(Sampling):
         return mixed[None]
 
     def _add_conditions(self, request: Request, text: Conditioning, negative: Conditioning | None, device) -> None:
-        """The pictures of the IP-Adapters."""
+        """Add the pictures of the IP-Adapters."""
         if not self._has_ip_adapter:
             return
         given, guided = request.ip_adapter_image_embeds, negative is not None
@@ -175,7 +175,7 @@ class AnimateDiffExtras(Sampling):
             text[f"{IMAGE_EMBEDS}{i}"] = embeds
 
     def _sample(self, latents, timesteps, text, negative, request):
-        """As often as FreeInit is set to; diffusers' properties tell a callback what the call was given."""
+        """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given."""
         self._clip_skip = request.clip_skip
         self._cross_attention_kwargs = request.network_options.get("cross_attention_kwargs")
         steps = len(timesteps)
@@ -192,7 +192,7 @@ class AnimateDiffExtras(Sampling):
 
     @contextmanager
     def _window_within(self, num_frames: int) -> Iterator[None]:
-        """FreeNoise with a window no longer than the clip: a short one is then sampled as without FreeNoise."""
+        """Keep FreeNoise's window within the clip: a short one is then sampled as without FreeNoise."""
         modules = self.unet.modules() if self.free_noise_enabled else ()
         blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
         lengths = [block.context_length for block in blocks]

@@ -110,7 +110,7 @@ def _take_negative(given: Any, negative: dict | None) -> None:
 
 
 def _like(name: str, given: Any, before: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
-    """A tensor that a callback returned, of the type and on the device of the one it replaces.
+    """Give a tensor that a callback returned the type and device of the one it replaces.
 
     `shape` is what it must have; after `None` any length, and then what the one before has.
     """

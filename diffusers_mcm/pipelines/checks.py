@@ -118,7 +118,7 @@ def timesteps_list(timesteps: Any) -> list[float]:
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 def check_tensor(name: str, value: Any, shape: str) -> None:
-    """A tensor of finite floating-point numbers; `shape` is what the error says it should be."""
+    """Check a tensor for finite floating-point numbers; `shape` is what the error says it should be."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {shown(value)}.")
     if not all_finite(value):
@@ -126,7 +126,7 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
 
 
 def check_embeds(name: str, embeds: Any, features: int | None) -> None:
-    """Encoded prompts `(B, length, features)`; of any number of features where that is unknown."""
+    """Check encoded prompts `(B, length, features)`, whose features may be any number if that is unknown."""
     shape = f"(batch, length, {features or 'features'})"
     check_tensor(name, embeds, shape)
     if embeds.ndim != 3 or 0 in embeds.shape or (features is not None and embeds.shape[-1] != features):
@@ -143,14 +143,14 @@ def texts_of_frames(name: str, embeds: Any, num_frames: int) -> Any:
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Noise to start from, of this shape."""
+    """Check noise to start from against this shape."""
     check_tensor("latents", latents, str(shape))
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
 
 
 def check_one_each(name: str, values: Any, adapters: int) -> None:
-    """One entry for each IP-Adapter; one that is no list stands for a list of it."""
+    """Check that each IP-Adapter has one entry; one that is no list stands for a list of it."""
     count = len(values) if isinstance(values, list) else 1
     if count != adapters:
         raise ValueError(f"`{name}` must be a list of one for each of the {adapters} IP-Adapters, got {count}.")
@@ -199,7 +199,7 @@ def generators(generator: Any, videos: int, device: torch.device) -> torch.Gener
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
-    """Which of the texts may be given together."""
+    """Check that the texts may be given together."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("Give either `prompt` or `prompt_embeds`, and not both.")
     if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -218,7 +218,7 @@ def check_output_type(output_type: Any) -> None:
 
 
 def check_names(name: str, given: Any, valid: Sequence[str]) -> list[str]:
-    """The tensors that a callback asks for."""
+    """Check the names of the tensors that a callback asks for."""
     if not isinstance(given, (list, tuple)):
         raise ValueError(f"`{name}` must be a list of names, got {shown(given)}.")
     unknown = [each for each in given if each not in valid]
@@ -248,7 +248,7 @@ class NotFiniteError(ValueError):
 
 
 def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
-    """Latents that the denoiser has made are finite; the error says what usually makes them otherwise."""
+    """Check that the denoiser's latents are finite; the error says what usually makes them otherwise."""
     if all_finite(latents):
         return
     count = count_of_not_finite(latents)
@@ -262,7 +262,7 @@ def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
 
 
 def check_decoded(frames: torch.Tensor, vae: nn.Module) -> None:
-    """Frames that the VAE has decoded from finite latents are finite."""
+    """Check that what the VAE decoded from finite latents is finite."""
     if all_finite(frames):
         return
     count = count_of_not_finite(frames)

@@ -67,7 +67,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             cls._of_base_models[cls.base_model.name] = cls
 
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
-        """What `__init__` of a subclass does, once the components have their names."""
+        """Finish `__init__` of a subclass, once the components have their names."""
         self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
         require_unfused([module for module in components.values() if isinstance(module, nn.Module)])
         self.register_modules(**components)
@@ -346,7 +346,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         return self._make_videos(request, return_dict)
 
     def _make_videos(self, request: Request, return_dict: bool) -> MCMPipelineOutput | tuple:
-        """From the checked arguments of a call to its frames."""
+        """Make the frames that the checked arguments of a call ask for."""
         size = (request.num_frames, request.height, request.width)
         videos = request.count_prompts() * request.num_videos_per_prompt
         request.warn_of_an_idle_negative()

@@ -194,7 +194,7 @@ class Sampling(PipelineMixin):
         negative: Conditioning | None,
         request: Request,
     ) -> torch.Tensor:
-        """From noise to a clean sample."""
+        """Sample from noise to clean latents."""
         given = {"generator": request.generator} | ({} if request.eta is None else {"eta": request.eta})
         taken = inspect.signature(self.scheduler.step).parameters  # a deterministic one takes no generator
         options = {name: value for name, value in given.items() if name in taken}

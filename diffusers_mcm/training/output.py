@@ -50,7 +50,7 @@ def write_lora_folder(
     sample: tuple[str, np.ndarray] | None = None,
     relative_to: Path | None = None,
 ) -> LoRA:
-    """All that `MCMPipeline.from_pretrained(folder)` and a reader need. `progress` is recorded with the training.
+    """Write all that `MCMPipeline.from_pretrained(folder)` needs. `progress` is recorded with the training.
 
     `name` is the model's in its card, `sample` a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded
     relative to `relative_to`, where the files will be moved; default: they stay in `folder`. Returns the LoRA as it

@@ -41,7 +41,7 @@ class PictureLog:
         self.refused: set[str] = set()
 
     def write(self, name: str, picture: np.ndarray, step: int) -> None:
-        """`picture` is (H, W, 3) uint8."""
+        """Send a `picture`, (H, W, 3) uint8."""
         for tracker in self.trackers:
             if not hasattr(tracker, "log_images"):
                 if tracker.name not in self.refused:

@@ -97,7 +97,7 @@ class TrainedModule:
         )
 
     def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
-        """Scale the gradients down to `max_norm`; the norm they had."""
+        """Scale the gradients down to `max_norm`; returns the norm they had."""
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
