@@ -131,7 +131,7 @@ def render_card(
     kind = settings.base_model or ""
     stock = _STOCK.get((kind, layout), "Not known for this base model.")
     values |= _adapter_and_scheduler(values["load"], subfolder, converted="convert" in stock, layout=layout)
-    looks = (
+    appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -139,7 +139,7 @@ def render_card(
         front_matter=_front_matter(settings, prompt, more),
         title=title,
         base="\nwith ".join(map(_link, _repositories(settings))),
-        looks=looks,
+        appearance=appearance,
         about=f"\n{about}\n" if about else "",
         sample=_sample_section(settings.sample),
         stock=Template(stock).substitute(values),

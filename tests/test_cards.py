@@ -98,9 +98,9 @@ def test_a_card_says_what_the_configuration_says():
     data = metadata(text)
     assert data["base_model"] == ["owner/sd15", "owner/adapter"] and data["license"] == "mit"
     assert "| optimiser steps | 70 |" in text and "| videos | videos |" in text and "alice" not in text
-    assert "num_inference_steps=2" in text and "looks from those videos too" in text
+    assert "num_inference_steps=2" in text and "appearance from those videos too" in text
     assert 'load_lora_weights("me/mcm")' in text and 'from_pretrained("me/mcm", subfolder="scheduler")' in text
-    assert "looks from images" in render(training={"image_data": "owner/images"})
+    assert "appearance from images" in render(training={"image_data": "owner/images"})
     assert "No configuration of the training was saved" in render(training={})
 
 

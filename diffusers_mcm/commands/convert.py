@@ -10,7 +10,7 @@ LAYOUTS = {
     "peft": "a folder with adapter_model.safetensors and adapter_config.json",
     "diffusers": "a folder with, or a file like, pytorch_lora_weights.safetensors",
     "kohya": "a file with the spatial layers of an AnimateDiff LoRA, for ComfyUI and other readers of kohya files",
-    "motion-module": "a file with a motion adapter and, merged into it, the motion layers of an AnimateDiff LoRA",
+    "motion-module": "a file with a motion adapter and, fused into it, the motion layers of an AnimateDiff LoRA",
 }
 
 

@@ -1,4 +1,4 @@
-"""A LoRA file by component: its part for the denoiser, and the one for the text encoder, in whatever naming.
+"""A LoRA file is read and written by component: denoiser and text encoder, in whatever naming.
 
 Every key is accounted for: it is the place of one tensor in one of the components, or the file is refused. One file
 may mix namings, ranks, scales and types.
@@ -95,7 +95,7 @@ def split_components(
         seen[component][place] = key
     if strange or not found:
         raise ValueError(_why_not(strange, len(tensors), components, source))
-    loras = {component: LoRA(part, source=source) for component, part in found.items()}
+    loras = {component: LoRA(own, source=source) for component, own in found.items()}
     for component, lora in loras.items():
         owner = TEXT_ENCODER if component == TEXT_ENCODER else DENOISER
         set_scale(lora, recorded_config(header, component=owner), alphas[component])
@@ -127,7 +127,7 @@ def _known_names(network: nn.Module) -> dict[str, str]:
 
 
 def _of_as_many_dimensions(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
-    """A matrix as a convolution of one pixel, or the other way round; some trainers write all as one of them."""
+    """Make a matrix a convolution of one pixel, or the reverse; some trainers write all as one of them."""
     if tensor.ndim == 2 and dimensions > 2:
         return tensor.reshape(*tensor.shape, *[1] * (dimensions - 2))
     if dimensions == 2 < tensor.ndim and tensor.shape[2:].numel() == 1:

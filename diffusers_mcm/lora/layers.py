@@ -49,7 +49,7 @@ def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
 
 
 def check_not_wrapped(network: nn.Module, source: str) -> None:
-    """`ValueError` where `torch.compile` has put something around a part of the network, which changes all names."""
+    """`ValueError` where `torch.compile` wraps a module of the network, which changes all names."""
     wrapped = next((name for name, _ in network.named_modules() if "_orig_mod" in name), None)
     if wrapped is not None:
         place = wrapped.partition("._orig_mod")[0]
@@ -209,7 +209,7 @@ def set_lora_state_dict(
 # --- switched, and fused ---------------------------------------------------------------------------------------------
 @contextmanager
 def lora_disabled(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The base model, bit for bit, while the context is open."""
+    """Switch LoRAs off while the context is open: the model is the base, bit for bit."""
     layers = list(lora_layers(denoiser).values())
     if any(layer.merged for layer in layers):
         raise ValueError("The LoRA is fused into the base weights; `unfuse_lora()` before switching it off.")

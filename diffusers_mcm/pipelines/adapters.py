@@ -2,7 +2,7 @@
 
 They are diffusers' verbs by name and arguments, and take the place of its own: for a UNet that diffusers puts no LoRA
 on, for LoRAs on motion modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where a
-style LoRA has a part for it, on the text encoder.
+style LoRA has some layers for it, on the text encoder.
 
 The networks keep their stock classes; peft's layers stand in for the modules they adapt. Their base weights are never
 written to, except by `fuse_lora`, which sets the originals aside: `unfuse_lora` and `unload_lora_weights` restore the
@@ -61,7 +61,7 @@ class LoRAVerbs(FusingVerbs):
 
     @property
     def _networks(self) -> nn.ModuleDict:
-        """What a LoRA may lie on, the denoiser first; a name in it is `component.module`."""
+        """The networks a LoRA may lie on, the denoiser first; their modules are named `component.module`."""
         networks = {self.base_model.denoiser_name: self.denoiser, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
         return nn.ModuleDict({name: unwrapped(network) for name, network in networks.items() if network is not None})
 
@@ -75,9 +75,9 @@ class LoRAVerbs(FusingVerbs):
         names = {name: list(getattr(network, "peft_config", {})) for name, network in self._networks.items()}
         return {name: adapters for name, adapters in names.items() if adapters}
 
-    def _parts(self, name: str) -> dict[str, nn.Module]:
+    def _networks_of(self, name: str) -> dict[str, nn.Module]:
         """The networks that an adapter lies on."""
-        return {part: self._networks[part] for part, names in self.get_list_adapters().items() if name in names}
+        return {key: self._networks[key] for key, names in self.get_list_adapters().items() if name in names}
 
     @property
     def fused_loras(self) -> set[str]:
@@ -136,7 +136,7 @@ class LoRAVerbs(FusingVerbs):
         """Load a LoRA beside those that are active already, at weight one.
 
         Any LoRA for this base model or the image model it was made from, in the namings of diffusers, PEFT and kohya,
-        with or without a part for the text encoder. It fits wholly, or is refused.
+        with or without layers for the text encoder. It fits wholly, or is refused.
 
         Args:
             pretrained_model_name_or_path_or_dict:
@@ -145,14 +145,14 @@ class LoRAVerbs(FusingVerbs):
             options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
         """
         self._require_unfused("load a LoRA")
-        parts = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
-        for lora in parts.values():
+        loras = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
+        for lora in loras.values():
             made_for = lora.settings.base_model or self._recognised(lora)
             if made_for != self.base_model.name:
                 raise ValueError(
                     f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}."
                 )
-        self._put_in(parts, adapter_name or _free_name("default", self._loaded))
+        self._put_in(loras, adapter_name or _free_name("default", self._loaded))
 
     def _recognised(self, lora: LoRA) -> str:
         """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
@@ -163,17 +163,17 @@ class LoRAVerbs(FusingVerbs):
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):
             raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
 
-    def _put_in(self, parts: Mapping[str, LoRA], adapter_name: str) -> None:
+    def _put_in(self, loras: Mapping[str, LoRA], adapter_name: str) -> None:
         self._require_at_hand("load")
         if adapter_name in self._loaded:  # on whichever component
             raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
         enabled = self._lora_enabled
         active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
         networks = self._networks
-        for component, lora in parts.items():  # all of them before the first is touched
+        for component, lora in loras.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
-        for component, lora in parts.items():
+        for component, lora in loras.items():
             load_lora_into(networks[component], lora, adapter_name)
             if lora.settings:
                 settings = lora.settings.absolute(lora.folder).without_training_paths()
@@ -254,7 +254,7 @@ class LoRAVerbs(FusingVerbs):
 
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
-        """All active adapters at `scale` times their weights; an error if they, or that, could have no effect."""
+        """Scale the weights of all active adapters; an error if they, or `scale`, could have no effect."""
         if not self._adapters.fused and fused_projections(unwrapped(self.denoiser)) and self.get_active_adapters():
             self._require_called("sample with a LoRA", self._layers)
         if scale == 1.0:
@@ -271,7 +271,7 @@ class LoRAVerbs(FusingVerbs):
                 self._call_scale, self._unscaled = None, {}
 
     def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
-        """A layer that has just got weights of its own, at the strength of the call that is under way."""
+        """Give a layer whose weights have just changed the strength of the call that is under way."""
         for name in names:
             if name in layer.scaling:
                 self._unscaled.setdefault(layer, {})[name] = layer.scaling[name]
@@ -279,7 +279,7 @@ class LoRAVerbs(FusingVerbs):
 
     @contextmanager
     def _weighted(self, names: Sequence[str], scale: float) -> Iterator[dict[nn.Module, dict[str, float]]]:
-        """Adapters at `scale` times their weights, active or not; yields what the layers go back to."""
+        """Scale the weights of adapters, active or not; yields what the layers go back to."""
         scale = number("lora_scale", scale)
         if self._call_scale is not None:
             raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
@@ -294,7 +294,7 @@ class LoRAVerbs(FusingVerbs):
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def _save_adapters(self, folder: Path) -> None:
-        """Every adapter as a LoRA folder of its own, and how they are set."""
+        """Save every adapter as a LoRA folder of its own, and how they are set."""
         (folder / ADAPTERS_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / ADAPTERS_FOLDER, ignore_errors=True)
         if not self._loaded:
@@ -319,7 +319,7 @@ class LoRAVerbs(FusingVerbs):
         (folder / ADAPTERS_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _settings(self, name: str) -> Settings:
-        """Those that an adapter came with, and what is known anyway."""
+        """The settings that an adapter came with, and what the pipeline knows of it."""
         settings = self._adapters.settings.get(name, Settings())
         return dataclasses.replace(settings, base_model=self.base_model.name)
 
@@ -330,11 +330,11 @@ class LoRAVerbs(FusingVerbs):
             return
         for name in state["adapters"]:
             place = location.inside(f"{ADAPTERS_FOLDER}/{name}")
-            parts = read_components(place, self._networks)
-            first = next(iter(parts.values()))
-            if not first.settings:  # as of a LoRA with a part for the text encoder
+            loras = read_components(place, self._networks)
+            first = next(iter(loras.values()))
+            if not first.settings:  # as of a LoRA with layers for the text encoder
                 first.settings, first.folder = Settings.read(place) or Settings(), None
-            self._put_in(parts, name)
+            self._put_in(loras, name)
         for name, weight in state["adapters"].items():
             self.set_adapters(name, weight)
         self.set_adapters(state["active"], [state["adapters"][name] for name in state["active"]])
@@ -345,7 +345,7 @@ class LoRAVerbs(FusingVerbs):
 
 
 def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
-    """A checked weight of an adapter."""
+    """Check the weight of an adapter, and return it as it is kept."""
     if not isinstance(weight, Mapping):
         return number("adapter_weights", weight)
     for component, value in weight.items():

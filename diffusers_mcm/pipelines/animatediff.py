@@ -132,13 +132,13 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
 
     @classmethod
     def _of_checkpoint(cls, path, recorded, where, dtype, motion_adapter=None, config=None, **given):
-        """A pipeline of a single-file checkpoint, with the components that are `given`."""
-        parts = load_checkpoint(path, os.fspath(config or cls.base_model.default_repository), dtype, **where)
-        schedule = cls.base_model.own_schedule({}, parts["scheduler"].config)
-        parts["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
+        """Make a pipeline of a single-file checkpoint, with the components that are `given`."""
+        components = load_checkpoint(path, os.fspath(config or cls.base_model.default_repository), dtype, **where)
+        schedule = cls.base_model.own_schedule({}, components["scheduler"].config)
+        components["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
         adapter = motion_adapter or recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
         given = {key: value for key, value in given.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
-        pipeline = cls(**parts | given, motion_adapter=load_motion_adapter(adapter, dtype, **where))
+        pipeline = cls(**components | given, motion_adapter=load_motion_adapter(adapter, dtype, **where))
         pipeline.register_to_config(_name_or_path=path)
         return pipeline
 
@@ -149,7 +149,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """As diffusers' own; a Stable Diffusion pipeline needs a `motion_adapter` besides.
+        """Make a pipeline of another, as diffusers does; Stable Diffusion's needs a `motion_adapter` besides.
 
         Its scheduler stays behind unless one is given: the image model's betas are not those of the motion modules. An
         AnimateDiff pipeline keeps its own, with a warning where it has such betas.
@@ -170,7 +170,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         return made
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """diffusers' own; a LoRA has to be fused into the projections before, for beside them it would do nothing."""
+        """Fuse projections as diffusers does; a LoRA has to be fused before, for beside them it would do nothing."""
         if unet and not self.fused_loras:
             layers = [
                 name for name, layer in self._layers.items() if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")
@@ -183,13 +183,13 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         super().fuse_qkv_projections(unet, vae)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As [`MCMPipeline.save_pretrained`]; an IP-Adapter, which diffusers cannot load again, has to go before."""
+        """Save as [`MCMPipeline`] does; an IP-Adapter, which diffusers cannot load again, has to go before."""
         if self._has_ip_adapter:
             raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def enable_free_noise(self, context_length: int | None = 16, *args, **kwargs) -> None:
-        """diffusers' own, with the LoRAs that are loaded; a clip of fewer frames than the context has one window."""
+        """Switch FreeNoise on, with LoRAs loaded too; a clip of fewer frames than the context has one window."""
         context_length = context_length or self.unet.config.motion_max_seq_length
         self.motion_adapter = self.unet  # which knows the longest clip as well
         try:
@@ -199,7 +199,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             self.motion_adapter = None
 
     def disable_free_noise(self) -> None:
-        """diffusers' own, with the LoRAs that are loaded."""
+        """Switch FreeNoise off, with LoRAs loaded too."""
         with self._clean_networks():
             super().disable_free_noise()
 

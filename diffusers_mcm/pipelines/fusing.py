@@ -29,7 +29,7 @@ class FusingVerbs(PipelineMixin):
         @property
         def _lora_enabled(self) -> bool: ...
         def get_active_adapters(self) -> list[str]: ...
-        def _parts(self, name: str) -> dict[str, nn.Module]: ...
+        def _networks_of(self, name: str) -> dict[str, nn.Module]: ...
         def _known(self, names: str | Sequence[str]) -> list[str]: ...
         def _require_unfused(self, what: str) -> None: ...
         def _require_at_hand(self, what: str) -> None: ...
@@ -120,18 +120,18 @@ class FusingVerbs(PipelineMixin):
         self._adapters.set_aside = {}
 
     def _extract(self, name: str) -> dict[str, LoRA]:
-        """An adapter as it would be read from disk, by component; fused or not."""
+        """Return an adapter by component as it would be read from disk, fused or not."""
         fused = bool(self._adapters.set_aside)
         self._put_back()
         try:
-            return {component: extract_lora(network, name) for component, network in self._parts(name).items()}
+            return {component: extract_lora(network, name) for component, network in self._networks_of(name).items()}
         finally:
             if fused:
                 self._set_aside()
 
     @contextmanager
     def _clean_networks(self) -> Iterator[None]:
-        """The networks as the base model has them, without peft's layers and without what is fused.
+        """Make the networks the base model's own meanwhile, without peft's layers and what is fused.
 
         A module that is exchanged meanwhile carries the LoRA afterwards.
         """

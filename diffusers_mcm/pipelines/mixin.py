@@ -1,4 +1,4 @@
-"""What the mixins of `MCMPipeline` find in it."""
+"""The mixins of `MCMPipeline` find here what they may count on in each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..base_models import BaseModel
 
 
 class PipelineMixin:
-    """A part of `MCMPipeline`: it declares what the other parts give it, in part diffusers' `DiffusionPipeline`."""
+    """The base of `MCMPipeline`'s mixins declares what the others, and `DiffusionPipeline`, give each of them."""
 
     if TYPE_CHECKING:  # so that nothing stands in front of what it declares
         base_model: BaseModel

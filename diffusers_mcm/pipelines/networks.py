@@ -14,7 +14,7 @@ from ..settings import Settings
 
 @dataclass
 class AdapterState:
-    """What peft's layers do not remember; kept on the denoiser, so that pipelines which share it agree."""
+    """The state that peft's layers do not keep; it is on the denoiser, so that pipelines which share it agree."""
 
     # As given, before the factor alpha / rank; one for each component if the components' differ.
     weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class AdapterState:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """What `torch.compile` was given, where it has put something around that."""
+    """Return the module that `torch.compile` was given, if it has wrapped it."""
     return getattr(network, "_orig_mod", network)
 
 
@@ -36,8 +36,8 @@ def fused_projections(network: nn.Module) -> set[str]:
     fused = set()
     for name, module in network.named_modules():
         if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
-            parts = ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v")
-            fused |= {f"{name}.{part}" for part in parts}
+            projections = ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v")
+            fused |= {f"{name}.{projection}" for projection in projections}
     return fused
 
 

@@ -78,10 +78,10 @@ class HubVerbs(LoRAVerbs):
         )
 
     def _to_save(self, name: str, folder: Path) -> LoRA:
-        """An MCM LoRA with settings for a folder."""
+        """Return an MCM LoRA, with settings for a folder."""
         denoiser = self.base_model.denoiser_name
-        if list(parts := self._parts(name)) != [denoiser]:
-            raise ValueError(f"{name!r} lies on {', '.join(parts)}; an MCM LoRA lies on the denoiser alone.")
+        if list(components := self._networks_of(name)) != [denoiser]:
+            raise ValueError(f"{name!r} lies on {', '.join(components)}; an MCM LoRA lies on the denoiser alone.")
         lora, settings = self._extract(name)[denoiser], self._settings(name)
         sampling = settings.sampling
         if sampling == SamplingDefaults():

@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass
 class _Use:
-    """Of one object, by one thread."""
+    """The use of one object by one thread."""
 
     thread: int
     depth: int = 0  # how many verbs and calls of that thread are under way, each inside the one before
@@ -77,8 +77,8 @@ def is_sampling(pipeline: Any) -> bool:
 
 def _objects(pipeline: Any) -> dict[str, Any]:
     """A pipeline and its components by their names; of compiled ones what was compiled."""
-    named = {"": pipeline} | {name: part for name, part in pipeline.components.items() if part is not None}
-    return {name: getattr(part, "_orig_mod", part) for name, part in named.items()}
+    named = {"": pipeline} | {name: each for name, each in pipeline.components.items() if each is not None}
+    return {name: getattr(each, "_orig_mod", each) for name, each in named.items()}
 
 
 def _through(name: str) -> str:

@@ -13,7 +13,7 @@ MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, whic
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
     """The text that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
 
-    It depends on the captions of the data sets alone, so all processes and all parts of a run come to the same.
+    It depends on the captions of the data sets alone, so all processes come to the same, and so does a resumed run.
     """
     if images is None:
         return ImageText(asked, "no images are looked at")

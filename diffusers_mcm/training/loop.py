@@ -76,7 +76,7 @@ class Trainer:
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
     def train(self) -> Path:
-        """Run to `max_train_steps` and write the LoRA folder; its path."""
+        """Run to `max_train_steps`, write the LoRA folder and return its path."""
         batches = self.open_batches()
         log = self.open_log()
         bar = tqdm(
@@ -154,7 +154,7 @@ class Trainer:
     # --- its inputs --------------------------------------------------------------------------------------------------
     @property
     def samples_per_coin(self) -> int:
-        """With --coin batch, what all processes work on at the same time."""
+        """How many samples share a coin; with --coin batch, all that processes work on together."""
         together = self.config.train_batch_size * self.accelerator.num_processes
         return together if self.config.coin == "batch" else 1
 
@@ -286,7 +286,7 @@ class Trainer:
         return self.output_dir / "validation" / f"step-{step:06d}"
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of this run."""
+        """The settings that must not change when this run is resumed."""
         text = self.data.image_text.choice
         return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, text)
 
@@ -393,5 +393,5 @@ class Trainer:
 
 
 def train(config: TrainingConfig) -> Path:
-    """Distil as the configuration says; the folder with the LoRA."""
+    """Distil as the configuration says; returns the folder with the LoRA."""
     return Trainer(config).train()

@@ -13,7 +13,7 @@ from .networks import TrainingNetworks
 def identity(
     config: TrainingConfig, networks: TrainingNetworks, total_batch: int, samples_per_coin: int, image_text: str
 ) -> dict[str, Any]:
-    """What must not change between the parts of one run; `image_text` is what --image_text came to."""
+    """The settings that must not change when a run is resumed; `image_text` is what --image_text came to."""
     values = config.to_dict()
     decided = {"base_model": networks.base_model.name, "image_text": image_text}
     if config.coin == "batch":  # which then depends on how the total batch is split

@@ -66,7 +66,7 @@ def test_the_packaged_model_follows_held_out_prompts(samples, part, least):
     assert right >= least
 
 
-def test_the_packaged_model_took_the_looks_of_the_images(samples):
+def test_the_packaged_model_took_the_appearance_of_the_images(samples):
     """No watermark, and edges sharper than the poor videos have (0.21 as rendered, 0.19 as the teacher draws them)."""
     readings = samples[1]
     assert np.mean([reading.watermark_seen for reading in readings]) <= 0.05

@@ -66,7 +66,7 @@ class HeadBlock(nn.Module):
         super().__init__()
         self.conv = SpectralConv1d(channels, channels, kernel_size, generator)
         # Groups of several channels within one sample: no statistics shared between samples, and, unlike one channel
-        # per group, a channel's mean over the image (its overall look) survives.
+        # per group, a channel's mean over the image (its overall appearance) survives.
         groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0 and channels >= g * MIN_GROUP_CHANNELS)
         self.norm = nn.GroupNorm(groups, channels)
 
