@@ -186,7 +186,7 @@ class Settings(_Record):
     # --- showing -----------------------------------------------------------------------------------------------------
     @property
     def is_local(self) -> bool:
-        """Whether some part of the base model is a path, or not known."""
+        """Whether some component of the base model is a path, or not known."""
         return any(map(hub.is_local, (self.base_model_repository or ".", *self.extra_repositories.values())))
 
     def without_training_paths(self) -> Settings:
@@ -198,13 +198,13 @@ class Settings(_Record):
 
     def public(self) -> Settings:
         """Without the paths of the machine it was made on; `ValueError` if it makes no sense without."""
-        for part, name in {"base model": self.base_model_repository, **self.extra_repositories}.items():
+        for what, name in {"base model": self.base_model_repository, **self.extra_repositories}.items():
             if name is not None and hub.is_local(name):
                 where = "`base_model=` here, `--base_model` for `diffusers-mcm push`"
-                if part != "base model":
+                if what != "base model":
                     where = f"`extra_repositories` in the folder's {CONFIG_NAME}"
                 raise ValueError(
-                    f"The {part} is recorded as the local folder {name!r}, which nobody else has. Say which repository"
+                    f"The {what} is recorded as the local folder {name!r}, which nobody else has. Say which repository"
                     f" it is a copy of: {where}."
                 )
         return self.without_training_paths()

@@ -86,7 +86,7 @@ def test_the_printed_command_takes_any_name_and_what_is_in_checkpoints(tmp_path,
     assert converted.keys() == tensors.keys() and all(torch.equal(converted[key], tensors[key]) for key in tensors)
 
 
-def test_a_part_is_converted_to_the_name_that_is_looked_for(world, tmp_path):
+def test_a_component_is_converted_to_the_name_that_is_looked_for(world, tmp_path):
     base = shutil.copytree(world / "base", tmp_path / "base")
     path = base / "text_encoder" / "model.safetensors"
     torch.save(load_file(path), path.with_name("pytorch_model.bin"))
@@ -112,7 +112,7 @@ def test_the_way_to_convert_works(world, tmp_path):
     ("component", "name"),
     [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")],
 )
-def test_a_base_model_with_a_pickled_part_is_refused(world, tmp_path, component, name):
+def test_a_base_model_with_a_pickled_component_is_refused(world, tmp_path, component, name):
     base = shutil.copytree(world / "base", tmp_path / "base")
     (base / component / f"{name}.safetensors").unlink()
     bomb(base / component / ("pytorch_model.bin" if name == "model" else f"{name}.bin"))

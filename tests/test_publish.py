@@ -231,7 +231,7 @@ def test_paths_of_this_machine_are_not_published(server, root, tmp_path):
     assert "../../home/alice" in (lora / CONFIG_NAME).read_text()  # at home it stays useful
 
 
-def test_a_part_that_only_this_machine_has_is_not_published(server, root, tmp_path):
+def test_a_component_that_only_this_machine_has_is_not_published(server, root, tmp_path):
     lora = make_lora(tmp_path / "lora", extra_repositories={"motion_adapter": root / "owner" / "base"})
     with pytest.raises(ValueError, match=r"motion_adapter is recorded .* `extra_repositories` in .*mcm_config.json"):
         publish_lora(lora, "me/mcm")

@@ -129,17 +129,17 @@ def find_ends(denoiser: nn.Module) -> list[nn.Module]:
     found = []
     for name, (stock, exact) in _ENDS.items():
         layer = getattr(denoiser, name, None)
-        of_loras = [each for part in _lora_parts(layer) for each in getattr(layer, part).values()]
-        for part, kind in [(base_layer(layer), exact), *((each, OutputConv2d) for each in of_loras)]:
+        of_loras = [each for half in _lora_convolutions(layer) for each in getattr(layer, half).values()]
+        for module, kind in [(base_layer(layer), exact), *((each, OutputConv2d) for each in of_loras)]:
             # PEFT makes a LoRA's convolutions of the class of the one that they are added to.
-            if type(part) in (stock, exact) and type(part) is not kind and _takes_class(part, kind):
-                part.__class__ = kind
-            if type(part) is kind:
-                found.append(part)
+            if type(module) in (stock, exact) and type(module) is not kind and _takes_class(module, kind):
+                module.__class__ = kind
+            if type(module) is kind:
+                found.append(module)
     return found
 
 
-def _lora_parts(layer: nn.Module | None) -> tuple[str, ...]:
+def _lora_convolutions(layer: nn.Module | None) -> tuple[str, ...]:
     """Where PEFT keeps the two convolutions of each LoRA. A variant, such as DoRA, stays in half precision."""
     return () if getattr(layer, "lora_variant", None) or not hasattr(layer, "lora_A") else ("lora_A", "lora_B")
 
@@ -148,7 +148,7 @@ def _lora_parts(layer: nn.Module | None) -> tuple[str, ...]:
 def _loras_read_float32(denoiser: nn.Module) -> Iterator[None]:
     """PEFT rounds what a LoRA reads to the type of its weights, but not inside this."""
     layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
-    rounding = [each for each in layers if _lora_parts(each) and getattr(each, _ROUNDING, False)]
+    rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]
     for layer in rounding:
         setattr(layer, _ROUNDING, False)
     try:

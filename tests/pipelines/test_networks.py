@@ -128,7 +128,7 @@ def test_every_verb_with_compile_around_the_network(pipe, lora):
         every_verb(pipe, lora, compile_it)
 
 
-def test_every_verb_on_a_part_that_was_traced(pipe):
+def test_every_verb_on_a_component_that_was_traced(pipe):
     torch._dynamo.reset()  # or it gives up tracing code that other tests have traced too often
     calls = []
 
@@ -141,7 +141,7 @@ def test_every_verb_on_a_part_that_was_traced(pipe):
     assert len(calls) >= 2  # traced anew with the LoRA in it
 
 
-def test_a_part_that_is_wrapped(pipe, lora):
+def test_a_component_that_is_wrapped(pipe, lora):
     pipe.unet.down_blocks[0] = torch.compile(pipe.unet.down_blocks[0], backend="eager")
     with pytest.raises(
         ValueError, match="while 'down_blocks.0' of this UNetMotionModel is wrapped by `torch.compile`"

@@ -47,7 +47,7 @@ def test_a_resumed_run_is_bit_identical(animatediff, tmp_path):
     assert whole.keys() == again.keys() and [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
-def test_parts_that_the_teacher_does_not_have(animatediff, world, tmp_path):
+def test_components_that_the_teacher_does_not_have(animatediff, world, tmp_path):
     for base, given in (
         (animatediff, "vae=somewhere/else"),
         (animatediff, "motion_adapter"),
