@@ -26,7 +26,8 @@ MODELSCOPE = get_base_model("modelscope")
 def output(unet):
     generator = torch.Generator().manual_seed(1)
     latents, embeds = torch.randn(1, 4, 3, 8, 8, generator=generator), torch.randn(1, 5, TEXT_DIM, generator=generator)
-    return unet(latents.to(unet.dtype), torch.tensor([500]), embeds.to(unet.dtype)).sample
+    dtype = getattr(unet, "dtype", torch.float64)  # what `fused` gives is a function, here of a network in float64
+    return unet(latents.to(dtype), torch.tensor([500]), embeds.to(dtype)).sample
 
 
 # --- in the denoiser -------------------------------------------------------------------------------------------------
