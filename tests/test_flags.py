@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from diffusers_mcm.cards import SOURCES
 from diffusers_mcm.flags import FIXED, TOLD, FlagConfig, flag
+from diffusers_mcm.settings import SOURCES
 from diffusers_mcm.training.config import TrainingConfig
 
 
