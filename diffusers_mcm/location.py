@@ -85,7 +85,7 @@ class Location:
     # --- what is there -----------------------------------------------------------------------------------------------
     def file(self, filename: str) -> Path | None:
         """The local path of a file, downloaded if need be; `None` if there is no such file."""
-        if not self.remote and os.path.isdir(self.name):
+        if self.is_folder:
             path = Path(self.name, self.subfolder or "", filename)
             return path if path.is_file() else None
         if self.is_file:

@@ -63,9 +63,9 @@ def read_components(
     if isinstance(source, Mapping):
         return split_components(source, {}, components, "the LoRA")
     file = read_lora_file(Location.of(source, **options), MOTION_LORA_NAME)
-    if all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in file.tensors):
-        if all(map(is_denoisers, file.tensors)):
-            return {denoiser: to_lora(file)}  # with the settings beside it
+    as_in_memory = all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in file.tensors)
+    if as_in_memory and all(map(is_denoisers, file.tensors)):
+        return {denoiser: to_lora(file)}  # with the settings beside it
     return split_components(file.tensors, file.header, components, str(file.path))
 
 

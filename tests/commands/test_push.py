@@ -2,35 +2,13 @@
 
 import json
 
-import pytest
-
 from diffusers_mcm.cli import main
 from diffusers_mcm.lora import CONFIG_NAME
-from tests.hub_server import hub_server
-from tests.publishing import FILES, PROMPT, SECRET, make_lora, push
-from tests.tiny import save_tiny_base, save_tiny_lora
+from tests import publishing
+from tests.publishing import FILES, PROMPT, push
+from tests.tiny import save_tiny_lora
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """What the Hub has: a base model. Beside it, on this machine: a LoRA folder."""
-    root = tmp_path_factory.mktemp("hub")
-    save_tiny_base(root / "owner" / "base")
-    return root
-
-
-@pytest.fixture
-def server(root, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub_server(root) as server:
-        server.token = SECRET
-        monkeypatch.setenv("HF_TOKEN", SECRET)
-        yield server
-
-
-@pytest.fixture
-def lora(tmp_path):
-    return make_lora(tmp_path / "my-lora")
+root, server, lora = publishing.root, publishing.server, publishing.lora
 
 
 def test_a_branch_and_a_pull_request(server, lora, capsys):

@@ -10,8 +10,6 @@ from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
 from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
 
-# The rounding that fusing costs in float32: W + BA applied at once, instead of Wx + BAx.
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

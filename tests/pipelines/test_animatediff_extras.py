@@ -2,42 +2,17 @@
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, DDIMScheduler
 
-from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler
 from diffusers_mcm.lora import lora_layers
-from tests.pipelines.test_animatediff import DDIM, GUIDED, PROMPT, assert_same, give_ip_adapter, random_lora, sample
+from tests.pipelines import test_animatediff
+from tests.pipelines.test_animatediff import GUIDED, PROMPT, assert_same, give_ip_adapter, random_lora, sample
 from tests.tiny import (
-    ANIMATEDIFF_SCHEDULER,
     EXACT,
     SIZE,
-    tiny_animatediff_components,
-    tiny_motion_adapter,
     tiny_text_encoder,
 )
 
-
-@pytest.fixture
-def pipe():
-    pipe = AnimateDiffMCMPipeline(
-        **tiny_animatediff_components() | dict(scheduler=MCMScheduler(**ANIMATEDIFF_SCHEDULER))
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(dtype=torch.float64)
-
-
-@pytest.fixture
-def both():
-    """Our pipeline and diffusers', each with networks of its own, on DDIM."""
-    ours = AnimateDiffMCMPipeline(**tiny_animatediff_components())
-    stock = AnimateDiffPipeline(**tiny_animatediff_components(), motion_adapter=tiny_motion_adapter())
-    for pipe in (ours, stock):
-        pipe.scheduler = DDIMScheduler(**DDIM)
-        pipe.set_progress_bar_config(disable=True)
-        for network in (pipe.unet, pipe.text_encoder):
-            network.requires_grad_(False)  # which decides torch's choice of a matrix product
-        pipe.to(dtype=torch.float64)
-    return ours, stock
+pipe, both = test_animatediff.pipe, test_animatediff.both
 
 
 def test_ip_adapter(both, tmp_path):

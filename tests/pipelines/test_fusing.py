@@ -4,19 +4,11 @@ import pytest
 import torch
 
 from diffusers_mcm.lora import lora_layers
-from tests.pipelines.test_adapters import make_pipe, sample, some_lora
+from tests.pipelines import test_adapters
+from tests.pipelines.test_adapters import sample, some_lora
 from tests.tiny import EXACT, FEW_MODULES
 
-
-@pytest.fixture(scope="module")
-def plain():
-    """The base model's own video."""
-    return sample(make_pipe())
-
-
-@pytest.fixture
-def pipe():
-    return make_pipe()
+plain, pipe = test_adapters.plain, test_adapters.pipe
 
 
 @pytest.mark.parametrize("lora_scale", [1.0, 0.4])

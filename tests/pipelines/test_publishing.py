@@ -10,31 +10,11 @@ from diffusers_mcm import MCMPipeline
 from diffusers_mcm.cards import check_card
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME
 from diffusers_mcm.publish import PublishError
-from tests.hub_server import hub_server
+from tests import publishing
 from tests.publishing import FILES, SECRET, STAGES, edited_on_the_hub, make_lora, sample
-from tests.tiny import save_tiny_base, save_tiny_lora
+from tests.tiny import save_tiny_lora
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """What the Hub has: a base model. Beside it, on this machine: a LoRA folder."""
-    root = tmp_path_factory.mktemp("hub")
-    save_tiny_base(root / "owner" / "base")
-    return root
-
-
-@pytest.fixture
-def server(root, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub_server(root) as server:
-        server.token = SECRET
-        monkeypatch.setenv("HF_TOKEN", SECRET)
-        yield server
-
-
-@pytest.fixture
-def lora(tmp_path):
-    return make_lora(tmp_path / "my-lora")
+root, server, lora = publishing.root, publishing.server, publishing.lora
 
 
 def test_a_pipeline_publishes_its_lora(server, lora, root, tmp_path):
