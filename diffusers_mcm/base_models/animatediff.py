@@ -46,7 +46,10 @@ class AnimateDiff(StableDiffusionModel):
         return super().matches(model_index) and "text_encoder_2" not in model_index
 
     def recognises(self, module_names: Iterable[str]) -> bool:
-        return any(".motion_modules." in name for name in module_names)
+        return any(self.is_temporal(name) for name in module_names)
+
+    def is_temporal(self, module: str) -> bool:
+        return ".motion_modules." in module
 
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         return {} if has_motion(model_index) else super().components_elsewhere(model_index)

@@ -87,6 +87,16 @@ class BaseModel(ABC):
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         """Full names of the modules that get a LoRA, sorted."""
 
+    def is_temporal(self, module: str) -> bool:
+        """Whether the module of this full name relates frames to each other; any other sees each frame by itself.
+
+        `ValueError` for a model whose modules do both.
+        """
+        raise ValueError(
+            f"The modules of a {self.name} see space and time at once, so none of them can be trained as spatial or as"
+            " temporal ones: train all of them (--lora_modules all)."
+        )
+
     def prepare_denoiser(self, denoiser: nn.Module) -> None:
         """Change a pipeline's denoiser as it must be before anything wraps its modules, such as an offload."""
         return None

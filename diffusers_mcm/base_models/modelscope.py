@@ -26,7 +26,10 @@ class ModelScope(StableDiffusionModel):
     num_frames = 16
 
     def recognises(self, module_names: Iterable[str]) -> bool:
-        return any(name.startswith("transformer_in.") or ".temp_attentions." in name for name in module_names)
+        return any(self.is_temporal(name) for name in module_names)
+
+    def is_temporal(self, module: str) -> bool:
+        return module.startswith("transformer_in.") or ".temp_attentions." in module
 
     def denoise(
         self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning

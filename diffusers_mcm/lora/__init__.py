@@ -38,6 +38,7 @@ from .layers import (
     lora_state_dict,
     replace,
     set_lora_state_dict,
+    train_only,
 )
 from .layouts import TEXT_ENCODER
 from .reading import LoRAFile, open_safetensors, read_beside, read_lora, read_lora_file, to_lora
@@ -78,6 +79,7 @@ __all__ = [
     "set_lora_state_dict",
     "split_key",
     "to_lora",
+    "train_only",
     "write_components",
     "write_lora_folder",
     "write_lora_weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,6 +121,14 @@ def fresh_lora(
         tensors[f"{name}.lora_A.weight"] = down
         tensors[f"{name}.lora_B.weight"] = torch.zeros(shape[0], rank, *[1] * (len(shape) - 2))
     return LoRA(tensors, alpha=alpha)
+
+
+def train_only(denoiser: nn.Module, modules: Collection[str], adapter_name: str = DEFAULT_ADAPTER) -> None:
+    """Of a LoRA in the denoiser, train what is on these modules; the rest acts as before, and stays as it is."""
+    for name, layer in lora_layers(denoiser).items():
+        if adapter_name in layer.lora_A:
+            for half in (layer.lora_A, layer.lora_B):
+                half[adapter_name].requires_grad_(name in modules)
 
 
 def load_lora_into(

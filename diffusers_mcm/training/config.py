@@ -13,6 +13,7 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
+LORA_MODULES = ("all", "spatial", "temporal")
 # accelerate's trackers, and none.
 TRACKERS = (
     *("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"),
@@ -77,6 +78,15 @@ class TrainingConfig(MethodConfig):
     pretrained_lora_subfolder: str | None = _model(None, help="Where in --pretrained_lora it is.")
     lora_rank: int = _model(64, help="Rank of the LoRA that is trained.", above=0, resume=FIXED)
     lora_alpha: float = _model(64.0, help="Alpha of the LoRA; its scale is alpha / rank.", above=0, resume=FIXED)
+    lora_modules: str = _model(
+        "all",
+        help="Which modules of the LoRA are trained: 'spatial', those that see each frame by itself, or 'temporal', "
+        "those that relate frames to each other. The others stay as they are in --pretrained_lora, or do nothing, "
+        "and are saved too.",
+        choices=LORA_MODULES,
+        resume=FIXED,
+        beyond_paper=True,
+    )
 
     # -- data
     video_data: str = _data(
@@ -301,6 +311,8 @@ def _check_method(config: TrainingConfig) -> None:
             )
         if config.num_frames < 2 and config.motion in ("diff", "corr"):
             raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+        if config.num_frames < 2 and config.lora_modules == "temporal":
+            raise ValueError("--lora_modules temporal relates frames to each other: --num_frames must be 2 or more.")
     if not config.adversarial and config.image_data is not None:
         warnings.warn(
             "--image_data is not read with --lambda_adv 0: only the discriminator sees images.", stacklevel=4

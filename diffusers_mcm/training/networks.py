@@ -30,6 +30,7 @@ from ..lora import (
     open_safetensors,
     read_lora,
     set_lora_state_dict,
+    train_only,
 )
 from ..pipelines import MCMPipeline
 from ..pipelines.single_file import how_to_unpack, is_checkpoint
@@ -190,13 +191,16 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:
     """A student with a fresh LoRA on the pipeline's denoiser, or with `--pretrained_lora`; latents have `channels`."""
     base, denoiser = pipeline.base_model, pipeline.denoiser
+    modules = base.lora_target_modules(denoiser)
+    trained = trained_modules(base, modules, config.lora_modules)
     add_lora(
         denoiser,
-        base.lora_target_modules(denoiser),
+        modules,
         config.lora_rank,
         config.lora_alpha,
         generator=sample_generator(config.seed, "lora", 0),
     )
+    train_only(denoiser, trained)
     with seeded(config.seed, "motion"):
         motion = build_motion(config.motion, channels)
     if config.pretrained_lora:
@@ -217,6 +221,13 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         fused=partial(fused, denoiser) if config.fuse_lora else None,
     )
     return student.eval()  # throughout: dropout would be noise that belongs to no sample
+
+
+def trained_modules(base: BaseModel, modules: list[str], wanted: str) -> list[str]:
+    """Those of the LoRA's modules that `--lora_modules` says; ValueError if the base model tells no such apart."""
+    if wanted == "all":
+        return modules
+    return [module for module in modules if base.is_temporal(module) == (wanted == "temporal")]
 
 
 def build_discriminator(config: TrainingConfig) -> Discriminator:

@@ -31,6 +31,23 @@ def test_interval_shrinks_to_a_short_clip(video_folder):
     assert [b - a for a, b in zip(numbers, numbers[1:], strict=False)] == [3] * 7  # 24 frames hold 8 at interval 3
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_pictures_are_clips_of_one_frame(tmp_path, suffix):
+    """JPEG and WebP store other colours than were given; 2 of 255 levels is what their rounding changes here."""
+    for number in range(3):
+        (tmp_path / f"{number}.{suffix}").write_bytes(image_bytes(60 * number, suffix))
+    rows = [f"{number}.{suffix},gray {60 * number}" for number in range(3)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+    dataset = open_videos(tmp_path, num_frames=1)
+    for item in (dataset[index] for index in range(3)):
+        assert item["pixels"].shape == (3, 1, 16, 16)
+        levels = (item["pixels"] + 1) * 127.5
+        assert (levels - int(item["caption"].removeprefix("gray "))).abs().max() <= (1e-3 if suffix == "png" else 2)
+    assert not dataset.skipped
+    with pytest.raises(ValueError, match="it has 1 frames, fewer than the 2 asked for"):
+        open_videos(tmp_path, num_frames=2)[0]
+
+
 def test_each_epoch_holds_every_row_once_in_a_new_order():
     epochs = [[next(_candidate_rows(50, 0, "videos", e * 50 + i)) for i in range(50)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))

@@ -54,6 +54,11 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
         ),
         (dict(data_fps=0.0), "--data_fps must be greater than 0, not 0.0"),
         (dict(num_frames=1, lambda_adv=0.0, motion="diff"), "--motion diff compares consecutive frames"),
+        (dict(lora_modules="half"), "--lora_modules must be one of all, spatial, temporal, not 'half'"),
+        (
+            dict(num_frames=1, lambda_adv=0.0, lora_modules="temporal"),
+            "--lora_modules temporal relates frames to each other: --num_frames must be 2 or more",
+        ),
         (dict(coin="toss"), "--coin must be one of sample, batch, not 'toss'"),
         (dict(timesteps="late"), "--timesteps must be one of uniform, visited, not 'late'"),
         (dict(fuse_lora=True, mixed_precision="bf16"), "--fuse_lora needs --mixed_precision no: in bf16 most of"),
