@@ -16,6 +16,7 @@ from diffusers_mcm.lora import (
     lora_state_dict,
     read_lora,
     set_lora_state_dict,
+    train_only,
 )
 from tests.tiny import EXACT, FEW_MODULES, TEXT_DIM, randomise_lora, tiny_unet
 
@@ -40,6 +41,19 @@ def test_a_fresh_lora_changes_nothing_and_alone_is_trainable(unet):
     trainable = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in unet.named_parameters() if ".lora_" in name}
     assert len(trainable) == 2 * len(targets)
+
+
+def test_what_of_a_lora_is_trained_and_the_rest_acts_all_the_same(unet):
+    add_lora(unet, FEW_MODULES, rank=2)
+    randomise_lora(unet)
+    before, weights = output(unet), {key: tensor.clone() for key, tensor in lora_state_dict(unet).items()}
+    train_only(unet, FEW_MODULES[:1])
+    trainable = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{FEW_MODULES[0]}.lora_{half}.default.weight" for half in "AB"}
+    assert torch.equal(output(unet), before)
+    assert all(torch.equal(weights[key], tensor) for key, tensor in lora_state_dict(unet).items())
+    train_only(unet, FEW_MODULES)
+    assert sum(parameter.requires_grad for parameter in unet.parameters()) == 2 * len(FEW_MODULES)
 
 
 def test_fresh_lora_depends_on_its_generator_and_on_nothing_else(unet):
