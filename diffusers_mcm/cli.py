@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "generate": (".commands.generate", "make videos from prompts"),
     "convert": (".commands.convert", "write a LoRA in the layout of another tool"),
+    "evaluate": (".commands.evaluate", "measure folders of videos: FVD, CLIPSIM, FID and motion"),
     "info": (".commands.info", "tell what is in a LoRA"),
     "push": (".commands.push", "publish a LoRA folder on the Hub"),
 }

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cards": {"hub", "location", "settings"},
     "lora": {"files", "hub", "location", "settings"},
     "data": {"text_files"},
-    "evaluation": {"features", "files", "hub", "video_io"},
+    "evaluation": {"data", "features", "files", "hub", "location", "tables", "video_io"},
     "base_models": {"conditioning", "consistency", "hub", "location", "lora", "moved", "scheduler", "settings"},
     "publish": {
         *("base_models", "cards", "files", "hub", "location", "lora", "settings", "text_files", "video_io"),
@@ -44,7 +44,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("location", "lora", "pipelines", "publish", "settings", "video_io"),
     },
     "formats": {"base_models", "files", "hub", "location", "lora", "pipelines", "settings"},
-    "commands": {"", "devices", "formats", "hub", "location", "lora", "publish", "text_files", "video_io"},
+    "commands": {
+        "",
+        "devices",
+        "evaluation",
+        "formats",
+        "hub",
+        "location",
+        "lora",
+        "publish",
+        "text_files",
+        "video_io",
+    },
     "shapes": {"files", "tables", "video_io"},
     "cli": {"commands", "shapes"},
     "__main__": {"cli"},
@@ -192,12 +203,14 @@ def test_a_wheel_holds_weights_types_and_every_module_but_no_logs(tmp_path):
 # --- pyproject.toml --------------------------------------------------------------------------------------------------
 # Scripts import what lies beside them, and tests import scripts.
 SCRIPTS = {path.stem for top in ("examples", "benchmarks", "model_cards") for path in (ROOT / top).rglob("*.py")}
+# Not declared: it needs a torchvision, of which there is no build for every torch; the error says what to install.
+UNDECLARED = {"torch_fidelity"}
 DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}  # import -> what to install for it, where the names differ
 # where -> the extras whose packages may be imported there, beside those that are always installed
 EXTRAS = {
     **{f"diffusers_mcm/{unit}": set() for unit in MAY_IMPORT if unit},
     "diffusers_mcm/data": {"train"},
-    "diffusers_mcm/evaluation": set(),
+    "diffusers_mcm/evaluation": {"eval"},
     "examples": {"train"},
     "model_cards": set(),
     "benchmarks": set(),
@@ -230,7 +243,7 @@ def third_party(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
-    ours = {"diffusers_mcm", "tests", *SCRIPTS}
+    ours = {"diffusers_mcm", "tests", *SCRIPTS, *UNDECLARED}
     return {DISTRIBUTIONS.get(name, name) for name in names - set(sys.stdlib_module_names) - ours}
 
 

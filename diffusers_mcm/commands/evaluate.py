@@ -1,0 +1,152 @@
+"""Measures folders of videos against real ones: FVD, KVD, CLIPSIM, FID, KID, CMMD and motion."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .startup import quick_imports, quiet_libraries
+
+EPILOG = """
+  diffusers-mcm evaluate --reference DATA --num_videos 500 --write_prompts prompts.jsonl
+  diffusers-mcm generate --prompts prompts.jsonl --model M --steps 4 -o out/mcm4
+  diffusers-mcm evaluate out/mcm4 --reference DATA --num_videos 500 -o results
+
+Any folder works: what generate wrote, any tool's videos beside a metadata.csv (file_name,caption), VBench's names
+("a prompt-0.mp4"). The networks' rows and where their weights come from: docs/evaluation.md.
+The same command goes on where it was stopped; a further folder is put beside those that results holds already.
+
+  accelerate launch -m diffusers_mcm evaluate …      shares the videos among the GPUs
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `diffusers-mcm evaluate`."""
+    parser = argparse.ArgumentParser(
+        prog="diffusers-mcm evaluate",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "folders",
+        nargs="*",
+        metavar="[NAME=]DIR",
+        help="videos of a method; the name is the folder's if none is given",
+    )
+    add("--reference", required=True, metavar="DATA", help="real videos with captions: folder, table, tars or Hub id")
+    add("--images", metavar="DATA", help="real images, for FID, KID and CMMD (default: the reference's frames)")
+    add("-o", "--output", type=Path, help="folder for evaluation.json, .md, .png and the features")
+    add(
+        "--write_prompts",
+        type=Path,
+        metavar="FILE",
+        help="write the reference's captions, a seed each, and stop there",
+    )
+
+    protocol = parser.add_argument_group("protocol").add_argument
+    protocol(
+        "--metrics", nargs="+", help="out of fvd kvd clipsim fid kid cmmd motion (default: fvd clipsim fid motion)"
+    )
+    protocol("--num_videos", type=int, help="of the reference, chosen by the seed (default: all)")
+    protocol("--seed", type=int, default=0, help="chooses videos, captions and random windows (default: 0)")
+    protocol("--num_frames", type=int, default=16, help="of a clip (default: 16)")
+    protocol("--frame_interval", type=int, default=1, help="of the reference: every n-th frame (default: 1)")
+    protocol("--fps", type=float, help="of the reference: so many frames per second, instead of every n-th")
+    protocol("--window", default="centre", help="of the reference: centre, start or random (default: centre)")
+    protocol("--size", type=int, nargs="+", metavar="PX", help="height and width of all clips (default: the samples')")
+    protocol("--video_network", nargs="+", help="i3d=FILE, vjepa2, videomae, each with =weights (default: videomae)")
+    protocol("--frame_network", nargs="+", help="dinov2, clip, inception, each with =weights (default: dinov2)")
+    protocol("--clip", help="the CLIP of CLIPSIM (default: openai/clip-vit-base-patch16)")
+    protocol("--covariance", default="sample", help="sample (N - 1) or population (N, as cd-fvd) (default: sample)")
+    protocol("--resamples", type=int, default=200, help="of captions, for the intervals; 0: none (default: 200)")
+
+    machine = parser.add_argument_group("machine").add_argument
+    machine("--batch_size", type=int, default=4, help="videos at once (default: 4)")
+    machine("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write prompts, or measure and print the table."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.write_prompts:
+        _write_prompts(arguments)
+    else:
+        _measure(arguments)
+
+
+def _write_prompts(arguments: argparse.Namespace) -> None:
+    from ..evaluation.evaluate import write_prompts
+
+    if arguments.folders:
+        raise ValueError(f"expected no folders with --write_prompts, got {arguments.folders[0]!r}")
+    count = write_prompts(arguments.write_prompts, arguments.reference, arguments.num_videos, arguments.seed)
+    print(f"{arguments.write_prompts}: {count} prompts")
+
+
+def named_folders(texts: Sequence[str]) -> dict[str, str]:
+    """`out/mcm4`, `MCM=out/mcm4` -> name and folder."""
+    folders: dict[str, str] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not separator or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not name or "/" in name or name in folders:
+            raise ValueError(
+                f"expected a name of its own for each folder, got {name!r} for {folder}: write NAME={folder}"
+            )
+        folders[name] = folder
+    return folders
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    if not arguments.folders or arguments.output is None:
+        raise ValueError("expected folders of videos and --output, or --write_prompts")
+    folders = named_folders(arguments.folders)
+    size = arguments.size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(f"expected --size as one number, or height and width, got {' '.join(map(str, size))}")
+    with quick_imports():
+        from accelerate import PartialState
+        from tqdm import tqdm
+
+        from .. import __version__
+        from ..devices import choose_device
+        from ..evaluation.evaluate import Options, evaluate
+        from ..evaluation.measuring import Processes
+
+    names = ("metrics", "clip")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    for name in ("video_network", "frame_network"):
+        if getattr(arguments, name):
+            given[f"{name}s"] = getattr(arguments, name)
+    for name in ("num_videos", "seed", "num_frames", "frame_interval", "fps", "window", "covariance", "resamples"):
+        given[name] = getattr(arguments, name)
+    device = choose_device(arguments.device)
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes > 1:
+        device = str(state.device)
+    options = Options(
+        **given, size=None if size is None else (size[0], size[-1]), batch_size=arguments.batch_size, device=device
+    )
+
+    def progress(shards, name):
+        return tqdm(shards, desc=name, unit="shard", disable=not state.is_main_process or not shards)
+
+    with quiet_libraries():
+        processes = Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+        found = evaluate(
+            folders,
+            arguments.reference,
+            arguments.output,
+            options,
+            arguments.images,
+            processes,
+            progress,
+            {"diffusers_mcm": __version__},
+        )
+    if state.is_main_process:
+        print(found.summary(options.chosen()[2]))
+        print(f"\n{arguments.output / 'evaluation.md'}")
+    state.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Features of sets of videos, computed a shard at a time and kept: a stopped run goes on, and processes share them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..data.faults import UnusableItem
+from ..files import atomic_file
+from .distances import unit
+from .motion import motion_of
+from .networks import ClipFeatures, Features
+from .videos import Video, VideoSet, Window, read_video
+
+SHARD = 16  # videos whose frames are in memory at one time
+
+
+class Measure(NamedTuple):
+    """What is computed of each video.
+
+    Attributes:
+        compute: (frames uint8 (N, T, H, W, 3), captions) -> values (N, ...).
+        key: what decides the values, as plain data.
+    """
+
+    compute: Callable[[np.ndarray, Sequence[str]], np.ndarray]
+    key: Any
+
+
+def _in_batches(network: Callable[[np.ndarray], np.ndarray], items: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([network(items[start : start + size]) for start in range(0, len(items), size)])
+
+
+def video_measure(network: Features, batch_size: int) -> Measure:
+    """Features (N, d) of whole videos."""
+    return Measure(lambda frames, captions: _in_batches(network, frames, batch_size), network.described())
+
+
+def frame_measure(network: Features, batch_size: int) -> Measure:
+    """Features (N, T, d) of each frame."""
+
+    def compute(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        found = _in_batches(network, frames.reshape(-1, *frames.shape[2:]), 8 * batch_size)
+        return found.reshape(*frames.shape[:2], -1)
+
+    return Measure(compute, network.described())
+
+
+def clipsim_measure(network: ClipFeatures, batch_size: int) -> Measure:
+    """CLIPSIM (N,): 100 × the cosine of a frame's and the caption's embeddings, mean over frames (Wu et al. 2021)."""
+    frames_of = frame_measure(network, batch_size).compute
+
+    def compute(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        images, texts = unit(frames_of(frames, captions)), unit(network.text(captions))
+        return 100 * np.einsum("ntd,nd->n", images.astype(np.float64), texts.astype(np.float64)) / frames.shape[1]
+
+    return Measure(compute, network.described())
+
+
+def motion_measure() -> Measure:
+    """`motion.MEASURES` (N, 3)."""
+    return Measure(lambda frames, captions: np.stack([motion_of(video) for video in frames]), "1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was computed of a set.
+
+    Attributes:
+        videos: those that could be read.
+        skipped: the others' names, with the reason.
+        values: measure -> (number of videos, ...).
+    """
+
+    videos: Sequence[Video]
+    skipped: Mapping[str, str]
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who of how many this process is, and how to wait for the others."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def measure(
+    videos: VideoSet,
+    window: Window,
+    seed: int,
+    measures: Mapping[str, Measure],
+    folder: Path,
+    processes: Processes | None = None,
+    progress: Callable[[Sequence[int], str], Any] = lambda shards, name: shards,
+) -> Measured:
+    """Compute what is not in `folder` yet, each process its share, then read all of it.
+
+    Args:
+        videos, window, seed: what is read of each video.
+        measures: name -> what is computed.
+        folder: where a file for each measure and shard is kept. It serves again only where videos, window, seed and
+            network are the same.
+        processes: for several; all of them must call this.
+        progress: wraps the numbers of the shards that are worked on.
+    """
+    processes = processes or Processes()
+    shards = [videos.videos[start : start + SHARD] for start in range(0, len(videos.videos), SHARD)]
+    paths = [
+        {name: folder / _file_name(name, number, shard, window, seed, each.key) for name, each in measures.items()}
+        for number, shard in enumerate(shards)
+    ]
+    pending = [number for number in range(len(shards)) if not all(path.is_file() for path in paths[number].values())]
+    processes.wait()  # nobody writes before everybody has looked, so that all share the same list
+    for number in progress(pending[processes.index :: processes.count], videos.name):
+        _measure_shard(shards[number], number * SHARD, window, seed, measures, paths[number])
+    processes.wait()
+    return _gathered(videos, shards, paths, list(measures))
+
+
+def _file_name(name: str, number: int, shard: Sequence[Video], window: Window, seed: int, key: Any) -> str:
+    recipe = [window, seed, key, [(v.name, v.caption, _stamp(v.name)) for v in shard]]
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return f"{name}-{number:05d}-{digest[:16]}.safetensors"
+
+
+def _stamp(name: str) -> list[int] | None:
+    """Size and time of change of a file or folder, so that another of its name is measured anew."""
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError):
+        return None  # an address, or within a tar
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _measure_shard(
+    shard: Sequence[Video], first: int, window: Window, seed: int, measures: Mapping[str, Measure], paths: Mapping
+) -> None:
+    from safetensors.numpy import save_file
+
+    frames, used, skipped = list[np.ndarray](), list[int](), dict[str, str]()
+    for place, video in enumerate(shard):
+        try:
+            frames.append(read_video(video, window, window.start(seed, first + place)))
+            used.append(place)
+        except UnusableItem as reason:
+            skipped[str(place)] = str(reason)
+    captions = [shard[place].caption for place in used]
+    for name, path in paths.items():
+        if path.is_file():
+            continue
+        values = measures[name].compute(np.stack(frames), captions) if used else np.zeros(0)
+        with atomic_file(path) as temporary:
+            tensors = {"values": np.ascontiguousarray(values), "used": np.array(used, dtype=np.int64)}
+            save_file(tensors, temporary, {"skipped": json.dumps(skipped)})
+
+
+def _gathered(
+    videos: VideoSet, shards: Sequence[Sequence[Video]], paths: Sequence[Mapping[str, Path]], names: Sequence[str]
+) -> Measured:
+    from safetensors import safe_open
+
+    used, skipped = list[Video](), dict(videos.skipped)
+    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for shard, files in zip(shards, paths):
+        for name, path in files.items():
+            with safe_open(path, "np") as file:
+                places = file.get_tensor("used").tolist()
+                if places:
+                    values[name].append(file.get_tensor("values"))
+                reasons = json.loads(file.metadata()["skipped"])
+        used += [shard[place] for place in places]
+        skipped |= {shard[int(place)].name: reason for place, reason in reasons.items()}
+    if not used:
+        name, reason = next(iter(skipped.items()), ("", "there are none"))
+        raise ValueError(f"no video of {videos.source} can be used, for example {name}: {reason}")
+    return Measured(used, skipped, {name: np.concatenate(found) for name, found in values.items()})

@@ -1,0 +1,147 @@
+"""A whole evaluation on tiny networks, and what is refused before any of its work."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_mcm.commands.prompts import read_prompts
+from diffusers_mcm.evaluation.distances import frechet_distance
+from diffusers_mcm.evaluation.evaluate import Options, evaluate, write_prompts
+from diffusers_mcm.evaluation.networks import load_videomae
+from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples
+from tests.evaluation.conftest import CAPTIONS, write_samples
+
+
+@pytest.fixture
+def options(videomae):
+    return dict(
+        metrics=("fvd", "clipsim", "fid"),
+        num_frames=8,
+        video_networks=(f"videomae={videomae}",),
+        frame_networks=("dinov2=mcm-shapes-features",),
+        clip="mcm-shapes-clip",
+        resamples=20,
+    )
+
+
+def folders(samples):
+    return {name: samples / name for name in ("mcm4", "mcm1")}
+
+
+def test_scores_are_those_of_the_features(samples, world, tmp_path, options, videomae):
+    found = evaluate(folders(samples), str(world), tmp_path / "results", Options(**options))
+    window = Window(8, 1, None, "centre", 64, 64)
+    network = load_videomae(videomae)
+
+    def features(videos, start):
+        return network(np.stack([video.read(window, start) for video in videos]))
+
+    truth = features(open_reference(str(world), None, 0).videos, 0.5)
+    expected = frechet_distance(features(open_samples(samples / "mcm4").videos, 0.0), truth)
+    # float32 features in batches of another size
+    assert found.methods["mcm4"].values["fvd.videomae"] == pytest.approx(expected, rel=1e-2)
+    assert set(found.methods["mcm4"].values) == {
+        *("fvd.videomae", "fid.dinov2", "clipsim", "motion.change", "motion.near_still", "motion.flicker")
+    }
+    assert found.methods["mcm4"].steps == 4 and found.methods["mcm1"].steps == 1
+
+
+def test_a_frozen_video_is_seen_by_its_motion_alone(samples, world, tmp_path, options):
+    found = evaluate(folders(samples), str(world), tmp_path / "results", Options(**options))
+    moving, frozen = (found.methods[name].values for name in ("mcm4", "mcm1"))
+    assert frozen["motion.near_still"] == 1 and moving["motion.near_still"] == 0
+    assert frozen["clipsim"] > 0.97 * moving["clipsim"]
+    assert found.reference.values["motion.change"] == pytest.approx(moving["motion.change"], rel=0.5)
+    (change,) = [each for each in found.differences if each.column == "motion.change"]
+    assert (change.method, change.less) == ("mcm1", "mcm4") and change.is_clear and change.interval.high < 0
+
+
+def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tmp_path, options):
+    output = tmp_path / "results"
+    evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options))
+    again = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
+    assert list(again.methods) == ["mcm4", "mcm1"] and again.differences == []
+    written = json.loads((output / "evaluation.json").read_text())
+    assert written["protocol"]["networks"]["clipsim"]["weights"] == "mcm-shapes-clip"
+    assert [row[0] for row in written["table"]["rows"]] == ["(reference)", "mcm4", "mcm1"]
+    assert Image.open(output / "evaluation.png").size[1] > 100
+    assert "| mcm1 | 1 | 6 |" in (output / "evaluation.md").read_text()
+
+
+def test_another_protocol_is_refused_before_the_work(samples, world, tmp_path, options):
+    one = {"mcm4": samples / "mcm4"}
+    evaluate(one, str(world), tmp_path / "results", Options(**options))
+    before = sorted(path.name for path in (tmp_path / "results").rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="window.place: 'centre' there, 'start' now"):
+        evaluate(one, str(world), tmp_path / "results", Options(**options, window="start"))
+    assert sorted(path.name for path in (tmp_path / "results").rglob("*.safetensors")) == before
+
+
+def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path, options):
+    from diffusers_mcm.shapes.render import render_image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, caption in enumerate(CAPTIONS):
+        Image.fromarray(render_image(caption, number, "cartoon", 64)).save(folder / f"{number}.png")
+    one = {"mcm4": samples / "mcm4"}
+    options |= dict(metrics=("fid",))
+    own = evaluate(one, str(world), tmp_path / "own", Options(**options))
+    other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder))
+    fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
+    assert fid[1] > 1.2 * fid[0]
+    assert own.protocol["images"] is None and other.protocol["images"]["num_videos"] == 6
+
+
+def test_a_reference_of_broken_videos_is_counted(samples, world, tmp_path, options):
+    import shutil
+
+    shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "world" / "3.mp4").write_bytes(b"no video")
+    found = evaluate({"mcm4": samples / "mcm4"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
+    assert found.reference.num_videos == 5
+    assert [name.rpartition("/")[2] for name in found.reference.skipped] == ["3.mp4"]
+    assert "- the reference: " in (tmp_path / "results" / "evaluation.md").read_text()
+
+
+def test_folders_of_other_numbers_or_captions_are_refused(tmp_path, world, samples):
+    few = write_samples(tmp_path / "few", captions=CAPTIONS[:5])
+    with pytest.raises(ValueError, match=r"as many videos in every folder, got 6 in .*mcm4 and 5 in .*few"):
+        evaluate({"mcm4": samples / "mcm4", "few": few}, str(world), tmp_path / "results")
+    other = write_samples(tmp_path / "other", captions=[*CAPTIONS[:5], CAPTIONS[0]])
+    with pytest.raises(ValueError, match="the same captions in every folder"):
+        evaluate({"mcm4": samples / "mcm4", "other": other}, str(world), tmp_path / "results")
+    with pytest.raises(ValueError, match="at least one folder of samples"):
+        evaluate({}, str(world), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_number_of_frames_is_checked_before_the_work(samples, world, tmp_path, options):
+    with pytest.raises(ValueError, match="videomae takes 8 frames, not 16"):
+        evaluate(folders(samples), str(world), tmp_path / "results", Options(**options | dict(num_frames=16)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_frames=2), "--num_frames of at least 3, got 2"),
+        (dict(num_videos=1), "--num_videos of at least 2, got 1"),
+        (dict(fps=0.0), "--fps of at least 0.01, got 0.0"),
+        (dict(window="end"), "--window out of centre, start, random, got 'end'"),
+        (dict(covariance="biased"), "--covariance out of sample, population, got 'biased'"),
+    ],
+)
+def test_options_out_of_their_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**change)
+
+
+def test_prompts_have_a_seed_each_and_are_those_that_will_be_compared(world, tmp_path):
+    assert write_prompts(tmp_path / "prompts.jsonl", str(world), 4, 7) == 4
+    prompts = read_prompts([], str(tmp_path / "prompts.jsonl"))
+    assert [p.prompt for p in prompts] == [video.caption for video in open_reference(str(world), 4, 7).videos]
+    assert len({p.seed for p in prompts}) == 4
+    write_prompts(tmp_path / "again.jsonl", str(world), 4, 7)
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "prompts.jsonl").read_text()

@@ -1,0 +1,136 @@
+"""Features by shards: kept, taken up again, shared among processes, and nothing that is skipped goes unnamed."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from diffusers_mcm.evaluation import measuring
+from diffusers_mcm.evaluation.measuring import (
+    Measure,
+    Processes,
+    clipsim_measure,
+    frame_measure,
+    measure,
+    motion_measure,
+    video_measure,
+)
+from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
+from diffusers_mcm.evaluation.videos import Window, open_samples
+from tests.evaluation.conftest import CAPTIONS, write_samples
+
+WINDOW = Window(8, 1, None, "start", 64, 64)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(measuring, "SHARD", 2)
+
+
+@pytest.fixture
+def six(tmp_path):
+    return open_samples(write_samples(tmp_path / "mcm4"))
+
+
+class Counting:
+    """The mean brightness of each clip, and how often it was asked for."""
+
+    def __init__(self, fails_at=None):
+        self.seen, self.fails_at = 0, fails_at
+
+    def __call__(self, frames, captions):
+        if self.fails_at == self.seen:
+            raise KeyboardInterrupt
+        self.seen += 1
+        return frames.reshape(len(frames), -1).mean(1, keepdims=True)
+
+
+def brightness(counting):
+    return {"brightness": Measure(counting, "1")}
+
+
+def test_features_are_computed_once(six, tmp_path):
+    first, again = Counting(), Counting()
+    found = measure(six, WINDOW, 0, brightness(first), tmp_path / "features")
+    kept = measure(six, WINDOW, 0, brightness(again), tmp_path / "features")
+    assert (first.seen, again.seen) == (3, 0)
+    assert found.values["brightness"].shape == (6, 1)
+    np.testing.assert_array_equal(found.values["brightness"], kept.values["brightness"])
+
+
+def test_a_run_that_was_stopped_goes_on(six, tmp_path):
+    whole = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        measure(six, WINDOW, 0, brightness(Counting(fails_at=2)), tmp_path / "features")
+    rest = Counting()
+    found = measure(six, WINDOW, 0, brightness(rest), tmp_path / "features")
+    assert rest.seen == 1
+    np.testing.assert_array_equal(found.values["brightness"], whole.values["brightness"])
+
+
+@pytest.mark.parametrize("change", ["window", "seed", "network", "file"])
+def test_what_decides_the_features_makes_them_anew(six, tmp_path, change):
+    measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
+    counting, window = Counting(), WINDOW._replace(num_frames=4) if change == "window" else WINDOW
+    if change == "file":
+        write_samples(tmp_path / "mcm4", change=lambda video: 255 - video)
+    key = "2" if change == "network" else "1"
+    measures = {"brightness": Measure(counting, key)}
+    measure(six, window, 1 if change == "seed" else 0, measures, tmp_path / "features")
+    assert counting.seen == 3
+
+
+def test_two_processes_share_the_work_and_find_what_one_does(six, tmp_path):
+    alone = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "alone")
+    barrier, counted = threading.Barrier(2, timeout=60), [Counting(), Counting()]
+
+    def of(index):
+        processes = Processes(index, 2, barrier.wait)
+        return measure(six, WINDOW, 0, brightness(counted[index]), tmp_path / "both", processes)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(of, (0, 1)))
+    assert [each.seen for each in counted] == [2, 1]  # of three shards
+    for each in found:
+        np.testing.assert_array_equal(each.values["brightness"], alone.values["brightness"])
+
+
+def test_a_broken_video_is_named_and_the_others_measured(six, tmp_path):
+    broken = tmp_path / "mcm4" / "0002-clip.mp4"
+    broken.write_bytes(b"no video")
+    found = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
+    assert [video.caption for video in found.videos] == [CAPTIONS[0], *CAPTIONS[2:]]
+    assert list(found.skipped) == [str(broken)] and "cannot be read" in found.skipped[str(broken)]
+    assert len(found.values["brightness"]) == 5
+
+
+def test_a_set_of_which_nothing_can_be_used(six, tmp_path):
+    for path in (tmp_path / "mcm4").glob("*.mp4"):
+        path.write_bytes(b"no video")
+    with pytest.raises(ValueError, match="no video of .*mcm4 can be used, for example .*0001-clip.mp4: "):
+        measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
+
+
+def test_a_shard_of_broken_videos_alone(six, tmp_path):
+    for name in ("0003", "0004"):  # the second shard
+        (tmp_path / "mcm4" / f"{name}-clip.mp4").write_bytes(b"no video")
+    found = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
+    assert len(found.videos) == len(found.values["brightness"]) == 4 and len(found.skipped) == 2
+
+
+def test_shapes_of_features(six, tmp_path, videomae):
+    measures = {
+        "video.videomae": video_measure(load_videomae(videomae), 4),
+        "frame.dinov2": frame_measure(load_dinov2("mcm-shapes-features"), 4),
+        "clipsim": clipsim_measure(load_clip("mcm-shapes-clip"), 4),
+        "motion": motion_measure(),
+    }
+    values = measure(six, WINDOW, 0, measures, tmp_path / "features").values
+    shapes = {name: found.shape for name, found in values.items()}
+    assert shapes == {"video.videomae": (6, 16), "frame.dinov2": (6, 8, 64), "clipsim": (6,), "motion": (6, 3)}
+    assert values["clipsim"].min() > 55  # true captions
+    per_video = video_measure(load_videomae(videomae), 1).compute
+    frames = np.stack([six.videos[0].read(WINDOW, 0.0), six.videos[1].read(WINDOW, 0.0)])
+    # a batch of one adds up in another order: float32 has 7 digits
+    np.testing.assert_allclose(per_video(frames, []), values["video.videomae"][:2], rtol=1e-3, atol=1e-4)

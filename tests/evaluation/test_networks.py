@@ -1,0 +1,145 @@
+"""The rows of the tables of networks: pixels go in as each was trained; what comes out is the layer that is named."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Dinov2Model, VideoMAEModel, VJEPA2Model
+
+from diffusers_mcm.evaluation.networks import (
+    FRAME_NETWORKS,
+    VIDEO_NETWORKS,
+    Choice,
+    load_clip,
+    load_dinov2,
+    load_inception,
+    load_videomae,
+    load_vjepa2,
+)
+from diffusers_mcm.hub import resolve
+from diffusers_mcm.shapes.render import render_video
+
+RNG = np.random.default_rng(0)
+# one process, one thread: what differs between a batch of one and of several is the order of additions
+SAME = dict(rtol=1e-4, atol=1e-5)
+
+
+def clips(count=2, frames=8, size=32):
+    return RNG.integers(0, 256, (count, frames, size, size, 3), dtype=np.uint8)
+
+
+def normalised(frames, mean, std):
+    """(..., H, W, 3) uint8 -> (..., 3, H, W)."""
+    pixels = (frames / 255.0 - np.array(mean)) / np.array(std)
+    return torch.from_numpy(np.moveaxis(pixels, -1, -3)).float()
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@torch.no_grad()
+def test_videomae_is_the_mean_token_of_normalised_frames(videomae):
+    frames = clips()
+    expected = VideoMAEModel.from_pretrained(videomae).eval()(normalised(frames, *IMAGENET)).last_hidden_state.mean(1)
+    np.testing.assert_allclose(load_videomae(videomae)(frames), expected.numpy(), **SAME)
+
+
+@torch.no_grad()
+def test_vjepa2_reads_how_pixels_go_in_from_its_files(vjepa2):
+    frames = clips()
+    model = VJEPA2Model.from_pretrained(vjepa2).eval()
+    pixels = normalised(frames, [0.5] * 3, [0.25] * 3)
+    expected = model(pixel_values_videos=pixels, skip_predictor=True).last_hidden_state.mean(1)
+    np.testing.assert_allclose(load_vjepa2(vjepa2)(frames), expected.numpy(), **SAME)
+
+
+@torch.no_grad()
+def test_dinov2_is_the_class_token():
+    frames = clips(3, 1, 64)[:, 0]
+    model = Dinov2Model.from_pretrained(resolve("mcm-shapes-features"), dtype=torch.float32).eval()
+    expected = model(normalised(frames, *IMAGENET)).last_hidden_state[:, 0]
+    np.testing.assert_allclose(load_dinov2("mcm-shapes-features")(frames), expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_frames_are_brought_to_the_size_of_the_network(videomae):
+    network = load_videomae(videomae)
+    flat = np.broadcast_to(np.uint8([10, 90, 200]), (1, 8, 48, 80, 3))  # of one colour, whatever its size
+    same = np.broadcast_to(np.uint8([10, 90, 200]), (1, 8, 32, 32, 3))
+    np.testing.assert_allclose(network(flat), network(same), **SAME)
+
+
+def test_the_number_of_frames_is_checked(videomae, vjepa2):
+    with pytest.raises(ValueError, match="videomae takes 8 frames, not 16: ask for them with --num_frames"):
+        load_videomae(videomae).check_frames(16, "videomae")
+    with pytest.raises(ValueError, match="vjepa2 needs at least 2 frames, got 1"):
+        load_vjepa2(vjepa2).check_frames(1, "vjepa2")
+
+
+def test_a_network_is_described_by_its_weights(videomae, tmp_path):
+    first, again = load_videomae(videomae), load_videomae(videomae)
+    assert first.described() == again.described() and len(first.digest()) == 64
+    with torch.no_grad():
+        next(again.model.parameters()).add_(1e-3)
+    assert first.digest() != again.digest()
+
+
+def test_clip_measures_a_picture_against_its_caption():
+    """The packaged CLIP: 74.83 for a true caption (the mean over frames of 100 × cosine), about 0 for a false one."""
+    caption = "a red circle moving left on a black background"
+    clip = load_clip("mcm-shapes-clip")
+    images = clip(render_video(caption, 0))
+    texts = clip.text([caption, "a cyan ring growing on a white background"])
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in (images, texts)]
+    similarity = 100 * (unit[0] @ unit[1].T).mean(0)
+    assert similarity[0] == pytest.approx(74.829, abs=0.01)
+    assert similarity[1] < 20
+
+
+def test_clip_names_its_processor():
+    described = load_clip("mcm-shapes-clip").described()
+    assert described["resize"].startswith("Pillow") and '"image_mean": [0.5, 0.5, 0.5]' in described["resize"]
+
+
+@pytest.mark.parametrize("row", ["i3d", "i3d="])
+def test_weights_that_are_nowhere_must_be_given(row):
+    with pytest.raises(ValueError, match="give a file, i3d=FILE; pickled weights are not read"):
+        Choice.parse(row, VIDEO_NETWORKS)
+
+
+def test_a_choice_is_a_row_and_perhaps_weights():
+    assert Choice.parse("videomae=mcm-shapes-video", VIDEO_NETWORKS) == Choice("videomae", "mcm-shapes-video")
+    assert Choice.parse("dinov2", FRAME_NETWORKS) == Choice("dinov2", "facebook/dinov2-base")
+    with pytest.raises(ValueError, match="out of dinov2, clip, inception, got 'lpips'"):
+        Choice.parse("lpips", FRAME_NETWORKS)
+
+
+def test_inception_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match="install torch-fidelity .* or take dinov2 or clip"):
+        load_inception("anything")
+
+
+def test_inception_is_filled_from_safetensors(monkeypatch, tmp_path):
+    """torch-fidelity's class reads a file that torch wrote; it gets one of our own making, and uint8 pictures."""
+    weights = torch.randn(3, 5)
+    save_file({"weights": weights}, tmp_path / "inception.safetensors")
+
+    class Extractor(torch.nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path):
+            super().__init__()
+            self.weights = torch.nn.Parameter(torch.load(feature_extractor_weights_path)["weights"])
+
+        def forward(self, pictures):
+            assert pictures.dtype == torch.uint8
+            return (pictures.float().mean((2, 3)) @ self.weights,)
+
+    fake = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    fake.FeatureExtractorInceptionV3 = Extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
+    frames = clips(2, 1)[:, 0]
+    found = load_inception(str(tmp_path / "inception.safetensors"))(frames)
+    np.testing.assert_allclose(found, frames.mean((1, 2)) @ weights.numpy(), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,94 @@
+"""What is written, what is read back, and what is never put side by side."""
+
+import json
+
+import pytest
+
+from diffusers_mcm.evaluation.distances import Interval
+from diffusers_mcm.evaluation.metrics import columns_of
+from diffusers_mcm.evaluation.results import Difference, Evaluation, Method, check_protocols
+
+COLUMNS = columns_of(["fvd"], ["i3d"], [])
+PROTOCOL = {"reference": {"sha256": "ab", "num_videos": 500}, "window": {"num_frames": 16}, "networks": {"i3d": {}}}
+
+
+def method(fvd=500.0, steps=4, **changes):
+    values = {"fvd.i3d": fvd, "motion.change": 4.0, "motion.near_still": 0.0, "motion.flicker": 0.5}
+    fields = dict(source="out", num_videos=500, num_captions=500, skipped={}, steps=steps, settings={}, values=values)
+    return Method(**fields | changes)
+
+
+def evaluation(protocol=PROTOCOL, differences=(), **methods):
+    truth = method(values={"motion.change": 4.5})
+    return Evaluation(protocol, {"torch": "2.13"}, truth, methods, differences)
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    difference = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
+    written = evaluation(differences=[difference], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "broken"}))
+    written.write(tmp_path, COLUMNS)
+    assert Evaluation.read(tmp_path) == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+
+
+def test_the_page_shows_protocol_methods_differences_and_what_was_skipped():
+    clear = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
+    unclear = Difference("lcm4", "mcm4", "motion.change", Interval(0.1, -0.2, 0.3))
+    page = evaluation(
+        differences=[clear, unclear], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "it is broken"})
+    ).page(COLUMNS)
+    assert "| `reference.num_videos` | 500 |" in page and "| `window.num_frames` | 16 |" in page
+    assert "| (reference) | 4 | 500 | – | 4.500 |" in page
+    assert "| mcm4 | 4 | 500 | 500.0 | 4.000 |" in page
+    assert "| lcm4 | **200.0 (150.0 to 240.0)** | 0.100 (-0.200 to 0.300) |" in page
+    assert "- lcm4: a.mp4: it is broken" in page and "A still video raises CLIPSIM" in page
+
+
+def test_a_difference_is_turned_so_that_it_is_less_the_first():
+    page = evaluation(
+        differences=[Difference("mcm4", "lcm4", "fvd.i3d", Interval(-200.0, -240.0, -150.0))],
+        mcm4=method(),
+        lcm4=method(700.0),
+    ).page(COLUMNS)
+    assert "| lcm4 | **200.0 (150.0 to 240.0)** |" in page
+
+
+def test_another_protocol_is_refused_with_the_field_that_differs():
+    other = json.loads(json.dumps(PROTOCOL)) | {"window": {"num_frames": 8}}
+    with pytest.raises(ValueError, match=r"side by side: .*\n  window.num_frames: 16 there, 8 now"):
+        evaluation(other, lcm4=method()).with_others(evaluation(mcm4=method()), "results")
+
+
+def test_a_network_that_was_not_there_before_is_another_protocol():
+    with pytest.raises(ValueError, match="networks.clipsim.sha256: None there, 'cd' now"):
+        check_protocols(PROTOCOL, PROTOCOL | {"networks": {"i3d": {}, "clipsim": {"sha256": "cd"}}}, "results")
+
+
+def test_methods_of_before_stay_and_those_measured_again_are_replaced():
+    stays = Difference("lcm4", "mcm4", "fvd.i3d", Interval(1.0, 0.0, 2.0))
+    before = evaluation(differences=[stays], mcm4=method(500.0), lcm4=method(700.0))
+    after = evaluation(lcm4=method(650.0), ddim4=method(900.0)).with_others(before, "results")
+    found = {name: each.values["fvd.i3d"] for name, each in after.methods.items()}
+    assert found == {"mcm4": 500.0, "lcm4": 650.0, "ddim4": 900.0}
+    assert after.differences == []  # the one of before was of other numbers
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="evaluation.json is no result of an evaluation"):
+        Evaluation.read(tmp_path)
+    assert Evaluation.read(tmp_path / "nothing") is None
+
+
+def test_the_card_gets_a_sentence_columns_and_rows():
+    found = evaluation(mcm4=method()).card_table(COLUMNS)
+    assert found["columns"] == ["steps", "videos", "FVD (i3d)", "change", "near still", "flicker"]
+    assert found["rows"][1] == ["mcm4", "4", "500", "500.0", "4.000", "0.000", "0.500"]
+    assert found["about"].startswith("Measured against 500 videos of the reference, 16 frames each")
+
+
+def test_results_at_several_steps_belong_together():
+    methods = {"mcm4": method(1, 4), "mcm-8-steps": method(2, 8), "lcm": method(3, 1), "theirs": method(4, None)}
+    found = evaluation(**methods).series()
+    scores = {name: [(steps, values["fvd.i3d"]) for steps, values in line] for name, line in found.items()}
+    assert scores == {"mcm": [(4, 1), (8, 2)], "lcm": [(1, 3)]}
