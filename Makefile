@@ -6,7 +6,7 @@ TESTS ?= tests
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format types build clean
+.PHONY: help demo test tables lint format types build clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := demo
 
@@ -18,6 +18,9 @@ demo: $(VENV)/.installed  ## sample the packaged model beside its own teacher
 
 test: $(VENV)/.installed-test  ## run the tests; TESTS=tests/test_cli.py: some of them
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+tables: $(VENV)/.installed  ## write docs/tables.md from what has been measured of the paper's tables
+	$(RUN) examples/shapes/tables.py
 
 lint: $(VENV)/.installed-test  ## check the code and how it is set out
 	$(RUN) -m ruff check .

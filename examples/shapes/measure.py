@@ -1,0 +1,186 @@
+"""Measures what ablate.py trained, and the teacher's own samplers, at 1, 2, 4 and 8 steps on the held-out captions.
+
+    python examples/shapes/measure.py --runs work/ablate --world world --output examples/shapes/ablation
+
+Each LoRA becomes `ROW-SEED.json` with its training's record, its scores, and the scores on resampled captions that
+paired intervals are made of; `protocol.json` says how all of them were measured. What is there already stays.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablate import ROWS, SEEDS, runs
+
+from diffusers_mcm.evaluation.distances import resampled
+from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, motion_measure, video_measure
+from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, mean_score
+from diffusers_mcm.evaluation.motion import MEASURES
+from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
+from diffusers_mcm.files import atomic_file
+from diffusers_mcm.shapes.build import compress
+from diffusers_mcm.shapes.captions import Caption, held_out_captions
+from diffusers_mcm.shapes.methods import Method, Networks
+from diffusers_mcm.shapes.render import render_image, render_video
+from diffusers_mcm.shapes.scores import outcomes, read
+
+STEPS = (1, 2, 4, 8)
+REFERENCE_SEEDS = range(1000, 1016)  # none that is sampled or that a world was built with
+DOMAINS = ("clean", "cartoon")  # of the images of Table 3
+ORACLE = ("all_right", "shape", "motion", "identity_kept", "wobble", "flicker", "displacement", "watermark_seen")
+DIGITS = 5
+# The teacher without distillation: no row of the training, but lines of Table 1.
+BASELINES = {"teacher-ddim": ("ddim", 2.0), "teacher-dpm": ("dpm++", 2.0)}
+
+
+class Ruler:
+    """The networks, and the features of what is true."""
+
+    def __init__(self, seeds: int, resamples: int, batch_size: int):
+        self.captions, self.seeds, self.batch_size = held_out_captions(), range(seeds), batch_size
+        clip = load_clip("mcm-shapes-clip")
+        video, frames = load_videomae("mcm-shapes-video"), load_dinov2("mcm-shapes-features")
+        self.measures = {
+            "fvd": video_measure(video, batch_size),
+            "fid": frame_measure(frames, batch_size),
+            "clipsim": clipsim_measure(clip, batch_size),
+            "motion": motion_measure(),
+        }
+        self.groups = np.arange(len(self.captions) * seeds).reshape(-1, seeds)
+        self.drawn = resampled(len(self.captions), resamples)
+        self.truth = self._truth()
+        self.protocol = {
+            "captions": len(self.captions),
+            "videos": len(self.captions) * seeds,
+            "reference": f"{len(self.captions) * len(REFERENCE_SEEDS)} rendered videos of the same captions, H.264",
+            "images": f"{len(self.captions) * len(REFERENCE_SEEDS)} rendered images each, {', '.join(DOMAINS)}",
+            "networks": {name: measure.key for name, measure in self.measures.items()},
+            "resamples": resamples,
+        }
+
+    def _truth(self) -> dict[str, Callable[[np.ndarray], Score]]:
+        """Distances to true videos, and to true images of each domain."""
+        pairs = [(caption, seed) for caption in self.captions for seed in REFERENCE_SEEDS]
+        videos = (compress(render_video(caption, seed, "video")) for caption, seed in pairs)
+        found = {"fvd": frechet_scores(self._features("fvd", videos, len(pairs)), "sample")}
+        for domain in DOMAINS:
+            images = (render_image(caption, seed, domain)[None] for caption, seed in pairs)
+            found[f"fid.{domain}"] = frechet_scores(self._features("fid", images, len(pairs)), "sample")
+        return found
+
+    def _features(self, name: str, clips, count: int) -> np.ndarray:
+        clips, found = iter(clips), []
+        for start in range(0, count, 32):
+            batch = np.stack([next(clips) for _ in range(min(32, count - start))])
+            found.append(self.measures[name].compute(batch, []))
+        return np.concatenate(found)
+
+    def score(self, sample: Callable[[Sequence[Caption], Sequence[int]], np.ndarray]) -> dict[str, Any]:
+        """Sample all captions with all seeds: column -> score and, where there is noise to tell apart, its draws."""
+        pairs = [(caption, seed) for caption in self.captions for seed in self.seeds]
+        features: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
+        readings = []
+        for start in range(0, len(pairs), self.batch_size):
+            captions, seeds = zip(*pairs[start : start + self.batch_size])
+            frames = sample(captions, seeds)
+            for name, measure in self.measures.items():
+                features[name].append(measure.compute(frames, [str(caption) for caption in captions]))
+            readings += [read(video) for video in frames]
+        of = {name: np.concatenate(parts) for name, parts in features.items()}
+        scores: dict[str, Score] = {"fvd": self.truth["fvd"](of["fvd"]), "clipsim": mean_score(of["clipsim"])}
+        scores |= {f"fid.{domain}": self.truth[f"fid.{domain}"](of["fid"]) for domain in DOMAINS}
+        scores |= {f"motion.{name}": mean_score(of["motion"][:, place]) for place, name in enumerate(MEASURES)}
+        everything = np.arange(len(pairs))
+        values = {name: score(everything) for name, score in scores.items()}
+        by_caption = [readings[start : start + len(self.seeds)] for start in range(0, len(readings), len(self.seeds))]
+        found = outcomes(by_caption, self.captions)
+        values |= {f"oracle.{name}": float(np.nanmean(found[name])) for name in ORACLE}
+        draws = {name: draws_of(scores[name], self.groups, self.drawn) for name in ("fvd", "clipsim", *_fids())}
+        return {"values": _rounded(values), "draws": {name: _rounded(draw) for name, draw in draws.items()}}
+
+
+def _fids() -> list[str]:
+    return [f"fid.{domain}" for domain in DOMAINS]
+
+
+def _rounded(values: Any) -> Any:
+    """To as many digits as mean something; NaN, which JSON does not have, becomes None."""
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    if isinstance(values, np.ndarray):
+        return [_rounded(float(value)) for value in values]
+    return None if np.isnan(values) else float(f"{values:.{DIGITS}g}")
+
+
+def measure_one(ruler: Ruler, networks: Networks, network: str, sampler: str, guidance: float) -> dict[str, Any]:
+    """Step count -> what the ruler says of a network."""
+    found = {}
+    for steps in STEPS:
+        method = Method(network, network, network, sampler, steps, guidance)
+        found[str(steps)] = ruler.score(lambda captions, seeds, m=method: networks.sample(m, captions, seeds))
+        print(f"{network}, {steps} steps: fvd {found[str(steps)]['values']['fvd']:.4g}", flush=True)
+    return found
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_protocol(folder: Path, protocol: dict[str, Any]) -> None:
+    """Write the protocol; ValueError if what is there was measured by another one."""
+    path, said = folder / "protocol.json", json.loads(json.dumps(protocol))
+    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != said:
+        differ = [key for key in said if before.get(key) != said[key]]
+        raise ValueError(f"{folder} was measured by another protocol ({', '.join(differ)}): name another --output.")
+    write(path, said)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, help="where ablate.py trained")
+    add("--world", type=Path, required=True, help="the world it trained in")
+    add("--output", type=Path, required=True, help="where the scores are written")
+    add(
+        "--rows",
+        nargs="+",
+        default=(*BASELINES, *ROWS),
+        metavar="ROW",
+        help="of ablate.py, or teacher-ddim, teacher-dpm",
+    )
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the training (default: 0 1 2)")
+    add("--videos", type=int, default=8, help="of each of the 60 captions (default: 8)")
+    add("--resamples", type=int, default=100, help="of the captions (default: 100)")
+    add("--batch_size", type=int, default=16, help="videos at once (default: 16)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    ruler = None
+    for row in args.rows:
+        if row in BASELINES:
+            jobs = [(args.output / f"{row}.json", None)]
+        else:
+            finished = [run for run in runs([row], args.seeds, args.runs, args.world) if run.finished()]
+            jobs = [(args.output / f"{row}-{run.seed}.json", run) for run in finished]
+        for path, run in jobs:
+            record = run.record() if run else {"row": row}
+            if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["run"] == record:
+                continue
+            if ruler is None:
+                ruler = Ruler(args.videos, args.resamples, args.batch_size)
+                check_protocol(args.output, ruler.protocol)
+            networks = Networks({row: str(run.folder) if run else "mcm-shapes-teacher"})
+            sampler, guidance = BASELINES.get(row, ("mcm", 1.0))
+            steps = measure_one(ruler, networks, row, sampler, guidance)
+            write(path, {"run": record, "steps": steps})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Writes docs/tables.md: each of the paper's tables beside ours, from whatever measure.py has measured so far.
+
+python examples/shapes/tables.py          # or: make tables
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ablate import ROWS, SEEDS
+from ablate import TABLES as LINES
+
+from diffusers_mcm.evaluation.distances import Interval, paired_interval
+from diffusers_mcm.files import write_text
+from diffusers_mcm.tables import table
+
+HERE = Path(__file__).resolve().parent
+STEPS = ("1", "2", "4", "8")
+ORACLE = {
+    "oracle.all_right": ("all right, %", 100, 1),
+    "oracle.identity_kept": ("identity kept, %", 100, 1),
+    "oracle.wobble": ("wobble", 1, 3),
+    "oracle.displacement": ("displacement", 1, 4),
+    "motion.change": ("change", 1, 2),
+    "motion.near_still": ("near still, %", 100, 1),
+    "motion.flicker": ("flicker", 1, 3),
+    "oracle.watermark_seen": ("watermark, %", 100, 1),
+}
+DIGITS = {"fvd": 2, "clipsim": 2, "fid.clean": 1, "fid.cartoon": 1}
+TITLES = {"fvd": "FVD", "clipsim": "CLIPSIM", "fid.clean": "FID (clean)", "fid.cartoon": "FID (cartoon)"}
+
+
+class Ordering(NamedTuple):
+    """What the paper's numbers say of two lines: in `measure`, `better` is better than `worse`."""
+
+    measure: str
+    better: str
+    worse: str
+
+
+class Table(NamedTuple):
+    """One table of the paper: what of it should hold here. Its lines, and the rows that they show, are ablate.py's."""
+
+    title: str
+    measures: tuple[str, str]
+    orderings: tuple[Ordering, ...]
+
+
+def orderings(measure: str, *chain: str) -> tuple[Ordering, ...]:
+    """The first of a chain better than the second, that better than the third, and so on."""
+    return tuple(Ordering(measure, better, worse) for better, worse in zip(chain, chain[1:]))
+
+
+SAMPLERS = {"DDIM": "teacher-ddim", "DPM++": "teacher-dpm"}  # lines of Table 1 that nothing is trained for
+_BOTH = ("fvd", "clipsim")
+TABLES = {
+    1: Table(
+        "Table 1: against samplers and LCM, the videos' own frames as images",
+        _BOTH,
+        (
+            *(Ordering("fvd", "mixed", other) for other in ("lcm", "teacher-ddim", "teacher-dpm")),
+            *orderings("clipsim", "mixed", "lcm"),
+        ),
+    ),
+    3: Table(
+        "Table 3: frames like the images, in one stage or in two",
+        ("fid.clean", "fid.cartoon"),
+        tuple(Ordering(f"fid.{domain}", domain, f"two-stage-{domain}") for domain in ("clean", "cartoon")),
+    ),
+    4: Table(
+        "Table 4: what each component gives",
+        _BOTH,
+        (*orderings("fvd", "mixed", "mcd", "adversarial"), *orderings("fvd", "mcd", "lcm")),
+    ),
+    5: Table(
+        "Table 5: what motion is compared by",
+        _BOTH,
+        tuple(Ordering("fvd", "mcd", other) for other in ("adversarial", "diff", "corr", "low", "high")),
+    ),
+    6: Table(
+        "Table 6: how many trajectories start from real videos",
+        _BOTH,
+        tuple(Ordering("fvd", "mixed", other) for other in ("mcd", "generated")),
+    ),
+}
+
+
+class Results:
+    """What measure.py wrote: row -> training seed -> step -> scores and draws."""
+
+    def __init__(self, folder: Path):
+        self.rows: dict[str, dict[int, dict[str, Any]]] = {}
+        path = folder / "protocol.json"
+        self.protocol = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        for name in (*SAMPLERS.values(), *ROWS):
+            for seed in SEEDS if name in ROWS else (0,):
+                file = folder / (f"{name}-{seed}.json" if name in ROWS else f"{name}.json")
+                if file.is_file():
+                    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+                    self.rows.setdefault(name, {})[seed] = steps
+
+    def seeds(self, row: str) -> int:
+        """How many trainings of a row were measured."""
+        return len(self.rows.get(row, {}))
+
+    def values(self, row: str, steps: str, measure: str) -> np.ndarray:
+        """One score of each training of a row (seeds,); NaN where there was nothing to measure."""
+        found = [seed[steps]["values"].get(measure) for seed in self.rows.get(row, {}).values()]
+        return np.array([np.nan if value is None else value for value in found])
+
+    def cell(self, row: str, steps: str, measure: str, digits: int, factor: float = 1) -> str:
+        """The mean over the trainings, with their deviation where there are several."""
+        values = factor * self.values(row, steps, measure)
+        if not len(values) or np.isnan(values).all():
+            return "–"
+        spread = f" ± {np.nanstd(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.nanmean(values):.{digits}f}{spread}"
+
+    def difference(self, ordering: Ordering, steps: str) -> tuple[Interval, str] | None:
+        """The worse line less the better one over captions, and in how many trainings it is so; None without both.
+
+        The draws are averaged over the trainings of a line, of which the teacher has one.
+        """
+        sign = -1 if ordering.measure == "clipsim" else 1  # there more is better
+        draws, values = [], []
+        for row in (ordering.worse, ordering.better):
+            seeds = self.rows.get(row)
+            if not seeds:
+                return None
+            draws.append(np.mean([seed[steps]["draws"][ordering.measure] for seed in seeds.values()], axis=0))
+            values.append(sign * self.values(row, steps, ordering.measure))
+        found = paired_interval(values[0].mean() - values[1].mean(), sign * (draws[0] - draws[1]))
+        count = min(len(each) for each in values if len(each) > 1) if max(map(len, values)) > 1 else 1
+        apart = (values[0] if len(values[0]) == 1 else values[0][:count]) - values[1][:count]
+        return found, f"{int((apart > 0).sum())} of {count}"
+
+
+def paper_table(said: Mapping[str, Any]) -> str:
+    """The paper's numbers."""
+    columns = [f"{measure} @{steps}" for measure in said["measures"] for steps in STEPS]
+    rows = [
+        (name, {column: f"{value:g}" for column, value in zip(columns, [v for part in parts for v in part])})
+        for name, parts in said["rows"].items()
+    ]
+    return table(rows, columns)
+
+
+def our_table(number: int, results: Results) -> str:
+    """The same rows and columns here."""
+    which, rows = TABLES[number], []
+    for name, row in lines(number).items():
+        cells = {
+            f"{TITLES[measure]} @{steps}": results.cell(row, steps, measure, DIGITS[measure])
+            for measure in which.measures
+            for steps in STEPS
+        }
+        count = results.seeds(row)
+        trained = "not trained" if row in SAMPLERS.values() else f"{count} training{'s'[: count != 1]}"
+        rows.append((f"{name} ({trained})", cells))
+    return table(rows, [f"{TITLES[measure]} @{steps}" for measure in which.measures for steps in STEPS])
+
+
+def lines(number: int) -> dict[str, str]:
+    """The lines of a table, and the rows that they show."""
+    return (SAMPLERS if number == 1 else {}) | LINES[number]
+
+
+def oracle_table(number: int, results: Results) -> str:
+    """What the oracle and the pixels say of four steps."""
+    rows = []
+    for name, row in lines(number).items():
+        cells = {title: results.cell(row, "4", key, digits, by) for key, (title, by, digits) in ORACLE.items()}
+        rows.append((name, cells))
+    return table(rows, [title for title, *_ in ORACLE.values()])
+
+
+def verdicts(which: Table, results: Results) -> str:
+    """Which of the paper's orderings hold here, step by step."""
+    rows = []
+    for ordering in which.orderings:
+        # the teacher is one, however often a row was trained
+        trained = min(results.seeds(row) for row in ordering[1:] if row in ROWS)
+        cells = {"trainings": str(trained) if trained > 1 else f"{trained}: not ranked"}
+        for steps in STEPS:
+            if (found := results.difference(ordering, steps)) is None:
+                continue
+            interval, agreeing = found
+            estimate, low, high = (f"{value:.{DIGITS[ordering.measure]}f}" for value in interval)
+            word = f"{_verdict(interval)}, {agreeing}: " if trained > 1 else ""
+            cells[f"@{steps}"] = f"{word}{estimate} ({low} to {high})"
+        rows.append((f"{TITLES[ordering.measure]}: {ordering.better} better than {ordering.worse}", cells))
+    return table(rows, [*(f"@{steps}" for steps in STEPS), "trainings"])
+
+
+def _verdict(found: Interval) -> str:
+    if found.low > 0:
+        return "holds"
+    return "**does not hold**" if found.high < 0 else "unclear"
+
+
+HEAD = """# The paper's tables in miniature
+
+Each table of the paper beside the same one in the world of shapes, where anybody can run it: the packaged teacher, the
+poor videos, one short recipe (600 steps of batch 8 from a fresh LoRA) for all rows, three trainings of each with other
+seeds. `examples/shapes/ablate.py` trains, `examples/shapes/measure.py` measures, and `make tables` writes this page
+from what there is so far: {trained} of {all} trainings.
+
+FVD is the Fréchet distance on `mcm-shapes-video`, a small video network that was trained to tell motion; FID that on
+`mcm-shapes-features`, CLIPSIM that of `mcm-shapes-clip`. Absolute numbers have nothing to do with the paper's, whose
+networks, videos and sizes are others; orderings can be compared. {protocol}
+
+A number is the mean over the trainings ± their deviation. Below each table: the paper's orderings, as the worse line
+less the better one, with the 95 % interval of the paired difference over captions, and in how many of the trainings it
+has that sign. The interval says how far these captions decide, not how far another training would differ; where there
+is one training of a line, nothing is ranked. The last table of each shows what neither measure sees: what the oracle
+reads off four steps.
+"""
+
+
+def page(results: Results, paper: Mapping[str, Any]) -> str:
+    """The whole page, in markdown."""
+    protocol = results.protocol
+    said = "Nothing has been measured yet."
+    if protocol:
+        said = f"Each has {protocol['videos']} videos of {protocol['captions']} held-out captions, which are compared "
+        said += f"with {protocol['reference']}; images: {protocol['images']}."
+    trained = sum(results.seeds(row) for row in ROWS)
+    parts = [HEAD.format(trained=trained, all=len(ROWS) * len(SEEDS), protocol=said)]
+    for number, which in TABLES.items():
+        parts += [
+            f"## {which.title}",
+            "The paper:",
+            paper_table(paper[str(number)]),
+            "Here:",
+            our_table(number, results),
+        ]
+        parts += ["The paper's orderings:", verdicts(which, results)]
+        parts += ["Four steps, read by the oracle and from pixels:", oracle_table(number, results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "ablation", help="what measure.py wrote")
+    parser.add_argument(
+        "--page", type=Path, default=HERE.parents[1] / "docs" / "tables.md", help="where the page goes"
+    )
+    args = parser.parse_args(arguments)
+    paper = json.loads((HERE / "paper.json").read_text(encoding="utf-8"))
+    write_text(args.page, page(Results(args.results), paper))
+    print(args.page)
+
+
+if __name__ == "__main__":
+    main()

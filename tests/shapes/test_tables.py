@@ -1,0 +1,98 @@
+"""The page of tables, from results that are made up so that what it must say is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import tables
+
+    return tables
+
+
+def result(fvd, clipsim=70.0, noise=0.0):
+    """What measure.py writes of one network; all steps alike."""
+    rng = np.random.default_rng(0)
+    swing = (noise * rng.normal(size=50)).tolist()
+    values = {"fvd": fvd, "clipsim": clipsim, "fid.clean": fvd, "fid.cartoon": fvd, "oracle.all_right": 0.9}
+    draws = {name: [values[name] + each for each in swing] for name in ("fvd", "clipsim", "fid.clean", "fid.cartoon")}
+    return {"run": {}, "steps": {steps: {"values": values, "draws": draws} for steps in ("1", "2", "4", "8")}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "lcm-0": result(10.0, 60.0),
+        "lcm-1": result(12.0, 62.0),
+        "mixed-0": result(6.0, 65.0),
+        "mixed-1": result(8.0, 65.0),
+        "mcd-0": result(5.0),
+        "mcd-1": result(9.0),
+        "adversarial-0": result(7.0),
+        "teacher-ddim": result(20.0, 50.0, noise=1.0),
+        "clean-0": result(3.0),
+        "two-stage-clean-0": result(9.0),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    protocol = {"videos": 480, "captions": 60, "reference": "960 videos", "images": "960 images"}
+    (tmp_path / "protocol.json").write_text(json.dumps(protocol))
+    return tmp_path
+
+
+def written(tables, folder):
+    tables.main(["--results", str(folder), "--page", str(folder / "tables.md")])
+    return (folder / "tables.md").read_text()
+
+
+def test_each_table_stands_beside_the_papers(tables, folder):
+    page = written(tables, folder)
+    assert "| MCM | 526 | 450 | 456 | 503 | 29.81 | 30.63 | 30.55 | 29.58 |" in page
+    assert page.count("Here:") == 5 and "9 of 39 trainings" in page
+    assert "Each has 480 videos of 60 held-out captions" in page
+
+
+def test_a_line_is_the_mean_over_its_trainings(tables, folder):
+    page = written(tables, folder)
+    lcm = "11.00 ± 1.41 | " * 4 + "61.00 ± 1.41 | " * 4
+    assert f"| LCM (2 trainings) | {lcm}".rstrip() in page
+    assert "| DDIM (not trained) | 20.00 |" in page
+    assert "| λ_real = 0 (0 trainings) | – |" in page
+
+
+def test_an_ordering_is_ranked_where_there_are_several_trainings(tables, folder):
+    page = written(tables, folder)
+    assert "| FVD: mixed better than lcm | holds, 2 of 2: 4.00 (4.00 to 4.00) |" in page
+    # 20 less 7, the noise of which is the teacher's alone
+    line = next(line for line in page.splitlines() if line.startswith("| FVD: mixed better than teacher-ddim"))
+    assert "holds, 2 of 2: 13.00 (" in line and "(13.00 to 13.00)" not in line
+    # of more that is better the sign is turned
+    assert "| CLIPSIM: mixed better than lcm | holds, 2 of 2: 4.00 (4.00 to 4.00) |" in page
+
+
+def test_trainings_that_disagree_are_counted(tables, folder):
+    page = written(tables, folder)
+    assert "| FVD: mixed better than mcd | unclear, 1 of 2: 0.00 (0.00 to 0.00) |" in page
+
+
+def test_one_training_is_not_ranked(tables, folder):
+    page = written(tables, folder)
+    assert "| FVD: mcd better than adversarial | 0.00 (0.00 to 0.00) |" in page and "| 1: not ranked |" in page
+    assert "| FID (clean): clean better than two-stage-clean | 6.0 (6.0 to 6.0) |" in page
+
+
+def test_a_page_of_nothing_yet(tables, tmp_path):
+    page = written(tables, tmp_path)
+    assert "0 of 39 trainings" in page and "Nothing has been measured yet" in page
+
+
+def test_every_table_of_the_paper_that_rows_are_trained_for_is_shown(tables):
+    paper = json.loads((SCRIPTS / "paper.json").read_text(encoding="utf-8"))
+    assert [*map(str, tables.TABLES)] == [*map(str, tables.LINES)] == [key for key in paper if key != "about"]
