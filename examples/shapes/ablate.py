@@ -279,14 +279,6 @@ def told(run: Run) -> str:
     return f"{run}: {record['steps']} steps in {record['seconds'] / 60:.0f} minutes, {losses}"
 
 
-def collect(wanted: Sequence[Run], folder: Path) -> None:
-    """Copy what `run.json` says of each finished run to `folder/ROW-SEED.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in wanted:
-        if run.finished():
-            shutil.copyfile(run.folder / "run.json", folder / f"{run.row}-{run.seed}.json")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -298,7 +290,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, choices=(1, 2), default=1, help="how many runs are trained side by side")
     add("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     add("--list", action="store_true", help="say what is there and what is missing, and train nothing")
-    add("--collect", type=Path, metavar="DIR", help="copy the run.json of each finished run there, and train nothing")
     return parser.parse_args(arguments)
 
 
@@ -308,8 +299,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(told(run) for run in wanted))
         return
-    if args.collect:
-        return collect(wanted, args.collect)
     for run in wanted:
         run.record()  # what was begun otherwise is told before hours have passed
     deadline = time.monotonic() + 60 * args.minutes
