@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import MotionAdapter, SchedulerMixin, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import FreeNoiseTransformerBlock
 from torch import nn
 
 from ..conditioning import Conditioning
 from ..moved import moved
+from .base import component_class
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
@@ -51,12 +52,12 @@ class AnimateDiff(StableDiffusionModel):
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         return {} if has_motion(model_index) else super().components_elsewhere(model_index)
 
-    def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """All of an AnimateDiff pipeline's configuration; of a Stable Diffusion's only what its network predicts, for
-        its betas (scaled linear) are the image model's, and the motion modules were trained on linear ones."""
-        if config is None or is_animatediff(index):
-            return config
-        return {key: config[key] for key in ("prediction_type",) if key in config}
+    def image_models_scheduler(self, config: Mapping[str, Any] | None) -> SchedulerMixin:
+        """The sampler for a Stable Diffusion with motion modules: of its configuration only what the network predicts
+        holds, for its betas (scaled linear) are the image model's, and the motion modules were trained on linear ones.
+        """
+        kept = {key: value for key, value in (config or {}).items() if key == "prediction_type"}
+        return self.scheduler_class.from_config(self.scheduler_config(kept))
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
@@ -89,16 +90,8 @@ class AnimateDiff(StableDiffusionModel):
 
 
 def has_motion(model_index: Mapping[str, Any]) -> bool:
-    return (model_index.get("unet") or [None, None])[1] == "UNetMotionModel"
-
-
-def has_adapter(model_index: Mapping[str, Any]) -> bool:
-    return (model_index.get(ADAPTER) or [None, None])[1] is not None
-
-
-def is_animatediff(model_index: Mapping[str, Any]) -> bool:
-    """Whether a repository holds a whole AnimateDiff, and not the Stable Diffusion for one."""
-    return has_motion(model_index) or has_adapter(model_index)
+    """Whether a repository's UNet has motion modules in it."""
+    return component_class(model_index, "unet") == "UNetMotionModel"
 
 
 def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAdapter | None) -> UNetMotionModel:

@@ -20,6 +20,11 @@ from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, NoisePath
 from ..settings import DEFAULT_STEPS
 
 
+def component_class(model_index: Mapping[str, Any], name: str) -> str | None:
+    """What `model_index.json` calls the class of a component; `None` if that is left out."""
+    return (model_index.get(name) or [None, None])[1]
+
+
 class BaseModel(ABC):
     """A base model's networks: how they encode video and text, how the denoiser is called, how frames are decoded.
 
@@ -70,14 +75,23 @@ class BaseModel(ABC):
     ) -> SchedulerMixin:
         """The sampler that fits a training: the teacher's noise schedule, the student's grid and boundary."""
 
+    def few_step_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The sampler on the noise schedule that the network was trained with: this one, or one in its place."""
+        if isinstance(scheduler, self.scheduler_class):
+            return scheduler
+        keys = self.noise_schedule_keys
+        known = {key: value for key in keys if (value := scheduler.config.get(key)) is not None}
+        config = self.scheduler_config(known)
+        return self.scheduler_class.from_config({key: config[key] for key in keys if key in config})
+
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         """Where the components are by default that a repository with this `model_index.json` leaves out."""
         places = self.extra_repositories.items()
-        return {name: place for name, place in places if (model_index.get(name) or [None, None])[1] is None}
+        return {name: place for name, place in places if component_class(model_index, name) is None}
 
     def matches(self, model_index: Mapping[str, Any]) -> bool:
         """Whether a repository with this `model_index.json` holds this model."""
-        return (model_index.get(self.denoiser_name) or [None, None])[1] in self.denoiser_classes
+        return component_class(model_index, self.denoiser_name) in self.denoiser_classes
 
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:

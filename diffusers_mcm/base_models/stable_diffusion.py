@@ -60,10 +60,6 @@ class StableDiffusionModel(BaseModel):
                 " model of the same name."
             )
 
-    def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """As much of a repository's scheduler configuration as holds for this model; `index` is its model index."""
-        return config
-
     def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: Any) -> VariancePreservingPath:
         return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **boundary)
 

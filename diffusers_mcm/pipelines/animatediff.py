@@ -19,23 +19,14 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..base_models.animatediff import (
-    ADAPTER,
-    AnimateDiff,
-    has_adapter,
-    has_motion,
-    is_animatediff,
-    with_motion,
-)
+from ..base_models.animatediff import ADAPTER, AnimateDiff, has_motion, with_motion
 from ..base_models.motion_adapter import load_motion_adapter
 from ..location import HUB_OPTIONS, Location
 from ..lora import lora_layers
-from ..scheduler import MCMScheduler
 from . import checks
 from .animatediff_extras import AnimateDiffExtras
-from .callbacks import step_callback
 from .mcm import MCMPipeline, MCMPipelineOutput
-from .request import Request
+from .request import arguments
 from .single_file import load_checkpoint
 from .sole_use import alone, one_call
 
@@ -109,37 +100,33 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             )
 
     @classmethod
-    def _load_components(cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options):
-        where = location.options
-        if location.is_file:
-            return cls._of_checkpoint(location.name, recorded, where, **options)
+    def _load_components(cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options):
         complete = isinstance(options.get("unet"), UNetMotionModel) or has_motion(index)
-        adapter = options.pop(ADAPTER, None)
-        if adapter is None and not complete and not has_adapter(index):
-            adapter = recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
-        if not is_animatediff(index) and "scheduler" not in options:
-            config = location.inside("scheduler").json("scheduler_config.json")
-            schedule = cls.base_model.own_schedule(index, config)
-            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
+        adapter = options.pop(ADAPTER, None) or (None if complete else elsewhere.get(ADAPTER))
         if adapter is not None:
-            adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
+            where = dict(location.options, variant=options.get("variant"))
+            adapter = load_motion_adapter(adapter, options["dtype"], **where)
+        if location.is_file:
+            return cls._of_checkpoint(location, adapter, **options)
+        if elsewhere and "scheduler" not in options:
+            config = location.inside("scheduler").json("scheduler_config.json")
+            options["scheduler"] = cls.base_model.image_models_scheduler(config)
         if adapter is not None or complete:
             options[ADAPTER] = None if complete else adapter  # what is in the repository need not be read
-        pipeline = super()._load_components(location, index, recorded, **options)
+        pipeline = super()._load_components(location, index, elsewhere, **options)
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
         return pipeline
 
     @classmethod
-    def _of_checkpoint(cls, path, recorded, where, dtype, motion_adapter=None, config=None, **given):
+    def _of_checkpoint(cls, location: Location, adapter: MotionAdapter | None, dtype, config=None, **given):
         """Make a pipeline of a single-file checkpoint, with the components that are `given`."""
-        components = load_checkpoint(path, os.fspath(config or cls.base_model.default_repository), dtype, **where)
-        schedule = cls.base_model.own_schedule({}, components["scheduler"].config)
-        components["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
-        adapter = motion_adapter or recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
+        config = os.fspath(config or cls.base_model.default_repository)
+        components = load_checkpoint(location.name, config, dtype, **location.options)
+        components["scheduler"] = cls.base_model.image_models_scheduler(components["scheduler"].config)
         given = {key: value for key, value in given.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
-        pipeline = cls(**components | given, motion_adapter=load_motion_adapter(adapter, dtype, **where))
-        pipeline.register_to_config(_name_or_path=path)
+        pipeline = cls(**components | given, motion_adapter=adapter)
+        pipeline.register_to_config(_name_or_path=location.name)
         return pipeline
 
     @classmethod
@@ -161,9 +148,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
                     "A LoRA is loaded in the Stable Diffusion pipeline: `unload_lora_weights()` there first, and load"
                     " it here."
                 )
-            if "scheduler" not in kwargs:
-                config = cls.base_model.own_schedule({}, pipeline.scheduler.config)
-                kwargs["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+            kwargs.setdefault("scheduler", cls.base_model.image_models_scheduler(pipeline.scheduler.config))
             return super().from_pipe(pipeline, **kwargs)
         made = super().from_pipe(pipeline, **kwargs)
         made._warn_of_betas()
@@ -184,7 +169,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as [`MCMPipeline`] does; an IP-Adapter, which diffusers cannot load again, has to go before."""
-        if self._has_ip_adapter:
+        if self._ip_adapters:
             raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -280,16 +265,5 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             'corgi.gif'
             ```
         """
-        size = self._size(num_frames=num_frames, height=height, width=width)
-        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        texts |= dict(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
-        self.check_inputs(**size, **texts)
-        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
-        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=checks.eta(eta))
-        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
-        request.lora_scale, request.network_options = checks.attention_options(lora_scale, cross_attention_kwargs)
-        request.clip_skip = checks.clip_skip(clip_skip, self.text_encoder)
-        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._make_videos(request, return_dict)
+        eta = checks.number("eta", eta)  # `None` would be the scheduler's own
+        return self._make_videos(**arguments(locals()))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.attention import FreeNoiseTransformerBlock
 
-from ..base_models.animatediff import IMAGE_EMBEDS, AnimateDiff
+from ..base_models.animatediff import IMAGE_EMBEDS
 from ..conditioning import Conditioning
 from . import checks
-from .request import Request
+from .request import Request, Texts, arguments
 from .sampling import Sampling
 
 
@@ -24,32 +25,18 @@ class AnimateDiffExtras(Sampling):
     they are encoded to is `(B, T, length, features)`.
     """
 
-    base_model: AnimateDiff
-    unet: Any
-    image_encoder: Any
-    feature_extractor: Any
-    # of diffusers' pipeline
-    maybe_convert_prompt: Callable[[list[str], Any], list[str]]
-    prepare_ip_adapter_image_embeds: Callable[..., list[torch.Tensor]]
-    free_noise_enabled: bool
-    free_init_enabled: bool
-    _prepare_latents_free_noise: Callable[..., torch.Tensor]
-    _free_noise_prompt_interpolation_callback: Callable[..., torch.Tensor]
-    _free_noise_noise_type: str
-    _free_noise_context_length: int
-    _free_init_num_iters: int
-    _apply_free_init: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    # what its properties of these names tell a callback
+    _takes_attention_options = True
+    # What diffusers' properties of these names tell a callback.
     _clip_skip: int | None = None
     _cross_attention_kwargs: dict[str, Any] | None = None
 
     def check_inputs(  # type: ignore[override]  # diffusers orders the arguments of this pipeline otherwise
         self,
-        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        prompt: Texts | None,
         height: int | None = None,
         width: int | None = None,
         callback_steps: int | None = None,
-        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        negative_prompt: Texts | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         ip_adapter_image: PipelineImageInput | None = None,
@@ -59,19 +46,34 @@ class AnimateDiffExtras(Sampling):
         num_frames: int | None = None,
     ) -> None:
         """Check as [`MCMPipeline`] does; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
-        self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
-        embeds: dict[str, Any] = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        others = dict(num_frames=num_frames, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs)
-        super().check_inputs(prompt, height, width, callback_steps, negative_prompt, **embeds | others)
+        self._check_inputs(**arguments(locals()))
 
-    def _check_texts(
-        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
-    ) -> None:
-        prompt = self._one_of_the_texts("prompt", prompt)
-        negative_prompt = self._one_of_the_texts("negative_prompt", negative_prompt)
-        prompt_embeds = checks.texts_of_frames("prompt_embeds", prompt_embeds, num_frames)
-        negative_prompt_embeds = checks.texts_of_frames("negative_prompt_embeds", negative_prompt_embeds, num_frames)
-        super()._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames)
+    def _check(self, request: Request) -> None:
+        """Check as [`MCMPipeline`] does; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
+        super()._check(request)
+        pictures, embeds, adapters = request.ip_adapter_image, request.ip_adapter_image_embeds, self._ip_adapters
+        if pictures is not None and embeds is not None:
+            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+        name, each = ("ip_adapter_image", pictures) if embeds is None else ("ip_adapter_image_embeds", embeds)
+        if (each is None) != (adapters == 0):
+            raise ValueError(
+                "An IP-Adapter and a picture go together: "
+                + ("a picture was given, but no IP-Adapter is loaded." if adapters == 0 else f"give `{name}`.")
+            )
+        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError(
+                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
+                " `ip_adapter_image_embeds` without."
+            )
+        count = len(each) if isinstance(each, list) else 1
+        if adapters and count != adapters:
+            raise ValueError(f"`{name}` must be a list of one for each of the {adapters} IP-Adapters, got {count}.")
+
+    def _check_texts(self, request: Request) -> None:
+        texts = {name: self._one_of_the_texts(name, getattr(request, name)) for name in ("prompt", "negative_prompt")}
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            texts[name] = checks.texts_of_frames(name, getattr(request, name), request.num_frames)
+        super()._check_texts(replace(request, **texts))
 
     def _one_of_the_texts(self, name: str, value: Any) -> Any:
         """Return a prompt, but of one that has texts for some frames the first text."""
@@ -84,31 +86,11 @@ class AnimateDiffExtras(Sampling):
             raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
         return value[0]
 
-    def _check_pictures(self, pictures, embeds) -> None:
-        if pictures is not None and embeds is not None:
-            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-        given = pictures is not None or embeds is not None
-        if given != self._has_ip_adapter:
-            raise ValueError(
-                "An IP-Adapter and a picture go together: "
-                + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
-            )
-        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
-            raise ValueError(
-                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
-                " `ip_adapter_image_embeds` without."
-            )
-        if given:
-            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-            checks.check_one_each(name, embeds if pictures is None else pictures, self._ip_adapters)
-
-    @property
-    def _has_ip_adapter(self) -> bool:
-        return self.unet.encoder_hid_proj is not None
-
     @property
     def _ip_adapters(self) -> int:
-        return len(self.unet.encoder_hid_proj.image_projection_layers)
+        """How many are loaded."""
+        projection = self.unet.encoder_hid_proj
+        return 0 if projection is None else len(projection.image_projection_layers)
 
     def prepare_latents(
         self, batch_size, num_channels_latents, num_frames, height, width, dtype, device, generator, latents=None
@@ -161,7 +143,7 @@ class AnimateDiffExtras(Sampling):
 
     def _add_conditions(self, request: Request, text: Conditioning, negative: Conditioning | None, device) -> None:
         """Add the pictures of the IP-Adapters."""
-        if not self._has_ip_adapter:
+        if not self._ip_adapters:
             return
         given, guided = request.ip_adapter_image_embeds, negative is not None
         if given is not None:
@@ -174,10 +156,10 @@ class AnimateDiffExtras(Sampling):
                 negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
             text[f"{IMAGE_EMBEDS}{i}"] = embeds
 
-    def _sample(self, latents, timesteps, text, negative, request):
+    def _sample(self, latents, timesteps, text, negative, request, callback):
         """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given."""
         self._clip_skip = request.clip_skip
-        self._cross_attention_kwargs = request.network_options.get("cross_attention_kwargs")
+        self._cross_attention_kwargs = request.attention_options or None
         steps = len(timesteps)
         try:
             with self._window_within(request.num_frames):
@@ -185,7 +167,7 @@ class AnimateDiffExtras(Sampling):
                     if self.free_init_enabled:
                         options = (latents.device, latents.dtype, request.generator)
                         latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
-                    latents = super()._sample(latents, timesteps, text, negative, request)
+                    latents = super()._sample(latents, timesteps, text, negative, request, callback)
         finally:
             self._clip_skip = self._cross_attention_kwargs = None
         return latents

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
 
-from torch import nn
+from diffusers import DiffusionPipeline
 
 from ..lora import LoRA, activate, compute_dtype, extract_lora, replace
-from .mixin import PipelineMixin
-from .networks import AdapterState, require_called
+from .networks import require_called
 
 
-class FusingVerbs(PipelineMixin):
-    """The half of `LoRAVerbs` that changes base weights; the other half is declared here."""
-
-    if TYPE_CHECKING:
-
-        @property
-        def _adapters(self) -> AdapterState: ...
-        @property
-        def _networks(self) -> nn.ModuleDict: ...
-        @property
-        def _layers(self) -> dict[str, Any]: ...
-        @property
-        def _switched_on(self) -> list[str]: ...
-        @property
-        def _lora_enabled(self) -> bool: ...
-        def get_active_adapters(self) -> list[str]: ...
-        def _networks_of(self, name: str) -> dict[str, nn.Module]: ...
-        def _known(self, names: str | Sequence[str]) -> list[str]: ...
-        def _require_unfused(self, what: str) -> None: ...
-        def _require_at_hand(self, what: str) -> None: ...
-        def _weighted(self, names: Sequence[str], scale: float) -> AbstractContextManager: ...
+class FusingVerbs(DiffusionPipeline):
+    """The half of `LoRAVerbs` that changes base weights."""
 
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
         """Add the active adapters (or those named) to the base weights, which saves their cost at every step.

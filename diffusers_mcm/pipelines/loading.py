@@ -86,16 +86,6 @@ def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
     return str(model_index.get("_class_name")).endswith("MCMPipeline")
 
 
-def few_step_scheduler(base_model, scheduler):
-    """The few-step scheduler on the noise schedule that the base model was trained with."""
-    if isinstance(scheduler, base_model.scheduler_class):
-        return scheduler
-    keys = base_model.noise_schedule_keys
-    config = {key: scheduler.config[key] for key in keys if scheduler.config.get(key) is not None}
-    config = base_model.scheduler_config(config)
-    return base_model.scheduler_class.from_config({key: config[key] for key in keys if key in config})
-
-
 def forget_local_paths(folder: Path) -> None:
     """Remove the paths of this machine that the libraries note down in the configurations they save."""
     for path in folder.rglob("*.json"):

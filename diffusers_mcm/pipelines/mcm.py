@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from .adapters import _free_name
 from .callbacks import TENSORS, step_callback
 from .networks import require_unfused
 from .publishing import HubVerbs
-from .request import Request
+from .request import arguments
 from .sampling import Sampling
 from .sole_use import alone, is_sampling, one_call
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,9 +84,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                         parameter.requires_grad_(False)
         self.base_model.prepare_denoiser(self.denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
-        self._interrupt = False
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
+        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
     # --- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -172,25 +173,27 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             )
         if saved := loading.is_saved_mcm_pipeline(index):  # diffusers fetches no components of other classes
             location = location.fetched()
+        elsewhere = pipeline_class.base_model.components_elsewhere(index)
         recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
+        elsewhere = {name: recorded.get(name, place) for name, place in elsewhere.items()}
         if location.is_file and lora is not None and kwargs.get("config") is None:
             kwargs["config"] = loading.checkpoint_config(lora, location.options)
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
-            pipeline = pipeline_class._load_components(location, index, recorded, **kwargs)
-        pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
+            pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
+        pipeline.scheduler = pipeline.base_model.few_step_scheduler(pipeline.scheduler)
         if lora is None and saved:
             pipeline._load_adapters(location)
         return pipeline
 
     @classmethod
     def _load_components(
-        cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options
+        cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options
     ) -> MCMPipeline:
         """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here.
 
-        `index` is `model_index.json`, `recorded` says where the other components were when the LoRA was trained.
+        `index` is `model_index.json`, `elsewhere` says where the components are that it leaves out.
         """
         return super().from_pretrained(location.name, revision=location.revision, **options)
 
@@ -218,7 +221,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if lora.scheduler_config is not None:
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         else:
-            self.scheduler = loading.few_step_scheduler(self.base_model, self.scheduler)
+            self.scheduler = self.base_model.few_step_scheduler(self.scheduler)
         self.register_to_config(**lora.settings.sampling.known())
 
     # --- properties --------------------------------------------------------------------------------------------------
@@ -333,23 +336,18 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             >>> write_video("circle.mp4", video, fps=8)
             ```
         """
-        size = self._size(num_frames=num_frames, height=height, width=width)
-        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        self.check_inputs(**size, **texts)
-        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
-        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
-        request.lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
-        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._make_videos(request, return_dict)
+        return self._make_videos(**arguments(locals()))
 
-    def _make_videos(self, request: Request, return_dict: bool) -> MCMPipelineOutput | tuple:
-        """Make the frames that the checked arguments of a call ask for."""
+    def _make_videos(self, return_dict: bool, **asked) -> MCMPipelineOutput | tuple:
+        """Make the frames that a call is asked for, once all its arguments are checked."""
+        request = self._request(**asked)
+        self._check(request)
+        callback = step_callback(self, request.callback_on_step_end, request.callback_on_step_end_tensor_inputs)
         size = (request.num_frames, request.height, request.width)
         videos = request.count_prompts() * request.num_videos_per_prompt
-        request.warn_of_an_idle_negative()
+        if not request.guided and not (request.negative_prompt is None and request.negative_prompt_embeds is None):
+            why = "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1."
+            logger.warning(why, request.guidance_scale)
         device, dtype = self._execution_device, self.denoiser.dtype
         request.generator = checks.generators(request.generator, videos, device)
         channels, *_ = latent_shape = self.base_model.latent_shape(self.denoiser, self.vae, *size)
@@ -362,7 +360,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             text, negative = self._encode_texts(request, request.guided, device)
             self._add_conditions(request, text, negative, device)
             latents = self.prepare_latents(videos, channels, *size, dtype, device, request.generator, request.latents)
-            latents = self._sample(latents, timesteps, text, negative, request)
+            latents = self._sample(latents, timesteps, text, negative, request, callback)
         checks.check_sampled(latents, self.denoiser)
         frames = latents.to(dtype)
         if request.output_type != "latent":
