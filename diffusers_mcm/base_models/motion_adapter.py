@@ -82,13 +82,10 @@ def read_motion_modules(path: str | os.PathLike, dtype: torch.dtype | None = Non
 
 def _config(weights: Mapping[str, torch.Tensor]) -> dict:
     """The sizes that the weights show: channels and layers of each block, and whether the middle one has any."""
-    channels: dict[int, int] = {}
-    layers: Counter[int] = Counter()
-    for key, tensor in weights.items():
-        names = key.split(".")
-        if names[0] == "down_blocks" and names[4:] == ["norm", "weight"]:
-            channels[int(names[1])] = len(tensor)
-            layers[int(names[1])] += 1
+    names = {key: key.split(".") for key in weights}
+    norms = [key for key, name in names.items() if name[0] == "down_blocks" and name[4:] == ["norm", "weight"]]
+    layers = Counter(int(names[key][1]) for key in norms)
+    channels = {int(names[key][1]): len(weights[key]) for key in norms}
     return {
         "block_out_channels": tuple(channels[block] for block in sorted(channels)),
         "motion_layers_per_block": tuple(layers[block] for block in sorted(layers)),

@@ -38,7 +38,12 @@ class _End(nn.Module):
         return [each if each is None else each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
 
 
-class _Conv2d(_End, nn.Conv2d):
+class OutputConv2d(_End, nn.Conv2d):
+    """The last convolution, with a float32 output."""
+
+    def _conv_forward(self, x, weight, bias):
+        return (self._convolve if self.float32_calls else super()._conv_forward)(x, weight, bias)
+
     def _convolve(self, x, weight, bias):
         """The convolution in float32, of whatever type x and the weights are, outside autocast."""
         # A whole network of float32 computes as torch's settings say, in its middle and at its ends.
@@ -56,13 +61,12 @@ class _Conv2d(_End, nn.Conv2d):
             return output + super()._conv_forward(coarse, rest_of_weight, None)
 
 
-class InputConv2d(_Conv2d):
+class InputConv2d(OutputConv2d):
     """The first convolution: it reads float32 and hands on the type of its weights."""
 
     def _conv_forward(self, x, weight, bias):
-        if not self.float32_calls:
-            return super()._conv_forward(x, weight, bias)
-        return self._convolve(x, weight, bias).to(weight.dtype)
+        output = super()._conv_forward(x, weight, bias)
+        return output.to(weight.dtype) if self.float32_calls else output
 
 
 class OutputGroupNorm(_End, nn.GroupNorm):
@@ -74,15 +78,6 @@ class OutputGroupNorm(_End, nn.GroupNorm):
         x, weight, bias = self._widened(x, self.weight, self.bias)
         with _no_autocast(x):
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-class OutputConv2d(_Conv2d):
-    """The last convolution, with a float32 output."""
-
-    def _conv_forward(self, x, weight, bias):
-        if not self.float32_calls:
-            return super()._conv_forward(x, weight, bias)
-        return self._convolve(x, weight, bias)
 
 
 # --- float32 convolutions where torch makes them of TF32 -------------------------------------------------------------
@@ -144,20 +139,6 @@ def _lora_convolutions(layer: nn.Module | None) -> tuple[str, ...]:
     return () if getattr(layer, "lora_variant", None) or not hasattr(layer, "lora_A") else ("lora_A", "lora_B")
 
 
-@contextmanager
-def _loras_read_float32(denoiser: nn.Module) -> Iterator[None]:
-    """PEFT rounds what a LoRA reads to the type of its weights, but not inside this."""
-    layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
-    rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]
-    for layer in rounding:
-        setattr(layer, _ROUNDING, False)
-    try:
-        yield
-    finally:
-        for layer in rounding:
-            setattr(layer, _ROUNDING, True)
-
-
 def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
     """Whether the layer computes as another class does once it is of that class.
 
@@ -168,14 +149,11 @@ def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
         return True
     holders = [layer, *getattr(getattr(layer, "_diffusers_hook", None), "_fn_refs", ())]
     names = ("_old_forward", "forward", "original_forward")
-    held = [(holder, name) for holder in holders for name in names if _is_stock(vars(holder).get(name), layer)]
+    places = [(holder, name) for holder in holders for name in names]
+    held = [at for at in places if getattr(vars(at[0]).get(at[1]), "__func__", None) is type(layer).forward]
     for holder, name in held:
         setattr(holder, name, MethodType(exact.forward, layer))
     return bool(held)
-
-
-def _is_stock(function, layer: nn.Module) -> bool:
-    return isinstance(function, MethodType) and function.__func__ is type(layer).forward
 
 
 def _check_norm(denoiser: nn.Module) -> None:
@@ -194,13 +172,19 @@ def float32_ends(denoiser: nn.Module) -> Iterator[None]:
     """Calls of the UNet inside read float32 latents and give a float32 output. In float32 this changes no bit."""
     ends = find_ends(denoiser)
     _check_norm(denoiser)
+    # PEFT rounds what a LoRA reads to the type of its weights, but not inside this.
+    layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
+    rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]
     with _LOCK:
         for layer in ends:
             layer.float32_calls += 1
+    for layer in rounding:
+        setattr(layer, _ROUNDING, False)
     try:
-        with _loras_read_float32(denoiser):
-            yield
+        yield
     finally:
+        for layer in rounding:
+            setattr(layer, _ROUNDING, True)
         with _LOCK:
             for layer in ends:
                 layer.float32_calls -= 1

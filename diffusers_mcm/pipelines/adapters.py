@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +37,7 @@ from ..lora import (
 )
 from ..settings import Settings
 from .checks import is_one_value, number
-from .fusing import FusingVerbs
-from .networks import AdapterState, fused_projections, unwrapped
+from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, unwrapped
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -48,8 +46,7 @@ ADAPTERS_FOLDER = "mcm_adapters"
 class LoRAVerbs(FusingVerbs):
     """The mixin of `MCMPipeline` that loads, weighs and switches LoRAs."""
 
-    _call_scale: float | None = None  # `lora_scale` of the call that is under way
-    _unscaled: dict[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
+    _call_scale = 1.0  # `lora_scale` of the call that is under way
 
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
@@ -190,8 +187,7 @@ class LoRAVerbs(FusingVerbs):
         for name, layer in lora_layers(networks).items():
             replace(networks, name, layer.get_base_layer())
         for network in networks.values():
-            if hasattr(network, "peft_config"):
-                del network.peft_config
+            vars(network).pop("peft_config", None)
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -201,24 +197,23 @@ class LoRAVerbs(FusingVerbs):
         if set(names) == set(self._loaded):
             return self.unload_lora_weights()
         remaining = [name for name in self._switched_on if name not in names]
-        self.set_adapters(remaining, [self._adapters.weights.get(name, 1.0) for name in remaining])
         networks = self._networks
-        for name in names:
-            for layer in lora_layers(networks).values():
+        for path, layer in lora_layers(networks).items():
+            activate(layer, remaining)
+            for name in names:
                 layer.delete_adapter(name)
-            for network in networks.values():
-                getattr(network, "peft_config", {}).pop(name, None)
-            self._adapters.weights.pop(name, None)
-            self._adapters.settings.pop(name, None)
-        for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
-                replace(networks, name, layer.get_base_layer())
+                replace(networks, path, layer.get_base_layer())
+        configs = [getattr(network, "peft_config", {}) for network in networks.values()]
+        for known in (*configs, self._adapters.weights, self._adapters.settings):
+            for name in names:
+                known.pop(name, None)
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
-        adapter_weights: float | dict[str, float] | Sequence[float | dict[str, float]] | None = None,
+        adapter_weights: Weight | Sequence[Weight] | None = None,
     ) -> None:
         """Make these adapters, and no others, active at these weights (default: one).
 
@@ -229,17 +224,12 @@ class LoRAVerbs(FusingVerbs):
         each = [given] * len(names) if is_one_value(given) else list(given)
         if len(each) != len(names):
             raise ValueError(f"{len(names)} adapters were named, but {len(each)} weights given.")
-        networks = self._networks
-        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, each)}
+        weights = {name: _weight(weight, list(self._networks)) for name, weight in zip(names, each)}
         self._require_unfused("change adapters")
-        for path, layer in lora_layers(networks).items():
+        for layer in self._layers.values():
             activate(layer, names)
-            component = path.partition(".")[0]
-            for name, weight in weights.items():
-                layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
-            if self._call_scale is not None:  # in a callback: the weights are for the steps to come, too
-                self._scale_for_call(layer, names)
         self._adapters.weights.update(weights)
+        self._set_scales(weights)
 
     def disable_lora(self) -> None:
         """Sample with the base model, the LoRAs staying loaded."""
@@ -263,40 +253,36 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused(f"scale the LoRA by {scale}")
         if not self.get_active_adapters():
             raise ValueError(f"A LoRA scale of {scale} was given, but no LoRA is active.")
-        with self._weighted(self.get_active_adapters(), scale) as self._unscaled:
-            self._call_scale = scale
-            try:
-                yield
-            finally:
-                self._call_scale, self._unscaled = None, {}
-
-    def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
-        """Give a layer whose weights have just changed the strength of the call that is under way."""
-        for name in names:
-            if name in layer.scaling:
-                self._unscaled.setdefault(layer, {})[name] = layer.scaling[name]
-                layer.scaling[name] *= self._call_scale
+        with self._scaled(scale):
+            yield
 
     @contextmanager
-    def _weighted(self, names: Sequence[str], scale: float) -> Iterator[dict[nn.Module, dict[str, float]]]:
-        """Scale the weights of adapters, active or not; yields what the layers go back to."""
-        scale = number("lora_scale", scale)
-        if self._call_scale is not None:
-            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
+    def _scaled(self, scale: float) -> Iterator[None]:
+        """Scale the weights of all adapters; those that a callback gives them meanwhile, too."""
+        self._call_scale = scale = number("lora_scale", scale)
+        weights = dict(self._adapters.weights)
         before = {layer: dict(layer.scaling) for layer in self._layers.values()}
-        for layer in before:
-            layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
+        for layer, scaling in before.items():
+            layer.scaling.update({name: value * scale for name, value in scaling.items()})
         try:
-            yield before
+            yield
         finally:
+            self._call_scale = 1.0
             for layer, scaling in before.items():
                 layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
+            self._set_scales({name: new for name, new in self._adapters.weights.items() if weights.get(name) != new})
+
+    def _set_scales(self, weights: Mapping[str, Weight]) -> None:
+        """Have the layers of these adapters act as strongly as their weights and the call's scale say."""
+        for path, layer in self._layers.items():
+            component = path.partition(".")[0]
+            for name, weight in weights.items():
+                own = weight.get(component, 1.0) if isinstance(weight, dict) else weight
+                layer.set_scale(name, own * self._call_scale)
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def _save_adapters(self, folder: Path) -> None:
         """Save every adapter as a LoRA folder of its own, and how they are set."""
-        (folder / ADAPTERS_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder / ADAPTERS_FOLDER, ignore_errors=True)
         if not self._loaded:
             return
         for name in self._loaded:
@@ -344,7 +330,7 @@ class LoRAVerbs(FusingVerbs):
             self.disable_lora()
 
 
-def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
+def _weight(weight: Weight, components: Sequence[str]) -> Weight:
     """Check the weight of an adapter, and return it as it is kept."""
     if not isinstance(weight, Mapping):
         return number("adapter_weights", weight)

@@ -42,8 +42,7 @@ _OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one 
     *("load_textual_inversion", "unload_textual_inversion"),
 )
 class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline):
-    """
-    Few-step text to video with AnimateDiff.
+    """Few-step text to video with AnimateDiff.
 
     Args:
         vae ([`AutoencoderKL`]): Encodes and decodes single frames.
@@ -73,20 +72,14 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=with_motion(unet, motion_adapter),
-            motion_adapter=None,
-            scheduler=scheduler,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
+        components: dict[str, Any] = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+        components |= dict(feature_extractor=feature_extractor, image_encoder=image_encoder, motion_adapter=None)
+        components["unet"] = with_motion(unet, motion_adapter)
+        super().__init__(**components)
         sampling = dict(
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
         )
-        self._set_up(sampling, vae=vae, text_encoder=text_encoder, unet=self.unet, image_encoder=image_encoder)
+        self._set_up(sampling, **components)
         if isinstance(unet, UNet2DConditionModel):
             self._warn_of_betas()
 
@@ -226,26 +219,19 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         """Make videos. The arguments are those of diffusers' `AnimateDiffPipeline` in their order, and two of ours.
 
         Args:
-            prompt, negative_prompt (`str`, `list[str]` or `dict[int, str]`, *optional*):
-                What to show, and what to avoid. With FreeNoise also a text for each of some frames, the first of them
-                0; in between they are mixed.
-            eta (`float`, defaults to 0):
-                How much noise DDIM adds at each step, up to 1 for as much as DDPM. Other schedulers take no such
+            prompt, negative_prompt: What to show, and what to avoid. With FreeNoise also a text for each of some
+                frames, the first of them 0; in between they are mixed.
+            eta: How much noise DDIM adds at each step, up to 1 for as much as DDPM. Other schedulers take no such
                 argument, and are not given it.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Encoded prompts, `(B, length, features)`, or `(B, T, length, features)` with a text for each frame.
-            ip_adapter_image (*optional*), ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
-                For a loaded IP-Adapter, a picture, or its embedding as diffusers defines it; one entry an adapter.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            cross_attention_kwargs (`dict`, *optional*):
-                `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention layers.
-            clip_skip (`int`, *optional*):
-                How many of the last layers of the text encoder to leave out.
-            num_frames, height, width, num_inference_steps, guidance_scale, num_videos_per_prompt, generator, latents,
-            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, decode_chunk_size, timesteps,
-            lora_scale:
-                As for every pipeline, see [`MCMPipeline.__call__`].
+            prompt_embeds, negative_prompt_embeds: Encoded prompts, `(B, length, features)`, or
+                `(B, T, length, features)` with a text for each frame.
+            ip_adapter_image, ip_adapter_image_embeds: For a loaded IP-Adapter, a picture, or its embedding as
+                diffusers defines it; one entry an adapter.
+            cross_attention_kwargs: `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention
+                layers.
+            clip_skip: How many of the last layers of the text encoder to leave out.
+
+        All others are those of every pipeline, see [`MCMPipeline.__call__`].
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.

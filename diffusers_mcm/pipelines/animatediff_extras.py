@@ -72,7 +72,12 @@ class AnimateDiffExtras(Sampling):
     def _check_texts(self, request: Request) -> None:
         texts = {name: self._one_of_the_texts(name, getattr(request, name)) for name in ("prompt", "negative_prompt")}
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            texts[name] = checks.texts_of_frames(name, getattr(request, name), request.num_frames)
+            texts[name] = embeds = getattr(request, name)
+            if isinstance(embeds, torch.Tensor) and embeds.ndim == 4:  # checked as so many prompts more
+                if embeds.shape[1] != request.num_frames:
+                    frames = f"{embeds.shape[1]} frames of a clip of {request.num_frames}"
+                    raise ValueError(f"`{name}` has texts for {frames}.")
+                texts[name] = embeds.flatten(0, 1)
         super()._check_texts(replace(request, **texts))
 
     def _one_of_the_texts(self, name: str, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 
-from .checks import check_names, check_same_shape, has_shape, shown, written
+from .checks import check_names, has_shape, shown, written
 
 TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
@@ -41,8 +41,6 @@ class StepCallback:
         if len(tensors) > 1:
             for each in filter(None, (text, negative)):  # what goes with them, such as a mask, may be another now
                 each.update(pipeline.base_model.embeds_condition(each["prompt_embeds"]))
-        if guided(pipeline, negative) and negative is not None:
-            check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
         return _like("latents", tensors["latents"], latents, len(latents))
 
     def _offered_texts(self, text: dict, negative: dict | None) -> dict[str, torch.Tensor | None]:

@@ -117,15 +117,6 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str]) -> None:
         raise ValueError(f"`{name}` must have the shape {written(shape)}, got {tuple(value.shape)}.")
 
 
-def texts_of_frames(name: str, embeds: Any, num_frames: int) -> Any:
-    """Encoded prompts, each with a text for each frame `(B, T, length, features)`, as so many prompts more."""
-    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 4:
-        return embeds
-    if embeds.shape[1] != num_frames:
-        raise ValueError(f"`{name}` has texts for {embeds.shape[1]} frames of a clip of {num_frames}.")
-    return embeds.flatten(0, 1)
-
-
 def check_image_embeds(embeds: Any, guided: bool) -> None:
     """`(1, images, [length,] features)` for each IP-Adapter; under guidance two of them, the negative first."""
     name, rows = "ip_adapter_image_embeds", 2 if guided else 1
@@ -137,14 +128,6 @@ def check_image_embeds(embeds: Any, guided: bool) -> None:
         if each.ndim not in (3, 4) or len(each) != rows:
             why = ", under guidance the negative first" if guided else ""
             raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
-
-
-def check_same_shape(text: torch.Tensor, negative: torch.Tensor) -> None:
-    if text.shape != negative.shape:
-        raise ValueError(
-            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-            f" {tuple(text.shape)} and {tuple(negative.shape)}."
-        )
 
 
 def generators(generator: Any, videos: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:

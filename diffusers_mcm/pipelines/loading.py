@@ -77,27 +77,17 @@ def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) ->
     try:
         return {name: lora.settings.found(name, lora.folder) for name in missing}
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} Say where it is with {' or '.join(f'`{name}=`' for name in missing)}."
-        ) from error
-
-
-def is_saved_mcm_pipeline(model_index: Mapping[str, Any]) -> bool:
-    return str(model_index.get("_class_name")).endswith("MCMPipeline")
+        where = " or ".join(f"`{name}=`" for name in missing)
+        raise FileNotFoundError(f"{error} Say where it is with {where}.") from error
 
 
 def forget_local_paths(folder: Path) -> None:
     """Remove the paths of this machine that the libraries note down in the configurations they save."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            continue
-        local = [
-            key
-            for key in ("_name_or_path", "name_or_path")
-            if isinstance(content.get(key), str) and (os.path.isabs(content[key]) or os.path.exists(content[key]))
-        ]
+        names = ("_name_or_path", "name_or_path") if isinstance(content, dict) else ()
+        places = {name: content[name] for name in names if isinstance(content.get(name), str)}
+        local = {name for name, place in places.items() if os.path.isabs(place) or os.path.exists(place)}
         if local:
-            for key in local:
-                del content[key]
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            kept = {key: value for key, value in content.items() if key not in local}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..lora import LoRA, read_lora
 from . import checks, loading
 from .adapters import _free_name
 from .callbacks import TENSORS, step_callback
-from .networks import require_unfused
+from .fusing import require_unfused
 from .publishing import HubVerbs
 from .request import arguments
 from .sampling import Sampling
@@ -33,13 +34,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MCMPipelineOutput(BaseOutput):
-    """
-    Output of [`MCMPipeline`].
+    """Output of [`MCMPipeline`].
 
     Args:
-        frames (`np.ndarray`, `torch.Tensor` or `list[list[PIL.Image.Image]]`):
-            The videos: `(B, T, H, W, 3)` in [0, 1] for `np`, `(B, T, 3, H, W)` in [0, 1] for `pt`, a list of frames
-            each for `pil`, scaled latents `(B, C, T, H, W)` for `latent`.
+        frames: `(B, T, H, W, 3)` in [0, 1] for `np`, `(B, T, 3, H, W)` in [0, 1] for `pt`, a list of frames for each
+            video for `pil`, scaled latents `(B, C, T, H, W)` for `latent`.
     """
 
     frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]
@@ -54,10 +53,10 @@ class MCMPipelineOutput(BaseOutput):
     "encode_prompt",
 )
 class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
-    """
-    Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
+    """Few-step text to video with a motion consistency model.
 
-    A subclass names its components in `__init__` (their names are a file format) and its `base_model`.
+    `from_pretrained` returns the subclass for the base model, which names its components in `__init__` (their names
+    are a file format) and its `base_model`.
     """
 
     base_model: BaseModel
@@ -72,16 +71,15 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def _set_up(self, sampling: dict[str, Any], **components) -> None:
         """Finish `__init__` of a subclass, once the components have their names."""
         self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
-        require_unfused([module for module in components.values() if isinstance(module, nn.Module)])
+        networks = [module for module in components.values() if isinstance(module, nn.Module)]
+        require_unfused(networks)
         self.register_modules(**components)
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,
         # depends on whether a weight asks for them. A LoRA in training is left alone.
-        for module in components.values():
-            if isinstance(module, nn.Module):
-                for name, parameter in module.named_parameters():
-                    if ".lora_" not in name:
-                        parameter.requires_grad_(False)
+        for name, parameter in (named for network in networks for named in network.named_parameters()):
+            if ".lora_" not in name:
+                parameter.requires_grad_(False)
         self.base_model.prepare_denoiser(self.denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
@@ -101,41 +99,32 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         base_model_revision: str | None = None,
         **kwargs,
     ) -> MCMPipeline:
-        """
-        Load a pipeline that is ready to sample: base model, LoRA, few-step scheduler, no guidance, four steps.
+        """Load a pipeline that is ready to sample: base model, LoRA, few-step scheduler, no guidance, four steps.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                One of the following, as a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
+            pretrained_model_name_or_path: As a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
 
                     - an MCM LoRA, as a folder or a `.safetensors` file;
                     - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
                       a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
                     - a pipeline saved with [`~MCMPipeline.save_pretrained`].
-            lora (`str` or `os.PathLike`, *optional*):
-                An MCM LoRA to put in a text-to-video model.
-            adapter_name (`str`, defaults to `"mcm"`):
-                What the LoRA verbs will call it.
-            subfolder (`str`, *optional*), weight_name (`str`, *optional*):
-                Where in its folder or repository the LoRA is; of `lora`, where that is given.
-            revision (`str`, *optional*):
-                Of `pretrained_model_name_or_path`, on the Hub.
-            base_model (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
-                The base model to put the LoRA in, instead of the one that its configuration names. For AnimateDiff a
-                Stable Diffusion 1.5 repository or single-file checkpoint will do, or any fine-tune of it.
-            motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*):
-                AnimateDiff's motion modules, instead of those that the LoRA's configuration or the base model names;
-                a folder, a repository, or a `.safetensors` file in diffusers' or AnimateDiff's own layout.
-            config (`str`, *optional*):
-                For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and tokenizer go with it.
-                Defaults to the base model that the LoRA names, or else the usual one.
-            variant (`str`, *optional*):
-                Which files of the base model's weights to read, as `"fp16"`; their values are turned into `dtype`.
-            dtype (`torch.dtype`, defaults to `torch.float32`):
-                The type of all weights.
-            kwargs:
-                `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model
-                `device_map`, components by name, and whatever else diffusers takes.
+            lora: An MCM LoRA to put in a text-to-video model.
+            adapter_name: What the LoRA verbs will call it.
+            subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
+            revision: Of `pretrained_model_name_or_path`, on the Hub.
+            base_model, base_model_revision: The base model to put the LoRA in, instead of the one that its
+                configuration names. For AnimateDiff a Stable Diffusion 1.5 repository or single-file checkpoint will
+                do, or any fine-tune of it.
+            motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*): AnimateDiff's motion modules, instead
+                of those that the LoRA's configuration or the base model names; a folder, a repository, or a
+                `.safetensors` file in diffusers' or AnimateDiff's own layout.
+            config (`str`, *optional*): For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and
+                tokenizer go with it. Defaults to the base model that the LoRA names, or else the usual one.
+            variant (`str`, *optional*): Which files of the base model's weights to read, as `"fp16"`; their values are
+                turned into `dtype`.
+            dtype (`torch.dtype`, defaults to `torch.float32`): The type of all weights.
+            kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
+                components by name, and whatever else diffusers takes.
         """
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
@@ -148,14 +137,14 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if index is not None:
             pipeline = cls._load_pipeline(_with_subfolder(location), index, kwargs)
             if lora is not None:
-                pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **place, **options)
+                pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
         if lora is not None:
             raise ValueError(f"`lora` goes with a base model, but {location.name} is itself a LoRA.")
         read = read_lora(location)
         base = loading.base_location(read, base_model, base_model_revision, options)
-        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, lora=read)
-        pipeline.load_mcm_lora(read, adapter_name=adapter_name)
+        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, read)
+        pipeline.load_mcm_lora(read, adapter_name)
         return pipeline
 
     @classmethod
@@ -171,7 +160,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError(
                 f"{location.name} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline."
             )
-        if saved := loading.is_saved_mcm_pipeline(index):  # diffusers fetches no components of other classes
+        saved = str(index.get("_class_name")).endswith("MCMPipeline")
+        if saved:  # diffusers fetches no components of other classes
             location = location.fetched()
         elsewhere = pipeline_class.base_model.components_elsewhere(index)
         recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
@@ -229,21 +219,13 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def denoiser(self) -> nn.Module:
         return getattr(self, self.base_model.denoiser_name)
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    guidance_scale = property(attrgetter("_guidance_scale"))
+    num_timesteps = property(attrgetter("_num_timesteps"))
+    interrupt = property(attrgetter("_interrupt"))
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def sampling_default(self, name: str) -> int:
         """`num_frames`, `height`, `width`, `fps` or `num_inference_steps`, when the caller leaves it open."""
@@ -278,42 +260,30 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         """Make videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*):
-                What to show. Either this or `prompt_embeds`.
-            height, width, num_frames (`int`, *optional*):
-                The size of the videos. Default to what the LoRA was trained on, or else the base model.
-            num_inference_steps (`int`, *optional*):
-                1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
-            guidance_scale (`float`, defaults to 1):
-                Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to avoid. Only with `guidance_scale > 1`.
-            num_videos_per_prompt (`int`, defaults to 1):
-                The videos of one prompt follow each other in the output.
-            generator (`torch.Generator` or a list of them, *optional*):
-                One for all videos or one for each.
-            latents (`torch.Tensor`, *optional*):
-                The noise to start from, `(B, C, T, H, W)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Encoded prompts, `(B, length, features)`, as `encode_prompt` makes them.
-            timesteps (`list[int]`, *optional*):
-                Descending timesteps to visit, instead of `num_inference_steps`.
-            output_type (`str`, defaults to `"np"`, for AnimateDiff to `"pil"`):
-                `"np"`, `"pt"`, `"pil"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`MCMPipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors,
-                and use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks work.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets. Under guidance
-                `prompt_embeds` are, as in diffusers, the negative ones and then the others.
-            decode_chunk_size (`int`, *optional*, defaults to 16):
-                How many frames the VAE decodes at a time; `None` for all at once.
-            lora_scale (`float`, *optional*):
-                Strength of the active LoRAs during this call, times their weights.
-            cross_attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` is another way to give `lora_scale`.
+            prompt: What to show. Either this or `prompt_embeds`.
+            height, width, num_frames: The size of the videos. Default to what the LoRA was trained on, or else the
+                base model.
+            num_inference_steps: 1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
+            guidance_scale: Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it
+                built in.
+            negative_prompt: What to avoid. Only with `guidance_scale > 1`.
+            num_videos_per_prompt: The videos of one prompt follow each other in the output.
+            generator: One for all videos or one for each.
+            latents: The noise to start from, `(B, C, T, H, W)`.
+            prompt_embeds, negative_prompt_embeds: Encoded prompts, `(B, length, features)`, as `encode_prompt` makes
+                them.
+            timesteps: Descending timesteps to visit, instead of `num_inference_steps`.
+            output_type: `"np"`, `"pt"`, `"pil"` or `"latent"`; defaults to `"np"`, for AnimateDiff to `"pil"`.
+            return_dict: Whether to return an [`MCMPipelineOutput`] or a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
+                changed tensors, and use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks
+                work.
+            callback_on_step_end_tensor_inputs: Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the
+                callback gets. Under guidance `prompt_embeds` are, as in diffusers, the negative ones and then the
+                others.
+            decode_chunk_size: How many frames the VAE decodes at a time; `None` for all at once.
+            lora_scale: Strength of the active LoRAs during this call, times their weights.
+            cross_attention_kwargs: `{"scale": s}` is another way to give `lora_scale`.
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.

@@ -10,8 +10,7 @@ from .mcm import MCMPipeline
 
 
 class ModelScopeMCMPipeline(MCMPipeline):
-    """
-    Few-step text to video with ModelScope.
+    """Few-step text to video with ModelScope.
 
     Args:
         vae ([`AutoencoderKL`]): Encodes and decodes single frames.

@@ -153,7 +153,10 @@ class Sampling(DiffusionPipeline):
         if prompts is None or isinstance(prompts, str):
             prompts = [self.base_model.negative_prompt if prompts is None else prompts] * count
         negative = self._encode(prompts, request.negative_prompt_embeds, request, device)
-        checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+        shapes = [tuple(each["prompt_embeds"].shape) for each in (text, negative)]
+        if shapes[0] != shapes[1]:
+            names = "`prompt_embeds` and `negative_prompt_embeds`"
+            raise ValueError(f"{names} must have the same shape, got {shapes[0]} and {shapes[1]}.")
         return text, negative
 
     def _encode(self, prompt, prompt_embeds: torch.Tensor | None, request: Request, device) -> Conditioning:
