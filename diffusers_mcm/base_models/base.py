@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from ..conditioning import Conditioning
-from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, NoisePath
+from ..consistency import NoisePath
 from ..settings import DEFAULT_STEPS
 
 
@@ -57,16 +57,10 @@ class BaseModel(ABC):
         return {**self.scheduler_defaults, **(config or {})}
 
     @abstractmethod
-    def noise_path(
-        self,
-        scheduler_config: Mapping[str, Any] | None = None,
-        *,
-        timestep_scaling: float = TIMESTEP_SCALING,
-        sigma_data: float = SIGMA_DATA,
-    ) -> NoisePath:
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: float) -> NoisePath:
         """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it.
 
-        `timestep_scaling` and `sigma_data` are those of eq. 1, for a path that has boundary scalings.
+        `boundary` is `timestep_scaling` and `sigma_data` of eq. 1, for a path that has boundary scalings.
         """
 
     @abstractmethod
@@ -80,8 +74,7 @@ class BaseModel(ABC):
         if isinstance(scheduler, self.scheduler_class):
             return scheduler
         keys = self.noise_schedule_keys
-        known = {key: value for key in keys if (value := scheduler.config.get(key)) is not None}
-        config = self.scheduler_config(known)
+        config = self.scheduler_config({k: v for k in keys if (v := scheduler.config.get(k)) is not None})
         return self.scheduler_class.from_config({key: config[key] for key in keys if key in config})
 
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,10 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 _WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _End(nn.Module):
     """A layer that computes in float32 while `float32_calls` is above 0, and else as its stock class does.
 
@@ -35,7 +39,7 @@ class _End(nn.Module):
     float32_calls = 0  # how many calls of the network want it now, from any thread
 
     def _widened(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-        return [each if each is None else each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
+        return [each if each is None else at_least_float32(each) for each in tensors]
 
 
 class OutputConv2d(_End, nn.Conv2d):
@@ -47,7 +51,8 @@ class OutputConv2d(_End, nn.Conv2d):
     def _convolve(self, x, weight, bias):
         """The convolution in float32, of whatever type x and the weights are, outside autocast."""
         # A whole network of float32 computes as torch's settings say, in its middle and at its ends.
-        as_set = x.dtype == weight.dtype and not _is_autocast(x)
+        kind = x.device.type
+        as_set = x.dtype == weight.dtype and not (kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind))
         exact_weight = weight.dtype in _EXACT_IN_TF32
         x, weight, bias = self._widened(x, weight, bias)
         with _no_autocast(x):
@@ -98,11 +103,6 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = x.detach().view(torch.int32)
     coarse = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # the 13 last bits rounded away
     return coarse, x - coarse
-
-
-def _is_autocast(x: torch.Tensor) -> bool:
-    kind = x.device.type
-    return kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def _no_autocast(x: torch.Tensor):
@@ -156,22 +156,17 @@ def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
     return bool(held)
 
 
-def _check_norm(denoiser: nn.Module) -> None:
-    """`ValueError` for a half-precision network whose last normalisation would silently stay in half precision."""
-    norm: Any = getattr(denoiser, "conv_norm_out", None)
-    if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
-        raise ValueError(
-            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
-            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
-            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
-        )
-
-
 @contextmanager
 def float32_ends(denoiser: nn.Module) -> Iterator[None]:
     """Calls of the UNet inside read float32 latents and give a float32 output. In float32 this changes no bit."""
     ends = find_ends(denoiser)
-    _check_norm(denoiser)
+    norm: Any = getattr(denoiser, "conv_norm_out", None)
+    if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
+        raise ValueError(  # or it would silently stay in half precision
+            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
+            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
+            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
+        )
     # PEFT rounds what a LoRA reads to the type of its weights, but not inside this.
     layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
     rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]

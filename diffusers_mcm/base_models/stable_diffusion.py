@@ -17,7 +17,7 @@ from ..consistency import SIGMA_DATA, VariancePreservingPath
 from ..lora import base_layer
 from ..scheduler import MCMScheduler
 from .base import BaseModel
-from .precision import find_ends
+from .precision import at_least_float32, find_ends
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,9 @@ class StableDiffusionModel(BaseModel):
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         batch = pixels.shape[0]
         posterior = vae.encode(_frames(pixels).to(vae.dtype)).latent_dist
-        latents = _at_least_float32(posterior.mean)
+        latents = at_least_float32(posterior.mean)
         if noise is not None:
-            latents = latents + _at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
+            latents = latents + at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
         return _videos(latents * vae.config.scaling_factor, batch)
 
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
@@ -154,10 +154,6 @@ class StableDiffusionModel(BaseModel):
             return {"prompt_embeds": output[0]}
         normalise = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
         return {"prompt_embeds": normalise(output.hidden_states[-1 - clip_skip])}
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _frames(videos: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,9 @@
 """The LoRA verbs of a pipeline: load, weigh, switch, fuse, unfuse, unload, save.
 
-They are diffusers' verbs by name and arguments, and take the place of its own: for a UNet that diffusers puts no LoRA
-on, for LoRAs on motion modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where a
-style LoRA has some layers for it, on the text encoder.
-
-The networks keep their stock classes; peft's layers stand in for the modules they adapt. Their base weights are never
-written to, except by `fuse_lora`, which sets the originals aside: `unfuse_lora` and `unload_lora_weights` restore the
-base bit for bit.
+They are diffusers' verbs by name and arguments, for a UNet that diffusers puts no LoRA on, for LoRAs on motion
+modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where it has layers for it, on the
+text encoder. The networks keep their stock classes; peft's layers stand in for the modules they adapt. `fuse_lora`
+alone writes to base weights, and keeps the originals: to unfuse and to unload restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -95,8 +92,7 @@ class LoRAVerbs(FusingVerbs):
     @property
     def _switched_on(self) -> list[str]:
         """The adapters that `set_adapters` chose, whether or not `disable_lora` has been called since."""
-        chosen = {name for layer in self._layers.values() for name in layer.active_adapters}
-        return [name for name in self._loaded if name in chosen]
+        return [name for name in self._loaded if any(name in each.active_adapters for each in self._layers.values())]
 
     @property
     def _lora_enabled(self) -> bool:
@@ -136,25 +132,25 @@ class LoRAVerbs(FusingVerbs):
         with or without layers for the text encoder. It fits wholly, or is refused.
 
         Args:
-            pretrained_model_name_or_path_or_dict:
-                A folder, a `.safetensors` file, a packaged model, a Hub repository, or the tensors by their keys.
+            pretrained_model_name_or_path_or_dict: A folder, a `.safetensors` file, a packaged model, a Hub repository,
+                or the tensors by their keys.
             adapter_name: What `set_adapters` will call it.
             options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
         """
         self._require_unfused("load a LoRA")
+        own = self.base_model
         loras = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
         for lora in loras.values():
-            made_for = lora.settings.base_model or self._recognised(lora)
-            if made_for != self.base_model.name:
-                raise ValueError(
-                    f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}."
-                )
-        self._put_in(loras, adapter_name or _free_name("default", self._loaded))
+            # The base model whose modules it names; this one, if it names none that only some other has.
+            named = (model.name for model in (own, *BASE_MODELS.values()) if model.recognises(lora.modules))
+            made_for = lora.settings.base_model or next(named, own.name)
+            if made_for != own.name:
+                raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {own.name!r}.")
+        self._put_in(loras, adapter_name or self._free_name("default"))
 
-    def _recognised(self, lora: LoRA) -> str:
-        """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
-        candidates = [self.base_model, *BASE_MODELS.values()]
-        return next((model.name for model in candidates if model.recognises(lora.modules)), self.base_model.name)
+    def _free_name(self, stem: str) -> str:
+        names = (stem, *(f"{stem}_{i}" for i in range(1, len(self._loaded) + 1)))
+        return next(name for name in names if name not in self._loaded)
 
     def _require_at_hand(self, what: str) -> None:
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):
@@ -173,8 +169,7 @@ class LoRAVerbs(FusingVerbs):
         for component, lora in loras.items():
             load_lora_into(networks[component], lora, adapter_name)
             if lora.settings:
-                settings = lora.settings.absolute(lora.folder).without_training_paths()
-                self._adapters.settings[adapter_name] = settings
+                self._adapters.settings[adapter_name] = lora.settings.absolute(lora.folder).without_training_paths()
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -211,9 +206,7 @@ class LoRAVerbs(FusingVerbs):
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
-        self,
-        adapter_names: str | Sequence[str],
-        adapter_weights: Weight | Sequence[Weight] | None = None,
+        self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] | None = None
     ) -> None:
         """Make these adapters, and no others, active at these weights (default: one).
 
@@ -290,11 +283,9 @@ class LoRAVerbs(FusingVerbs):
             target.mkdir(parents=True)
             write_components(target / WEIGHTS_NAME, self._extract(name))
             settings = self._settings(name)
-            if settings.is_local:
-                # The folder that the adapter came from is not there to be pointed at; this pipeline is.
-                settings = dataclasses.replace(
-                    settings, base_model_repository="../..", base_model_revision=None, extra_repositories={}
-                )
+            if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this one is
+                here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
+                settings = dataclasses.replace(settings, **here, extra_repositories={})
             settings.write(target)
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
@@ -321,8 +312,7 @@ class LoRAVerbs(FusingVerbs):
             if not first.settings:  # as of a LoRA with layers for the text encoder
                 first.settings, first.folder = Settings.read(place) or Settings(), None
             self._put_in(loras, name)
-        for name, weight in state["adapters"].items():
-            self.set_adapters(name, weight)
+        self.set_adapters(list(state["adapters"]), list(state["adapters"].values()))
         self.set_adapters(state["active"], [state["adapters"][name] for name in state["active"]])
         if state["fused"]:
             self.fuse_lora(list(state["fused"]), lora_scale=next(iter(state["fused"].values())))
@@ -340,8 +330,3 @@ def _weight(weight: Weight, components: Sequence[str]) -> Weight:
                 f"An adapter's weight must be a number, or one for each of {', '.join(components)}; got {weight!r}."
             )
     return {name: number(f"adapter_weights[{name!r}]", value) for name, value in weight.items()}
-
-
-def _free_name(stem: str, taken: Sequence[str]) -> str:
-    candidates = (stem if i == 0 else f"{stem}_{i}" for i in range(len(taken) + 1))
-    return next(name for name in candidates if name not in taken)

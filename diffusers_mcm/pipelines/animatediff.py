@@ -19,20 +19,20 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..base_models.animatediff import ADAPTER, AnimateDiff, has_motion, with_motion
-from ..base_models.motion_adapter import load_motion_adapter
+from ..base_models.animatediff import ADAPTER, AnimateDiff, has_motion, load_motion_adapter, with_motion
 from ..location import HUB_OPTIONS, Location
 from ..lora import lora_layers
+from ..settings import SAMPLING_KEYS
 from . import checks
 from .animatediff_extras import AnimateDiffExtras
+from .loading import load_checkpoint
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .request import arguments
-from .single_file import load_checkpoint
 from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
-_OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one file has none of them
+_OF_FOLDERS = ("dtype", "variant", "use_safetensors", "revision")  # options that are no components
 
 
 @alone(
@@ -72,14 +72,9 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        components: dict[str, Any] = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-        components |= dict(feature_extractor=feature_extractor, image_encoder=image_encoder, motion_adapter=None)
-        components["unet"] = with_motion(unet, motion_adapter)
-        super().__init__(**components)
-        sampling = dict(
-            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
-        )
-        self._set_up(sampling, **components)
+        given = arguments(locals()) | {"unet": with_motion(unet, motion_adapter), "motion_adapter": None}
+        super().__init__(**{name: value for name, value in given.items() if name not in SAMPLING_KEYS})
+        self._set_up(**given)
         if isinstance(unet, UNet2DConditionModel):
             self._warn_of_betas()
 
@@ -100,7 +95,13 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             where = dict(location.options, variant=options.get("variant"))
             adapter = load_motion_adapter(adapter, options["dtype"], **where)
         if location.is_file:
-            return cls._of_checkpoint(location, adapter, **options)
+            name = os.fspath(options.pop("config", None) or cls.base_model.default_repository)
+            found = load_checkpoint(location.name, name, options["dtype"], **location.options)
+            found["scheduler"] = cls.base_model.image_models_scheduler(found["scheduler"].config)
+            found |= {key: given for key, given in options.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
+            pipeline = cls(**found, motion_adapter=adapter)
+            pipeline.register_to_config(_name_or_path=location.name)
+            return pipeline
         if elsewhere and "scheduler" not in options:
             config = location.inside("scheduler").json("scheduler_config.json")
             options["scheduler"] = cls.base_model.image_models_scheduler(config)
@@ -109,17 +110,6 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         pipeline = super()._load_components(location, index, elsewhere, **options)
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
-        return pipeline
-
-    @classmethod
-    def _of_checkpoint(cls, location: Location, adapter: MotionAdapter | None, dtype, config=None, **given):
-        """Make a pipeline of a single-file checkpoint, with the components that are `given`."""
-        config = os.fspath(config or cls.base_model.default_repository)
-        components = load_checkpoint(location.name, config, dtype, **location.options)
-        components["scheduler"] = cls.base_model.image_models_scheduler(components["scheduler"].config)
-        given = {key: value for key, value in given.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
-        pipeline = cls(**components | given, motion_adapter=adapter)
-        pipeline.register_to_config(_name_or_path=location.name)
         return pipeline
 
     @classmethod
@@ -149,15 +139,12 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """Fuse projections as diffusers does; a LoRA has to be fused before, for beside them it would do nothing."""
-        if unet and not self.fused_loras:
-            layers = [
-                name for name, layer in self._layers.items() if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")
-            ]
-            if layers:
-                raise ValueError(
-                    "Cannot fuse the attention's projections while a LoRA lies on them"
-                    f" ({len(layers)}, such as {layers[0]!r}): `fuse_lora()` first, or unload it."
-                )
+        layers = [name for name in self._layers if name.endswith((".to_q", ".to_k", ".to_v"))]
+        if unet and layers and not self.fused_loras:
+            raise ValueError(
+                f"Cannot fuse the attention's projections while a LoRA lies on them ({len(layers)}, such as"
+                f" {layers[0]!r}): `fuse_lora()` first, or unload it."
+            )
         super().fuse_qkv_projections(unet, vae)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -219,16 +206,14 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         """Make videos. The arguments are those of diffusers' `AnimateDiffPipeline` in their order, and two of ours.
 
         Args:
-            prompt, negative_prompt: What to show, and what to avoid. With FreeNoise also a text for each of some
-                frames, the first of them 0; in between they are mixed.
-            eta: How much noise DDIM adds at each step, up to 1 for as much as DDPM. Other schedulers take no such
-                argument, and are not given it.
+            prompt, negative_prompt: With FreeNoise also a text for each of some frames, the first of them 0; in
+                between they are mixed.
+            eta: How much noise DDIM adds at each step, up to 1 for as much as DDPM; not for other schedulers.
             prompt_embeds, negative_prompt_embeds: Encoded prompts, `(B, length, features)`, or
                 `(B, T, length, features)` with a text for each frame.
             ip_adapter_image, ip_adapter_image_embeds: For a loaded IP-Adapter, a picture, or its embedding as
                 diffusers defines it; one entry an adapter.
-            cross_attention_kwargs: `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention
-                layers.
+            cross_attention_kwargs: `scale` is `lora_scale`; all else (`ip_adapter_masks`) is for the attention layers.
             clip_skip: How many of the last layers of the text encoder to leave out.
 
         All others are those of every pipeline, see [`MCMPipeline.__call__`].

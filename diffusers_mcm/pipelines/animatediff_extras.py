@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,9 +73,8 @@ class AnimateDiffExtras(Sampling):
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             texts[name] = embeds = getattr(request, name)
             if isinstance(embeds, torch.Tensor) and embeds.ndim == 4:  # checked as so many prompts more
-                if embeds.shape[1] != request.num_frames:
-                    frames = f"{embeds.shape[1]} frames of a clip of {request.num_frames}"
-                    raise ValueError(f"`{name}` has texts for {frames}.")
+                if (count := embeds.shape[1]) != request.num_frames:
+                    raise ValueError(f"`{name}` has texts for {count} frames of a clip of {request.num_frames}.")
                 texts[name] = embeds.flatten(0, 1)
         super()._check_texts(replace(request, **texts))
 
@@ -103,13 +101,11 @@ class AnimateDiffExtras(Sampling):
         """Draw noise as [`MCMPipeline`] does; with FreeNoise the noise of a long clip repeats itself."""
         size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)
         if self.free_noise_enabled:
-            each: list[tuple[int, Any]] = [(batch_size, generator)]
-            if latents is None and isinstance(generator, (list, tuple)):
-                each = [(1, one) for one in generator]
+            several = latents is None and isinstance(generator, (list, tuple))
+            each = [(1, one) for one in generator] if several else [(batch_size, generator)]
             options = (num_channels_latents, *size, dtype, device)
-            latents = torch.cat(
-                [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
-            )
+            noise = [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
+            latents = torch.cat(noise)
         return super().prepare_latents(batch_size, num_channels_latents, *size, dtype, device, generator, latents)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -135,10 +131,9 @@ class AnimateDiffExtras(Sampling):
         last = request.num_frames - 1
         if max(prompts) > last:
             raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {last + 1}, counted from 0.")
-        frames = sorted({*prompts, last})
-        texts = self.maybe_convert_prompt(
-            [prompts.get(frame, prompts[max(prompts)]) for frame in frames], self.tokenizer
-        )
+        texts_of = {last: prompts[max(prompts)], **prompts}
+        frames = sorted(texts_of)
+        texts = self.maybe_convert_prompt([texts_of[frame] for frame in frames], self.tokenizer)
         encoded = self.base_model.encode_text(self.tokenizer, self.text_encoder, texts, request.clip_skip or 0)
         embeds = encoded["prompt_embeds"].split(1)
         mixed = embeds[0].expand(request.num_frames, -1, -1).clone()
@@ -152,7 +147,7 @@ class AnimateDiffExtras(Sampling):
             return
         given, guided = request.ip_adapter_image_embeds, negative is not None
         if given is not None:
-            checks.check_image_embeds(given, guided=guided)
+            self._check_image_embeds(given, rows=2 if guided else 1)
         videos = len(text["prompt_embeds"])
         found = self.prepare_ip_adapter_image_embeds(request.ip_adapter_image, given, device, videos, guided)
         for i, embeds in enumerate(found):
@@ -161,32 +156,36 @@ class AnimateDiffExtras(Sampling):
                 negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
             text[f"{IMAGE_EMBEDS}{i}"] = embeds
 
+    def _check_image_embeds(self, given: Any, rows: int) -> None:
+        """`(rows, images, [length,] features)` for each IP-Adapter."""
+        name, shape = "ip_adapter_image_embeds", f"({rows}, images, [length,] features)"
+        if not isinstance(given, list):
+            raise ValueError(f"`{name}` must be a list of one tensor for each IP-Adapter, got {checks.shown(given)}.")
+        for each in given:
+            checks.check_numbers(name, each, shape)
+            if each.ndim not in (3, 4) or len(each) != rows:
+                why = ", under guidance the negative first" if rows == 2 else ""
+                raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
+
     def _sample(self, latents, timesteps, text, negative, request, callback):
-        """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given."""
-        self._clip_skip = request.clip_skip
-        self._cross_attention_kwargs = request.attention_options or None
+        """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given.
+
+        FreeNoise's window is kept within the clip: a short one is sampled as without FreeNoise.
+        """
+        self._clip_skip, self._cross_attention_kwargs = request.clip_skip, request.attention_options or None
+        modules = self.unet.modules() if self.free_noise_enabled else ()
+        windows = {block: block.context_length for block in modules if isinstance(block, FreeNoiseTransformerBlock)}
         steps = len(timesteps)
         try:
-            with self._window_within(request.num_frames):
-                for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
-                    if self.free_init_enabled:
-                        options = (latents.device, latents.dtype, request.generator)
-                        latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
-                    latents = super()._sample(latents, timesteps, text, negative, request, callback)
+            for block, length in windows.items():
+                block.context_length = min(length, request.num_frames)
+            for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
+                if self.free_init_enabled:
+                    options = (latents.device, latents.dtype, request.generator)
+                    latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
+                latents = super()._sample(latents, timesteps, text, negative, request, callback)
         finally:
+            for block, length in windows.items():
+                block.context_length = length
             self._clip_skip = self._cross_attention_kwargs = None
         return latents
-
-    @contextmanager
-    def _window_within(self, num_frames: int) -> Iterator[None]:
-        """Keep FreeNoise's window within the clip: a short one is then sampled as without FreeNoise."""
-        modules = self.unet.modules() if self.free_noise_enabled else ()
-        blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
-        lengths = [block.context_length for block in blocks]
-        for block in blocks:
-            block.context_length = min(block.context_length, num_frames)
-        try:
-            yield
-        finally:
-            for block, length in zip(blocks, lengths):
-                block.context_length = length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -13,19 +13,24 @@ from .checks import check_names, has_shape, shown, written
 TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
-class StepCallback:
+class StepCallback(NamedTuple):
     """A user's `callback(pipeline, step, timestep, tensors)` and the names of the tensors that it asks for.
 
     As in diffusers, `prompt_embeds` are those of the network's batch: under guidance the negative half first, then the
     other. `negative_prompt_embeds` are that first half again, and `None` without guidance.
     """
 
-    def __init__(self, function: Callable, names: Sequence[str]):
-        self.function, self.names = function, names
+    function: Callable
+    names: Sequence[str]
 
     def __call__(self, pipeline, step: int, timestep, latents, text: dict, negative: dict | None) -> torch.Tensor:
         """Call it; returns the latents to go on with, and changes the texts in their dictionaries."""
-        offered = {"latents": latents} | self._offered_texts(text, negative if guided(pipeline, negative) else None)
+        offered = {"latents": latents}
+        if {"prompt_embeds", "negative_prompt_embeds"} & set(self.names):
+            halves = (negative, text) if guided(pipeline, negative) and negative is not None else (text,)
+            batch = torch.cat([each["prompt_embeds"] for each in halves])
+            first = batch.chunk(2)[0] if len(halves) == 2 else None  # shares its memory
+            offered |= {"prompt_embeds": batch, "negative_prompt_embeds": first}
         returned = self.function(pipeline, step, timestep, {name: offered[name] for name in self.names})
         if returned is not None and not isinstance(returned, Mapping):
             raise ValueError(f"The callback must return a dictionary of tensors or None, got {shown(returned)}.")
@@ -37,20 +42,16 @@ class StepCallback:
         if tensors.get("prompt_embeds") is not None:
             _take_prompt_embeds(tensors["prompt_embeds"], before is not None, text, negative)
         if after is not None and after is not before:
-            _take_negative(after, negative)
+            if negative is None:
+                raise ValueError(
+                    "The callback returned `negative_prompt_embeds`, but the call has no guidance; start it with a"
+                    " `guidance_scale` above 1."
+                )
+            negative["prompt_embeds"] = _like("negative_prompt_embeds", after, negative["prompt_embeds"])
         if len(tensors) > 1:
             for each in filter(None, (text, negative)):  # what goes with them, such as a mask, may be another now
                 each.update(pipeline.base_model.embeds_condition(each["prompt_embeds"]))
-        return _like("latents", tensors["latents"], latents, len(latents))
-
-    def _offered_texts(self, text: dict, negative: dict | None) -> dict[str, torch.Tensor | None]:
-        if not {"prompt_embeds", "negative_prompt_embeds"} & set(self.names):
-            return {}
-        embeds = text["prompt_embeds"]
-        if negative is None:
-            return {"prompt_embeds": embeds, "negative_prompt_embeds": None}
-        both = torch.cat([negative["prompt_embeds"], embeds])
-        return {"prompt_embeds": both, "negative_prompt_embeds": both[: len(embeds)]}  # shares its memory
+        return _like("latents", tensors["latents"], latents)
 
 
 def guided(pipeline, negative: dict | None) -> bool:
@@ -86,25 +87,15 @@ def _take_prompt_embeds(given: Any, both: bool, text: dict, negative: dict | Non
         negative["prompt_embeds"], text["prompt_embeds"] = given.chunk(2)
     # diffusers' cutoff of the guidance keeps the last row, as if there were but one video: no text is changed
     elif rows == 1 or not isinstance(given, torch.Tensor) or not torch.equal(given.to(before), before[-1:]):
-        text["prompt_embeds"] = _like("prompt_embeds", given, before, rows)
+        text["prompt_embeds"] = _like("prompt_embeds", given, before)
 
 
-def _take_negative(given: Any, negative: dict | None) -> None:
-    if negative is None:
-        raise ValueError(
-            "The callback returned `negative_prompt_embeds`, but the call has no guidance; start it with a"
-            " `guidance_scale` above 1."
-        )
-    before = negative["prompt_embeds"]
-    negative["prompt_embeds"] = _like("negative_prompt_embeds", given, before, len(before))
-
-
-def _like(name: str, given: Any, before: torch.Tensor, rows: int) -> torch.Tensor:
+def _like(name: str, given: Any, before: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """Give a tensor that a callback returned the type and device of the one it replaces.
 
-    It must have so many rows and, but for the length of texts, the shape of the one before.
+    It must have so many rows (by default as many) and, but for the length of texts, the shape of the one before.
     """
-    shape: list[int | str] = [rows, *before.shape[1:]]
+    shape: list[int | str] = [rows or len(before), *before.shape[1:]]
     if name != "latents":
         shape[-2] = "length"
     if not isinstance(given, torch.Tensor) or not has_shape(given, shape):

@@ -47,15 +47,6 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return int(found)
 
 
-def weights_dtype(dtype: Any) -> torch.dtype:
-    """The type to load weights in, float32 by default; diffusers would load in float32 whatever else is given."""
-    if dtype is None:
-        return torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating-point type such as torch.float16, got {shown(dtype)}.")
-    return dtype
-
-
 def attention_options(scale: Any, cross_attention_kwargs: Any) -> tuple[float, dict[str, Any]]:
     """The strength of the LoRAs that either of the two arguments gives, and the other options of attention layers."""
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, Mapping):
@@ -68,16 +59,6 @@ def attention_options(scale: Any, cross_attention_kwargs: Any) -> tuple[float, d
             f"`lora_scale` is {found[0]:g}, but `cross_attention_kwargs` says {found[1]:g}; give one of them."
         )
     return (found[0] if found else 1.0), others
-
-
-def clip_skip(value: Any, text_encoder: Any) -> int | None:
-    """How many of the text encoder's last layers to leave out, at most all."""
-    if value is None or text_encoder is None:
-        return value
-    found, layers = whole_number("clip_skip", value, least=0), text_encoder.config.num_hidden_layers
-    if found > layers:
-        raise ValueError(f"`clip_skip` must be at most {layers}, the layers of the text encoder, got {found}.")
-    return found
 
 
 def timesteps_list(timesteps: Any) -> list[float]:
@@ -115,19 +96,6 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str]) -> None:
     check_numbers(name, value, written(shape))
     if not has_shape(value, shape):
         raise ValueError(f"`{name}` must have the shape {written(shape)}, got {tuple(value.shape)}.")
-
-
-def check_image_embeds(embeds: Any, guided: bool) -> None:
-    """`(1, images, [length,] features)` for each IP-Adapter; under guidance two of them, the negative first."""
-    name, rows = "ip_adapter_image_embeds", 2 if guided else 1
-    shape = f"({rows}, images, [length,] features)"
-    if not isinstance(embeds, list):
-        raise ValueError(f"`{name}` must be a list of one tensor for each IP-Adapter, got {shown(embeds)}.")
-    for each in embeds:
-        check_numbers(name, each, shape)
-        if each.ndim not in (3, 4) or len(each) != rows:
-            why = ", under guidance the negative first" if guided else ""
-            raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
 
 
 def generators(generator: Any, videos: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:

@@ -101,13 +101,12 @@ class FusingVerbs(DiffusionPipeline):
         """`ValueError` where the sum of weight and LoRA would be lost."""
         layers = {module: layer for module, layer in self._layers.items() if set(names) & set(layer.lora_A)}
         self._require_called("fuse a LoRA", layers)
-        narrow = next((module for module, layer in layers.items() if layer.get_base_layer().weight.itemsize < 2), None)
-        if narrow is not None:
-            kind = layers[narrow].get_base_layer().weight.dtype
-            raise ValueError(
-                f"Cannot fuse a LoRA into weights of {kind}, which would round it away ({narrow}); leave it unfused,"
-                " or fuse it before `enable_layerwise_casting()`."
-            )
+        for module, layer in layers.items():
+            if (kind := layer.get_base_layer().weight.dtype).itemsize < 2:
+                raise ValueError(
+                    f"Cannot fuse a LoRA into weights of {kind}, which would round it away ({module}); leave it"
+                    " unfused, or fuse it before `enable_layerwise_casting()`."
+                )
 
     def _require_called(self, what: str, modules: Iterable[str]) -> None:
         """`ValueError` if fused projections leave out some of these modules, so that a LoRA there does nothing."""
@@ -165,20 +164,18 @@ class FusingVerbs(DiffusionPipeline):
 
         A module that is exchanged meanwhile carries the LoRA afterwards.
         """
-        networks, layers = self._networks, self._layers
-        fused = {}
+        networks, layers, originals = self._networks, self._layers, self._adapters.originals
+        fused = {name: layers[name].get_base_layer().weight.data for name in originals}
         for name, layer in layers.items():
-            base = layer.get_base_layer()
-            if name in self._adapters.originals:
-                fused[name] = base.weight.data
-                base.weight.data = self._adapters.originals[name]
-            replace(networks, name, base)
+            replace(networks, name, layer.get_base_layer())
+            if name in fused:
+                layer.get_base_layer().weight.data = originals[name]
         try:
             yield
         finally:
             for name, layer in layers.items():
                 layer.base_layer = networks.get_submodule(name)
-                if name not in self._adapters.set_aside:
-                    replace(networks, name, layer)
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]
+                if not self._adapters.set_aside:
+                    replace(networks, name, layer)

@@ -20,8 +20,8 @@ from torch import nn
 from ..base_models import BaseModel, infer_base_model
 from ..location import HUB_OPTIONS, Location
 from ..lora import LoRA, read_lora
+from ..settings import SAMPLING_KEYS
 from . import checks, loading
-from .adapters import _free_name
 from .callbacks import TENSORS, step_callback
 from .fusing import require_unfused
 from .publishing import HubVerbs
@@ -68,8 +68,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if "base_model" in vars(cls):  # and not a subclass of such a pipeline, which samples the same model
             cls._of_base_models[cls.base_model.name] = cls
 
-    def _set_up(self, sampling: dict[str, Any], **components) -> None:
-        """Finish `__init__` of a subclass, once the components have their names."""
+    def _set_up(self, **components) -> None:
+        """Do what `__init__` of a subclass has to, with all its arguments: components and what a call defaults to."""
+        sampling = {name: components.pop(name) for name in SAMPLING_KEYS}
         self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
         networks = [module for module in components.values() if isinstance(module, nn.Module)]
         require_unfused(networks)
@@ -112,22 +113,23 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             adapter_name: What the LoRA verbs will call it.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision: Of `pretrained_model_name_or_path`, on the Hub.
-            base_model, base_model_revision: The base model to put the LoRA in, instead of the one that its
-                configuration names. For AnimateDiff a Stable Diffusion 1.5 repository or single-file checkpoint will
-                do, or any fine-tune of it.
+            base_model, base_model_revision: What to put the LoRA in, instead of the base model that it names. For
+                AnimateDiff a Stable Diffusion 1.5, as a repository or single-file checkpoint, or any fine-tune of it.
             motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*): AnimateDiff's motion modules, instead
                 of those that the LoRA's configuration or the base model names; a folder, a repository, or a
                 `.safetensors` file in diffusers' or AnimateDiff's own layout.
             config (`str`, *optional*): For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and
                 tokenizer go with it. Defaults to the base model that the LoRA names, or else the usual one.
-            variant (`str`, *optional*): Which files of the base model's weights to read, as `"fp16"`; their values are
-                turned into `dtype`.
+            variant (`str`, *optional*): Of the files of the base model's weights, as `"fp16"`; they become `dtype`.
             dtype (`torch.dtype`, defaults to `torch.float32`): The type of all weights.
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
                 components by name, and whatever else diffusers takes.
         """
-        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
+        given = [kind for name in ("dtype", "torch_dtype") if (kind := kwargs.pop(name, None)) is not None]
+        kwargs["dtype"] = dtype = given[0] if given else torch.float32
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # diffusers would load in float32
+            what = "a floating-point type such as torch.float16"
+            raise ValueError(f"`dtype` must be {what}, got {checks.shown(dtype)}.")
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
@@ -135,7 +137,12 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             location = replace(location, **place)
         index = loading.read_model_index(location)
         if index is not None:
-            pipeline = cls._load_pipeline(_with_subfolder(location), index, kwargs)
+            if location.subfolder:
+                if not location.is_folder:
+                    why = "`subfolder` selects a LoRA; a pipeline on the Hub has to be at the top."
+                    raise ValueError(f"{location.name}: {why}")
+                location = replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)
+            pipeline = cls._load_pipeline(location, index, kwargs)
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
@@ -188,10 +195,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         return super().from_pretrained(location.name, revision=location.revision, **options)
 
     def load_mcm_lora(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike | LoRA,
-        adapter_name: str | None = None,
-        **options,
+        self, pretrained_model_name_or_path: str | os.PathLike | LoRA, adapter_name: str | None = None, **options
     ) -> None:
         """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
 
@@ -204,7 +208,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             )
         given = pretrained_model_name_or_path
         lora = given if isinstance(given, LoRA) else read_lora(given, **options)
-        adapter_name = adapter_name or _free_name("mcm", self._loaded)
+        adapter_name = adapter_name or self._free_name("mcm")
         self.load_lora_weights(lora, adapter_name)
         self.set_adapters(adapter_name)
         self.enable_lora()
@@ -261,26 +265,21 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
 
         Args:
             prompt: What to show. Either this or `prompt_embeds`.
-            height, width, num_frames: The size of the videos. Default to what the LoRA was trained on, or else the
-                base model.
+            height, width, num_frames: By default what the LoRA was trained on, or else the base model's.
             num_inference_steps: 1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
-            guidance_scale: Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it
-                built in.
+            guidance_scale: Above 1, classifier-free guidance, at twice the cost; a consistency model has it built in.
             negative_prompt: What to avoid. Only with `guidance_scale > 1`.
             num_videos_per_prompt: The videos of one prompt follow each other in the output.
             generator: One for all videos or one for each.
             latents: The noise to start from, `(B, C, T, H, W)`.
-            prompt_embeds, negative_prompt_embeds: Encoded prompts, `(B, length, features)`, as `encode_prompt` makes
-                them.
+            prompt_embeds, negative_prompt_embeds: What `encode_prompt` makes of prompts, `(B, length, features)`.
             timesteps: Descending timesteps to visit, instead of `num_inference_steps`.
             output_type: `"np"`, `"pt"`, `"pil"` or `"latent"`; defaults to `"np"`, for AnimateDiff to `"pil"`.
             return_dict: Whether to return an [`MCMPipelineOutput`] or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
-                changed tensors, and use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks
-                work.
-            callback_on_step_end_tensor_inputs: Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the
-                callback gets. Under guidance `prompt_embeds` are, as in diffusers, the negative ones and then the
-                others.
+                changed tensors, and use the LoRA verbs for the steps to come. diffusers' own callbacks work.
+            callback_on_step_end_tensor_inputs: Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
+                Under guidance `prompt_embeds` are, as in diffusers, the negative ones and then the others.
             decode_chunk_size: How many frames the VAE decodes at a time; `None` for all at once.
             lora_scale: Strength of the active LoRAs during this call, times their weights.
             cross_attention_kwargs: `{"scale": s}` is another way to give `lora_scale`.
@@ -338,12 +337,3 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             frames = self.video_processor.postprocess_video(video, output_type=request.output_type)
         self.maybe_free_model_hooks()
         return MCMPipelineOutput(frames=frames) if return_dict else (frames,)
-
-
-def _with_subfolder(location: Location) -> Location:
-    """The folder of a pipeline that lies in another."""
-    if not location.subfolder:
-        return location
-    if not location.is_folder:
-        raise ValueError(f"{location.name}: `subfolder` selects a LoRA; a pipeline on the Hub has to be at the top.")
-    return replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)

@@ -65,9 +65,8 @@ class HubVerbs(LoRAVerbs):
             adapter_name: Which LoRA; needed if several are loaded.
         """
         folder = Path(save_directory)
-        write_lora_folder(
-            folder, self._to_save(self._one_adapter(adapter_name), folder), self.base_model.denoiser_name
-        )
+        lora = self._to_save(self._one_adapter(adapter_name), folder)
+        write_lora_folder(folder, lora, self.base_model.denoiser_name)
 
     def _to_save(self, name: str, folder: Path) -> LoRA:
         """Return an MCM LoRA, with settings for a folder."""

@@ -16,7 +16,7 @@ Texts = str | Sequence[str] | Mapping[int, str]  # a prompt, several, or one for
 
 def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a method by name, of the `locals()` that it begins with."""
-    return {name: value for name, value in scope.items() if name != "self"}
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 @dataclass

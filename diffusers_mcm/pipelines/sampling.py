@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditioning import Conditioning, concatenate
 from . import checks
-from .callbacks import StepCallback, guided
+from .callbacks import guided
 from .request import Request, Texts, arguments
 
 
@@ -132,7 +132,11 @@ class Sampling(DiffusionPipeline):
         if request.attention_options and not self._takes_attention_options:
             others = ", ".join(map(repr, request.attention_options))
             raise ValueError(f"`cross_attention_kwargs` takes only 'scale', got {others}.")
-        request.clip_skip = checks.clip_skip(request.clip_skip, self.text_encoder)
+        if request.clip_skip is not None and self.text_encoder is not None:
+            request.clip_skip = checks.whole_number("clip_skip", request.clip_skip, least=0)
+            if request.clip_skip > (layers := self.text_encoder.config.num_hidden_layers):
+                what = f"at most {layers}, the layers of the text encoder"
+                raise ValueError(f"`clip_skip` must be {what}, got {request.clip_skip}.")
 
     def _check_texts(self, request: Request) -> None:
         """Raise `ValueError` if the texts are none for a clip, or too many."""
@@ -186,19 +190,11 @@ class Sampling(DiffusionPipeline):
         return self.scheduler.timesteps
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    def _sample(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Conditioning,
-        negative: Conditioning | None,
-        request: Request,
-        callback: StepCallback | None,
-    ) -> torch.Tensor:
+    def _sample(self, latents, timesteps, text, negative, request: Request, callback) -> torch.Tensor:
         """Sample from noise to clean latents."""
-        given = {"generator": request.generator} | ({} if request.eta is None else {"eta": request.eta})
         taken = inspect.signature(self.scheduler.step).parameters  # a deterministic one takes no generator
-        options = {name: value for name, value in given.items() if name in taken}
+        given = {"generator": request.generator, "eta": request.eta}
+        options = {name: value for name, value in given.items() if name in taken and value is not None}
         network_options = {"cross_attention_kwargs": request.attention_options} if request.attention_options else {}
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:

@@ -32,7 +32,7 @@ from ..lora import (
     set_lora_state_dict,
 )
 from ..pipelines import MCMPipeline
-from ..pipelines.single_file import how_to_unpack, is_checkpoint
+from ..pipelines.loading import how_to_unpack, is_checkpoint
 from .config import TrainingConfig
 from .text import CachedTextEncoder
 
