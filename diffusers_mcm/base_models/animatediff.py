@@ -78,12 +78,7 @@ class AnimateDiff(StableDiffusionModel):
         return shape
 
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Conditioning,
-        **network_options,
+        self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning, **options
     ) -> torch.Tensor:
         """`text["prompt_embeds"]` is `(B, length, features)`, or `(B, T, length, features)` with a text per frame;
         `image_embeds.0` and so on `(B, images, [length,] features)`, for each IP-Adapter."""
@@ -91,9 +86,9 @@ class AnimateDiff(StableDiffusionModel):
         embeds = embeds.flatten(0, 1) if embeds.ndim == 4 else embeds.repeat_interleave(latents.shape[2], 0)
         pictures = [value for key, value in text.items() if key.startswith(IMAGE_EMBEDS)]
         if pictures:
-            network_options["added_cond_kwargs"] = {"image_embeds": pictures}
+            options["added_cond_kwargs"] = {"image_embeds": pictures}
         with float32_ends(denoiser):
-            return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **network_options)[0]
+            return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **options)[0]
 
 
 def has_motion(model_index: Mapping[str, Any]) -> bool:
@@ -123,10 +118,8 @@ def load_motion_adapter(
     if isinstance(source, MotionAdapter):
         return source
     location = Location.of(source, **options)
-    if location.is_file:
-        return read_motion_modules(location.name, dtype)
-    if location.file("config.json") is None:
-        return read_motion_modules(_only_file(location), dtype)
+    if location.is_file or location.file("config.json") is None:
+        return read_motion_modules(location.name if location.is_file else _only_file(location), dtype)
     given = location.arguments | location.variant(variant) | ({} if dtype is None else {"dtype": dtype})
     with location.never_pickled():
         return MotionAdapter.from_pretrained(location.name, use_safetensors=True, **given)
@@ -183,7 +176,7 @@ def _config(weights: Mapping[str, torch.Tensor]) -> dict:
     layers = Counter(int(names[key][1]) for key in norms)
     channels = {int(names[key][1]): len(weights[key]) for key in norms}
     return {
-        "block_out_channels": tuple(channels[block] for block in sorted(channels)),
+        "block_out_channels": tuple(channels[block] for block in sorted(layers)),
         "motion_layers_per_block": tuple(layers[block] for block in sorted(layers)),
         "use_motion_mid_block": any(key.startswith("mid_block.") for key in weights),
     }

@@ -48,7 +48,6 @@ class AnimateDiffExtras(Sampling):
         self._check_inputs(**arguments(locals()))
 
     def _check(self, request: Request) -> None:
-        """Check as [`MCMPipeline`] does; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
         super()._check(request)
         pictures, embeds, adapters = request.ip_adapter_image, request.ip_adapter_image_embeds, self._ip_adapters
         if pictures is not None and embeds is not None:

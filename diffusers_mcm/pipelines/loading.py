@@ -46,11 +46,10 @@ def read_base_index(location: Location) -> dict[str, Any]:
     """`model_index.json` of a base model, or what it would be for a single-file checkpoint."""
     if location.is_file and hub.is_pickled(location.name):
         raise ValueError(f"{location.name} is not a .safetensors file; {hub.how_to_convert(location.name)}")
-    index = read_model_index(location) if location.is_file else location.json(INDEX_NAME)
-    if index is None:
-        why = "the file is no checkpoint of a whole model" if location.is_file else f"it has no {INDEX_NAME}"
-        raise ValueError(f"{location.name} is not a text-to-video model: {why}.")
-    return index
+    if index := read_model_index(location) if location.is_file else location.json(INDEX_NAME):
+        return index
+    why = "the file is no checkpoint of a whole model" if location.is_file else f"it has no {INDEX_NAME}"
+    raise ValueError(f"{location.name} is not a text-to-video model: {why}.")
 
 
 def base_location(

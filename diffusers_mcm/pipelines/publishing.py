@@ -76,8 +76,7 @@ class HubVerbs(LoRAVerbs):
         lora, settings = self._extract(name)[denoiser], self._settings(name)
         sampling = settings.sampling
         if sampling == SamplingDefaults():
-            defaults: dict[str, Any] = {key: self.sampling_default(key) for key in SAMPLING_KEYS}
-            sampling = SamplingDefaults(**defaults)
+            sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
         repository = settings.base_model_repository
         if repository is None or is_local(repository):  # relative to where the LoRA was read
             repository = self.config.get("_name_or_path") or self.base_model.default_repository
