@@ -31,6 +31,8 @@ TOLERANCE = 1e-4
 class Holder(LoRAVerbs):
     """As much of a pipeline as the LoRA verbs need."""
 
+    config: dict = {}
+
     def __init__(self, base_model: BaseModel, denoiser: torch.nn.Module):
         self.base_model, self.denoiser = base_model, denoiser
 

@@ -7,20 +7,28 @@ which is in a repository of its own. This file is everything the package knows a
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import MotionAdapter, SchedulerMixin, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import FreeNoiseTransformerBlock
 from torch import nn
 
+from .. import hub
 from ..conditioning import Conditioning
+from ..location import Location
+from ..lora import open_safetensors
 from ..moved import moved
+from .base import component_class
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
 ADAPTER = "motion_adapter"
+_POSITIONS = ".pos_embed.pe"  # of one attention; it holds no weights, but says how long a clip may be
 IMAGE_EMBEDS = "image_embeds."  # keys of a `Conditioning` start with it, one for each IP-Adapter
 
 
@@ -54,12 +62,12 @@ class AnimateDiff(StableDiffusionModel):
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         return {} if has_motion(model_index) else super().components_elsewhere(model_index)
 
-    def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """All of an AnimateDiff pipeline's configuration; of a Stable Diffusion's only what its network predicts, for
-        its betas (scaled linear) are the image model's, and the motion modules were trained on linear ones."""
-        if config is None or is_animatediff(index):
-            return config
-        return {key: config[key] for key in ("prediction_type",) if key in config}
+    def image_models_scheduler(self, config: Mapping[str, Any] | None) -> SchedulerMixin:
+        """The sampler for a Stable Diffusion with motion modules: of its configuration only what the network predicts
+        holds, for its betas (scaled linear) are the image model's, and the motion modules were trained on linear ones.
+        """
+        kept = {key: value for key, value in (config or {}).items() if key == "prediction_type"}
+        return self.scheduler_class.from_config(self.scheduler_config(kept))
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
@@ -73,12 +81,7 @@ class AnimateDiff(StableDiffusionModel):
         return shape
 
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Conditioning,
-        **network_options,
+        self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning, **options
     ) -> torch.Tensor:
         """`text["prompt_embeds"]` is `(B, length, features)`, or `(B, T, length, features)` with a text per frame;
         `image_embeds.0` and so on `(B, images, [length,] features)`, for each IP-Adapter."""
@@ -86,22 +89,14 @@ class AnimateDiff(StableDiffusionModel):
         embeds = embeds.flatten(0, 1) if embeds.ndim == 4 else embeds.repeat_interleave(latents.shape[2], 0)
         pictures = [value for key, value in text.items() if key.startswith(IMAGE_EMBEDS)]
         if pictures:
-            network_options["added_cond_kwargs"] = {"image_embeds": pictures}
+            options["added_cond_kwargs"] = {"image_embeds": pictures}
         with float32_ends(denoiser):
-            return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **network_options)[0]
+            return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **options)[0]
 
 
 def has_motion(model_index: Mapping[str, Any]) -> bool:
-    return (model_index.get("unet") or [None, None])[1] == "UNetMotionModel"
-
-
-def has_adapter(model_index: Mapping[str, Any]) -> bool:
-    return (model_index.get(ADAPTER) or [None, None])[1] is not None
-
-
-def is_animatediff(model_index: Mapping[str, Any]) -> bool:
-    """Whether a repository holds a whole AnimateDiff, and not the Stable Diffusion for one."""
-    return has_motion(model_index) or has_adapter(model_index)
+    """Whether a repository's UNet has motion modules in it."""
+    return component_class(model_index, "unet") == "UNetMotionModel"
 
 
 def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAdapter | None) -> UNetMotionModel:
@@ -113,6 +108,81 @@ def with_motion(unet: UNet2DConditionModel | UNetMotionModel, adapter: MotionAda
     if adapter is not None:
         unet.load_motion_modules(adapter)
     return unet
+
+
+# --- motion adapters: in diffusers' layout, or in the files of AnimateDiff's own code --------------------------------
+def load_motion_adapter(
+    source: MotionAdapter | str | os.PathLike, dtype: torch.dtype | None = None, variant: str | None = None, **options
+) -> MotionAdapter:
+    """A motion adapter as it is, or from a folder, a repository on the Hub, or a `.safetensors` file.
+
+    `dtype` is by default that of the file; `variant` is read where there is such.
+    """
+    if isinstance(source, MotionAdapter):
+        return source
+    location = Location.of(source, **options)
+    if location.is_file or location.file("config.json") is None:
+        return read_motion_modules(location.name if location.is_file else _only_file(location), dtype)
+    given = location.arguments | location.variant(variant) | ({} if dtype is None else {"dtype": dtype})
+    with location.never_pickled():
+        return MotionAdapter.from_pretrained(location.name, use_safetensors=True, **given)
+
+
+def _only_file(location: Location) -> Path:
+    """The one file of weights in a folder or repository that has no configuration."""
+    files = [name for name in location.files() if "/" not in name]
+    names = [name for name in files if hub.is_safetensors(name)]
+    if len(names) == 1 and (found := location.file(names[0])):
+        return found
+    source = location.name
+    if names:
+        raise ValueError(f"There are several motion modules in {source}: {', '.join(names)}; give the path of one.")
+    pickled = [name for name in files if hub.is_pickled(name)]
+    if pickled:
+        path = Path(source, pickled[0]) if location.is_folder else pickled[0]
+        raise ValueError(f"{source} has no .safetensors file; {hub.how_to_convert(path)}")
+    raise ValueError(f"{source} is no motion adapter: it has neither a config.json nor a .safetensors file.")
+
+
+def read_motion_modules(path: str | os.PathLike, dtype: torch.dtype | None = None) -> MotionAdapter:
+    """A motion adapter from one file; its sizes are read off the weights."""
+    from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
+
+    with open_safetensors(Path(path)) as file:
+        tensors = {key.removeprefix("module."): file.get_tensor(key) for key in file.keys()}
+    strange = [key for key in tensors if ".motion_modules." not in key]
+    if strange or not any(key.startswith("down_blocks.") for key in tensors):
+        raise ValueError(
+            f"{path} is no motion module: {len(strange)} of its {len(tensors)} keys are of something else"
+            + (f", such as {strange[0]!r}." if strange else ".")
+        )
+    lengths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(("pos_encoder.pe", _POSITIONS))}
+    weights = convert_animatediff_checkpoint_to_diffusers(tensors)
+    weights = {key: tensor for key, tensor in weights.items() if not key.endswith(_POSITIONS)}
+    adapter = MotionAdapter(**_config(weights), **({"motion_max_seq_length": max(lengths)} if lengths else {}))
+    expected = {key: value for key, value in adapter.state_dict().items() if not key.endswith(_POSITIONS)}
+    different = sorted(expected.keys() ^ weights.keys())
+    different += [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
+    if different:
+        raise ValueError(
+            f"{path} is no motion module that diffusers knows: {len(different)} weights are missing, unknown or of"
+            f" another shape, such as {different[0]!r}. It may be one for Stable Diffusion XL, or incomplete."
+        )
+    adapter.load_state_dict(weights, strict=False)  # but for the positions, which are computed
+    return adapter.to(dtype or next(iter(weights.values())).dtype).eval()
+
+
+def _config(weights: Mapping[str, torch.Tensor]) -> dict:
+    """The sizes that the weights show: channels and layers of each block, and whether the middle one has any."""
+    names = {key: key.split(".") for key in weights}
+    norms = [key for key, name in names.items() if name[0] == "down_blocks" and name[4:] == ["norm", "weight"]]
+    layers = Counter(int(names[key][1]) for key in norms)
+    channels = {int(names[key][1]): len(weights[key]) for key in norms}
+    return {
+        "block_out_channels": tuple(channels[block] for block in sorted(layers)),
+        "motion_layers_per_block": tuple(layers[block] for block in sorted(layers)),
+        "use_motion_mid_block": any(key.startswith("mid_block.") for key in weights),
+    }
 
 
 def __getattr__(name: str):

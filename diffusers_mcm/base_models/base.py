@@ -16,8 +16,13 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from ..conditioning import Conditioning
-from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, NoisePath
+from ..consistency import NoisePath
 from ..settings import DEFAULT_STEPS
+
+
+def component_class(model_index: Mapping[str, Any], name: str) -> str | None:
+    """What `model_index.json` calls the class of a component; `None` if that is left out."""
+    return (model_index.get(name) or [None, None])[1]
 
 
 class BaseModel(ABC):
@@ -52,16 +57,10 @@ class BaseModel(ABC):
         return {**self.scheduler_defaults, **(config or {})}
 
     @abstractmethod
-    def noise_path(
-        self,
-        scheduler_config: Mapping[str, Any] | None = None,
-        *,
-        timestep_scaling: float = TIMESTEP_SCALING,
-        sigma_data: float = SIGMA_DATA,
-    ) -> NoisePath:
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: float) -> NoisePath:
         """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it.
 
-        `timestep_scaling` and `sigma_data` are those of eq. 1, for a path that has boundary scalings.
+        `boundary` is `timestep_scaling` and `sigma_data` of eq. 1, for a path that has boundary scalings.
         """
 
     @abstractmethod
@@ -70,14 +69,22 @@ class BaseModel(ABC):
     ) -> SchedulerMixin:
         """The sampler that fits a training: the teacher's noise schedule, the student's grid and boundary."""
 
+    def few_step_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The sampler on the noise schedule that the network was trained with: this one, or one in its place."""
+        if isinstance(scheduler, self.scheduler_class):
+            return scheduler
+        keys = self.noise_schedule_keys
+        config = self.scheduler_config({k: v for k in keys if (v := scheduler.config.get(k)) is not None})
+        return self.scheduler_class.from_config({key: config[key] for key in keys if key in config})
+
     def components_elsewhere(self, model_index: Mapping[str, Any]) -> dict[str, str]:
         """Where the components are by default that a repository with this `model_index.json` leaves out."""
         places = self.extra_repositories.items()
-        return {name: place for name, place in places if (model_index.get(name) or [None, None])[1] is None}
+        return {name: place for name, place in places if component_class(model_index, name) is None}
 
     def matches(self, model_index: Mapping[str, Any]) -> bool:
         """Whether a repository with this `model_index.json` holds this model."""
-        return (model_index.get(self.denoiser_name) or [None, None])[1] in self.denoiser_classes
+        return component_class(model_index, self.denoiser_name) in self.denoiser_classes
 
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:

@@ -26,6 +26,10 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 _WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _End(nn.Module):
     """A layer that computes in float32 while `float32_calls` is above 0, and else as its stock class does.
 
@@ -35,14 +39,20 @@ class _End(nn.Module):
     float32_calls = 0  # how many calls of the network want it now, from any thread
 
     def _widened(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-        return [each if each is None else each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
+        return [each if each is None else at_least_float32(each) for each in tensors]
 
 
-class _Conv2d(_End, nn.Conv2d):
+class OutputConv2d(_End, nn.Conv2d):
+    """The last convolution, with a float32 output."""
+
+    def _conv_forward(self, x, weight, bias):
+        return (self._convolve if self.float32_calls else super()._conv_forward)(x, weight, bias)
+
     def _convolve(self, x, weight, bias):
         """The convolution in float32, of whatever type x and the weights are, outside autocast."""
         # A whole network of float32 computes as torch's settings say, in its middle and at its ends.
-        as_set = x.dtype == weight.dtype and not _is_autocast(x)
+        kind = x.device.type
+        as_set = x.dtype == weight.dtype and not (kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind))
         exact_weight = weight.dtype in _EXACT_IN_TF32
         x, weight, bias = self._widened(x, weight, bias)
         with _no_autocast(x):
@@ -56,13 +66,12 @@ class _Conv2d(_End, nn.Conv2d):
             return output + super()._conv_forward(coarse, rest_of_weight, None)
 
 
-class InputConv2d(_Conv2d):
+class InputConv2d(OutputConv2d):
     """The first convolution: it reads float32 and hands on the type of its weights."""
 
     def _conv_forward(self, x, weight, bias):
-        if not self.float32_calls:
-            return super()._conv_forward(x, weight, bias)
-        return self._convolve(x, weight, bias).to(weight.dtype)
+        output = super()._conv_forward(x, weight, bias)
+        return output.to(weight.dtype) if self.float32_calls else output
 
 
 class OutputGroupNorm(_End, nn.GroupNorm):
@@ -74,15 +83,6 @@ class OutputGroupNorm(_End, nn.GroupNorm):
         x, weight, bias = self._widened(x, self.weight, self.bias)
         with _no_autocast(x):
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-class OutputConv2d(_Conv2d):
-    """The last convolution, with a float32 output."""
-
-    def _conv_forward(self, x, weight, bias):
-        if not self.float32_calls:
-            return super()._conv_forward(x, weight, bias)
-        return self._convolve(x, weight, bias)
 
 
 # --- float32 convolutions where torch makes them of TF32 -------------------------------------------------------------
@@ -103,11 +103,6 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = x.detach().view(torch.int32)
     coarse = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # the 13 last bits rounded away
     return coarse, x - coarse
-
-
-def _is_autocast(x: torch.Tensor) -> bool:
-    kind = x.device.type
-    return kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def _no_autocast(x: torch.Tensor):
@@ -144,20 +139,6 @@ def _lora_convolutions(layer: nn.Module | None) -> tuple[str, ...]:
     return () if getattr(layer, "lora_variant", None) or not hasattr(layer, "lora_A") else ("lora_A", "lora_B")
 
 
-@contextmanager
-def _loras_read_float32(denoiser: nn.Module) -> Iterator[None]:
-    """PEFT rounds what a LoRA reads to the type of its weights, but not inside this."""
-    layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
-    rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]
-    for layer in rounding:
-        setattr(layer, _ROUNDING, False)
-    try:
-        yield
-    finally:
-        for layer in rounding:
-            setattr(layer, _ROUNDING, True)
-
-
 def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
     """Whether the layer computes as another class does once it is of that class.
 
@@ -168,39 +149,37 @@ def _takes_class(layer: nn.Module, exact: type[nn.Module]) -> bool:
         return True
     holders = [layer, *getattr(getattr(layer, "_diffusers_hook", None), "_fn_refs", ())]
     names = ("_old_forward", "forward", "original_forward")
-    held = [(holder, name) for holder in holders for name in names if _is_stock(vars(holder).get(name), layer)]
+    places = [(holder, name) for holder in holders for name in names]
+    held = [at for at in places if getattr(vars(at[0]).get(at[1]), "__func__", None) is type(layer).forward]
     for holder, name in held:
         setattr(holder, name, MethodType(exact.forward, layer))
     return bool(held)
-
-
-def _is_stock(function, layer: nn.Module) -> bool:
-    return isinstance(function, MethodType) and function.__func__ is type(layer).forward
-
-
-def _check_norm(denoiser: nn.Module) -> None:
-    """`ValueError` for a half-precision network whose last normalisation would silently stay in half precision."""
-    norm: Any = getattr(denoiser, "conv_norm_out", None)
-    if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
-        raise ValueError(
-            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
-            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
-            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
-        )
 
 
 @contextmanager
 def float32_ends(denoiser: nn.Module) -> Iterator[None]:
     """Calls of the UNet inside read float32 latents and give a float32 output. In float32 this changes no bit."""
     ends = find_ends(denoiser)
-    _check_norm(denoiser)
+    norm: Any = getattr(denoiser, "conv_norm_out", None)
+    if type(norm) is nn.GroupNorm and norm.weight is not None and norm.weight.dtype in _EXACT_IN_TF32:
+        raise ValueError(  # or it would silently stay in half precision
+            "Expected `conv_norm_out` of the denoiser with its own `forward`, or within hooks of accelerate or"
+            f" diffusers; got {norm.forward!r}, which keeps it from computing in float32. Put that around it after the"
+            " pipeline is made (or after `denoise` was called once), or give the denoiser in float32."
+        )
+    # PEFT rounds what a LoRA reads to the type of its weights, but not inside this.
+    layers: list[Any] = [getattr(denoiser, name, None) for name in _ENDS]
+    rounding = [each for each in layers if _lora_convolutions(each) and getattr(each, _ROUNDING, False)]
     with _LOCK:
         for layer in ends:
             layer.float32_calls += 1
+    for layer in rounding:
+        setattr(layer, _ROUNDING, False)
     try:
-        with _loras_read_float32(denoiser):
-            yield
+        yield
     finally:
+        for layer in rounding:
+            setattr(layer, _ROUNDING, True)
         with _LOCK:
             for layer in ends:
                 layer.float32_calls -= 1

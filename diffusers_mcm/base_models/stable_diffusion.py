@@ -17,7 +17,7 @@ from ..consistency import SIGMA_DATA, VariancePreservingPath
 from ..lora import base_layer
 from ..scheduler import MCMScheduler
 from .base import BaseModel
-from .precision import find_ends
+from .precision import at_least_float32, find_ends
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,6 @@ class StableDiffusionModel(BaseModel):
                 " inpainting, or for making a picture move. Text to video needs the text-to-image (or text-to-video)"
                 " model of the same name."
             )
-
-    def own_schedule(self, index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """As much of a repository's scheduler configuration as holds for this model; `index` is its model index."""
-        return config
 
     def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: Any) -> VariancePreservingPath:
         return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **boundary)
@@ -118,9 +114,9 @@ class StableDiffusionModel(BaseModel):
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         batch = pixels.shape[0]
         posterior = vae.encode(_frames(pixels).to(vae.dtype)).latent_dist
-        latents = _at_least_float32(posterior.mean)
+        latents = at_least_float32(posterior.mean)
         if noise is not None:
-            latents = latents + _at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
+            latents = latents + at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
         return _videos(latents * vae.config.scaling_factor, batch)
 
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
@@ -158,10 +154,6 @@ class StableDiffusionModel(BaseModel):
             return {"prompt_embeds": output[0]}
         normalise = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
         return {"prompt_embeds": normalise(output.hidden_states[-1 - clip_skip])}
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _frames(videos: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from .. import hub
 from ..base_models import base_model_of
-from ..base_models.motion_adapter import load_motion_adapter
+from ..base_models.animatediff import load_motion_adapter
 from ..files import atomic_file, atomic_files
 from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..lora import LoRA, lora_header, read_lora, write_lora_weights, write_safetensors, write_settings

@@ -1,12 +1,9 @@
 """The LoRA verbs of a pipeline: load, weigh, switch, fuse, unfuse, unload, save.
 
-They are diffusers' verbs by name and arguments, and take the place of its own: for a UNet that diffusers puts no LoRA
-on, for LoRAs on motion modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where a
-style LoRA has some layers for it, on the text encoder.
-
-The networks keep their stock classes; peft's layers stand in for the modules they adapt. Their base weights are never
-written to, except by `fuse_lora`, which sets the originals aside: `unfuse_lora` and `unload_lora_weights` restore the
-base bit for bit.
+They are diffusers' verbs by name and arguments, for a UNet that diffusers puts no LoRA on, for LoRAs on motion
+modules, and so that no strength is ever ignored. A LoRA lies on the denoiser and, where it has layers for it, on the
+text encoder. The networks keep their stock classes; peft's layers stand in for the modules they adapt. `fuse_lora`
+alone writes to base weights, and keeps the originals: to unfuse and to unload restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +34,7 @@ from ..lora import (
 )
 from ..settings import Settings
 from .checks import is_one_value, number
-from .fusing import FusingVerbs
-from .networks import AdapterState, fused_projections, unwrapped
+from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, unwrapped
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -48,8 +43,7 @@ ADAPTERS_FOLDER = "mcm_adapters"
 class LoRAVerbs(FusingVerbs):
     """The mixin of `MCMPipeline` that loads, weighs and switches LoRAs."""
 
-    _call_scale: float | None = None  # `lora_scale` of the call that is under way
-    _unscaled: dict[nn.Module, dict[str, float]] = {}  # what its layers go back to afterwards
+    _call_scale = 1.0  # `lora_scale` of the call that is under way
 
     # --- what is there -----------------------------------------------------------------------------------------------
     @property
@@ -98,8 +92,7 @@ class LoRAVerbs(FusingVerbs):
     @property
     def _switched_on(self) -> list[str]:
         """The adapters that `set_adapters` chose, whether or not `disable_lora` has been called since."""
-        chosen = {name for layer in self._layers.values() for name in layer.active_adapters}
-        return [name for name in self._loaded if name in chosen]
+        return [name for name in self._loaded if any(name in each.active_adapters for each in self._layers.values())]
 
     @property
     def _lora_enabled(self) -> bool:
@@ -139,25 +132,25 @@ class LoRAVerbs(FusingVerbs):
         with or without layers for the text encoder. It fits wholly, or is refused.
 
         Args:
-            pretrained_model_name_or_path_or_dict:
-                A folder, a `.safetensors` file, a packaged model, a Hub repository, or the tensors by their keys.
+            pretrained_model_name_or_path_or_dict: A folder, a `.safetensors` file, a packaged model, a Hub repository,
+                or the tensors by their keys.
             adapter_name: What `set_adapters` will call it.
             options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
         """
         self._require_unfused("load a LoRA")
+        own = self.base_model
         loras = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
         for lora in loras.values():
-            made_for = lora.settings.base_model or self._recognised(lora)
-            if made_for != self.base_model.name:
-                raise ValueError(
-                    f"{lora.source} was made for base model {made_for!r}; this is {self.base_model.name!r}."
-                )
-        self._put_in(loras, adapter_name or _free_name("default", self._loaded))
+            # The base model whose modules it names; this one, if it names none that only some other has.
+            named = (model.name for model in (own, *BASE_MODELS.values()) if model.recognises(lora.modules))
+            made_for = lora.settings.base_model or next(named, own.name)
+            if made_for != own.name:
+                raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {own.name!r}.")
+        self._put_in(loras, adapter_name or self._free_name("default"))
 
-    def _recognised(self, lora: LoRA) -> str:
-        """The base model whose modules the LoRA names; this one, if it names none that only some other has."""
-        candidates = [self.base_model, *BASE_MODELS.values()]
-        return next((model.name for model in candidates if model.recognises(lora.modules)), self.base_model.name)
+    def _free_name(self, stem: str) -> str:
+        names = (stem, *(f"{stem}_{i}" for i in range(1, len(self._loaded) + 1)))
+        return next(name for name in names if name not in self._loaded)
 
     def _require_at_hand(self, what: str) -> None:
         if any(parameter.is_meta for parameter in self.denoiser.parameters()):
@@ -176,8 +169,7 @@ class LoRAVerbs(FusingVerbs):
         for component, lora in loras.items():
             load_lora_into(networks[component], lora, adapter_name)
             if lora.settings:
-                settings = lora.settings.absolute(lora.folder).without_training_paths()
-                self._adapters.settings[adapter_name] = settings
+                self._adapters.settings[adapter_name] = lora.settings.absolute(lora.folder).without_training_paths()
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -190,8 +182,7 @@ class LoRAVerbs(FusingVerbs):
         for name, layer in lora_layers(networks).items():
             replace(networks, name, layer.get_base_layer())
         for network in networks.values():
-            if hasattr(network, "peft_config"):
-                del network.peft_config
+            vars(network).pop("peft_config", None)
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -201,24 +192,21 @@ class LoRAVerbs(FusingVerbs):
         if set(names) == set(self._loaded):
             return self.unload_lora_weights()
         remaining = [name for name in self._switched_on if name not in names]
-        self.set_adapters(remaining, [self._adapters.weights.get(name, 1.0) for name in remaining])
         networks = self._networks
-        for name in names:
-            for layer in lora_layers(networks).values():
+        for path, layer in lora_layers(networks).items():
+            activate(layer, remaining)
+            for name in names:
                 layer.delete_adapter(name)
-            for network in networks.values():
-                getattr(network, "peft_config", {}).pop(name, None)
-            self._adapters.weights.pop(name, None)
-            self._adapters.settings.pop(name, None)
-        for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
-                replace(networks, name, layer.get_base_layer())
+                replace(networks, path, layer.get_base_layer())
+        configs = [getattr(network, "peft_config", {}) for network in networks.values()]
+        for known in (*configs, self._adapters.weights, self._adapters.settings):
+            for name in names:
+                known.pop(name, None)
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
-        self,
-        adapter_names: str | Sequence[str],
-        adapter_weights: float | dict[str, float] | Sequence[float | dict[str, float]] | None = None,
+        self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] | None = None
     ) -> None:
         """Make these adapters, and no others, active at these weights (default: one).
 
@@ -229,17 +217,12 @@ class LoRAVerbs(FusingVerbs):
         each = [given] * len(names) if is_one_value(given) else list(given)
         if len(each) != len(names):
             raise ValueError(f"{len(names)} adapters were named, but {len(each)} weights given.")
-        networks = self._networks
-        weights = {name: _weight(weight, list(networks)) for name, weight in zip(names, each)}
+        weights = {name: _weight(weight, list(self._networks)) for name, weight in zip(names, each)}
         self._require_unfused("change adapters")
-        for path, layer in lora_layers(networks).items():
+        for layer in self._layers.values():
             activate(layer, names)
-            component = path.partition(".")[0]
-            for name, weight in weights.items():
-                layer.set_scale(name, weight.get(component, 1.0) if isinstance(weight, dict) else weight)
-            if self._call_scale is not None:  # in a callback: the weights are for the steps to come, too
-                self._scale_for_call(layer, names)
         self._adapters.weights.update(weights)
+        self._set_scales(weights)
 
     def disable_lora(self) -> None:
         """Sample with the base model, the LoRAs staying loaded."""
@@ -263,40 +246,36 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused(f"scale the LoRA by {scale}")
         if not self.get_active_adapters():
             raise ValueError(f"A LoRA scale of {scale} was given, but no LoRA is active.")
-        with self._weighted(self.get_active_adapters(), scale) as self._unscaled:
-            self._call_scale = scale
-            try:
-                yield
-            finally:
-                self._call_scale, self._unscaled = None, {}
-
-    def _scale_for_call(self, layer: nn.Module, names: Sequence[str]) -> None:
-        """Give a layer whose weights have just changed the strength of the call that is under way."""
-        for name in names:
-            if name in layer.scaling:
-                self._unscaled.setdefault(layer, {})[name] = layer.scaling[name]
-                layer.scaling[name] *= self._call_scale
+        with self._scaled(scale):
+            yield
 
     @contextmanager
-    def _weighted(self, names: Sequence[str], scale: float) -> Iterator[dict[nn.Module, dict[str, float]]]:
-        """Scale the weights of adapters, active or not; yields what the layers go back to."""
-        scale = number("lora_scale", scale)
-        if self._call_scale is not None:
-            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
+    def _scaled(self, scale: float) -> Iterator[None]:
+        """Scale the weights of all adapters; those that a callback gives them meanwhile, too."""
+        self._call_scale = scale = number("lora_scale", scale)
+        weights = dict(self._adapters.weights)
         before = {layer: dict(layer.scaling) for layer in self._layers.values()}
-        for layer in before:
-            layer.scaling.update({name: layer.scaling[name] * scale for name in names if name in layer.scaling})
+        for layer, scaling in before.items():
+            layer.scaling.update({name: value * scale for name, value in scaling.items()})
         try:
-            yield before
+            yield
         finally:
+            self._call_scale = 1.0
             for layer, scaling in before.items():
                 layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
+            self._set_scales({name: new for name, new in self._adapters.weights.items() if weights.get(name) != new})
+
+    def _set_scales(self, weights: Mapping[str, Weight]) -> None:
+        """Have the layers of these adapters act as strongly as their weights and the call's scale say."""
+        for path, layer in self._layers.items():
+            component = path.partition(".")[0]
+            for name, weight in weights.items():
+                own = weight.get(component, 1.0) if isinstance(weight, dict) else weight
+                layer.set_scale(name, own * self._call_scale)
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def _save_adapters(self, folder: Path) -> None:
         """Save every adapter as a LoRA folder of its own, and how they are set."""
-        (folder / ADAPTERS_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder / ADAPTERS_FOLDER, ignore_errors=True)
         if not self._loaded:
             return
         for name in self._loaded:
@@ -304,11 +283,9 @@ class LoRAVerbs(FusingVerbs):
             target.mkdir(parents=True)
             write_components(target / WEIGHTS_NAME, self._extract(name))
             settings = self._settings(name)
-            if settings.is_local:
-                # The folder that the adapter came from is not there to be pointed at; this pipeline is.
-                settings = dataclasses.replace(
-                    settings, base_model_repository="../..", base_model_revision=None, extra_repositories={}
-                )
+            if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this one is
+                here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
+                settings = dataclasses.replace(settings, **here, extra_repositories={})
             settings.write(target)
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
@@ -335,8 +312,7 @@ class LoRAVerbs(FusingVerbs):
             if not first.settings:  # as of a LoRA with layers for the text encoder
                 first.settings, first.folder = Settings.read(place) or Settings(), None
             self._put_in(loras, name)
-        for name, weight in state["adapters"].items():
-            self.set_adapters(name, weight)
+        self.set_adapters(list(state["adapters"]), list(state["adapters"].values()))
         self.set_adapters(state["active"], [state["adapters"][name] for name in state["active"]])
         if state["fused"]:
             self.fuse_lora(list(state["fused"]), lora_scale=next(iter(state["fused"].values())))
@@ -344,7 +320,7 @@ class LoRAVerbs(FusingVerbs):
             self.disable_lora()
 
 
-def _weight(weight: float | dict[str, float], components: Sequence[str]) -> float | dict[str, float]:
+def _weight(weight: Weight, components: Sequence[str]) -> Weight:
     """Check the weight of an adapter, and return it as it is kept."""
     if not isinstance(weight, Mapping):
         return number("adapter_weights", weight)
@@ -354,8 +330,3 @@ def _weight(weight: float | dict[str, float], components: Sequence[str]) -> floa
                 f"An adapter's weight must be a number, or one for each of {', '.join(components)}; got {weight!r}."
             )
     return {name: number(f"adapter_weights[{name!r}]", value) for name, value in weight.items()}
-
-
-def _free_name(stem: str, taken: Sequence[str]) -> str:
-    candidates = (stem if i == 0 else f"{stem}_{i}" for i in range(len(taken) + 1))
-    return next(name for name in candidates if name not in taken)

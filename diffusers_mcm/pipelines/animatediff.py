@@ -19,29 +19,20 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..base_models.animatediff import (
-    ADAPTER,
-    AnimateDiff,
-    has_adapter,
-    has_motion,
-    is_animatediff,
-    with_motion,
-)
-from ..base_models.motion_adapter import load_motion_adapter
+from ..base_models.animatediff import ADAPTER, AnimateDiff, has_motion, load_motion_adapter, with_motion
 from ..location import HUB_OPTIONS, Location
 from ..lora import lora_layers
-from ..scheduler import MCMScheduler
+from ..settings import SAMPLING_KEYS
 from . import checks
 from .animatediff_extras import AnimateDiffExtras
-from .callbacks import step_callback
+from .loading import load_checkpoint
 from .mcm import MCMPipeline, MCMPipelineOutput
-from .request import Request
-from .single_file import load_checkpoint
+from .request import arguments
 from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
-_OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one file has none of them
+_OF_FOLDERS = ("dtype", "variant", "use_safetensors", "revision")  # options that are no components
 
 
 @alone(
@@ -51,8 +42,7 @@ _OF_FOLDERS = ("variant", "use_safetensors", "revision")  # a checkpoint in one 
     *("load_textual_inversion", "unload_textual_inversion"),
 )
 class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline):
-    """
-    Few-step text to video with AnimateDiff.
+    """Few-step text to video with AnimateDiff.
 
     Args:
         vae ([`AutoencoderKL`]): Encodes and decodes single frames.
@@ -82,20 +72,9 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=with_motion(unet, motion_adapter),
-            motion_adapter=None,
-            scheduler=scheduler,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        sampling = dict(
-            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
-        )
-        self._set_up(sampling, vae=vae, text_encoder=text_encoder, unet=self.unet, image_encoder=image_encoder)
+        given = arguments(locals()) | {"unet": with_motion(unet, motion_adapter), "motion_adapter": None}
+        super().__init__(**{name: value for name, value in given.items() if name not in SAMPLING_KEYS})
+        self._set_up(**given)
         if isinstance(unet, UNet2DConditionModel):
             self._warn_of_betas()
 
@@ -109,37 +88,28 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             )
 
     @classmethod
-    def _load_components(cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options):
-        where = location.options
-        if location.is_file:
-            return cls._of_checkpoint(location.name, recorded, where, **options)
+    def _load_components(cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options):
         complete = isinstance(options.get("unet"), UNetMotionModel) or has_motion(index)
-        adapter = options.pop(ADAPTER, None)
-        if adapter is None and not complete and not has_adapter(index):
-            adapter = recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
-        if not is_animatediff(index) and "scheduler" not in options:
-            config = location.inside("scheduler").json("scheduler_config.json")
-            schedule = cls.base_model.own_schedule(index, config)
-            options["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
+        adapter = options.pop(ADAPTER, None) or (None if complete else elsewhere.get(ADAPTER))
         if adapter is not None:
-            adapter = load_motion_adapter(adapter, options["dtype"], variant=options.get("variant"), **where)
+            where = dict(location.options, variant=options.get("variant"))
+            adapter = load_motion_adapter(adapter, options["dtype"], **where)
+        if location.is_file:
+            name = os.fspath(options.pop("config", None) or cls.base_model.default_repository)
+            found = load_checkpoint(location.name, name, options["dtype"], **location.options)
+            found["scheduler"] = cls.base_model.image_models_scheduler(found["scheduler"].config)
+            found |= {key: given for key, given in options.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
+            pipeline = cls(**found, motion_adapter=adapter)
+            pipeline.register_to_config(_name_or_path=location.name)
+            return pipeline
+        if elsewhere and "scheduler" not in options:
+            config = location.inside("scheduler").json("scheduler_config.json")
+            options["scheduler"] = cls.base_model.image_models_scheduler(config)
         if adapter is not None or complete:
             options[ADAPTER] = None if complete else adapter  # what is in the repository need not be read
-        pipeline = super()._load_components(location, index, recorded, **options)
+        pipeline = super()._load_components(location, index, elsewhere, **options)
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
-        return pipeline
-
-    @classmethod
-    def _of_checkpoint(cls, path, recorded, where, dtype, motion_adapter=None, config=None, **given):
-        """Make a pipeline of a single-file checkpoint, with the components that are `given`."""
-        components = load_checkpoint(path, os.fspath(config or cls.base_model.default_repository), dtype, **where)
-        schedule = cls.base_model.own_schedule({}, components["scheduler"].config)
-        components["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(schedule))
-        adapter = motion_adapter or recorded.get(ADAPTER) or cls.base_model.extra_repositories[ADAPTER]
-        given = {key: value for key, value in given.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
-        pipeline = cls(**components | given, motion_adapter=load_motion_adapter(adapter, dtype, **where))
-        pipeline.register_to_config(_name_or_path=path)
         return pipeline
 
     @classmethod
@@ -161,9 +131,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
                     "A LoRA is loaded in the Stable Diffusion pipeline: `unload_lora_weights()` there first, and load"
                     " it here."
                 )
-            if "scheduler" not in kwargs:
-                config = cls.base_model.own_schedule({}, pipeline.scheduler.config)
-                kwargs["scheduler"] = MCMScheduler.from_config(cls.base_model.scheduler_config(config))
+            kwargs.setdefault("scheduler", cls.base_model.image_models_scheduler(pipeline.scheduler.config))
             return super().from_pipe(pipeline, **kwargs)
         made = super().from_pipe(pipeline, **kwargs)
         made._warn_of_betas()
@@ -171,20 +139,17 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """Fuse projections as diffusers does; a LoRA has to be fused before, for beside them it would do nothing."""
-        if unet and not self.fused_loras:
-            layers = [
-                name for name, layer in self._layers.items() if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")
-            ]
-            if layers:
-                raise ValueError(
-                    "Cannot fuse the attention's projections while a LoRA lies on them"
-                    f" ({len(layers)}, such as {layers[0]!r}): `fuse_lora()` first, or unload it."
-                )
+        layers = [name for name in self._layers if name.endswith((".to_q", ".to_k", ".to_v"))]
+        if unet and layers and not self.fused_loras:
+            raise ValueError(
+                f"Cannot fuse the attention's projections while a LoRA lies on them ({len(layers)}, such as"
+                f" {layers[0]!r}): `fuse_lora()` first, or unload it."
+            )
         super().fuse_qkv_projections(unet, vae)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as [`MCMPipeline`] does; an IP-Adapter, which diffusers cannot load again, has to go before."""
-        if self._has_ip_adapter:
+        if self._ip_adapters:
             raise ValueError("An IP-Adapter cannot be saved with the pipeline; `unload_ip_adapter()` first.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -241,26 +206,17 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         """Make videos. The arguments are those of diffusers' `AnimateDiffPipeline` in their order, and two of ours.
 
         Args:
-            prompt, negative_prompt (`str`, `list[str]` or `dict[int, str]`, *optional*):
-                What to show, and what to avoid. With FreeNoise also a text for each of some frames, the first of them
-                0; in between they are mixed.
-            eta (`float`, defaults to 0):
-                How much noise DDIM adds at each step, up to 1 for as much as DDPM. Other schedulers take no such
-                argument, and are not given it.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Encoded prompts, `(B, length, features)`, or `(B, T, length, features)` with a text for each frame.
-            ip_adapter_image (*optional*), ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
-                For a loaded IP-Adapter, a picture, or its embedding as diffusers defines it; one entry an adapter.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            cross_attention_kwargs (`dict`, *optional*):
-                `scale` is `lora_scale`; all else (`ip_adapter_masks`) goes to the attention layers.
-            clip_skip (`int`, *optional*):
-                How many of the last layers of the text encoder to leave out.
-            num_frames, height, width, num_inference_steps, guidance_scale, num_videos_per_prompt, generator, latents,
-            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, decode_chunk_size, timesteps,
-            lora_scale:
-                As for every pipeline, see [`MCMPipeline.__call__`].
+            prompt, negative_prompt: With FreeNoise also a text for each of some frames, the first of them 0; in
+                between they are mixed.
+            eta: How much noise DDIM adds at each step, up to 1 for as much as DDPM; not for other schedulers.
+            prompt_embeds, negative_prompt_embeds: Encoded prompts, `(B, length, features)`, or
+                `(B, T, length, features)` with a text for each frame.
+            ip_adapter_image, ip_adapter_image_embeds: For a loaded IP-Adapter, a picture, or its embedding as
+                diffusers defines it; one entry an adapter.
+            cross_attention_kwargs: `scale` is `lora_scale`; all else (`ip_adapter_masks`) is for the attention layers.
+            clip_skip: How many of the last layers of the text encoder to leave out.
+
+        All others are those of every pipeline, see [`MCMPipeline.__call__`].
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
@@ -280,16 +236,5 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             'corgi.gif'
             ```
         """
-        size = self._size(num_frames=num_frames, height=height, width=width)
-        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        texts |= dict(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
-        self.check_inputs(**size, **texts)
-        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
-        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, eta=checks.eta(eta))
-        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
-        request.lora_scale, request.network_options = checks.attention_options(lora_scale, cross_attention_kwargs)
-        request.clip_skip = checks.clip_skip(clip_skip, self.text_encoder)
-        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._make_videos(request, return_dict)
+        eta = checks.number("eta", eta)  # `None` would be the scheduler's own
+        return self._make_videos(**arguments(locals()))

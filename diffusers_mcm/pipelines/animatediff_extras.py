@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.attention import FreeNoiseTransformerBlock
 
-from ..base_models.animatediff import IMAGE_EMBEDS, AnimateDiff
+from ..base_models.animatediff import IMAGE_EMBEDS
 from ..conditioning import Conditioning
 from . import checks
-from .request import Request
+from .request import Request, Texts, arguments
 from .sampling import Sampling
 
 
@@ -24,32 +24,18 @@ class AnimateDiffExtras(Sampling):
     they are encoded to is `(B, T, length, features)`.
     """
 
-    base_model: AnimateDiff
-    unet: Any
-    image_encoder: Any
-    feature_extractor: Any
-    # of diffusers' pipeline
-    maybe_convert_prompt: Callable[[list[str], Any], list[str]]
-    prepare_ip_adapter_image_embeds: Callable[..., list[torch.Tensor]]
-    free_noise_enabled: bool
-    free_init_enabled: bool
-    _prepare_latents_free_noise: Callable[..., torch.Tensor]
-    _free_noise_prompt_interpolation_callback: Callable[..., torch.Tensor]
-    _free_noise_noise_type: str
-    _free_noise_context_length: int
-    _free_init_num_iters: int
-    _apply_free_init: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    # what its properties of these names tell a callback
+    _takes_attention_options = True
+    # What diffusers' properties of these names tell a callback.
     _clip_skip: int | None = None
     _cross_attention_kwargs: dict[str, Any] | None = None
 
     def check_inputs(  # type: ignore[override]  # diffusers orders the arguments of this pipeline otherwise
         self,
-        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        prompt: Texts | None,
         height: int | None = None,
         width: int | None = None,
         callback_steps: int | None = None,
-        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        negative_prompt: Texts | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         ip_adapter_image: PipelineImageInput | None = None,
@@ -59,19 +45,37 @@ class AnimateDiffExtras(Sampling):
         num_frames: int | None = None,
     ) -> None:
         """Check as [`MCMPipeline`] does; pictures need an IP-Adapter, and an IP-Adapter needs pictures."""
-        self._check_pictures(ip_adapter_image, ip_adapter_image_embeds)
-        embeds: dict[str, Any] = dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        others = dict(num_frames=num_frames, callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs)
-        super().check_inputs(prompt, height, width, callback_steps, negative_prompt, **embeds | others)
+        self._check_inputs(**arguments(locals()))
 
-    def _check_texts(
-        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
-    ) -> None:
-        prompt = self._one_of_the_texts("prompt", prompt)
-        negative_prompt = self._one_of_the_texts("negative_prompt", negative_prompt)
-        prompt_embeds = checks.texts_of_frames("prompt_embeds", prompt_embeds, num_frames)
-        negative_prompt_embeds = checks.texts_of_frames("negative_prompt_embeds", negative_prompt_embeds, num_frames)
-        super()._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames)
+    def _check(self, request: Request) -> None:
+        super()._check(request)
+        pictures, embeds, adapters = request.ip_adapter_image, request.ip_adapter_image_embeds, self._ip_adapters
+        if pictures is not None and embeds is not None:
+            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
+        name, each = ("ip_adapter_image", pictures) if embeds is None else ("ip_adapter_image_embeds", embeds)
+        if (each is None) != (adapters == 0):
+            raise ValueError(
+                "An IP-Adapter and a picture go together: "
+                + ("a picture was given, but no IP-Adapter is loaded." if adapters == 0 else f"give `{name}`.")
+            )
+        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError(
+                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
+                " `ip_adapter_image_embeds` without."
+            )
+        count = len(each) if isinstance(each, list) else 1
+        if adapters and count != adapters:
+            raise ValueError(f"`{name}` must be a list of one for each of the {adapters} IP-Adapters, got {count}.")
+
+    def _check_texts(self, request: Request) -> None:
+        texts = {name: self._one_of_the_texts(name, getattr(request, name)) for name in ("prompt", "negative_prompt")}
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            texts[name] = embeds = getattr(request, name)
+            if isinstance(embeds, torch.Tensor) and embeds.ndim == 4:  # checked as so many prompts more
+                if (count := embeds.shape[1]) != request.num_frames:
+                    raise ValueError(f"`{name}` has texts for {count} frames of a clip of {request.num_frames}.")
+                texts[name] = embeds.flatten(0, 1)
+        super()._check_texts(replace(request, **texts))
 
     def _one_of_the_texts(self, name: str, value: Any) -> Any:
         """Return a prompt, but of one that has texts for some frames the first text."""
@@ -84,31 +88,11 @@ class AnimateDiffExtras(Sampling):
             raise ValueError(f"`{name}` must name a text for frame 0, and for any later frames, got {value!r}.")
         return value[0]
 
-    def _check_pictures(self, pictures, embeds) -> None:
-        if pictures is not None and embeds is not None:
-            raise ValueError("Give either `ip_adapter_image` or `ip_adapter_image_embeds`, not both.")
-        given = pictures is not None or embeds is not None
-        if given != self._has_ip_adapter:
-            raise ValueError(
-                "An IP-Adapter and a picture go together: "
-                + ("a picture was given, but no IP-Adapter is loaded." if given else "give `ip_adapter_image`.")
-            )
-        if pictures is not None and (self.image_encoder is None or self.feature_extractor is None):
-            raise ValueError(
-                "`ip_adapter_image` needs an `image_encoder` and a `feature_extractor` in the pipeline; give"
-                " `ip_adapter_image_embeds` without."
-            )
-        if given:
-            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-            checks.check_one_each(name, embeds if pictures is None else pictures, self._ip_adapters)
-
-    @property
-    def _has_ip_adapter(self) -> bool:
-        return self.unet.encoder_hid_proj is not None
-
     @property
     def _ip_adapters(self) -> int:
-        return len(self.unet.encoder_hid_proj.image_projection_layers)
+        """How many are loaded."""
+        projection = self.unet.encoder_hid_proj
+        return 0 if projection is None else len(projection.image_projection_layers)
 
     def prepare_latents(
         self, batch_size, num_channels_latents, num_frames, height, width, dtype, device, generator, latents=None
@@ -116,13 +100,11 @@ class AnimateDiffExtras(Sampling):
         """Draw noise as [`MCMPipeline`] does; with FreeNoise the noise of a long clip repeats itself."""
         size, dtype = (num_frames, height, width), torch.promote_types(dtype, torch.float32)
         if self.free_noise_enabled:
-            each: list[tuple[int, Any]] = [(batch_size, generator)]
-            if latents is None and isinstance(generator, (list, tuple)):
-                each = [(1, one) for one in generator]
+            several = latents is None and isinstance(generator, (list, tuple))
+            each = [(1, one) for one in generator] if several else [(batch_size, generator)]
             options = (num_channels_latents, *size, dtype, device)
-            latents = torch.cat(
-                [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
-            )
+            noise = [self._prepare_latents_free_noise(count, *options, one, latents) for count, one in each]
+            latents = torch.cat(noise)
         return super().prepare_latents(batch_size, num_channels_latents, *size, dtype, device, generator, latents)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -148,10 +130,9 @@ class AnimateDiffExtras(Sampling):
         last = request.num_frames - 1
         if max(prompts) > last:
             raise ValueError(f"There is a text for frame {max(prompts)} of a clip of {last + 1}, counted from 0.")
-        frames = sorted({*prompts, last})
-        texts = self.maybe_convert_prompt(
-            [prompts.get(frame, prompts[max(prompts)]) for frame in frames], self.tokenizer
-        )
+        texts_of = {last: prompts[max(prompts)], **prompts}
+        frames = sorted(texts_of)
+        texts = self.maybe_convert_prompt([texts_of[frame] for frame in frames], self.tokenizer)
         encoded = self.base_model.encode_text(self.tokenizer, self.text_encoder, texts, request.clip_skip or 0)
         embeds = encoded["prompt_embeds"].split(1)
         mixed = embeds[0].expand(request.num_frames, -1, -1).clone()
@@ -161,11 +142,11 @@ class AnimateDiffExtras(Sampling):
 
     def _add_conditions(self, request: Request, text: Conditioning, negative: Conditioning | None, device) -> None:
         """Add the pictures of the IP-Adapters."""
-        if not self._has_ip_adapter:
+        if not self._ip_adapters:
             return
         given, guided = request.ip_adapter_image_embeds, negative is not None
         if given is not None:
-            checks.check_image_embeds(given, guided=guided)
+            self._check_image_embeds(given, rows=2 if guided else 1)
         videos = len(text["prompt_embeds"])
         found = self.prepare_ip_adapter_image_embeds(request.ip_adapter_image, given, device, videos, guided)
         for i, embeds in enumerate(found):
@@ -174,32 +155,36 @@ class AnimateDiffExtras(Sampling):
                 negative[f"{IMAGE_EMBEDS}{i}"], embeds = embeds.chunk(2)
             text[f"{IMAGE_EMBEDS}{i}"] = embeds
 
-    def _sample(self, latents, timesteps, text, negative, request):
-        """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given."""
-        self._clip_skip = request.clip_skip
-        self._cross_attention_kwargs = request.network_options.get("cross_attention_kwargs")
+    def _check_image_embeds(self, given: Any, rows: int) -> None:
+        """`(rows, images, [length,] features)` for each IP-Adapter."""
+        name, shape = "ip_adapter_image_embeds", f"({rows}, images, [length,] features)"
+        if not isinstance(given, list):
+            raise ValueError(f"`{name}` must be a list of one tensor for each IP-Adapter, got {checks.shown(given)}.")
+        for each in given:
+            checks.check_numbers(name, each, shape)
+            if each.ndim not in (3, 4) or len(each) != rows:
+                why = ", under guidance the negative first" if rows == 2 else ""
+                raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
+
+    def _sample(self, latents, timesteps, text, negative, request, callback):
+        """Sample as often as FreeInit says; diffusers' properties tell a callback what the call was given.
+
+        FreeNoise's window is kept within the clip: a short one is sampled as without FreeNoise.
+        """
+        self._clip_skip, self._cross_attention_kwargs = request.clip_skip, request.attention_options or None
+        modules = self.unet.modules() if self.free_noise_enabled else ()
+        windows = {block: block.context_length for block in modules if isinstance(block, FreeNoiseTransformerBlock)}
         steps = len(timesteps)
         try:
-            with self._window_within(request.num_frames):
-                for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
-                    if self.free_init_enabled:
-                        options = (latents.device, latents.dtype, request.generator)
-                        latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
-                    latents = super()._sample(latents, timesteps, text, negative, request)
+            for block, length in windows.items():
+                block.context_length = min(length, request.num_frames)
+            for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
+                if self.free_init_enabled:
+                    options = (latents.device, latents.dtype, request.generator)
+                    latents, timesteps = self._apply_free_init(latents, iteration, steps, *options)
+                latents = super()._sample(latents, timesteps, text, negative, request, callback)
         finally:
+            for block, length in windows.items():
+                block.context_length = length
             self._clip_skip = self._cross_attention_kwargs = None
         return latents
-
-    @contextmanager
-    def _window_within(self, num_frames: int) -> Iterator[None]:
-        """Keep FreeNoise's window within the clip: a short one is then sampled as without FreeNoise."""
-        modules = self.unet.modules() if self.free_noise_enabled else ()
-        blocks = [module for module in modules if isinstance(module, FreeNoiseTransformerBlock)]
-        lengths = [block.context_length for block in blocks]
-        for block in blocks:
-            block.context_length = min(block.context_length, num_frames)
-        try:
-            yield
-        finally:
-            for block, length in zip(blocks, lengths):
-                block.context_length = length

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 
-from .checks import check_names, check_same_shape, shown
+from .checks import check_names, has_shape, shown, written
 
 TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
-class StepCallback:
+class StepCallback(NamedTuple):
     """A user's `callback(pipeline, step, timestep, tensors)` and the names of the tensors that it asks for.
 
     As in diffusers, `prompt_embeds` are those of the network's batch: under guidance the negative half first, then the
     other. `negative_prompt_embeds` are that first half again, and `None` without guidance.
     """
 
-    def __init__(self, function: Callable, names: Sequence[str]):
-        self.function, self.names = function, names
+    function: Callable
+    names: Sequence[str]
 
     def __call__(self, pipeline, step: int, timestep, latents, text: dict, negative: dict | None) -> torch.Tensor:
         """Call it; returns the latents to go on with, and changes the texts in their dictionaries."""
-        offered = {"latents": latents} | self._offered_texts(text, negative if guided(pipeline, negative) else None)
+        offered = {"latents": latents}
+        if {"prompt_embeds", "negative_prompt_embeds"} & set(self.names):
+            halves = (negative, text) if guided(pipeline, negative) and negative is not None else (text,)
+            batch = torch.cat([each["prompt_embeds"] for each in halves])
+            first = batch.chunk(2)[0] if len(halves) == 2 else None  # shares its memory
+            offered |= {"prompt_embeds": batch, "negative_prompt_embeds": first}
         returned = self.function(pipeline, step, timestep, {name: offered[name] for name in self.names})
         if returned is not None and not isinstance(returned, Mapping):
             raise ValueError(f"The callback must return a dictionary of tensors or None, got {shown(returned)}.")
@@ -33,25 +38,20 @@ class StepCallback:
         if unknown:
             raise ValueError(f"The callback returned {unknown[0]!r}; valid are {', '.join(TENSORS)}.")
         tensors = offered | dict(returned or {})  # one that returns nothing may have changed them in place
+        before, after = offered.get("negative_prompt_embeds"), tensors.get("negative_prompt_embeds")
         if tensors.get("prompt_embeds") is not None:
-            _take_prompt_embeds(tensors["prompt_embeds"], offered, text, negative)
-        if tensors.get("negative_prompt_embeds") is not offered.get("negative_prompt_embeds"):
-            _take_negative(tensors["negative_prompt_embeds"], negative)
-        if "prompt_embeds" in tensors or "negative_prompt_embeds" in tensors:
+            _take_prompt_embeds(tensors["prompt_embeds"], before is not None, text, negative)
+        if after is not None and after is not before:
+            if negative is None:
+                raise ValueError(
+                    "The callback returned `negative_prompt_embeds`, but the call has no guidance; start it with a"
+                    " `guidance_scale` above 1."
+                )
+            negative["prompt_embeds"] = _like("negative_prompt_embeds", after, negative["prompt_embeds"])
+        if len(tensors) > 1:
             for each in filter(None, (text, negative)):  # what goes with them, such as a mask, may be another now
                 each.update(pipeline.base_model.embeds_condition(each["prompt_embeds"]))
-        if guided(pipeline, negative) and negative is not None:
-            check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
-        return _like("latents", tensors["latents"], latents, latents.shape)
-
-    def _offered_texts(self, text: dict, negative: dict | None) -> dict[str, torch.Tensor | None]:
-        if not {"prompt_embeds", "negative_prompt_embeds"} & set(self.names):
-            return {}
-        embeds = text["prompt_embeds"]
-        if negative is None:
-            return {"prompt_embeds": embeds, "negative_prompt_embeds": None}
-        both = torch.cat([negative["prompt_embeds"], embeds])
-        return {"prompt_embeds": both, "negative_prompt_embeds": both[: len(embeds)]}  # shares its memory
+        return _like("latents", tensors["latents"], latents)
 
 
 def guided(pipeline, negative: dict | None) -> bool:
@@ -79,46 +79,26 @@ def step_callback(pipeline, function: Any, names: Any) -> StepCallback | None:
     return StepCallback(function, names)
 
 
-def _take_prompt_embeds(given: Any, offered: Mapping, text: dict, negative: dict | None) -> None:
+def _take_prompt_embeds(given: Any, both: bool, text: dict, negative: dict | None) -> None:
+    """Take the texts of the network's batch, or those of its last half; `both` says what was offered."""
     before, rows = text["prompt_embeds"], len(text["prompt_embeds"])
-    both = isinstance(given, torch.Tensor) and offered.get("negative_prompt_embeds") is not None
-    if both and negative is not None and len(given) == 2 * rows:
-        given = _like("prompt_embeds", given, before, (2 * rows, None))
+    if both and negative is not None and isinstance(given, torch.Tensor) and len(given) == 2 * rows:
+        given = _like("prompt_embeds", given, before, 2 * rows)
         negative["prompt_embeds"], text["prompt_embeds"] = given.chunk(2)
-    elif isinstance(given, torch.Tensor) and _is_last_row(given, before):
-        # diffusers' cutoff of the guidance keeps the last row, as if there were but one video: no text is changed
-        pass
-    else:
-        text["prompt_embeds"] = _like("prompt_embeds", given, before, (rows, None))
+    # diffusers' cutoff of the guidance keeps the last row, as if there were but one video: no text is changed
+    elif rows == 1 or not isinstance(given, torch.Tensor) or not torch.equal(given.to(before), before[-1:]):
+        text["prompt_embeds"] = _like("prompt_embeds", given, before)
 
 
-def _is_last_row(given: torch.Tensor, before: torch.Tensor) -> bool:
-    last = before[-1:]
-    return len(before) > 1 and given.shape == last.shape and torch.equal(given.to(last.device, last.dtype), last)
-
-
-def _take_negative(given: Any, negative: dict | None) -> None:
-    if given is None:
-        return
-    if negative is None:
-        raise ValueError(
-            "The callback returned `negative_prompt_embeds`, but the call has no guidance; start it with a"
-            " `guidance_scale` above 1."
-        )
-    before = negative["prompt_embeds"]
-    negative["prompt_embeds"] = _like("negative_prompt_embeds", given, before, (len(before), None))
-
-
-def _like(name: str, given: Any, before: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
+def _like(name: str, given: Any, before: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """Give a tensor that a callback returned the type and device of the one it replaces.
 
-    `shape` is what it must have; after `None` any length, and then what the one before has.
+    It must have so many rows (by default as many) and, but for the length of texts, the shape of the one before.
     """
-    expected = [*shape, *before.shape[len(shape) :]]
-    if before.ndim == 4 and len(shape) == 2:  # a text for each frame
-        expected[1], expected[2] = before.shape[1], None
-    fits = isinstance(given, torch.Tensor) and len(given.shape) == len(expected)
-    if not fits or any(size is not None and size != found for size, found in zip(expected, given.shape)):
-        wanted = ", ".join("length" if size is None else str(size) for size in expected)
-        raise ValueError(f"The callback must return `{name}` as a tensor of shape ({wanted}), got {shown(given)}.")
+    shape: list[int | str] = [rows or len(before), *before.shape[1:]]
+    if name != "latents":
+        shape[-2] = "length"
+    if not isinstance(given, torch.Tensor) or not has_shape(given, shape):
+        wanted = f"`{name}` as a tensor of shape {written(shape)}"
+        raise ValueError(f"The callback must return {wanted}, got {shown(given)}.")
     return given.to(before.device, before.dtype)

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-
 
 def shown(value: Any) -> str:
     """A value as an error message quotes it; arrays by their kind and shape."""
@@ -49,60 +47,18 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return int(found)
 
 
-def weights_dtype(dtype: Any) -> torch.dtype:
-    """The type to load weights in, float32 by default; diffusers would load in float32 whatever else is given."""
-    if dtype is None:
-        return torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating-point type such as torch.float16, got {shown(dtype)}.")
-    return dtype
-
-
-def lora_scale(lora_scale: Any, cross_attention_kwargs: Mapping[str, Any] | None) -> float:
-    """The strength that either of the two arguments gives."""
-    scale, others = split_scale(cross_attention_kwargs)
-    if others:
-        raise ValueError(f"`cross_attention_kwargs` takes only 'scale', got {', '.join(map(repr, others))}.")
-    given = [] if lora_scale is None else [number("lora_scale", lora_scale)]
-    given += [number("cross_attention_kwargs['scale']", value) for value in scale.values()]
-    if len(set(given)) > 1:
-        raise ValueError(
-            f"`lora_scale` is {given[0]:g}, but `cross_attention_kwargs` says {given[1]:g}; give one of them."
-        )
-    return given[0] if given else 1.0
-
-
 def attention_options(scale: Any, cross_attention_kwargs: Any) -> tuple[float, dict[str, Any]]:
-    """The strength of the LoRAs, and what a network with such options is called with besides."""
-    given, others = split_scale(cross_attention_kwargs)
-    return lora_scale(scale, given), {"cross_attention_kwargs": others} if others else {}
-
-
-def split_scale(cross_attention_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The LoRA's strength among the options of the attention layers, if it is there, and the others."""
+    """The strength of the LoRAs that either of the two arguments gives, and the other options of attention layers."""
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, Mapping):
         raise ValueError(f"`cross_attention_kwargs` must be a dictionary, got {shown(cross_attention_kwargs)}.")
-    options = dict(cross_attention_kwargs or {})
-    scale = options.pop("scale", None)
-    return ({} if scale is None else {"scale": scale}), options
-
-
-def eta(value: Any) -> float:
-    """How much noise DDIM adds, from none to that of DDPM."""
-    found = number("eta", value)
-    if not 0 <= found <= 1:
-        raise ValueError(f"`eta` must lie between 0 and 1, got {found:g}.")
-    return found
-
-
-def clip_skip(value: Any, text_encoder: Any) -> int | None:
-    """How many of the text encoder's last layers to leave out, at most all."""
-    if value is None or text_encoder is None:
-        return value
-    found, layers = whole_number("clip_skip", value, least=0), text_encoder.config.num_hidden_layers
-    if found > layers:
-        raise ValueError(f"`clip_skip` must be at most {layers}, the layers of the text encoder, got {found}.")
-    return found
+    others = dict(cross_attention_kwargs or {})
+    given = {"lora_scale": scale, "cross_attention_kwargs['scale']": others.pop("scale", None)}
+    found = [number(name, value) for name, value in given.items() if value is not None]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"`lora_scale` is {found[0]:g}, but `cross_attention_kwargs` says {found[1]:g}; give one of them."
+        )
+    return (found[0] if found else 1.0), others
 
 
 def timesteps_list(timesteps: Any) -> list[float]:
@@ -117,7 +73,17 @@ def timesteps_list(timesteps: Any) -> list[float]:
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
-def check_tensor(name: str, value: Any, shape: str) -> None:
+def has_shape(value: torch.Tensor, shape: Sequence[int | str]) -> bool:
+    """Whether a tensor has these sizes; one that is a word may be any but 0."""
+    sizes = zip(value.shape, shape)
+    return value.ndim == len(shape) and all(found == size if isinstance(size, int) else found for found, size in sizes)
+
+
+def written(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def check_numbers(name: str, value: Any, shape: str) -> None:
     """Check a tensor for finite floating-point numbers; `shape` is what the error says it should be."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {shown(value)}.")
@@ -125,56 +91,11 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
         raise ValueError(f"`{name}` holds {count_of_not_finite(value)}; every value must be finite.")
 
 
-def check_embeds(name: str, embeds: Any, features: int | None) -> None:
-    """Check encoded prompts `(B, length, features)`, whose features may be any number if that is unknown."""
-    shape = f"(batch, length, {features or 'features'})"
-    check_tensor(name, embeds, shape)
-    if embeds.ndim != 3 or 0 in embeds.shape or (features is not None and embeds.shape[-1] != features):
-        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(embeds.shape)}.")
-
-
-def texts_of_frames(name: str, embeds: Any, num_frames: int) -> Any:
-    """Encoded prompts, each with a text for each frame `(B, T, length, features)`, as so many prompts more."""
-    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 4:
-        return embeds
-    if embeds.shape[1] != num_frames:
-        raise ValueError(f"`{name}` has texts for {embeds.shape[1]} frames of a clip of {num_frames}.")
-    return embeds.flatten(0, 1)
-
-
-def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Check noise to start from against this shape."""
-    check_tensor("latents", latents, str(shape))
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-
-
-def check_one_each(name: str, values: Any, adapters: int) -> None:
-    """Check that each IP-Adapter has one entry; one that is no list stands for a list of it."""
-    count = len(values) if isinstance(values, list) else 1
-    if count != adapters:
-        raise ValueError(f"`{name}` must be a list of one for each of the {adapters} IP-Adapters, got {count}.")
-
-
-def check_image_embeds(embeds: Any, guided: bool) -> None:
-    """`(1, images, [length,] features)` for each IP-Adapter; under guidance two of them, the negative first."""
-    name, rows = "ip_adapter_image_embeds", 2 if guided else 1
-    shape = f"({rows}, images, [length,] features)"
-    if not isinstance(embeds, list):
-        raise ValueError(f"`{name}` must be a list of one tensor for each IP-Adapter, got {shown(embeds)}.")
-    for each in embeds:
-        check_tensor(name, each, shape)
-        if each.ndim not in (3, 4) or len(each) != rows:
-            why = ", under guidance the negative first" if guided else ""
-            raise ValueError(f"`{name}` must be of the shape {shape}{why}, got {tuple(each.shape)}.")
-
-
-def check_same_shape(text: torch.Tensor, negative: torch.Tensor) -> None:
-    if text.shape != negative.shape:
-        raise ValueError(
-            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-            f" {tuple(text.shape)} and {tuple(negative.shape)}."
-        )
+def check_tensor(name: str, value: Any, shape: Sequence[int | str]) -> None:
+    """Check a tensor for finite numbers and this shape, in which a word stands for any size."""
+    check_numbers(name, value, written(shape))
+    if not has_shape(value, shape):
+        raise ValueError(f"`{name}` must have the shape {written(shape)}, got {tuple(value.shape)}.")
 
 
 def generators(generator: Any, videos: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:
@@ -198,23 +119,19 @@ def generators(generator: Any, videos: int, device: torch.device) -> torch.Gener
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
-def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
-    """Check that the texts may be given together."""
+def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, features: int | None) -> None:
+    """Check texts alone and together; encoded ones have so many `features`, or any number if it is `None`."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("Give either `prompt` or `prompt_embeds`, and not both.")
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
-
-
-def check_prompt(name: str, value: Any) -> None:
-    is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
-    if not isinstance(value, str) and not is_list:
-        raise ValueError(f"`{name}` must be a string or a list of at least one string, got {shown(value)}.")
-
-
-def check_output_type(output_type: Any) -> None:
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(f"Unknown output_type {shown(output_type)}; valid values are {', '.join(OUTPUT_TYPES)}.")
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(p, str) for p in value)
+        if value is not None and not isinstance(value, str) and not is_list:
+            raise ValueError(f"`{name}` must be a string or a list of at least one string, got {shown(value)}.")
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is not None:
+            check_tensor(name, embeds, ("batch", "length", features or "features"))
 
 
 def check_names(name: str, given: Any, valid: Sequence[str]) -> list[str]:
@@ -229,9 +146,8 @@ def check_names(name: str, given: Any, valid: Sequence[str]) -> list[str]:
 
 # --- what was sampled ------------------------------------------------------------------------------------------------
 def all_finite(values: torch.Tensor) -> bool:
-    total = values.sum(
-        dtype=torch.promote_types(values.dtype, torch.float32)
-    )  # a tenth of the time of looking at each
+    # The sum takes a tenth of the time of looking at each.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
     return bool(total.isfinite()) or bool(values.isfinite().all())  # a sum may overflow where no value does
 
 
@@ -249,29 +165,31 @@ class NotFiniteError(ValueError):
 
 def check_sampled(latents: torch.Tensor, denoiser: nn.Module) -> None:
     """Check that the denoiser's latents are finite; the error says what usually makes them otherwise."""
-    if all_finite(latents):
-        return
-    count = count_of_not_finite(latents)
-    raise NotFiniteError(
-        f"The sampled latents hold {count}. The usual causes: a LoRA that is far too strong"
-        " (`lora_scale`, or the weights of `set_adapters`), weights that are broken, a callback that returned such"
-        f" values, or a network that overflows its type ({_type_of(denoiser)}): where that is float16, load the"
-        " pipeline with dtype=torch.bfloat16 or torch.float32.",
-        f"the sampled latents hold {count}",
+    _check_finite(
+        latents,
+        ("sampled latents", ""),
+        ". The usual causes: a LoRA that is far too strong (`lora_scale`, or the weights of `set_adapters`), weights"
+        " that are broken, a callback that returned such values, or a network that overflows its type"
+        f" ({_type_of(denoiser)}): where that is float16, load the pipeline with dtype=torch.bfloat16 or"
+        " torch.float32.",
     )
 
 
 def check_decoded(frames: torch.Tensor, vae: nn.Module) -> None:
     """Check that what the VAE decoded from finite latents is finite."""
-    if all_finite(frames):
-        return
-    count = count_of_not_finite(frames)
-    raise NotFiniteError(
-        f"The decoded frames hold {count}, though the latents are finite: the VAE overflows its"
-        f" type ({_type_of(vae)}), or the latents are far too large. In float16 `pipe.vae.to(torch.float32)` helps, or"
-        " loading the pipeline with dtype=torch.bfloat16; otherwise a weaker LoRA (`lora_scale`).",
-        f"the decoded frames (not the latents) hold {count}",
+    _check_finite(
+        frames,
+        ("decoded frames", " (not the latents)"),
+        f", though the latents are finite: the VAE overflows its type ({_type_of(vae)}), or the latents are far too"
+        " large. In float16 `pipe.vae.to(torch.float32)` helps, or loading the pipeline with dtype=torch.bfloat16;"
+        " otherwise a weaker LoRA (`lora_scale`).",
     )
+
+
+def _check_finite(values: torch.Tensor, what: tuple[str, str], advice: str) -> None:
+    if not all_finite(values):
+        count = count_of_not_finite(values)
+        raise NotFiniteError(f"The {what[0]} hold {count}{advice}", f"the {what[0]}{what[1]} hold {count}")
 
 
 def _type_of(network: nn.Module) -> str:

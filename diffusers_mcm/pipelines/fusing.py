@@ -1,39 +1,62 @@
-"""A LoRA in the base weights instead of beside them, and how it comes out again."""
+"""What the networks of a pipeline hold of LoRAs: beside the base weights, or in them, and how it comes out again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..lora import LoRA, activate, compute_dtype, extract_lora, replace
-from .mixin import PipelineMixin
-from .networks import AdapterState, require_called
+from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers, replace
+from ..settings import Settings
+
+Weight = float | dict[str, float]  # of an adapter, or one for each component
 
 
-class FusingVerbs(PipelineMixin):
-    """The half of `LoRAVerbs` that changes base weights; the other half is declared here."""
+@dataclass
+class AdapterState:
+    """The state that peft's layers do not keep; it is on the denoiser, so that pipelines which share it agree."""
 
-    if TYPE_CHECKING:
+    weights: dict[str, Weight] = field(default_factory=dict)  # as given, before the factor alpha / rank
+    settings: dict[str, Settings] = field(default_factory=dict)  # of each adapter that came with some
+    fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
+    set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
 
-        @property
-        def _adapters(self) -> AdapterState: ...
-        @property
-        def _networks(self) -> nn.ModuleDict: ...
-        @property
-        def _layers(self) -> dict[str, Any]: ...
-        @property
-        def _switched_on(self) -> list[str]: ...
-        @property
-        def _lora_enabled(self) -> bool: ...
-        def get_active_adapters(self) -> list[str]: ...
-        def _networks_of(self, name: str) -> dict[str, nn.Module]: ...
-        def _known(self, names: str | Sequence[str]) -> list[str]: ...
-        def _require_unfused(self, what: str) -> None: ...
-        def _require_at_hand(self, what: str) -> None: ...
-        def _weighted(self, names: Sequence[str], scale: float) -> AbstractContextManager: ...
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was given, if it has wrapped it."""
+    return getattr(network, "_orig_mod", network)
+
+
+def fused_projections(network: nn.Module) -> set[str]:
+    """The modules whose weights diffusers' `fuse_qkv_projections` has copied, and which are not called since."""
+    if getattr(network, "original_attn_processors", None) is None:  # it has never been called: the usual case
+        return set()
+    fused = set()
+    for name, module in network.named_modules():
+        if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
+            projections = ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v")
+            fused |= {f"{name}.{projection}" for projection in projections}
+    return fused
+
+
+def require_unfused(networks: Iterable[nn.Module]) -> None:
+    """`ValueError` if a LoRA is in the weights that another pipeline has fused there."""
+    for network in networks:
+        fused = next((name for name, layer in lora_layers(network).items() if layer.merged), None)
+        if fused is not None:
+            raise ValueError(
+                f"A LoRA is fused into the weights of this {type(network).__name__} (at {fused!r}) by another"
+                " pipeline, which alone can take it out: `unfuse_lora()` there first, and fuse it here."
+            )
+
+
+class FusingVerbs(DiffusionPipeline):
+    """The half of `LoRAVerbs` that changes base weights."""
 
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
         """Add the active adapters (or those named) to the base weights, which saves their cost at every step.
@@ -46,10 +69,12 @@ class FusingVerbs(PipelineMixin):
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
         self._require_at_hand("fuse")
+        if self._call_scale != 1.0:
+            raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         self._require_fusible(names)
         originals = self._adapters.originals
         try:
-            with self._weighted(names, lora_scale):
+            with self._scaled(lora_scale):
                 for module, layer in self._layers.items():
                     if not any(name in layer.lora_A for name in names):
                         activate(layer, [])  # or what is not fused would act here, and only here
@@ -76,19 +101,23 @@ class FusingVerbs(PipelineMixin):
         """`ValueError` where the sum of weight and LoRA would be lost."""
         layers = {module: layer for module, layer in self._layers.items() if set(names) & set(layer.lora_A)}
         self._require_called("fuse a LoRA", layers)
-        narrow = next((module for module, layer in layers.items() if layer.get_base_layer().weight.itemsize < 2), None)
-        if narrow is not None:
-            kind = layers[narrow].get_base_layer().weight.dtype
-            raise ValueError(
-                f"Cannot fuse a LoRA into weights of {kind}, which would round it away ({narrow}); leave it unfused,"
-                " or fuse it before `enable_layerwise_casting()`."
-            )
+        for module, layer in layers.items():
+            if (kind := layer.get_base_layer().weight.dtype).itemsize < 2:
+                raise ValueError(
+                    f"Cannot fuse a LoRA into weights of {kind}, which would round it away ({module}); leave it"
+                    " unfused, or fuse it before `enable_layerwise_casting()`."
+                )
 
     def _require_called(self, what: str, modules: Iterable[str]) -> None:
-        """`ValueError` if fused projections leave out some of these modules (`component.module`)."""
+        """`ValueError` if fused projections leave out some of these modules, so that a LoRA there does nothing."""
         name = self.base_model.denoiser_name
-        inside = [module.removeprefix(f"{name}.") for module in modules if module.startswith(f"{name}.")]
-        require_called(self._networks[name], inside, what)
+        idle = sorted({f"{name}.{each}" for each in fused_projections(self._networks[name])}.intersection(modules))
+        if idle:
+            raise ValueError(
+                f"Cannot {what} while the attention's projections are fused (`fuse_qkv_projections`): {len(idle)} of"
+                f" the modules with a LoRA are not called, such as {idle[0].removeprefix(f'{name}.')!r}."
+                " `unfuse_qkv_projections()` first; a LoRA that is fused (`fuse_lora()`) before they are stays in."
+            )
 
     def _restore(self) -> None:
         self._put_back()
@@ -135,20 +164,18 @@ class FusingVerbs(PipelineMixin):
 
         A module that is exchanged meanwhile carries the LoRA afterwards.
         """
-        networks, layers = self._networks, self._layers
-        fused = {}
+        networks, layers, originals = self._networks, self._layers, self._adapters.originals
+        fused = {name: layers[name].get_base_layer().weight.data for name in originals}
         for name, layer in layers.items():
-            base = layer.get_base_layer()
-            if name in self._adapters.originals:
-                fused[name] = base.weight.data
-                base.weight.data = self._adapters.originals[name]
-            replace(networks, name, base)
+            replace(networks, name, layer.get_base_layer())
+            if name in fused:
+                layer.get_base_layer().weight.data = originals[name]
         try:
             yield
         finally:
             for name, layer in layers.items():
                 layer.base_layer = networks.get_submodule(name)
-                if name not in self._adapters.set_aside:
-                    replace(networks, name, layer)
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]
+                if not self._adapters.set_aside:
+                    replace(networks, name, layer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,25 +20,25 @@ from torch import nn
 from ..base_models import BaseModel, infer_base_model
 from ..location import HUB_OPTIONS, Location
 from ..lora import LoRA, read_lora
+from ..settings import SAMPLING_KEYS
 from . import checks, loading
-from .adapters import _free_name
 from .callbacks import TENSORS, step_callback
-from .networks import require_unfused
+from .fusing import require_unfused
 from .publishing import HubVerbs
-from .request import Request
+from .request import arguments
 from .sampling import Sampling
 from .sole_use import alone, is_sampling, one_call
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class MCMPipelineOutput(BaseOutput):
-    """
-    Output of [`MCMPipeline`].
+    """Output of [`MCMPipeline`].
 
     Args:
-        frames (`np.ndarray`, `torch.Tensor` or `list[list[PIL.Image.Image]]`):
-            The videos: `(B, T, H, W, 3)` in [0, 1] for `np`, `(B, T, 3, H, W)` in [0, 1] for `pt`, a list of frames
-            each for `pil`, scaled latents `(B, C, T, H, W)` for `latent`.
+        frames: `(B, T, H, W, 3)` in [0, 1] for `np`, `(B, T, 3, H, W)` in [0, 1] for `pt`, a list of frames for each
+            video for `pil`, scaled latents `(B, C, T, H, W)` for `latent`.
     """
 
     frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]
@@ -51,10 +53,10 @@ class MCMPipelineOutput(BaseOutput):
     "encode_prompt",
 )
 class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
-    """
-    Few-step text to video with a motion consistency model. `from_pretrained` returns the subclass for the base model.
+    """Few-step text to video with a motion consistency model.
 
-    A subclass names its components in `__init__` (their names are a file format) and its `base_model`.
+    `from_pretrained` returns the subclass for the base model, which names its components in `__init__` (their names
+    are a file format) and its `base_model`.
     """
 
     base_model: BaseModel
@@ -66,24 +68,22 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if "base_model" in vars(cls):  # and not a subclass of such a pipeline, which samples the same model
             cls._of_base_models[cls.base_model.name] = cls
 
-    def _set_up(self, sampling: dict[str, Any], **components) -> None:
-        """Finish `__init__` of a subclass, once the components have their names."""
+    def _set_up(self, **components) -> None:
+        """Do what `__init__` of a subclass has to, with all its arguments: components and what a call defaults to."""
+        sampling = {name: components.pop(name) for name in SAMPLING_KEYS}
         self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
-        require_unfused([module for module in components.values() if isinstance(module, nn.Module)])
+        networks = [module for module in components.values() if isinstance(module, nn.Module)]
+        require_unfused(networks)
         self.register_modules(**components)
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,
         # depends on whether a weight asks for them. A LoRA in training is left alone.
-        for module in components.values():
-            if isinstance(module, nn.Module):
-                for name, parameter in module.named_parameters():
-                    if ".lora_" not in name:
-                        parameter.requires_grad_(False)
+        for name, parameter in (named for network in networks for named in network.named_parameters()):
+            if ".lora_" not in name:
+                parameter.requires_grad_(False)
         self.base_model.prepare_denoiser(self.denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
-        self._interrupt = False
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
+        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
     # --- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -100,44 +100,36 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         base_model_revision: str | None = None,
         **kwargs,
     ) -> MCMPipeline:
-        """
-        Load a pipeline that is ready to sample: base model, LoRA, few-step scheduler, no guidance, four steps.
+        """Load a pipeline that is ready to sample: base model, LoRA, few-step scheduler, no guidance, four steps.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                One of the following, as a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
+            pretrained_model_name_or_path: As a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
 
                     - an MCM LoRA, as a folder or a `.safetensors` file;
                     - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
                       a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
                     - a pipeline saved with [`~MCMPipeline.save_pretrained`].
-            lora (`str` or `os.PathLike`, *optional*):
-                An MCM LoRA to put in a text-to-video model.
-            adapter_name (`str`, defaults to `"mcm"`):
-                What the LoRA verbs will call it.
-            subfolder (`str`, *optional*), weight_name (`str`, *optional*):
-                Where in its folder or repository the LoRA is; of `lora`, where that is given.
-            revision (`str`, *optional*):
-                Of `pretrained_model_name_or_path`, on the Hub.
-            base_model (`str` or `os.PathLike`, *optional*), base_model_revision (`str`, *optional*):
-                The base model to put the LoRA in, instead of the one that its configuration names. For AnimateDiff a
-                Stable Diffusion 1.5 repository or single-file checkpoint will do, or any fine-tune of it.
-            motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*):
-                AnimateDiff's motion modules, instead of those that the LoRA's configuration or the base model names;
-                a folder, a repository, or a `.safetensors` file in diffusers' or AnimateDiff's own layout.
-            config (`str`, *optional*):
-                For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and tokenizer go with it.
-                Defaults to the base model that the LoRA names, or else the usual one.
-            variant (`str`, *optional*):
-                Which files of the base model's weights to read, as `"fp16"`; their values are turned into `dtype`.
-            dtype (`torch.dtype`, defaults to `torch.float32`):
-                The type of all weights.
-            kwargs:
-                `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model
-                `device_map`, components by name, and whatever else diffusers takes.
+            lora: An MCM LoRA to put in a text-to-video model.
+            adapter_name: What the LoRA verbs will call it.
+            subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
+            revision: Of `pretrained_model_name_or_path`, on the Hub.
+            base_model, base_model_revision: What to put the LoRA in, instead of the base model that it names. For
+                AnimateDiff a Stable Diffusion 1.5, as a repository or single-file checkpoint, or any fine-tune of it.
+            motion_adapter (`str`, `os.PathLike` or `MotionAdapter`, *optional*): AnimateDiff's motion modules, instead
+                of those that the LoRA's configuration or the base model names; a folder, a repository, or a
+                `.safetensors` file in diffusers' or AnimateDiff's own layout.
+            config (`str`, *optional*): For a single-file checkpoint: the Stable Diffusion 1.5 whose configurations and
+                tokenizer go with it. Defaults to the base model that the LoRA names, or else the usual one.
+            variant (`str`, *optional*): Of the files of the base model's weights, as `"fp16"`; they become `dtype`.
+            dtype (`torch.dtype`, defaults to `torch.float32`): The type of all weights.
+            kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
+                components by name, and whatever else diffusers takes.
         """
-        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = checks.weights_dtype(torch_dtype if dtype is None else dtype)
+        given = [kind for name in ("dtype", "torch_dtype") if (kind := kwargs.pop(name, None)) is not None]
+        kwargs["dtype"] = dtype = given[0] if given else torch.float32
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # diffusers would load in float32
+            what = "a floating-point type such as torch.float16"
+            raise ValueError(f"`dtype` must be {what}, got {checks.shown(dtype)}.")
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
@@ -145,16 +137,21 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             location = replace(location, **place)
         index = loading.read_model_index(location)
         if index is not None:
-            pipeline = cls._load_pipeline(_with_subfolder(location), index, kwargs)
+            if location.subfolder:
+                if not location.is_folder:
+                    why = "`subfolder` selects a LoRA; a pipeline on the Hub has to be at the top."
+                    raise ValueError(f"{location.name}: {why}")
+                location = replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)
+            pipeline = cls._load_pipeline(location, index, kwargs)
             if lora is not None:
-                pipeline.load_mcm_lora(lora, adapter_name=adapter_name, **place, **options)
+                pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
         if lora is not None:
             raise ValueError(f"`lora` goes with a base model, but {location.name} is itself a LoRA.")
         read = read_lora(location)
         base = loading.base_location(read, base_model, base_model_revision, options)
-        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, lora=read)
-        pipeline.load_mcm_lora(read, adapter_name=adapter_name)
+        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, read)
+        pipeline.load_mcm_lora(read, adapter_name)
         return pipeline
 
     @classmethod
@@ -170,35 +167,35 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError(
                 f"{location.name} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline."
             )
-        if saved := loading.is_saved_mcm_pipeline(index):  # diffusers fetches no components of other classes
+        saved = str(index.get("_class_name")).endswith("MCMPipeline")
+        if saved:  # diffusers fetches no components of other classes
             location = location.fetched()
+        elsewhere = pipeline_class.base_model.components_elsewhere(index)
         recorded = {} if lora is None else loading.recorded_repositories(lora, kwargs)
+        elsewhere = {name: recorded.get(name, place) for name, place in elsewhere.items()}
         if location.is_file and lora is not None and kwargs.get("config") is None:
             kwargs["config"] = loading.checkpoint_config(lora, location.options)
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
-            pipeline = pipeline_class._load_components(location, index, recorded, **kwargs)
-        pipeline.scheduler = loading.few_step_scheduler(pipeline.base_model, pipeline.scheduler)
+            pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
+        pipeline.scheduler = pipeline.base_model.few_step_scheduler(pipeline.scheduler)
         if lora is None and saved:
             pipeline._load_adapters(location)
         return pipeline
 
     @classmethod
     def _load_components(
-        cls, location: Location, index: Mapping[str, Any], recorded: Mapping[str, str], **options
+        cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options
     ) -> MCMPipeline:
         """diffusers' own `from_pretrained`; a base model that lies in several repositories adds the others here.
 
-        `index` is `model_index.json`, `recorded` says where the other components were when the LoRA was trained.
+        `index` is `model_index.json`, `elsewhere` says where the components are that it leaves out.
         """
         return super().from_pretrained(location.name, revision=location.revision, **options)
 
     def load_mcm_lora(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike | LoRA,
-        adapter_name: str | None = None,
-        **options,
+        self, pretrained_model_name_or_path: str | os.PathLike | LoRA, adapter_name: str | None = None, **options
     ) -> None:
         """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
 
@@ -211,14 +208,14 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             )
         given = pretrained_model_name_or_path
         lora = given if isinstance(given, LoRA) else read_lora(given, **options)
-        adapter_name = adapter_name or _free_name("mcm", self._loaded)
+        adapter_name = adapter_name or self._free_name("mcm")
         self.load_lora_weights(lora, adapter_name)
         self.set_adapters(adapter_name)
         self.enable_lora()
         if lora.scheduler_config is not None:
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         else:
-            self.scheduler = loading.few_step_scheduler(self.base_model, self.scheduler)
+            self.scheduler = self.base_model.few_step_scheduler(self.scheduler)
         self.register_to_config(**lora.settings.sampling.known())
 
     # --- properties --------------------------------------------------------------------------------------------------
@@ -226,21 +223,13 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def denoiser(self) -> nn.Module:
         return getattr(self, self.base_model.denoiser_name)
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    guidance_scale = property(attrgetter("_guidance_scale"))
+    num_timesteps = property(attrgetter("_num_timesteps"))
+    interrupt = property(attrgetter("_interrupt"))
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def sampling_default(self, name: str) -> int:
         """`num_frames`, `height`, `width`, `fps` or `num_inference_steps`, when the caller leaves it open."""
@@ -275,42 +264,25 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         """Make videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*):
-                What to show. Either this or `prompt_embeds`.
-            height, width, num_frames (`int`, *optional*):
-                The size of the videos. Default to what the LoRA was trained on, or else the base model.
-            num_inference_steps (`int`, *optional*):
-                1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
-            guidance_scale (`float`, defaults to 1):
-                Above 1, classifier-free guidance, at twice the cost: a motion consistency model has it built in.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to avoid. Only with `guidance_scale > 1`.
-            num_videos_per_prompt (`int`, defaults to 1):
-                The videos of one prompt follow each other in the output.
-            generator (`torch.Generator` or a list of them, *optional*):
-                One for all videos or one for each.
-            latents (`torch.Tensor`, *optional*):
-                The noise to start from, `(B, C, T, H, W)`.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Encoded prompts, `(B, length, features)`, as `encode_prompt` makes them.
-            timesteps (`list[int]`, *optional*):
-                Descending timesteps to visit, instead of `num_inference_steps`.
-            output_type (`str`, defaults to `"np"`, for AnimateDiff to `"pil"`):
-                `"np"`, `"pt"`, `"pil"` or `"latent"`.
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`MCMPipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, tensors)` after each step; may return changed tensors,
-                and use the LoRA verbs, which then act on the steps to come. diffusers' own callbacks work.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` the callback gets. Under guidance
-                `prompt_embeds` are, as in diffusers, the negative ones and then the others.
-            decode_chunk_size (`int`, *optional*, defaults to 16):
-                How many frames the VAE decodes at a time; `None` for all at once.
-            lora_scale (`float`, *optional*):
-                Strength of the active LoRAs during this call, times their weights.
-            cross_attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` is another way to give `lora_scale`.
+            prompt: What to show. Either this or `prompt_embeds`.
+            height, width, num_frames: By default what the LoRA was trained on, or else the base model's.
+            num_inference_steps: 1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
+            guidance_scale: Above 1, classifier-free guidance, at twice the cost; a consistency model has it built in.
+            negative_prompt: What to avoid. Only with `guidance_scale > 1`.
+            num_videos_per_prompt: The videos of one prompt follow each other in the output.
+            generator: One for all videos or one for each.
+            latents: The noise to start from, `(B, C, T, H, W)`.
+            prompt_embeds, negative_prompt_embeds: What `encode_prompt` makes of prompts, `(B, length, features)`.
+            timesteps: Descending timesteps to visit, instead of `num_inference_steps`.
+            output_type: `"np"`, `"pt"`, `"pil"` or `"latent"`; defaults to `"np"`, for AnimateDiff to `"pil"`.
+            return_dict: Whether to return an [`MCMPipelineOutput`] or a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
+                changed tensors, and use the LoRA verbs for the steps to come. diffusers' own callbacks work.
+            callback_on_step_end_tensor_inputs: Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
+                Under guidance `prompt_embeds` are, as in diffusers, the negative ones and then the others.
+            decode_chunk_size: How many frames the VAE decodes at a time; `None` for all at once.
+            lora_scale: Strength of the active LoRAs during this call, times their weights.
+            cross_attention_kwargs: `{"scale": s}` is another way to give `lora_scale`.
 
         Returns:
             [`MCMPipelineOutput`] or, without `return_dict`, a `tuple` whose first element is the videos.
@@ -333,23 +305,18 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             >>> write_video("circle.mp4", video, fps=8)
             ```
         """
-        size = self._size(num_frames=num_frames, height=height, width=width)
-        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        self.check_inputs(**size, **texts)
-        start: dict[str, Any] = dict(num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents)
-        steps: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        output: dict[str, Any] = dict(output_type=output_type, decode_chunk_size=decode_chunk_size)
-        request = Request(**size, **texts, **start, **steps, **output, guidance_scale=guidance_scale)
-        request.lora_scale = checks.lora_scale(lora_scale, cross_attention_kwargs)
-        request.callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._make_videos(request, return_dict)
+        return self._make_videos(**arguments(locals()))
 
-    def _make_videos(self, request: Request, return_dict: bool) -> MCMPipelineOutput | tuple:
-        """Make the frames that the checked arguments of a call ask for."""
+    def _make_videos(self, return_dict: bool, **asked) -> MCMPipelineOutput | tuple:
+        """Make the frames that a call is asked for, once all its arguments are checked."""
+        request = self._request(**asked)
+        self._check(request)
+        callback = step_callback(self, request.callback_on_step_end, request.callback_on_step_end_tensor_inputs)
         size = (request.num_frames, request.height, request.width)
         videos = request.count_prompts() * request.num_videos_per_prompt
-        request.warn_of_an_idle_negative()
+        if not request.guided and not (request.negative_prompt is None and request.negative_prompt_embeds is None):
+            why = "The negative prompt has no effect at guidance_scale=%g; it needs a scale above 1."
+            logger.warning(why, request.guidance_scale)
         device, dtype = self._execution_device, self.denoiser.dtype
         request.generator = checks.generators(request.generator, videos, device)
         channels, *_ = latent_shape = self.base_model.latent_shape(self.denoiser, self.vae, *size)
@@ -362,7 +329,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             text, negative = self._encode_texts(request, request.guided, device)
             self._add_conditions(request, text, negative, device)
             latents = self.prepare_latents(videos, channels, *size, dtype, device, request.generator, request.latents)
-            latents = self._sample(latents, timesteps, text, negative, request)
+            latents = self._sample(latents, timesteps, text, negative, request, callback)
         checks.check_sampled(latents, self.denoiser)
         frames = latents.to(dtype)
         if request.output_type != "latent":
@@ -370,12 +337,3 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             frames = self.video_processor.postprocess_video(video, output_type=request.output_type)
         self.maybe_free_model_hooks()
         return MCMPipelineOutput(frames=frames) if return_dict else (frames,)
-
-
-def _with_subfolder(location: Location) -> Location:
-    """The folder of a pipeline that lies in another."""
-    if not location.subfolder:
-        return location
-    if not location.is_folder:
-        raise ValueError(f"{location.name}: `subfolder` selects a LoRA; a pipeline on the Hub has to be at the top.")
-    return replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)

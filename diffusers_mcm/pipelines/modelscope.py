@@ -7,11 +7,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..base_models.modelscope import ModelScope
 from .mcm import MCMPipeline
+from .request import arguments
 
 
 class ModelScopeMCMPipeline(MCMPipeline):
-    """
-    Few-step text to video with ModelScope.
+    """Few-step text to video with ModelScope.
 
     Args:
         vae ([`AutoencoderKL`]): Encodes and decodes single frames.
@@ -37,8 +37,4 @@ class ModelScopeMCMPipeline(MCMPipeline):
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        super().__init__()
-        sampling = dict(
-            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, fps=fps
-        )
-        self._set_up(sampling, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self._set_up(**arguments(locals()))

@@ -46,15 +46,8 @@ class HubVerbs(LoRAVerbs):
             self._push_pipeline(folder, **hub_options)
 
     def _push_pipeline(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        overwrite_card: bool = False,
-    ) -> str:
+        self, folder: Path, repo_id=None, private=None, token=None, commit_message=None, **options
+    ) -> None:
         from ..publish import open_repository, pipeline_card, publish_folder
 
         repository = open_repository(repo_id or folder.resolve().name, private=private, token=token)
@@ -62,8 +55,7 @@ class HubVerbs(LoRAVerbs):
         if not card.is_file() and Location.on_hub(repository, token=token).file(CARD_NAME) is None:
             write_text(card, pipeline_card(repository))
         message = commit_message or f"Upload {type(self).__name__}"
-        options: dict[str, Any] = dict(token=token, create_pr=create_pr, overwrite_card=overwrite_card)
-        return publish_folder(folder, repository, commit_message=message, **options)
+        publish_folder(folder, repository, token=token, commit_message=message, **options)
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -73,9 +65,8 @@ class HubVerbs(LoRAVerbs):
             adapter_name: Which LoRA; needed if several are loaded.
         """
         folder = Path(save_directory)
-        write_lora_folder(
-            folder, self._to_save(self._one_adapter(adapter_name), folder), self.base_model.denoiser_name
-        )
+        lora = self._to_save(self._one_adapter(adapter_name), folder)
+        write_lora_folder(folder, lora, self.base_model.denoiser_name)
 
     def _to_save(self, name: str, folder: Path) -> LoRA:
         """Return an MCM LoRA, with settings for a folder."""
@@ -85,8 +76,7 @@ class HubVerbs(LoRAVerbs):
         lora, settings = self._extract(name)[denoiser], self._settings(name)
         sampling = settings.sampling
         if sampling == SamplingDefaults():
-            defaults: dict[str, Any] = {key: self.sampling_default(key) for key in SAMPLING_KEYS}
-            sampling = SamplingDefaults(**defaults)
+            sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
         repository = settings.base_model_repository
         if repository is None or is_local(repository):  # relative to where the LoRA was read
             repository = self.config.get("_name_or_path") or self.base_model.default_repository
@@ -111,28 +101,19 @@ class HubVerbs(LoRAVerbs):
         base_model: str | None = None,
         overwrite_card: bool = False,
     ) -> str:
-        """
-        Publish the MCM LoRA: weights, settings, scheduler, model card and a sample clip, in one commit.
+        """Publish the MCM LoRA: weights, settings, scheduler, model card and a sample clip, in one commit.
 
         The base model stays where it is; `save_pretrained(folder, push_to_hub=True, repo_id=...)` publishes that too.
 
         Args:
-            repo_id (`str`):
-                `"owner/name"`, or a name in your own namespace. Created if it is not there.
-            commit_message (`str`, *optional*), create_pr (`bool`, defaults to `False`), revision (`str`, *optional*):
-                As in diffusers; the branch `revision` is created if it is not there.
-            private (`bool`, *optional*):
-                Visibility of a new repository; by default the account's. That of an existing one never changes.
-            token (`str`, *optional*):
-                Default: `HF_TOKEN`, or that of `hf auth login`.
-            adapter_name (`str`, *optional*):
-                Which LoRA; needed if several are loaded.
-            prompt (`str`, *optional*):
-                Of the sample clip, which is made with this LoRA alone and seed 0.
-            base_model (`str`, *optional*):
-                Repository of the base model, if the LoRA was trained with a copy on this machine.
-            overwrite_card (`bool`, defaults to `False`):
-                Put a new card in the place of one that was edited on the Hub, which otherwise stays.
+            repo_id: `"owner/name"`, or a name in your own namespace. Created if it is not there.
+            commit_message, create_pr, revision: As in diffusers; the branch `revision` is created if it is not there.
+            private: Visibility of a new repository; by default the account's. That of an existing one never changes.
+            token: Default: `HF_TOKEN`, or that of `hf auth login`.
+            adapter_name: Which LoRA; needed if several are loaded.
+            prompt: Of the sample clip, which is made with this LoRA alone and seed 0.
+            base_model: Repository of the base model, if the LoRA was trained with a copy on this machine.
+            overwrite_card: Put a new card in the place of one that was edited on the Hub, which otherwise stays.
 
         Returns:
             `str`: The address of the commit, or of the pull request.
@@ -145,22 +126,13 @@ class HubVerbs(LoRAVerbs):
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
         with self._alone(name):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+        options: dict[str, Any] = dict(private=private, token=token, commit_message=commit_message, revision=revision)
+        options |= dict(create_pr=create_pr, base_model=base_model, overwrite_card=overwrite_card)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             lora = self._to_save(name, folder)
             lora.settings = put_sample(folder, lora.settings, np.asarray(video), prompt, self.sampling_default("fps"))
-            return publish_lora(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-                base_model=base_model,
-                overwrite_card=overwrite_card,
-                lora=lora,
-            )
+            return publish_lora(folder, repo_id, **options, lora=lora)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditioning import Conditioning, concatenate
 from . import checks
 from .callbacks import guided
-from .mixin import PipelineMixin
-from .request import Request
+from .request import Request, Texts, arguments
 
 
-class Sampling(PipelineMixin):
+class Sampling(DiffusionPipeline):
     """The mixin of `MCMPipeline` that samples."""
 
-    _callback_tensor_inputs: list[str]
-    _guidance_scale: float  # these three may be changed by a callback
-    _interrupt: bool
-    _num_timesteps: int
-    if TYPE_CHECKING:
-
-        def _lora_scaled(self, scale: float) -> AbstractContextManager[None]: ...
+    _takes_attention_options = False  # whether `cross_attention_kwargs` may hold more than the LoRA's scale
 
     # --- diffusers' own steps of a call ------------------------------------------------------------------------------
     def check_inputs(
         self,
-        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        prompt: Texts | None,
         height: int | None = None,
         width: int | None = None,
         callback_steps: int | None = None,
-        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        negative_prompt: Texts | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -47,22 +40,15 @@ class Sampling(PipelineMixin):
         The arguments are those of the call; a size that is left open is the default. `callback_steps` is diffusers'
         of old and has no effect.
         """
-        if callback_steps is not None:
-            checks.whole_number("callback_steps", callback_steps, least=1)
-        size = self._size(num_frames=num_frames, height=height, width=width)
-        self.base_model.latent_shape(self.denoiser, self.vae, **size)
-        if callback_on_step_end_tensor_inputs is not None:
-            name = "callback_on_step_end_tensor_inputs"
-            checks.check_names(name, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, size["num_frames"])
+        self._check_inputs(**arguments(locals()))
 
     def encode_prompt(
         self,
-        prompt: str | Sequence[str] | Mapping[int, str] | None,
+        prompt: Texts | None,
         device: torch.device | str | None = None,
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = False,
-        negative_prompt: str | Sequence[str] | Mapping[int, str] | None = None,
+        negative_prompt: Texts | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         lora_scale: float | None = None,
@@ -83,13 +69,12 @@ class Sampling(PipelineMixin):
         Returns:
             `(B, length, features)` for the prompts and, under guidance, for the negative ones; `None` otherwise.
         """
-        size = self._size(num_frames=num_frames, height=None, width=None)
-        texts: dict[str, Any] = dict(prompt=prompt, negative_prompt=negative_prompt)
-        texts |= dict(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
-        self._check_texts(**texts, num_frames=size["num_frames"])
-        request = Request(**size, **texts, num_videos_per_prompt=num_images_per_prompt)
-        request.clip_skip = clip_skip
-        with self._lora_scaled(checks.lora_scale(lora_scale, None)):
+        asked = arguments(locals())
+        for name in ("device", "num_images_per_prompt", "do_classifier_free_guidance"):
+            del asked[name]
+        request = self._request(**asked, num_videos_per_prompt=num_images_per_prompt)
+        self._check_texts(request)
+        with self._lora_scaled(request.lora_scale):
             device = self._execution_device if device is None else device
             text, negative = self._encode_texts(request, do_classifier_free_guidance, device)
         return text["prompt_embeds"], None if negative is None else negative["prompt_embeds"]
@@ -124,29 +109,45 @@ class Sampling(PipelineMixin):
         checks.check_decoded(video, self.vae)
         return video
 
-    # --- what it starts from -----------------------------------------------------------------------------------------
-    def _size(self, **given: int | None) -> dict[str, Any]:
-        """`num_frames`, `height` and `width`, from the defaults where the caller leaves them open."""
-        sizes = {name: self.sampling_default(name) if size is None else size for name, size in given.items()}
-        return {name: checks.whole_number(name, size) for name, size in sizes.items()}
+    # --- what is asked for -------------------------------------------------------------------------------------------
+    def _request(self, num_frames: Any = None, height: Any = None, width: Any = None, **asked) -> Request:
+        """The arguments of a call, with this pipeline's sizes where the caller leaves them open."""
+        sizes: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
+        for name, size in sizes.items():
+            sizes[name] = checks.whole_number(name, self.sampling_default(name) if size is None else size)
+        return Request(**sizes, **asked)
 
-    def _check_texts(
-        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, num_frames: int
-    ) -> None:
-        """Raise `ValueError` if these are no texts for a clip, or too many of them."""
-        checks.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None:
-                checks.check_prompt(name, value)
-        features = self.base_model.text_features(self.denoiser)
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if embeds is not None:
-                checks.check_embeds(name, embeds, features)
+    def _check_inputs(self, callback_steps: Any, callback_on_step_end_tensor_inputs: Any, **asked) -> None:
+        if callback_steps is not None:
+            checks.whole_number("callback_steps", callback_steps, least=1)
+        if callback_on_step_end_tensor_inputs is not None:
+            name = "callback_on_step_end_tensor_inputs"
+            checks.check_names(name, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._check(self._request(**asked))
+
+    def _check(self, request: Request) -> None:
+        """Raise `ValueError` if a call is asked for what the networks do not take."""
+        self.base_model.latent_shape(self.denoiser, self.vae, request.num_frames, request.height, request.width)
+        self._check_texts(request)
+        if request.attention_options and not self._takes_attention_options:
+            others = ", ".join(map(repr, request.attention_options))
+            raise ValueError(f"`cross_attention_kwargs` takes only 'scale', got {others}.")
+        if request.clip_skip is not None and self.text_encoder is not None:
+            request.clip_skip = checks.whole_number("clip_skip", request.clip_skip, least=0)
+            if request.clip_skip > (layers := self.text_encoder.config.num_hidden_layers):
+                what = f"at most {layers}, the layers of the text encoder"
+                raise ValueError(f"`clip_skip` must be {what}, got {request.clip_skip}.")
+
+    def _check_texts(self, request: Request) -> None:
+        """Raise `ValueError` if the texts are none for a clip, or too many."""
+        texts = (request.prompt, request.negative_prompt, request.prompt_embeds, request.negative_prompt_embeds)
+        checks.check_texts(*texts, self.base_model.text_features(self.denoiser))
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Raise `ValueError` if latents that a caller gives are no noise for videos of this shape."""
-        checks.check_latents(latents, shape)
+        checks.check_tensor("latents", latents, shape)
 
+    # --- what it starts from -----------------------------------------------------------------------------------------
     def _encode_texts(self, request: Request, guided: bool, device) -> tuple[Conditioning, Conditioning | None]:
         """The condition of every video and, under guidance, the negative one."""
         text = self._encode(request.prompt, request.prompt_embeds, request, device)
@@ -156,7 +157,10 @@ class Sampling(PipelineMixin):
         if prompts is None or isinstance(prompts, str):
             prompts = [self.base_model.negative_prompt if prompts is None else prompts] * count
         negative = self._encode(prompts, request.negative_prompt_embeds, request, device)
-        checks.check_same_shape(text["prompt_embeds"], negative["prompt_embeds"])
+        shapes = [tuple(each["prompt_embeds"].shape) for each in (text, negative)]
+        if shapes[0] != shapes[1]:
+            names = "`prompt_embeds` and `negative_prompt_embeds`"
+            raise ValueError(f"{names} must have the same shape, got {shapes[0]} and {shapes[1]}.")
         return text, negative
 
     def _encode(self, prompt, prompt_embeds: torch.Tensor | None, request: Request, device) -> Conditioning:
@@ -165,7 +169,7 @@ class Sampling(PipelineMixin):
             text = self.base_model.embeds_condition(prompt_embeds)
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            options: dict[str, Any] = {} if request.clip_skip is None else {"clip_skip": request.clip_skip}
+            options = {} if request.clip_skip is None else {"clip_skip": request.clip_skip}
             text = self.base_model.encode_text(self.tokenizer, self.text_encoder, prompts, **options)
         repeats = request.num_videos_per_prompt
         text = {key: value.to(device).repeat_interleave(repeats, 0) for key, value in text.items()}
@@ -186,27 +190,21 @@ class Sampling(PipelineMixin):
         return self.scheduler.timesteps
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    def _sample(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: Conditioning,
-        negative: Conditioning | None,
-        request: Request,
-    ) -> torch.Tensor:
+    def _sample(self, latents, timesteps, text, negative, request: Request, callback) -> torch.Tensor:
         """Sample from noise to clean latents."""
-        given = {"generator": request.generator} | ({} if request.eta is None else {"eta": request.eta})
         taken = inspect.signature(self.scheduler.step).parameters  # a deterministic one takes no generator
-        options = {name: value for name, value in given.items() if name in taken}
+        given = {"generator": request.generator, "eta": request.eta}
+        options = {name: value for name, value in given.items() if name in taken and value is not None}
+        network_options = {"cross_attention_kwargs": request.attention_options} if request.attention_options else {}
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                output = self._predict(latents, t, text, negative, request.network_options)
+                output = self._predict(latents, t, text, negative, network_options)
                 latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
-                if request.callback is not None:
-                    latents = request.callback(self, i, t, latents, text, negative)
+                if callback is not None:
+                    latents = callback(self, i, t, latents, text, negative)
                 progress_bar.update()
         return latents
 

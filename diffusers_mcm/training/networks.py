@@ -33,7 +33,7 @@ from ..lora import (
     train_only,
 )
 from ..pipelines import MCMPipeline
-from ..pipelines.single_file import how_to_unpack, is_checkpoint
+from ..pipelines.loading import how_to_unpack, is_checkpoint
 from .config import TrainingConfig
 from .text import CachedTextEncoder
 

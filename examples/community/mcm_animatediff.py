@@ -12,6 +12,5 @@ class AnimateDiffMCMPipeline(animatediff.AnimateDiffMCMPipeline):
     def register_modules(self, **components) -> None:
         scheduler = components.get("scheduler")
         if scheduler is not None and not isinstance(scheduler, schedulers.MCMScheduler):
-            config = self.base_model.own_schedule({}, scheduler.config)
-            components["scheduler"] = schedulers.MCMScheduler.from_config(self.base_model.scheduler_config(config))
+            components["scheduler"] = self.base_model.image_models_scheduler(scheduler.config)
         super().register_modules(**components)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_mcm.base_models.motion_adapter import load_motion_adapter
+from diffusers_mcm.base_models.animatediff import load_motion_adapter
 from diffusers_mcm.lora.layouts import animatediff_keys
 from tests.tiny import tiny_motion_adapter
 

@@ -33,8 +33,7 @@ class FlowMCMPipeline(MCMPipeline):
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        super().__init__()
-        sampling = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
-        sampling |= dict(fps=fps, boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         networks = dict(vae=vae, text_encoder=text_encoder, transformer=transformer, transformer_2=transformer_2)
-        self._set_up(sampling, **networks, tokenizer=tokenizer, scheduler=scheduler)
+        sampling = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
+        self._set_up(**networks, **sampling, fps=fps, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
