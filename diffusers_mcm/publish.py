@@ -214,7 +214,7 @@ def stage_lora(
     public = replace(lora, settings=settings)
     if lora.adapter_config:
         public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
-    write_lora_weights(target / WEIGHTS_NAME, public, kind.denoiser_name)
+    write_lora_weights(target / WEIGHTS_NAME, {kind.denoiser_name: public})
     write_settings(target, public)
     card = _card(folder, repo_id, lora.settings, settings)
     check_card(card, str(folder / CARD_NAME))

@@ -110,11 +110,11 @@ def _recorded_adapter(lora: LoRA) -> str:
 def _write_diffusers(lora: LoRA, path: Path, _) -> None:
     if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
         lora.adapter_config = None
-    write_lora_weights(path, lora, base_model_of(lora).denoiser_name)
+    write_lora_weights(path, {base_model_of(lora).denoiser_name: lora})
 
 
 def _write_peft(lora: LoRA, path: Path, _) -> None:
-    write_lora_weights(path, lora, PEFT_PREFIX.rstrip("."))
+    write_lora_weights(path, {PEFT_PREFIX.rstrip("."): lora})
     config = lora.adapter_config or _adapter_config(lora)
     path.with_name(PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -6,8 +6,6 @@ tables hold the modules of the image UNet and nothing else: what a LoRA changes 
 file of a motion module, under the names of AnimateDiff's own code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -26,24 +24,18 @@ PREFIXES = {
     "peft": {PEFT_PREFIX: DENOISER},
     "diffusers": {"unet.": DENOISER, "transformer.": DENOISER, "text_encoder.": TEXT_ENCODER},
     "kohya": {KOHYA_PREFIX: DENOISER, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER},
-    "OneTrainer": {
-        "lora_unet.": DENOISER,
-        **dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
-    },
+    "OneTrainer": {"lora_unet.": DENOISER} | dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
 }
 WRITTEN = ("peft", "diffusers", "kohya", "motion-module")  # the layouts that are written, and told by `layout_of`
 # Older namings of diffusers, and kohya's, as they are written today.
 _RENAMED = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\.processor\.", "."),
-        (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
-        (r"\.to_out_lora\.", ".to_out.0.lora."),
-        (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
-        (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
-    )
+    (r"\.processor\.", "."),
+    (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
+    (r"\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
+    (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
 ]
-_RENAMED_IN_TEXT = [(re.compile(r"\.to_out\.0\."), ".out_proj."), (re.compile(r"\.to_(q|k|v)\."), r".\1_proj.")]
+_RENAMED_IN_TEXT = [(r"\.to_out\.0\.", ".out_proj."), (r"\.to_(q|k|v)\.", r".\1_proj.")]
 MOTION = ".motion_modules."
 _IN_ANIMATEDIFF = ".temporal_transformer."
 # diffusers' names of what is inside a motion module, and AnimateDiff's.
@@ -80,7 +72,7 @@ def denoiser_key(key: str) -> str:
 def renamed(key: str, component: str = DENOISER) -> str:
     """`x.to_q_lora.down.weight` as `x.to_q.lora_A.weight`: an older name as diffusers writes it today."""
     for pattern, new in _RENAMED + (_RENAMED_IN_TEXT if component == TEXT_ENCODER else []):
-        key = pattern.sub(new, key)
+        key = re.sub(pattern, new, key)
     return key
 
 

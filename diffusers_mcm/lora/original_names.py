@@ -1,7 +1,5 @@
 """The names that Stable Diffusion's first code gave the modules of its UNet, which some LoRA files still use."""
 
-from __future__ import annotations
-
 from torch import nn
 
 _IN_A_RESNET = {
@@ -10,7 +8,6 @@ _IN_A_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-_MIDDLE = {"resnets.0": 0, "attentions.0": 1, "resnets.1": 2}
 
 
 def original_name(name: str, network: nn.Module) -> str:
@@ -19,26 +16,22 @@ def original_name(name: str, network: nn.Module) -> str:
     Blocks and their layers are counted through there: each of the `layers_per_block` layers is a block, each sampler
     another one, and a layer's resnet, attention and upsampler are numbered inside it.
     """
-    stage, _, rest = name.partition(".")
-    if stage == "mid_block":
-        for part, position in _MIDDLE.items():
-            if rest.startswith(f"{part}."):
-                return f"middle_block.{position}.{_inside(part, rest.removeprefix(f'{part}.'))}"
     layers = getattr(getattr(network, "config", None), "layers_per_block", None)
-    if stage not in ("down_blocks", "up_blocks") or not isinstance(layers, int) or rest.count(".") < 3:
-        return name
-    block, part, index, rest = rest.split(".", 3)
-    kind, per_block = ("input_blocks", layers + 1) if stage == "down_blocks" else ("output_blocks", layers + 1)
-    first = int(block) * per_block + (stage == "down_blocks")  # the first of the input blocks is `conv_in`
-    if part == "downsamplers":
-        return f"{kind}.{first + layers}.0.op"
-    if part == "upsamplers":
-        has_attention = hasattr(network.get_submodule(f"{stage}.{block}"), "attentions")
-        return f"{kind}.{first + layers}.{1 + has_attention}.conv"
-    if part not in ("resnets", "attentions"):  # motion modules have no such name
-        return name
-    return f"{kind}.{first + int(index)}.{int(part == 'attentions')}.{_inside(part, rest)}"
-
-
-def _inside(part: str, name: str) -> str:
-    return _IN_A_RESNET.get(name, name) if part.startswith("resnets") else name
+    match name.split("."):
+        case ["mid_block", "resnets" | "attentions" as part, index, _, *_]:
+            place = f"middle_block.{2 * int(index) + (part == 'attentions')}"
+        case ["down_blocks" | "up_blocks" as stage, block, part, index, _, *_] if isinstance(layers, int):
+            first = int(block) * (layers + 1) + (stage == "down_blocks")  # the first of the input blocks is `conv_in`
+            if part == "downsamplers":
+                return f"input_blocks.{first + layers}.0.op"
+            if part == "upsamplers":
+                has_attention = hasattr(network.get_submodule(f"{stage}.{block}"), "attentions")
+                return f"output_blocks.{first + layers}.{1 + has_attention}.conv"
+            if part not in ("resnets", "attentions"):  # motion modules have no such name
+                return name
+            kind = "input_blocks" if stage == "down_blocks" else "output_blocks"
+            place = f"{kind}.{first + int(index)}.{int(part == 'attentions')}"
+        case _:
+            return name
+    inside = name.partition(f".{part}.{index}.")[2]
+    return f"{place}.{_IN_A_RESNET.get(inside, inside) if part == 'resnets' else inside}"

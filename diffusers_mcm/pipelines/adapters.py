@@ -33,8 +33,7 @@ from ..lora import (
     load_lora_into,
     lora_layers,
     read_components,
-    replace,
-    write_components,
+    write_lora_weights,
 )
 from ..settings import Settings
 from .checks import is_one_value, number
@@ -188,7 +187,7 @@ class LoRAVerbs(FusingVerbs):
         self.unfuse_lora()
         networks = self._networks
         for name, layer in lora_layers(networks).items():
-            replace(networks, name, layer.get_base_layer())
+            networks.set_submodule(name, layer.get_base_layer())
         for network in networks.values():
             if hasattr(network, "peft_config"):
                 del network.peft_config
@@ -212,7 +211,7 @@ class LoRAVerbs(FusingVerbs):
             self._adapters.settings.pop(name, None)
         for name, layer in lora_layers(networks).items():
             if not layer.lora_A:
-                replace(networks, name, layer.get_base_layer())
+                networks.set_submodule(name, layer.get_base_layer())
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
@@ -302,7 +301,7 @@ class LoRAVerbs(FusingVerbs):
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            write_components(target / WEIGHTS_NAME, self._extract(name))
+            write_lora_weights(target / WEIGHTS_NAME, self._extract(name))
             settings = self._settings(name)
             if settings.is_local:
                 # The folder that the adapter came from is not there to be pointed at; this pipeline is.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..lora import LoRA, activate, compute_dtype, extract_lora, replace
+from ..lora import LoRA, activate, compute_dtype, extract_lora
 from .mixin import PipelineMixin
 from .networks import AdapterState, require_called
 
@@ -105,7 +105,7 @@ class FusingVerbs(PipelineMixin):
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
         for module, layer in layers.items():
-            replace(networks, module, layer.get_base_layer())
+            networks.set_submodule(module, layer.get_base_layer())
         self._adapters.set_aside = layers
 
     def _put_back(self) -> None:
@@ -116,7 +116,7 @@ class FusingVerbs(PipelineMixin):
             if not weight.is_meta:  # offloaded: the LoRA would be gone
                 layer.lora_A.to(device=weight.device, dtype=compute_dtype(layer))
                 layer.lora_B.to(device=weight.device, dtype=compute_dtype(layer))
-            replace(networks, module, layer)
+            networks.set_submodule(module, layer)
         self._adapters.set_aside = {}
 
     def _extract(self, name: str) -> dict[str, LoRA]:
@@ -142,13 +142,13 @@ class FusingVerbs(PipelineMixin):
             if name in self._adapters.originals:
                 fused[name] = base.weight.data
                 base.weight.data = self._adapters.originals[name]
-            replace(networks, name, base)
+            networks.set_submodule(name, base)
         try:
             yield
         finally:
             for name, layer in layers.items():
                 layer.base_layer = networks.get_submodule(name)
                 if name not in self._adapters.set_aside:
-                    replace(networks, name, layer)
+                    networks.set_submodule(name, layer)
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]

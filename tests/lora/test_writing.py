@@ -21,10 +21,9 @@ from diffusers_mcm.lora import (
     load_lora_into,
     lora_state_dict,
     read_lora,
-    save_lora,
 )
 from tests.lora.test_layers import output
-from tests.tiny import EXACT, FEW_MODULES, randomise_lora, tiny_unet
+from tests.tiny import EXACT, FEW_MODULES, randomise_lora, save_lora, tiny_unet
 
 MODELSCOPE = get_base_model("modelscope")
 
