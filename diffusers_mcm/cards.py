@@ -1,7 +1,5 @@
 """Model cards: one template, filled from a LoRA's saved configuration and from files that an evaluation wrote."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -97,8 +95,7 @@ def render_card(
     settings: Settings,
     *,
     title: str,
-    repository: str,
-    subfolder: str | None = None,
+    place: Location,
     layout: str = "diffusers",
     scores: Mapping[str, Any] | None = None,
     about: str = "",
@@ -110,7 +107,7 @@ def render_card(
     Args:
         settings: the LoRA's; a sample in them lies beside the card and is shown.
         title: the heading.
-        repository: what to pass to `from_pretrained`, with `subfolder`.
+        place: where the LoRA will be: the repository, and the subfolder in it, if it is in one.
         layout: of the LoRA's keys, `"diffusers"` or `"peft"`.
         scores: what `scores.json` holds: `about`, `columns` and `rows` (each a label and then the cells).
         about: a paragraph on this LoRA.
@@ -119,18 +116,25 @@ def render_card(
     """
     prompt = settings.prompt or DEFAULT_PROMPT
     base, *extra = _repositories(settings)
+    subfolder = place.subfolder
     values = {
         "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
         "steps": str(settings.steps),
-        "load": f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
-        "where": repository + (f" --subfolder {subfolder}" if subfolder else ""),
+        "load": f'"{place.name}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
+        "where": place.name + (f" --subfolder {subfolder}" if subfolder else ""),
         "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',
         "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
         "motion_adapter": public_name(extra[0]) if extra else "",
     }
     kind = settings.base_model or ""
     stock = _STOCK.get((kind, layout), "Not known for this base model.")
-    values |= _adapter_and_scheduler(values["load"], subfolder, converted="convert" in stock, layout=layout)
+    # Stock code finds adapter and scheduler in the folder that `convert` has written, or where the LoRA is.
+    beside = f'"{place.name}", subfolder="{place.inside("scheduler").subfolder}"'
+    values |= {"adapter": values["load"], "scheduler": f"LCMScheduler.from_pretrained({beside})"}
+    if "convert" in stock:
+        values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
+    elif layout == "peft":
+        values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
     appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
@@ -149,16 +153,6 @@ def render_card(
     )
 
 
-def _adapter_and_scheduler(load: str, subfolder: str | None, converted: bool, layout: str) -> dict[str, str]:
-    """Where stock code finds them: in the folder `mcm` that `convert` has written, or where the LoRA is."""
-    if converted:
-        return {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
-    if layout == "diffusers":
-        place = f'{load.split(",")[0]}, subfolder="{subfolder + "/" if subfolder else ""}scheduler"'
-        return {"adapter": load, "scheduler": f"LCMScheduler.from_pretrained({place})"}
-    return {"adapter": load, "scheduler": "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"}
-
-
 def render_folder_card(
     folder: str | os.PathLike, repository: str, settings: Settings | None = None, **more: Any
 ) -> str:
@@ -166,14 +160,15 @@ def render_folder_card(
 
     `more` is as in `render_card`.
     """
-    place = Location.of(folder)
-    settings = settings or Settings.read(place)
+    here = Location.of(folder)
+    settings = settings or Settings.read(here)
     if settings is None:
         raise FileNotFoundError(f"There is no {CONFIG_NAME} in {folder}.")
     if settings.sample and not Path(folder, settings.sample.file).is_file():
         settings = replace(settings, sample=None)
     title = repository.rpartition("/")[2]
-    return render_card(settings, title=title, repository=repository, scores=place.json(SCORES_NAME), **more)
+    there = Location(repository, remote=True)
+    return render_card(settings, title=title, place=there, scores=here.json(SCORES_NAME), **more)
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:

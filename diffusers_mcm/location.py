@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -47,11 +48,6 @@ class Location:
         name = hub.resolve(name)
         remote = not os.path.exists(name)
         return cls(name, subfolder or None, revision, weight_name or None, options, remote)
-
-    @classmethod
-    def on_hub(cls, repository: str, revision: str | None = None, **options) -> Location:
-        """A repository, whatever lies here under its name."""
-        return cls(repository, revision=revision, options=options, remote=True)
 
     def __str__(self) -> str:
         return f"{self.name} (subfolder {self.subfolder!r})" if self.subfolder else self.name
@@ -107,7 +103,7 @@ class Location:
         except EntryNotFoundError:
             return None
         except HfHubHTTPError as error:
-            raise OSError(hub.explain(error, self.name, self.revision)) from error
+            raise OSError(self.explain(error)) from error
 
     def json(self, filename: str) -> dict[str, Any] | None:
         """The content of a JSON file; `None` if there is none."""
@@ -147,8 +143,33 @@ class Location:
         try:
             name = snapshot_download(self.name, revision=self.revision, **self.options)
         except hub.http_errors() as error:
-            raise OSError(hub.explain(error, self.name, self.revision)) from error
+            raise OSError(self.explain(error)) from error
         return replace(self, name=name, revision=None, remote=False)
+
+    def explain(self, error: BaseException) -> str:
+        """What one of `hub.http_errors` about this repository means, and what to do."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        while error.__cause__ is not None and getattr(error, "response", None) is None:
+            error = error.__cause__
+        name, status = self.name, getattr(getattr(error, "response", None), "status_code", None)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"The disk is full: there is no room for the files of {name} ({error}). HF_HOME names another place."
+            )
+        if isinstance(error, GatedRepoError):
+            return f"{name} is gated: accept its terms on its page on the Hub, and log in with `hf auth login`."
+        if isinstance(error, RevisionNotFoundError):
+            return f"{name} has no revision {self.revision or 'main'!r}."
+        if isinstance(error, RepositoryNotFoundError):
+            return f"There is no repository {name} on the Hub, or it is private and your token may not see it."
+        if status == 401:
+            return "The Hub refuses the token. Log in with `hf auth login`, or set HF_TOKEN to one that is valid."
+        if status == 403:
+            return f"The token may not do this to {name}: it needs the right to write there, and the name to be yours."
+        if status is not None:
+            return f"The Hub failed with status {status}. Try again."
+        return f"The Hub cannot be reached ({type(error).__name__}: {error}). Try again."
 
     # --- weights -----------------------------------------------------------------------------------------------------
     def lora_file(self, *other_names: str) -> Path:

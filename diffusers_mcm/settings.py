@@ -177,7 +177,7 @@ class Settings(_Record):
         """For a file in `folder`, with how the LoRA was made: ids as they are, paths and globs relative to it."""
 
         def recorded(source: str | None) -> str | None:
-            return None if source is None else hub.recordable_source(source, folder)
+            return None if source is None else hub.recordable(source, folder)
 
         places = {name: recorded(training[name]) for name in SOURCES}
         extra = {name: recorded(place) for name, place in self.extra_repositories.items()}
