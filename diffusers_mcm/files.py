@@ -1,6 +1,7 @@
 """Writing files: whole or not at all, and what a full disk is told as."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,12 @@ def _free(path: Path) -> str:
     """How much room is left where `path` is or would be."""
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
     return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free there)" if there else ""
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as the Hub shows it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

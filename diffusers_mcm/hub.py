@@ -70,8 +70,7 @@ def resolve_recorded(name: str, folder: str | os.PathLike | None) -> str:
 
 def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
     """How a configuration in `folder` names a model: the id, or for a local folder its path relative to `folder`."""
-    name = os.fspath(name)
-    packaged = Path(name).resolve()
+    name, packaged = os.fspath(name), Path(name).resolve()
     if packaged.parent == PACKAGED_FOLDER.resolve() and packaged.name in PACKAGED_MODELS:
         return packaged.name
     if not os.path.exists(name) and not os.path.isabs(name):

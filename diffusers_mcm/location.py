@@ -1,7 +1,5 @@
 """Where files are: a folder or file here, or a repository on the Hub. Whether it is a path is decided once."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -10,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from . import hub
 
@@ -35,13 +33,13 @@ class Location:
     @classmethod
     def of(
         cls,
-        name: str | os.PathLike | Location,
+        name: "str | os.PathLike | Location",
         *,
         subfolder: str | None = None,
         revision: str | None = None,
         weight_name: str | None = None,
         **options,
-    ) -> Location:
+    ) -> "Location":
         """Where a name leads to: what is on disk wins over a packaged model, and that over the Hub."""
         if isinstance(name, Location):
             return name
@@ -67,11 +65,11 @@ class Location:
         place = {"subfolder": self.subfolder, "revision": self.revision}
         return {key: value for key, value in place.items() if value is not None} | dict(self.options)
 
-    def inside(self, folder: str) -> Location:
+    def inside(self, folder: str) -> Self:
         """A folder below this one."""
         return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder, weight_name=None)
 
-    def around(self) -> Location:
+    def around(self) -> Self:
         """The folder that a file lies in, with the file as that of the weights; anything else is its own."""
         if not self.is_file:
             return self
@@ -134,7 +132,7 @@ class Location:
         except OSError:
             return []
 
-    def fetched(self) -> Location:
+    def fetched(self) -> Self:
         """The same on this machine, all of it."""
         if not self.remote:
             return self

@@ -159,19 +159,11 @@ class Settings(_Record):
 
     def moved(self, old: Path | None, new: Path) -> Settings:
         """Settings that were read in `old`, for a file in `new`: `../base` in `/loras/a` is `./base` in `/loras`."""
-        if old is None:
-            return self
-        return self._with_places(
-            lambda name: hub.recordable(os.path.abspath(Path(old, name)), new) if hub.is_relative(name) else name
-        )
+        return self.absolute(old)._with_places(lambda name: hub.recordable(name, new) if os.path.isabs(name) else name)
 
     def recorded_in(self, folder: Path) -> Settings:
         """For a file in `folder`: ids as they are, paths here relative to it."""
         return self._with_places(lambda name: hub.recordable(name, folder))
-
-    def found(self, component: str, folder: Path | None) -> str:
-        """Where a component lies that has a repository of its own, for settings that were read in `folder`."""
-        return hub.resolve_recorded(self.extra_repositories[component], folder)
 
     def trained(self, training: Mapping[str, Any], folder: Path) -> Settings:
         """For a file in `folder`, with how the LoRA was made: ids as they are, paths and globs relative to it."""

@@ -44,7 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("location", "lora", "pipelines", "publish", "settings", "video_io"),
     },
     "formats": {"base_models", "files", "hub", "location", "lora", "pipelines", "settings"},
-    "commands": {"", "devices", "formats", "hub", "location", "lora", "publish", "text_files", "video_io"},
+    "commands": {
+        *("", "devices", "files", "formats", "hub", "location", "lora", "publish", "settings", "text_files"),
+        "video_io",
+    },
     "shapes": {"files", "tables", "video_io"},
     "cli": {"commands", "shapes"},
     "__main__": {"cli"},

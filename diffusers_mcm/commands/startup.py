@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.util import find_spec, module_from_spec
 
 
@@ -50,12 +49,9 @@ def _import_when_used(package: str, name: str, functions: tuple[str, ...] = ()) 
             loader.exec_module(module)
         return getattr(module, attribute)
 
-    def read_and_call(function: str, *arguments, **options):
-        return read_and_get(function)(*arguments, **options)
-
     vars(module)["__getattr__"] = read_and_get
     for function in functions:
-        setattr(module, function, partial(read_and_call, function))
+        setattr(module, function, lambda *given, _name=function, **options: read_and_get(_name)(*given, **options))
     sys.modules[full_name] = module
 
 
@@ -65,8 +61,7 @@ def quiet_libraries(verbose: bool = False) -> Iterator[None]:
 
     Errors and our own warnings are heard either way, the latter each once and in one line.
     """
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with ExitStack() as stack, warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="diffusers_mcm")

@@ -1,7 +1,5 @@
 """From one LoRA layout to another: whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .. import hub
 from ..base_models import base_model_of
@@ -125,12 +121,8 @@ def _write_kohya(lora: LoRA, path: Path, _) -> None:
 
 
 def _write_motion_module(lora: LoRA, path: Path, motion_adapter: Any) -> None:
-    header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
-    write_safetensors(path, fused_motion_module(lora, motion_adapter), header)
-
-
-def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
     """`motion_adapter` plus what the LoRA adds to it, in the adapter's types, under AnimateDiff's keys."""
+    header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
     spatial_modules(lora)  # refuses a LoRA of another model
     adapter: Any = load_motion_adapter(motion_adapter)
     weights, scales = adapter.state_dict(), lora.scales()
@@ -144,7 +136,7 @@ def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[s
                 f" {(up.shape[0], down.shape[1])} matrix, and the adapter {found}."
             )
         weights[f"{module}.weight"] = (weight.float() + scales[module] * up @ down).to(weight.dtype)
-    return animatediff_keys(weights)
+    write_safetensors(path, animatediff_keys(weights), header)
 
 
 def _adapter_config(lora: LoRA) -> dict:

@@ -1,8 +1,5 @@
 """What a LoRA file says about itself, without reading its tensors."""
 
-from __future__ import annotations
-
-import hashlib
 import math
 import os
 from collections import Counter
@@ -11,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel
+from ..files import sha256
 from ..location import Location
 from ..lora import open_safetensors, read_beside, split_key
 from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
@@ -61,7 +59,7 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": " and ".join(sorted({part.get_dtype() for part in slices.values()})),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "settings": base_model and _sampled_with(settings, scheduler_config, base_model),
         "settings_recorded": bool(settings.sampling.known() or scheduler_config),
         "training": settings.training or None,
@@ -107,8 +105,3 @@ def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
     keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
     return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,5 @@
 """A LoRA from a folder, a file, a packaged model or the Hub."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -58,7 +56,6 @@ def to_lora(file: LoRAFile) -> LoRA:
         logger.warning(
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )
-    check_no_dora(lora.source, config=lora.adapter_config)
     set_scale(lora, config)
     lora.folder = None if place.remote else file.path.parent
     return lora
@@ -71,13 +68,8 @@ def read_beside(
     else from the header of that file."""
     place = location.around()
     config, scheduler_config, adapter_config = (json.loads(header.get(key, "null")) for key in HEADER_KEYS)
-    folder, _, name = SCHEDULER_NAME.rpartition("/")
     settings = Settings.read(place) or Settings.from_dict(config or {})
-    return (
-        settings,
-        place.inside(folder).json(name) or scheduler_config,
-        place.json(PEFT_CONFIG_NAME) or adapter_config,
-    )
+    return settings, place.json(SCHEDULER_NAME) or scheduler_config, place.json(PEFT_CONFIG_NAME) or adapter_config
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) ->
     """
     missing = [name for name in lora.settings.extra_repositories if (given or {}).get(name) is None]
     try:
-        return {name: lora.settings.found(name, lora.folder) for name in missing}
+        return {name: hub.resolve_recorded(lora.settings.extra_repositories[name], lora.folder) for name in missing}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} Say where it is with {' or '.join(f'`{name}=`' for name in missing)}."
