@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -116,16 +116,13 @@ class Location:
     def files(self) -> list[str]:
         """The paths of all files, in subfolders too; those in the cache if the Hub must not or cannot be asked."""
         if not self.remote:
-            return [
-                path.relative_to(self.name).as_posix() for path in sorted(Path(self.name).rglob("*")) if path.is_file()
-            ]
+            paths = sorted(Path(self.name).rglob("*"))
+            return [path.relative_to(self.name).as_posix() for path in paths if path.is_file()]
         from huggingface_hub import HfApi
 
-        try:
+        with suppress(*hub.http_errors()):  # what the cache holds, then
             if not self.options.get("local_files_only"):
                 return HfApi(token=self.options.get("token")).list_repo_files(self.name, revision=self.revision)
-        except hub.http_errors():
-            pass  # what the cache holds, then
         try:
             cached = {"cache_dir": self.options.get("cache_dir"), "local_files_only": True}
             return replace(self, options=cached).fetched().files()
@@ -186,8 +183,7 @@ class Location:
         if self.is_file:
             return self.around().find_lora_file()
         if self.weight_name and hub.is_pickled(self.weight_name):
-            found = Path(self.name, self.subfolder or "", self.weight_name)
-            advice = hub.how_to_convert(found if found.is_file() else self.weight_name)
+            advice = self._how_to_convert(Path(self.subfolder or "", self.weight_name))
             raise ValueError(f"{self.weight_name} of {self.name} is not a .safetensors file; {advice}")
         names = (self.weight_name,) if self.weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *other_names)
         for name in names:
@@ -213,10 +209,13 @@ class Location:
         files = [Path(name) for name in self.files()]
         pickled = [path for path in files if hub.is_pickled(path) and path.parent == Path(self.subfolder or ".")]
         if pickled:
-            found = Path(self.name, pickled[0])
-            return f" There is {found.name}, but {hub.how_to_convert(found if found.is_file() else found.name)}"
+            return f" There is {pickled[0].name}, but {self._how_to_convert(pickled[0])}"
         folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
         return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
+
+    def _how_to_convert(self, file: Path) -> str:
+        """What to do about a file of pickled weights in it, which is told with the folder where that is here."""
+        return hub.how_to_convert(self.name / file if self.is_folder else file.name)
 
     def variant(self, variant: str | None) -> dict[str, str]:
         """`{"variant": variant}` if the component here has weights of that variant, or else nothing."""
@@ -247,7 +246,7 @@ class Location:
                     + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
                 ) from error
             found = next((name for name in files if hub.is_pickled(name)), "pytorch_model.bin")
-            advice = hub.how_to_convert(Path(self.name, found) if self.is_folder else found)
+            advice = self._how_to_convert(Path(found))
             raise OSError(f"{self.name} has no safetensors weights ({error}), and {advice}") from error
 
 

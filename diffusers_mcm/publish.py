@@ -79,8 +79,8 @@ def publish_folder(folder: Path, destination: Destination, message: str) -> str:
     from huggingface_hub import CommitOperationAdd
 
     repository, branch = open_repository(destination), destination.revision
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+    names = Location.of(folder).files()
+    files = {name: folder / name for name in names if not any(part.startswith(".") for part in name.split("/"))}
     outcome = "What was there before is untouched; the same command finishes the job."
     with _told_plainly(replace(destination, repo_id=repository), outcome) as api:
         if branch is not None and not destination.create_pr:
@@ -184,18 +184,17 @@ def stage_lora(
     card = _card(folder, repo_id, lora.settings, settings)
     check_card(card, str(folder / CARD_NAME))
     write_text(target / CARD_NAME, card)
-    mentioned = {path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() in card}
-    for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)}):
-        copy = target / path.relative_to(folder)
-        if path.is_file() and not copy.exists():
+    for name in Location.of(folder).files():
+        copy = target / name
+        if (name in card or name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)) and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            shutil.copyfile(folder / name, copy)
 
 
 def _card(folder: Path, repo_id: str, settings: Settings, public: Settings) -> str:
     """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
     path = folder / CARD_NAME
-    if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder, settings) is None:
+    if path.is_file() and _card_made_for(folder, settings) is None:
         return read_text(path)
     return render_folder_card(folder, repo_id, public)
 
@@ -214,12 +213,9 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
     card, unless somebody has edited that."""
     location = Location.of(folder)
-    weights = location.lora_file()
-    settings = Settings.read(location)
-    repository = None if settings is None else _card_made_for(folder, settings)
-    if settings is None:
-        with open_safetensors(weights) as file:
-            settings = read_beside(location, file.metadata() or {})[0]
+    with open_safetensors(location.lora_file()) as file:
+        settings = read_beside(location, file.metadata() or {})[0]
+    repository = _card_made_for(folder, settings)
     with atomic_files(folder, CONFIG_NAME) as temporary:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)

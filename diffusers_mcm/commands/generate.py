@@ -212,12 +212,10 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     if arguments.vae_slicing:
         pipeline.vae.enable_slicing()
-    if arguments.offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif arguments.offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
+    if arguments.offload == "none":
         pipeline.to(device)
+    else:
+        getattr(pipeline, f"enable_{arguments.offload}_cpu_offload")(device=device)
     if arguments.compile:
         pipeline.denoiser.compile()
     return pipeline

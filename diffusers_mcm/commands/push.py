@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..hub import check_repository_name
+from ..location import Location
 from .startup import quiet_libraries
 
 
@@ -45,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check the folder, then publish it."""
     arguments = build_parser().parse_args(argv)
     folder, base_model = arguments.folder, arguments.base_model
-    from ..hub import check_repository_name
-
     check_repository_name(arguments.repo_id)
     with quiet_libraries(), TemporaryDirectory() as temporary:
         from ..publish import Destination, publish_lora, stage_lora
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _make_sample(arguments)
         if arguments.dry_run:
             stage_lora(folder, Path(temporary), arguments.repo_id, base_model)
-            for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-                print(f"{path.stat().st_size:>12,}  {path.relative_to(temporary).as_posix()}")
+            for name in Location.of(temporary).files():
+                print(f"{Path(temporary, name).stat().st_size:>12,}  {name}")
         else:
             destination = Destination(**{entry.name: getattr(arguments, entry.name) for entry in fields(Destination)})
             print(f"Published: {publish_lora(folder, destination, base_model)}")

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,13 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     settings, scheduler_config, adapter_config = read_beside(location, header)
     layout = layout_of(shapes)
     if layout is None:
-        raise ValueError(
-            f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as"
-            f" {next(iter(shapes), 'none at all')!r}."
-        )
+        one = next(iter(shapes), "none at all")
+        raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
     config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
     base_model = _base_model(settings, layout, modules)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
-    ranks = Counter(shape[0] for shape, _ in modules.values())
+    ranks = Counter(shape[0] for shape in modules.values())
     return {
         "file": str(path),
         "layout": layout,
@@ -53,7 +51,7 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         "rank": ranks.most_common(1)[0][0] if len(ranks) == 1 else dict(ranks) or None,
         "alpha": config.get("lora_alpha") if (alpha := kohya_alpha(header)) is None else alpha,
         "targets": len(modules),
-        "kinds": dict(Counter(_KINDS[len(shape)] for shape, _ in modules.values())),
+        "kinds": dict(Counter(_KINDS[len(shape)] for shape in modules.values())),
         "modules": dict(Counter(_last_part(name) for name in modules)),
         "tensors": len(shapes),
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
@@ -66,20 +64,18 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     }
 
 
-def _modules(path: Path, shapes: Mapping[str, tuple]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of both matrices of each module."""
-    halves: dict[str, dict[str, tuple]] = {}
+def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape of each module's A; `ValueError` if one has no B, or the reverse."""
+    halves: dict[str, dict[str, tuple]] = defaultdict(dict)
     for key, shape in shapes.items():
         module, half = split_key(renamed(key))
         if half in ("lora_A.weight", "lora_B.weight"):
-            halves.setdefault(module, {})[half] = shape
+            halves[module][half] = shape
     alone = [module for module, pair in halves.items() if len(pair) < 2]
     if alone:
-        raise ValueError(
-            f"{path} is incomplete: {len(alone)} of its {len(halves)} modules have only one matrix, such as"
-            f" {alone[0]!r}."
-        )
-    return {split_prefix(module)[2]: (pair["lora_A.weight"], pair["lora_B.weight"]) for module, pair in halves.items()}
+        count = f"{len(alone)} of its {len(halves)} modules"
+        raise ValueError(f"{path} is incomplete: {count} have only one matrix, such as {alone[0]!r}.")
+    return {split_prefix(module)[2]: pair["lora_A.weight"] for module, pair in halves.items()}
 
 
 def _last_part(module: str) -> str:

@@ -84,12 +84,11 @@ def add_lora(
     alpha: float = 64,
     *,
     generator: torch.Generator | None = None,
-    adapter_name: str = DEFAULT_ADAPTER,
 ) -> None:
     """Put a fresh trainable LoRA in float32 on the named modules, and freeze everything else."""
     lora = fresh_lora(denoiser, target_modules, rank, alpha, generator=generator)
     denoiser.requires_grad_(False)
-    load_lora_into(denoiser, lora, adapter_name, dtype=torch.float32, trainable=True)
+    load_lora_into(denoiser, lora, dtype=torch.float32, trainable=True)
 
 
 def fresh_lora(
@@ -165,11 +164,12 @@ def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, torch.Tensor]:
     """`module.lora_A.weight -> tensor`, and B: the denoiser's own tensors, detached."""
-    tensors = {}
-    for name, layer in lora_layers(denoiser).items():
-        if adapter_name in layer.lora_A:
-            tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
-            tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
+    tensors = {
+        f"{name}.lora_{half}.weight": part[adapter_name].weight.detach()
+        for name, layer in lora_layers(denoiser).items()
+        for half, part in (("A", layer.lora_A), ("B", layer.lora_B))
+        if adapter_name in part
+    }
     if not tensors:
         known = ", ".join(sorted(getattr(denoiser, "peft_config", {}))) or "none"
         raise ValueError(f"There is no adapter named {adapter_name!r} in the denoiser. Loaded: {known}.")
@@ -183,11 +183,9 @@ def extract_lora(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Lo
     return LoRA(tensors, config.lora_alpha, dict(config.alpha_pattern), config.use_rslora)
 
 
-def set_lora_state_dict(
-    denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
-) -> None:
+def set_lora_state_dict(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Overwrite a LoRA that is in the denoiser, in place; the keys and shapes must be exactly its own."""
-    current = lora_state_dict(denoiser, adapter_name)
+    current = lora_state_dict(denoiser)
     different = sorted(current.keys() ^ tensors.keys())
     different += [key for key in current.keys() & tensors.keys() if current[key].shape != tensors[key].shape]
     if different:
@@ -223,20 +221,19 @@ def activate(layer: Any, names: Sequence[str]) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def fused(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
+def fused(denoiser: nn.Module) -> Callable[..., Any]:
     """The denoiser with W + s B A as one weight in each layer, instead of a second path beside W.
 
     Called like the denoiser, with its result up to rounding, at less cost where the network is small; gradients reach
     A and B. The sums are made here, once for all calls and for at most one backward pass. They take the memory of the
     weights they stand for.
     """
-    layers = {name: layer for name, layer in lora_layers(denoiser).items() if adapter_name in layer.lora_A}
     sums: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    for name, layer in lora_layers(denoiser).items():
+        down, up = (part[DEFAULT_ADAPTER].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
         weight = layer.get_base_layer().weight
-        product = (up.flatten(1) @ down.flatten(1)).view_as(weight)
-        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[adapter_name])
+        product = (up @ down).view_as(weight)
+        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[DEFAULT_ADAPTER])
 
     def call(*args, **kwargs):
         with lora_disabled(denoiser):

@@ -47,9 +47,8 @@ def read_lora_file(location: Location, *other_names: str) -> LoRAFile:
 
 def to_lora(file: LoRAFile) -> LoRA:
     """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, with the settings beside it."""
-    place = file.location.around()
     lora = LoRA(tensors=_by_module(file.tensors, file.path), source=str(file.path))
-    lora.settings, lora.scheduler_config, lora.adapter_config = read_beside(place, file.header)
+    lora.settings, lora.scheduler_config, lora.adapter_config = read_beside(file.location, file.header)
     is_peft = any(key.startswith(PEFT_PREFIX) for key in file.tensors)
     config = recorded_config(file.header, lora.adapter_config if is_peft else None)
     if is_peft and not config:
@@ -57,15 +56,14 @@ def to_lora(file: LoRAFile) -> LoRA:
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )
     set_scale(lora, config)
-    lora.folder = None if place.remote else file.path.parent
+    lora.folder = None if file.location.remote else file.path.parent
     return lora
 
 
 def read_beside(
     location: Location, header: Mapping[str, str]
 ) -> tuple[Settings, dict[str, Any] | None, dict[str, Any] | None]:
-    """The settings of a LoRA, the configurations of its scheduler and of PEFT: from the files beside the weights, or
-    else from the header of that file."""
+    """Settings, and the configurations of scheduler and PEFT, from the files beside the weights or else their header."""
     place = location.around()
     config, scheduler_config, adapter_config = (json.loads(header.get(key, "null")) for key in HEADER_KEYS)
     settings = Settings.read(place) or Settings.from_dict(config or {})
