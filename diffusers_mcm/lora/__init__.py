@@ -14,6 +14,16 @@ from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..settings import CONFIG_NAME
 from .adapter import DEFAULT_ADAPTER, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
 from .components import read_components
+from .files import (
+    lora_header,
+    open_safetensors,
+    read_beside,
+    read_lora,
+    write_lora_folder,
+    write_lora_weights,
+    write_safetensors,
+    write_settings,
+)
 from .layers import (
     activate,
     add_lora,
@@ -30,5 +40,3 @@ from .layers import (
     set_lora_state_dict,
 )
 from .layouts import TEXT_ENCODER
-from .reading import open_safetensors, read_beside, read_lora
-from .writing import lora_header, write_lora_folder, write_lora_weights, write_safetensors, write_settings

@@ -13,19 +13,19 @@ from torch import nn
 
 from ..location import Location
 from .adapter import LoRA, split_key
+from .files import read_lora_file, to_lora
 from .layers import ADAPTABLE, base_layer, check_not_wrapped
 from .layouts import (
     DENOISER,
     TEXT_ENCODER,
     check_no_dora,
     is_denoisers,
+    original_name,
     recorded_config,
     renamed,
     set_scale,
     split_prefix,
 )
-from .original_names import original_name
-from .reading import read_lora_file, to_lora
 
 MOTION_LORA_NAME = "diffusion_pytorch_model.safetensors"  # what AnimateDiff's motion LoRAs on the Hub are called
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts in the same file
