@@ -48,20 +48,12 @@ class Destination:
 def publish_lora(
     folder: str | os.PathLike, destination: Destination, base_model: str | None = None, lora: LoRA | None = None
 ) -> str:
-    """Put a LoRA folder on the Hub in one commit; the address of the commit.
+    """Put a LoRA folder, as training and `save_mcm_lora` write it or with PEFT's files, on the Hub in one commit.
 
-    Everything is read and checked before the Hub is asked anything. After a failure the same call finishes the job;
-    what was uploaded is not uploaded again.
-
-    Args:
-        folder: a LoRA folder as training and `save_mcm_lora` write it, or with PEFT's files.
-        destination: the repository, and how it is committed to.
-        base_model: repository of the base model, where the folder names one that only this machine has.
-        lora: what the folder holds, where that is in memory and need not be read.
-
-    Raises:
-        ValueError: for a folder that cannot be published as it is.
-        PublishError: for whatever the Hub has against it.
+    Everything is read and checked before the Hub is asked anything: `ValueError` for a folder that cannot be published
+    as it is. After a `PublishError` the same call finishes the job; what was uploaded is not uploaded again.
+    `base_model` is the base model's repository, where the folder names one that only this machine has, and `lora` what
+    the folder holds, where that is in memory and need not be read. Returns the address of the commit.
     """
     check_repository_name(destination.repo_id)
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,9 +12,8 @@ from importlib.util import find_spec, module_from_spec
 def quick_imports() -> Iterator[None]:
     """A tenth to a fifth less time for the libraries' imports.
 
-    They make hundreds of thousands of objects that stay, through which the garbage collector goes again and again.
-    And where scipy is installed the libraries import parts of it that MCM has no use for: diffusers for schedules of
-    timesteps, transformers for the losses of object detection.
+    The garbage collector would go again and again through the objects that they make and keep. And where scipy is
+    installed they import parts of it, for schedules of timesteps and object detection, that MCM has no use for.
     """
     _import_when_used("scipy", "stats")
     _import_when_used("scipy", "integrate")

@@ -35,6 +35,7 @@ def convert(
     """Write a LoRA in another layout. The tensors' values and types stay as they are.
 
     Where the LoRA has no settings of its own, as those of PEFT, what its base model is sampled with is written down.
+    Returns `destination`.
 
     Args:
         source: A LoRA in diffusers' or PEFT's layout: a folder, a `.safetensors` file, a packaged model, a Hub id.
@@ -43,9 +44,6 @@ def convert(
         overwrite: Replace what is at `destination`; otherwise that is an error.
         motion_adapter: For `motion-module`: the motion adapter to fuse the LoRA into, as a folder or Hub id.
         where: Where in `source`, as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
-
-    Returns:
-        `destination`.
     """
     destination = Path(destination)
     if to not in LAYOUTS:

@@ -78,34 +78,24 @@ def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def add_lora(
-    denoiser: nn.Module,
-    target_modules: list[str],
-    rank: int = 64,
-    alpha: float = 64,
-    *,
-    generator: torch.Generator | None = None,
+    denoiser: nn.Module, names: list[str], rank: int = 64, alpha: float = 64, generator: torch.Generator | None = None
 ) -> None:
     """Put a fresh trainable LoRA in float32 on the named modules, and freeze everything else."""
-    lora = fresh_lora(denoiser, target_modules, rank, alpha, generator=generator)
+    lora = fresh_lora(denoiser, names, rank, alpha, generator)
     denoiser.requires_grad_(False)
     load_lora_into(denoiser, lora, dtype=torch.float32, trainable=True)
 
 
 def fresh_lora(
-    denoiser: nn.Module,
-    target_modules: list[str],
-    rank: int = 64,
-    alpha: float = 64,
-    *,
-    generator: torch.Generator | None = None,
+    denoiser: nn.Module, names: list[str], rank: int = 64, alpha: float = 64, generator: torch.Generator | None = None
 ) -> LoRA:
-    """A LoRA that does nothing yet: A random (Kaiming), B zero."""
+    """A LoRA for the named modules that does nothing yet: A random (Kaiming), B zero."""
     modules = dict(denoiser.named_modules())
-    missing = [name for name in target_modules if name not in modules]
-    if missing or not target_modules:
+    missing = [name for name in names if name not in modules]
+    if missing or not names:
         raise ValueError(f"Cannot put a LoRA on modules that do not exist: {missing[:3] or 'none were named'}.")
     tensors = {}
-    for name in target_modules:
+    for name in names:
         shape = base_layer(modules[name]).weight.shape
         down = torch.empty(rank, *shape[1:])
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)

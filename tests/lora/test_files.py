@@ -147,7 +147,7 @@ def test_the_packaged_layout_is_a_lora_folder(tmp_path, monkeypatch):
     assert read_lora("mcm-shapes").settings.base_model_repository == "mcm-shapes-teacher"
 
 
-# --- written -----------------------------------------------------------------------------------------------------------
+# --- written ---------------------------------------------------------------------------------------------------------
 def test_what_is_saved(folder):
     config = json.loads((folder / CONFIG_NAME).read_text())
     assert config["base_model"] == "modelscope"
