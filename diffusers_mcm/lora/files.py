@@ -58,6 +58,7 @@ def to_lora(file: LoRAFile) -> LoRA:
         logger.warning(
             "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
         )
+    check_no_dora(lora.source, config=lora.adapter_config)
     set_scale(lora, config)
     lora.folder = None if file.location.remote else file.path.parent
     return lora
