@@ -52,12 +52,6 @@ def _free(path: Path) -> str:
     return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free there)" if there else ""
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file, as the Hub shows it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with atomic_file(path) as temporary:
@@ -149,3 +143,9 @@ def _emptied(temporary: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     return temporary
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as the Hub shows it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
