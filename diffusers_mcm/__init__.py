@@ -21,16 +21,7 @@ if TYPE_CHECKING:
     from .pipelines import AnimateDiffMCMPipeline, MCMPipeline, MCMPipelineOutput, ModelScopeMCMPipeline
     from .scheduler import MCMScheduler
 
-__all__ = [
-    "AnimateDiffMCMPipeline",
-    "BASE_MODELS",
-    "MCMPipeline",
-    "MCMPipelineOutput",
-    "MCMScheduler",
-    "ModelScopeMCMPipeline",
-    "__version__",
-    "get_base_model",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """Writing files: whole or not at all, and what a full disk is told as."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -142,3 +143,9 @@ def _emptied(temporary: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     return temporary
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as the Hub shows it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from diffusers_mcm.cards import TEMPLATE, check_card, render_card, render_folder_card
 from diffusers_mcm.commands.convert import build_parser
 from diffusers_mcm.hub import PACKAGED_FOLDER, PACKAGED_MODELS
+from diffusers_mcm.location import Location
 from diffusers_mcm.publish import record_sample
 from diffusers_mcm.settings import Settings
 from tests.tiny import save_tiny_lora
@@ -33,7 +34,7 @@ CONFIG = {
 
 
 def render(**changes):
-    return render_card(Settings.from_dict({**CONFIG, **changes}), title="t", repository="me/mcm")
+    return render_card(Settings.from_dict({**CONFIG, **changes}), title="t", place=Location("me/mcm", remote=True))
 
 
 def metadata(text):

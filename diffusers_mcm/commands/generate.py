@@ -1,15 +1,19 @@
 """Makes videos from prompts, resumes where it stopped, and shares a list among processes."""
 
 import argparse
-import hashlib
 import math
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import sha256
 from ..hub import public_name
+from ..location import Location
+from ..settings import SAMPLING_KEYS
 from .grammar import notice
 from .prompts import Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
@@ -65,17 +69,23 @@ def build_parser() -> argparse.ArgumentParser:
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
     model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
-    model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+    model("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: 1)")
     _add_sampling_and_machine(parser)
     return parser
 
 
 def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
-    sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
+    sampling(
+        "--steps",
+        type=int,
+        dest="num_inference_steps",
+        metavar="STEPS",
+        help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)",
+    )
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
     sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
-    sampling("--frames", type=int, help="number of frames (default: the model's)")
+    sampling("--frames", type=int, dest="num_frames", metavar="FRAMES", help="number of frames (default: the model's)")
     sampling("--height", type=int, help="in pixels (default: the model's)")
     sampling("--width", type=int, help="in pixels (default: the model's)")
     sampling("--fps", type=float, help="frames per second of the file (default: the model's)")
@@ -169,14 +179,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         if arguments.format is not None:
             raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
         suffix = None
-    return plan(
-        read_prompts(arguments.prompt, arguments.prompts),
-        path,
-        suffix,
-        seed=arguments.seed,
-        negative_prompt=arguments.negative_prompt,
-        num_videos=arguments.num_videos,
-    )
+    options = {name: getattr(arguments, name) for name in ("seed", "negative_prompt", "num_videos")}
+    return plan(read_prompts(arguments.prompt, arguments.prompts), path, suffix, **options)
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -201,69 +205,40 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
 
     from .. import MCMPipeline
 
-    pipeline = MCMPipeline.from_pretrained(
-        arguments.model,
-        lora=arguments.lora,
-        subfolder=arguments.subfolder,
-        weight_name=arguments.weight_name,
-        revision=arguments.revision,
-        base_model=arguments.base_model,
-        **({"variant": arguments.variant} if arguments.variant else {}),
-        dtype=getattr(torch, arguments.dtype),
-    )
+    names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant")
+    given = {name: value for name in names if (value := getattr(arguments, name))}
+    pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **given)
     if arguments.fuse_lora:
-        pipeline.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
+        pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     if arguments.vae_slicing:
         pipeline.vae.enable_slicing()
-    if arguments.offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif arguments.offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
+    if arguments.offload == "none":
         pipeline.to(device)
+    else:
+        getattr(pipeline, f"enable_{arguments.offload}_cpu_offload")(device=device)
     if arguments.compile:
         pipeline.denoiser.compile()
     return pipeline
 
 
 def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
-    """What all videos of a run have in common and what decides how they look, under `__call__`'s names."""
-    names = {
-        "num_inference_steps": "steps",
-        "num_frames": "frames",
-        "height": "height",
-        "width": "width",
-        "fps": "fps",
-    }
-    given = {name: getattr(arguments, flag) for name, flag in names.items()}
-    sizes = {name: pipeline.sampling_default(name) if value is None else value for name, value in given.items()}
-    return {
-        "model": public_name(arguments.model, given=True),
-        "lora": public_name(arguments.lora, given=True),
-        "subfolder": arguments.subfolder,
-        "revision": arguments.revision,
-        "base_model": public_name(arguments.base_model, given=True),
-        **({"variant": arguments.variant} if arguments.variant else {}),
-        "lora_sha256": lora_sha256(arguments),
-        "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
-        "guidance_scale": arguments.guidance_scale,
-        "dtype": arguments.dtype,
-        **sizes,
-    }
+    """What all videos of a run have in common and what decides how they look."""
+    given = vars(arguments)
+    settings = {name: public_name(given[name], given=True) for name in ("model", "lora", "base_model")}
+    settings |= {name: given[name] for name in ("subfolder", "revision", "lora_scale", "guidance_scale", "dtype")}
+    settings |= {"variant": arguments.variant} if arguments.variant else {}
+    for name in SAMPLING_KEYS:
+        settings[name] = pipeline.sampling_default(name) if given[name] is None else given[name]
+    return settings | {"lora_sha256": lora_sha256(arguments)}
 
 
 def lora_sha256(arguments: argparse.Namespace) -> str | None:
     """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
-    from ..location import Location
-
     revision = None if arguments.lora else arguments.revision
     place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
     # what has just been loaded is in the cache
     path = Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file()
-    if path is None:
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return None if path is None else sha256(path)
 
 
 def recipe(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
@@ -277,14 +252,13 @@ def is_made(job: Job, settings: dict[str, Any]) -> bool:
 
     if not job.path.exists():
         return False
-    found = read_metadata(job.path)
-    if found is None or "versions" not in found:
+    found = read_metadata(job.path) or {}
+    if found.pop("versions", None) is None:
         raise ValueError(
             f"{job.path} is there already and was not made by this command; --overwrite replaces it, another --output"
             " keeps it"
         )
-    wanted = recipe(job, settings)
-    return {key: value for key, value in found.items() if key != "versions"} == wanted
+    return found == recipe(job, settings)
 
 
 def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments: argparse.Namespace) -> int:
@@ -293,15 +267,15 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
 
     from ..video_io import write_video
 
-    options = ("num_inference_steps", "num_frames", "height", "width", "guidance_scale")
     video = pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,
         generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
         decode_chunk_size=arguments.decode_chunk_size,
-        lora_scale=None if arguments.fuse_lora else arguments.lora_scale,
+        lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
+        guidance_scale=arguments.guidance_scale,
         output_type="np",
-        **{name: settings[name] for name in options},
+        **{name: settings[name] for name in SAMPLING_KEYS if name != "fps"},
     ).frames[0]
     metadata = recipe(job, settings) | {"versions": versions()}
     write_video(job.path, video, fps=settings["fps"], metadata=metadata)
@@ -310,15 +284,5 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that compute a video."""
-    import diffusers
-    import torch
-
-    from .. import __version__
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {
-        "diffusers_mcm": __version__,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "python": python,
-    }
+    packages = {name: import_module(name).__version__ for name in ("diffusers_mcm", "diffusers", "torch")}
+    return packages | {"python": platform.python_version()}

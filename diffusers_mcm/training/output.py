@@ -14,7 +14,7 @@ from ..hub import is_local, recordable
 from ..location import MOTION_HEAD_NAME
 from ..lora import LoRA, extract_lora, write_safetensors
 from ..lora import write_lora_folder as write_lora_files
-from ..publish import PublishError, open_repository, publish_lora, put_sample
+from ..publish import Destination, PublishError, open_repository, publish_lora, put_sample
 from ..settings import SamplingDefaults, Settings
 from .config import TrainingConfig
 from .networks import TrainingNetworks
@@ -96,7 +96,7 @@ def prepare_push(config: TrainingConfig) -> None:
                 f"With --push_to_hub others will load the {name}, but {place!r} is a folder of this machine. Name its"
                 " repository in --extra_repositories, or train without --push_to_hub."
             )
-    open_repository(hub_repository(config), private=config.hub_private_repo or None, token=config.hub_token)
+    open_repository(_destination(config))
 
 
 def unusable(config: TrainingConfig, prompt: str) -> str:
@@ -112,18 +112,20 @@ def unusable(config: TrainingConfig, prompt: str) -> str:
 def push_to_hub(config: TrainingConfig, lora: LoRA) -> str:
     """Publish the output folder, which holds this LoRA; the address of the commit."""
     try:
-        return publish_lora(
-            config.output_dir,
-            hub_repository(config),
-            private=config.hub_private_repo or None,
-            token=config.hub_token,
-            overwrite_card=config.overwrite_card,
-            lora=lora,
-        )
+        return publish_lora(config.output_dir, _destination(config), lora=lora)
     except PublishError as error:
         raise PublishError(
             f"{error} The LoRA is in {config.output_dir}; publish it with: {push_command(config)}"
         ) from None
+
+
+def _destination(config: TrainingConfig) -> Destination:
+    return Destination(
+        hub_repository(config),
+        private=config.hub_private_repo or None,
+        token=config.hub_token,
+        overwrite_card=config.overwrite_card,
+    )
 
 
 def hub_repository(config: TrainingConfig) -> str:

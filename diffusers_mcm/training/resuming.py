@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..flags import FIXED, TOLD
-from ..hub import recordable_source
+from ..hub import recordable
 from .config import TrainingConfig, default_values, values_before_flags
 from .networks import TrainingNetworks
 
@@ -30,7 +30,7 @@ def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
     values, sources = config.to_dict(), config.names(source=True)
     told = {name: values[name] for name in config.names(resume=TOLD)}
     return {
-        name: recordable_source(value, output_dir) if name in sources and value is not None else value
+        name: recordable(value, output_dir) if name in sources and value is not None else value
         for name, value in told.items()
     }
 
