@@ -1,9 +1,7 @@
 """Films whose frames had to be counted, which means decoding all of them: what came out is remembered."""
 
-import hashlib
 import os
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,6 @@ from .timing import ClipChoice, Time, times_in_output_order
 
 #: So many frames' times are kept by a process, some 70 bytes each.
 MAX_FRAMES = 500_000
-_PIECES, _PIECE = 64, 1024  # of a film's bytes
 
 
 @dataclass(frozen=True)
@@ -57,49 +54,22 @@ class CountedFilm(FilmIndex):
         return since if self.places.get(label) == since else None
 
 
-class CountedFilms:
-    """The films that this process counted, the last ones that `MAX_FRAMES` have room for."""
-
-    def __init__(self) -> None:
-        self._films: OrderedDict[tuple, CountedFilm] = OrderedDict()
-        self._num_frames = 0
-
-    def get(self, key: tuple | None) -> CountedFilm | None:
-        if key is None or key not in self._films:
-            return None
-        self._films.move_to_end(key)
-        return self._films[key]
-
-    def add(self, key: tuple | None, film: CountedFilm) -> None:
-        self.drop(key)
-        if key is None or len(film.labels) > MAX_FRAMES:
-            return
-        self._films[key] = film
-        self._num_frames += len(film.labels)
-        while self._num_frames > MAX_FRAMES:
-            self.drop(next(iter(self._films)))
-
-    def drop(self, key: tuple | None) -> None:
-        film = None if key is None else self._films.pop(key, None)
-        self._num_frames -= len(film.labels) if film else 0
-
-    def __len__(self) -> int:
-        return len(self._films)
+def remember(films: dict[tuple | None, CountedFilm], key: tuple | None, film: CountedFilm) -> None:
+    """Put a film last, and let the first ones go where there is no room; without a key it is not kept."""
+    if key is None or len(film.labels) > MAX_FRAMES:
+        return
+    films[key] = film
+    while sum(len(each.labels) for each in films.values()) > MAX_FRAMES:
+        del films[next(iter(films))]
 
 
 def film_key(media: dict) -> tuple | None:
     """A key that tells a film from others, and from what it was before it was written anew; None if nothing does."""
     path, data = open_path(media), (media or {}).get("bytes")
-    if data is not None:  # a few of them tell films apart, and cost nothing beside decoding
-        digest = hashlib.blake2b(digest_size=16)
-        for piece in range(_PIECES):
-            start = piece * len(data) // _PIECES
-            digest.update(data[start : start + _PIECE])
-        return (digest.digest(), len(data))
-    if path is None:
-        return None
+    if data is not None:
+        return hash(data), len(data)
     try:
-        status = os.stat(path)
+        status = os.stat(path or "")
     except OSError:
-        return None  # an address
-    return (path, status.st_size, status.st_mtime_ns)
+        return None  # no file, or an address
+    return path, status.st_size, status.st_mtime_ns

@@ -72,8 +72,10 @@ def picture(
     Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
 
     Raises:
-        UnusableItem: for colours that cannot be converted.
+        UnusableItem: for a corrupt frame, and for colours that cannot be converted.
     """
+    if frame.is_corrupt:
+        raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
     transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries  # numbers of H.273
     aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel in heights
     check_known(transfer, frame.colorspace, primaries)

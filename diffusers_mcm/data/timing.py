@@ -8,7 +8,7 @@ import numpy as np
 
 from .faults import UnusableItem
 
-Time = int | Fraction  # in units of a stream's time base
+Time = int | float | Fraction  # in units of a stream's time base
 
 #: Frames may be decoded so many places away from where they are shown (H.264 and HEVC allow 16).
 MAX_REORDERING = 16
@@ -111,9 +111,7 @@ def times_in_output_order(pts: Sequence[int | None], time_base: Fraction, rate: 
     if labels is None:
         return at_constant_rate(len(pts), time_base, rate)
     times = sorted(labels.values())
-    if len(times) == len(pts):
-        return times
-    return _fill(times, list(labels), len(pts), 1 / ((rate or _USUAL_RATE) * time_base))
+    return times if len(times) == len(pts) else _fill(times, list(labels), len(pts))
 
 
 def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
@@ -135,15 +133,12 @@ def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
     return labels if len(labels) >= max(2, _USABLE * labelled) else None
 
 
-def _fill(times: list[int], places: list[int], num_frames: int, usual_step: Fraction) -> list[Time]:
+def _fill(times: list[int], places: list[int], num_frames: int) -> list[float]:
     """Times of all frames, from the ascending ones of those at `places`; the others lie evenly between and beyond."""
-    gaps = [Fraction(b - a, d - c) for a, b, c, d in zip(times, times[1:], places, places[1:])]
-    step = sorted(gaps)[len(gaps) // 2] if gaps else usual_step
-    filled: list[Time] = [times[0] - step * (places[0] - number) for number in range(places[0])]
-    for time, gap, place, following in zip(times, gaps, places, places[1:]):
-        filled += [time, *(time + gap * number for number in range(1, following - place))]
-    filled.append(times[-1])
-    return filled + [times[-1] + step * number for number in range(1, num_frames - places[-1])]
+    gaps = sorted(np.diff(times) / np.diff(places))
+    numbers = np.arange(num_frames)
+    beyond = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
+    return (np.interp(numbers, places, times) + gaps[len(gaps) // 2] * beyond).tolist()
 
 
 def at_constant_rate(num_frames: int, time_base: Fraction, rate: Fraction | None) -> list[Fraction]:

@@ -7,16 +7,14 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from .counted import CountedFilm, CountedFilms, film_key
+from .counted import CountedFilm, film_key, remember
 from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import orientation_of, picture
 from .images import open_path
-from .timing import ClipChoice, clip_positions, timed_clip_positions
+from .timing import ClipChoice
 
-__all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
-
-_counted = CountedFilms()
+_counted: dict[tuple | None, CountedFilm] = {}  # the films that this process counted, the one read last at the end
 
 
 class _Contradiction(Exception):
@@ -30,32 +28,21 @@ class _Pictures:
     """
 
     def __init__(
-        self,
-        positions: Sequence[int],
-        index: FilmIndex,
-        container: av.container.InputContainer,
-        size: tuple[int, int],
+        self, positions: Sequence[int], film: FilmIndex, container: av.container.InputContainer, size: tuple[int, int]
     ):
-        self.positions, self.size = positions, size
-        self.stream = cast(av.VideoStream, container.streams[index.stream])
-        self.orientation = index.orientation
-        self._wanted = set(positions)
+        self.positions, self.size, self.orientation = positions, size, film.orientation
+        self.stream = cast(av.VideoStream, container.streams[film.stream])
         self._found: dict[int, np.ndarray] = {}
         self._problem: UnusableItem | None = None
 
     def take(self, position: int | None, frame: av.VideoFrame) -> None:
         """Every frame that is decoded, for one may turn those after it; `position` is None before the clip."""
         self.orientation = orientation_of(frame) or self.orientation
-        if position in self._wanted:
+        if position in self.positions:
             try:
-                self._found[position] = self._show(frame)
+                self._found[position] = picture(frame, self.stream, self.orientation, *self.size)
             except UnusableItem as reason:
                 self._problem = self._problem or reason.with_traceback(None)  # which would keep the frame
-
-    def _show(self, frame: av.VideoFrame) -> np.ndarray:
-        if frame.is_corrupt:
-            raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
-        return picture(frame, self.stream, self.orientation, *self.size)
 
     def clip(self) -> np.ndarray:
         """uint8 (T, H, W, 3); by time, one picture may come more than once."""
@@ -143,42 +130,42 @@ def _decode_from_start(
     return pictures, seen
 
 
-def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
-    """The clip of a film that was counted before; None if the film no longer is as it was then."""
-    positions = film.positions(choice)
+def _read_film(
+    media: dict, film: FilmIndex | None, choice: ClipChoice, size: tuple[int, int]
+) -> tuple[_Pictures, FilmIndex, list[int | None] | None]:
+    """The clip of a film, its index read if there is none: by seeking, or else from the start.
+
+    Also returns the index, and what `_decode_from_start` says of the times.
+    """
     with open_film(media) as container:
+        film = film or read_index(container)
+        positions = film.positions(choice)
         pictures = _decode_by_seeking(container, film, positions, size)
     if pictures is not None:
-        return pictures
+        return pictures, film, None
     pictures, labels = _decode_from_start(media, film, positions, size)
-    return pictures if labels is None else None
+    return pictures, film, labels
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
-    """The clip by seeking, or else by counting frames where the packets do not say, or not rightly, which is which."""
+    """The clip by what the packets say; where they do not say, or not rightly, which frame is which, by counting them."""
     key = film_key(media) if _counted else None
-    film = _counted.get(key)
-    if film is not None:
-        pictures = _decode_counted(media, film, choice, size)
-        if pictures is not None:
+    if (known := _counted.pop(key, None)) is not None:
+        remember(_counted, key, known)
+        pictures, _, labels = _read_film(media, known, choice, size)
+        if labels is None:
             return pictures
-        _counted.drop(key)
-    with open_film(media) as container:
-        index = read_index(container)
-        positions = index.positions(choice)
-        pictures = _decode_by_seeking(container, index, positions, size)
-    if pictures is not None:
-        return pictures
-    pictures, labels = _decode_from_start(media, index, positions, size)
+        del _counted[key]
+    pictures, index, labels = _read_film(media, None, choice, size)
     if labels is None:
         return pictures
-    film, key = CountedFilm.of(index, labels), key or film_key(media)
-    _counted.add(key, film)
-    again = pictures if film.positions(choice) == positions else _decode_counted(media, film, choice, size)
-    if again is None:
-        _counted.drop(key)
-        raise UnusableItem("it gives other frames each time it is decoded")
-    return again
+    film = CountedFilm.of(index, labels)
+    remember(_counted, key or film_key(media), film)
+    if film.positions(choice) != index.positions(choice):
+        pictures, _, labels = _read_film(media, film, choice, size)
+        if labels is not None:
+            raise UnusableItem("it gives other frames each time it is decoded")
+    return pictures
 
 
 def read_clip(

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from diffusers_mcm.data import counted, video
-from diffusers_mcm.data.counted import CountedFilm, CountedFilms, film_key
-from diffusers_mcm.data.video import clip_positions, read_clip
+from diffusers_mcm.data.counted import CountedFilm, film_key, remember
+from diffusers_mcm.data.timing import clip_positions
+from diffusers_mcm.data.video import read_clip
 
 from .conftest import encode_mp4, flat_frames, frame_numbers
 
 
 @pytest.fixture(autouse=True)
 def films(monkeypatch):
-    monkeypatch.setattr(video, "_counted", CountedFilms())
+    monkeypatch.setattr(video, "_counted", {})
     return video
 
 
@@ -109,15 +110,16 @@ def test_only_so_many_are_remembered(monkeypatch):
     media = {"path": None, "bytes": avi(8)}
     with video.open_film(media) as container:
         index = video.read_index(container)
-    films = CountedFilms()
+    films = {}
     for key in range(5):
-        films.add((key,), CountedFilm.of(index, list(range(40))))
-    assert len(films) == 2 and films.get((4,)) and films.get((3,)) and not films.get((2,))
-    films.get((3,))
-    films.add((5,), CountedFilm.of(index, list(range(40))))
-    assert films.get((3,)) and not films.get((4,))  # the one that was not asked for goes
-    films.add((6,), CountedFilm.of(index, list(range(101))))
-    assert films.get((6,)) is None and len(films) == 2
+        remember(films, (key,), CountedFilm.of(index, list(range(40))))
+    assert list(films) == [(3,), (4,)]
+    remember(films, (3,), films.pop((3,)))
+    remember(films, (5,), CountedFilm.of(index, list(range(40))))
+    assert list(films) == [(3,), (5,)]  # the one that was not asked for goes
+    remember(films, (6,), CountedFilm.of(index, list(range(101))))
+    remember(films, None, CountedFilm.of(index, [0]))
+    assert list(films) == [(3,), (5,)]
 
 
 def test_keys_tell_films_apart(tmp_path):
