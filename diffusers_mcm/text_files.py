@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,12 @@ logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
 _Record = tuple[int, list[str], str | None]  # of csv: its line, its cells and what is wrong with it
-_BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+_BYTE_ORDER_MARKS = {  # UTF-32's first, for they begin with UTF-16's
+    "utf-8-sig": (codecs.BOM_UTF8,),
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+_told: set[str] = set()  # names of the texts of which it was said that their encoding is a guess
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,14 @@ class Text:
 
     def tell_guess(self, name: str) -> None:
         """Warn once of each file that is read as Windows-1252: nothing in it says so. What else is read is certain."""
-        if self.encoding == "cp1252":
+        if self.encoding == "cp1252" and name not in _told:
+            _told.add(name)
             lines = enumerate(self.content.split("\n"), 1)
-            _warn_of_guess(name, *next((number, line[:100]) for number, line in lines if not line.isascii()))
-
-
-@cache
-def _warn_of_guess(name: str, number: int, line: str) -> None:
-    logger.warning(
-        "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
-        name, number, line,
-    )  # fmt: skip
+            number, line = next((number, line[:100]) for number, line in lines if not line.isascii())
+            logger.warning(
+                "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
+                name, number, line,
+            )  # fmt: skip
 
 
 def decode_text(data: bytes) -> Text:
@@ -75,16 +70,14 @@ def decode_text(data: bytes) -> Text:
     What Latin-1 can write Windows-1252 reads alike. Bytes that could be several encodings are not guessed at: they
     are in `broken_lines`.
     """
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return _decode(data[len(mark) :], encoding)
+    for encoding, marks in _BYTE_ORDER_MARKS.items():
+        if data.startswith(marks):
+            return _decode(data, encoding)
     start = data[:4096]
     if start.count(0) > len(start) // 4:  # ASCII in UTF-16 has a zero in every character
         return _decode(data, "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be")
-    try:
-        return Text(_with_unix_lines(data.decode("utf-8")), "utf-8")
-    except UnicodeDecodeError:
-        return _decode_western(data) or _decode(data, "utf-8")
+    text = _decode(data, "utf-8")
+    return text.broken_lines and _decode_western(data) or text
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -93,13 +86,12 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def _decode(data: bytes, encoding: str) -> Text:
-    content = _with_unix_lines(data.decode(encoding, "replace"))
     try:
-        data.decode(encoding)
+        return Text(_with_unix_lines(data.decode(encoding)), encoding)
     except UnicodeDecodeError:
+        content = _with_unix_lines(data.decode(encoding, "replace"))
         broken = (number for number, line in enumerate(content.split("\n"), 1) if "\ufffd" in line)
         return Text(content, encoding, tuple(broken))
-    return Text(content, encoding)
 
 
 def _decode_western(data: bytes) -> Text | None:
