@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,28 +160,25 @@ def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
     """
     if suffix in (".csv", ".tsv"):
         return _read_csv(text, known)
+    whole, error = None, None
     try:
-        whole, error = parse_json(text), None
+        whole = parse_json(text)
     except ValueError as reason:
-        whole, error = None, reason
+        error = reason
     if suffix == ".json" and isinstance(whole, dict):
         whole = [whole]
+    unit = "row" if isinstance(whole, list) else "line"  # of JSON lines, which some people call .json
 
     def read_rows() -> Iterator[Row]:
-        if isinstance(whole, list):
-            return (_object_row(number, value) for number, value in enumerate(whole, 1))
-        return _json_lines(text)  # which some people call .json
+        return map(_object_row, itertools.count(1), whole) if isinstance(whole, list) else _json_lines(text)
 
-    def all_columns() -> list[str]:
-        return list(dict.fromkeys(key for row in read_rows() for key in row.values))
+    def columns(rows: Iterable[Row]) -> list[str]:
+        return list(dict.fromkeys(key for row in rows for key in row.values))
 
-    rows = read_rows()
-    first = list(itertools.islice(rows, 100))
+    first = list(itertools.islice(read_rows(), 100))
     if suffix == ".json" and error is not None and all(row.problem for row in first):
         raise error
-    columns = list(dict.fromkeys(key for row in first for key in row.values))
-    unit = "row" if isinstance(whole, list) else "line"
-    return Table(columns, itertools.chain(first, rows), unit, all_columns if len(first) == 100 else None)
+    return Table(columns(first), read_rows(), unit, (lambda: columns(read_rows())) if len(first) == 100 else None)
 
 
 def parse_json(text: str) -> Any:
@@ -212,15 +209,12 @@ def _json_lines(text: str) -> Iterator[Row]:
 def _read_csv(text: str, known: Collection[str]) -> Table:
     lines = text.split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
-    delimiter = None
-    if first < len(lines) and (said := re.fullmatch(r'"?sep=(.)"?', lines[first].strip("\ufeff "))):  # Excel's
-        delimiter, first = said[1], first + 1
-    delimiter = delimiter or _find_delimiter("\n".join(lines[first : first + 20]), known)
+    said = re.fullmatch(r'"?sep=(.)"?', lines[first].strip("\ufeff ")) if first < len(lines) else None  # Excel's
+    first += bool(said)
+    delimiter = said[1] if said else _find_delimiter(lines[first : first + 20], known)
     records = _csv_records(lines, first, delimiter)
-    header = next(records, None)
-    if header is None:
-        return Table([], iter(()))
-    names = [cell.strip() for cell in header[1]]
+    _, header, _ = next(records, (0, [], None))
+    names = [cell.strip() for cell in header]
     while names and not names[-1]:  # a spreadsheet's empty columns
         names.pop()
     return Table(names, (_csv_row(record, names, delimiter) for record in records))
@@ -237,15 +231,10 @@ def _csv_row(record: _Record, names: list[str], delimiter: str) -> Row:
     return Row(line, values, problem)
 
 
-def _find_delimiter(start: str, known: Collection[str]) -> str:
+def _find_delimiter(lines: list[str], known: Collection[str]) -> str:
     plain = {plain_name(name) for name in known}
-
-    def fit(delimiter: str) -> tuple[int, int]:
-        header = next(_csv_records(start.split("\n"), 0, delimiter), None)
-        cells = header[1] if header else []
-        return sum(plain_name(cell) in plain for cell in cells), len(cells)
-
-    return max(DELIMITERS, key=fit)
+    headers = {each: next(_csv_records(lines, 0, each), (0, [], None))[1] for each in DELIMITERS}
+    return max(headers, key=lambda each: (sum(plain_name(c) in plain for c in headers[each]), len(headers[each])))
 
 
 def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Record]:
@@ -254,7 +243,7 @@ def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Reco
     A quote that is never closed, or that others stand in, would swallow the rows that follow: such a line is read as
     if it held no quoting, or is a record with a problem, and the next line begins a new record.
     """
-    position, width = first, None
+    position, width, reader = first, None, None
 
     def feed() -> Iterator[str]:
         nonlocal position
@@ -262,15 +251,13 @@ def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Reco
             position += 1
             yield lines[position - 1] + "\n"
 
-    reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
     while position < len(lines):
+        reader = reader or csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
         start = position
         try:
-            cells = next(reader, [])
-            problem = None
+            cells, problem = next(reader, []), None
         except csv.Error as error:
-            position = start + 1
-            reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+            position, reader = start + 1, None
             cells = lines[start].split(delimiter)
             literal = lines[start].count('"') % 2 == 0 and width in (None, len(cells))
             problem = None if literal else f"its quotes do not match ({error}); a quote within a text is written twice"

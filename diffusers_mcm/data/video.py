@@ -38,7 +38,7 @@ class _Pictures:
     def take(self, position: int | None, frame: av.VideoFrame) -> None:
         """Every frame that is decoded, for one may turn those after it; `position` is None before the clip."""
         self.orientation = orientation_of(frame) or self.orientation
-        if position in self.positions:
+        if position is not None and position in self.positions:
             try:
                 self._found[position] = picture(frame, self.stream, self.orientation, *self.size)
             except UnusableItem as reason:
