@@ -77,20 +77,24 @@ def caption_texts(value: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which videos or images somebody asks for; a column that is None is to be detected.
+    """Which videos or images somebody asks for.
 
     Attributes:
-        source: a folder, a table, tars or a Hub data set id.
+        source: a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional for
+            images) or such a table itself, a folder or a glob of WebDataset tars, or a Hub data set id. A local path
+            wins over a Hub id.
         kind: `VIDEOS` or `IMAGES`.
-        media_column, caption_column: names of the columns; of tars those of the samples' fields ("mp4", "json.title").
-        split, config_name, revision: the part of a Hub data set, or the subfolder `split`.
+        split: a split of the Hub data set, or a subfolder; "train" is the whole folder if it has no such subfolder.
+        media_column, caption_column: names of the columns, if they are not to be detected; of tars those of the
+            samples' fields ("mp4"). A caption inside the `json` of a WebDataset may be written `json.caption`.
+        config_name, revision: of a Hub data set.
     """
 
     source: str
     kind: MediaKind
+    split: str = "train"
     media_column: str | None = None
     caption_column: str | None = None
-    split: str = "train"
     config_name: str | None = None
     revision: str | None = None
 

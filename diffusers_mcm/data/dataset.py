@@ -162,7 +162,8 @@ class VideoDataset(KeyedDataset):
         if frame_interval is None:
             frame_interval = 8
         check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
-        rows = open_rows(source, VIDEOS, split, video_column, caption_column, config_name, revision)
+        columns = {"media_column": video_column, "caption_column": caption_column}
+        rows = open_rows(source, VIDEOS, split=split, config_name=config_name, revision=revision, **columns)
         super().__init__(rows, seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
@@ -196,7 +197,8 @@ class ImageDataset(KeyedDataset):
     ):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         check_at_least_one(height=self.height, width=self.width)
-        rows = open_rows(source, IMAGES, split, image_column, caption_column, config_name, revision)
+        columns = {"media_column": image_column, "caption_column": caption_column}
+        rows = open_rows(source, IMAGES, split=split, config_name=config_name, revision=revision, **columns)
         super().__init__(rows, seed, "images")
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:

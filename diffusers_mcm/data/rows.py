@@ -147,10 +147,10 @@ class HubRows(MediaRows):
 
     def _caption_items(self) -> Iterator[Mapping]:
         if self.caption_path is None:
-            yield from itertools.repeat({}, len(self))
-            return
-        for batch in self.table.select_columns(list(self.caption_path[:1])).iter(batch_size=1000):
-            yield from ({self.caption_path[0]: value} for value in batch[self.caption_path[0]])
+            return itertools.repeat({}, len(self))
+        name = self.caption_path[0]
+        batches = self.table.select_columns([name]).iter(batch_size=1000)  # row by row it takes a hundred times as long
+        return ({name: value} for batch in batches for value in batch[name])
 
     def name(self, row: int, item: Mapping) -> str:
         path = (item[self.media_column] or {}).get("path") or item.get("__key__") or f"row {row}"

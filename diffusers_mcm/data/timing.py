@@ -74,21 +74,13 @@ def timed_clip_positions(
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
+    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start."""
 
-    Attributes:
-        num_frames: T.
-        frame_interval: n; shrinks to fit a short film.
-        fps: frames per second; None takes every n-th frame.
-        uniform: number in [0, 1) that chooses the start.
-        min_frames: a film of fewer frames is refused even where T are fewer still.
-    """
-
-    num_frames: int
-    frame_interval: int
-    fps: float | None
-    uniform: float
-    min_frames: int = 1
+    num_frames: int  # T
+    frame_interval: int  # n; shrinks to fit a short film
+    fps: float | None  # frames per second; None takes every n-th frame
+    uniform: float  # number in [0, 1) that chooses the start
+    min_frames: int = 1  # a film of fewer frames is refused even where T are fewer still
 
     def positions(self, times: Sequence[Time], time_base: Fraction, end: int | None = None) -> list[int]:
         """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""

@@ -148,7 +148,7 @@ def _read_film(
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
-    """The clip by what the packets say; where they do not say, or not rightly, which frame is which, by counting them."""
+    """The clip by what the packets say; where they do not say, or not rightly, which frame is which, by counting."""
     key = film_key(media) if _counted else None
     if (known := _counted.pop(key, None)) is not None:
         remember(_counted, key, known)

@@ -154,7 +154,8 @@ def test_videos_of_one_prompt_count_their_seeds_up():
         (9, "d/0002-b-1.gif"),
         (10, "d/0002-b-2.gif"),
     ]
-    assert [str(job.path) for job in plan([Prompt("a")] * 2, Path("."), ".gif", seed=3)] == ["0001-a.gif", "0002-a.gif"]
+    jobs = plan([Prompt("a")] * 2, Path("."), ".gif", seed=3)
+    assert [str(job.path) for job in jobs] == ["0001-a.gif", "0002-a.gif"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
