@@ -15,15 +15,11 @@ MAX_FRAMES = 500_000
 
 @dataclass(frozen=True)
 class CountedFilm(FilmIndex):
-    """The index of a film that was decoded from its first frame to its last; its `times` are those of `labels`.
+    """The index of a film that was decoded from its first frame to its last; its `times` are those of `labels`."""
 
-    Attributes:
-        labels: the time that each frame carries, in the order in which the frames are shown; None where it has none.
-        places: where a label stands among them, if the labels are those of the packets and only in another order (AVI
-            numbers frames as they are decoded); else empty, and decoding has to start with the first frame.
-    """
-
-    labels: list[int | None]
+    labels: list[int | None]  # the time that each frame carries, in the order in which they are shown, if it has one
+    # Where a label stands among them, if the labels are those of the packets and only in another order (AVI numbers
+    # frames as they are decoded); else empty, and decoding has to start with the first frame.
     places: dict[int, int]
 
     @classmethod

@@ -19,31 +19,27 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 def media_file(media: dict):
     """What to open for `{"path": str | None, "bytes": bytes | None}`: a path, or a binary file object."""
-    if media is None or (media.get("bytes") is None and media.get("path") is None):
-        raise UnusableItem("the row holds neither a file nor its bytes")
-    if media.get("bytes") is not None:
+    if media is not None and media.get("bytes") is not None:
         return io.BytesIO(media["bytes"])
-    if is_remote(media["path"]):
+    if (path := open_path(media)) is None:
+        raise UnusableItem("the row holds neither a file nor its bytes")
+    if is_remote(path):
         from datasets.utils.file_utils import xopen
 
-        return xopen(media["path"], "rb")
-    return media["path"]
+        return xopen(path, "rb")
+    return path
 
 
 def open_path(media: dict) -> str | None:
     """The path that `media_file` opens; None where the bytes are in memory."""
-    return media["path"] if media is not None and media.get("bytes") is None else None
+    return media.get("path") if media is not None and media.get("bytes") is None else None
 
 
 def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:
     """Scale the shortest side to the target and crop the centre (antialiased bicubic).
 
     Both happen in one resampling of the central box, so that no size in between is rounded to whole pixels.
-
-    Args:
-        image: of any size.
-        height, width: the target.
-        pixel_aspect: width of the image's pixels in heights; the target's pixels are square.
+    `pixel_aspect` is the width of the image's pixels in heights; the target's pixels are square.
     """
     scale = min(image.width * pixel_aspect / width, image.height / height)  # source lines per target pixel
     box_width, box_height = min(width * scale / pixel_aspect, image.width), min(height * scale, image.height)
@@ -73,17 +69,6 @@ def _deep_gray(image: Image.Image) -> np.ndarray:
     return 1 - values if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else values
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """PIL clips what is over 255 when it converts; here white stays white."""
-    levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        levels[np.asarray(image) == transparent] = 255
-    gray = Image.fromarray(levels)
-    if "icc_profile" in image.info:
-        gray.info["icc_profile"] = image.info["icc_profile"]
-    return gray
-
-
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Colours by the image's own profile; one that does not fit the image is left aside, as browsers do."""
     mode = "RGBA" if image.mode == "RGBA" else "RGB"
@@ -101,9 +86,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UnusableItem: for numbers of which nobody can say how bright they are.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_eight_bits(image)
     profile = image.info.get("icc_profile")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # of which PIL would clip what is over 255
+        levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            levels[np.asarray(image) == transparent] = 255
+        image = Image.fromarray(levels)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     elif image.mode not in ("RGB", "CMYK", "L"):

@@ -17,10 +17,6 @@ from .timing import ClipChoice
 _counted: dict[tuple | None, CountedFilm] = {}  # the films that this process counted, the one read last at the end
 
 
-class _Contradiction(Exception):
-    """The decoder gives other frames than the packets promise."""
-
-
 class _Pictures:
     """The pictures at some places of a film, each scaled as soon as it is decoded: whole frames take much room.
 
@@ -63,13 +59,10 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
 def _decode(
     container: av.container.InputContainer, pictures: _Pictures, film: FilmIndex, seek_to: int, since: int
 ) -> bool:
-    """Seek, then decode the frames of a clip; False if that lands behind the first of them.
+    """Seek, then decode the frames of a clip; False if that lands behind the first of them, or if the film is wrong.
 
     From the first frame on whose place is known the decoder must give one frame after the other with the times that
     the film expects: it gives them in the order of presentation, so that times of any other meaning come out of order.
-
-    Raises:
-        _Contradiction: if it does not.
     """
     try:
         container.seek(seek_to, stream=pictures.stream, backward=True, any_frame=False)
@@ -79,33 +72,28 @@ def _decode(
     labels, expected = film.expected(), None
     first, last = pictures.positions[0], pictures.positions[-1]
     for frame in _frames(container, pictures.stream):
-        if frame.pts is None:
-            raise _Contradiction
-        if expected is None:
+        if expected is None and frame.pts is not None:
             expected = film.place(frame.pts, since)
             if expected is not None and expected > first:
                 return False
-        if expected is not None and frame.pts != labels[expected]:
-            raise _Contradiction
+        if frame.pts is None or (expected is not None and frame.pts != labels[expected]):
+            return False
         pictures.take(expected, frame)
         if expected is not None:
             expected += 1
             if expected > last:
                 return True
-    raise _Contradiction
+    return False
 
 
 def _decode_by_seeking(
     container: av.container.InputContainer, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
 ) -> _Pictures | None:
     """Frames at `positions`, from the keyframe before them on; None if no seeking leads there."""
-    try:
-        for seek_to, since in film.starts(positions[0]):
-            pictures = _Pictures(positions, film, container, size)
-            if _decode(container, pictures, film, seek_to, since):
-                return pictures
-    except _Contradiction:
-        pass  # decoding from the start numbers the frames as they come
+    for seek_to, since in film.starts(positions[0]):
+        pictures = _Pictures(positions, film, container, size)
+        if _decode(container, pictures, film, seek_to, since):
+            return pictures
     return None
 
 
