@@ -42,12 +42,13 @@ def check_known(transfer: int, matrix: int, primaries: int = UNSPECIFIED) -> Non
     Raises:
         UnusableItem: for logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
     """
-    if transfer not in _ORDINARY_TRANSFERS | {PQ, HLG}:
-        raise UnusableItem(f"its transfer characteristic (number {transfer} of H.273) cannot be converted")
-    if matrix not in _KNOWN_MATRICES:
-        raise UnusableItem(f"its colour matrix (number {matrix} of H.273) cannot be converted")
-    if primaries not in _SHOWN_AS_BT709 and primaries not in _OTHER_PRIMARIES:
-        raise UnusableItem(f"its primary colours (number {primaries} of H.273) cannot be converted")
+    for what, number, known in (
+        ("transfer characteristic", transfer, _ORDINARY_TRANSFERS | {PQ, HLG}),
+        ("colour matrix", matrix, _KNOWN_MATRICES),
+        ("primary colours", primaries, _SHOWN_AS_BT709 | _OTHER_PRIMARIES.keys()),
+    ):
+        if number not in known:
+            raise UnusableItem(f"its {what} (number {number} of H.273) cannot be converted")
 
 
 def is_ordinary(transfer: int, primaries: int) -> bool:
@@ -55,17 +56,13 @@ def is_ordinary(transfer: int, primaries: int) -> bool:
     return transfer not in (PQ, HLG) and primaries not in _OTHER_PRIMARIES
 
 
-def _xyz(x: float, y: float) -> np.ndarray:
-    return np.array([x / y, 1.0, (1 - x - y) / y])
-
-
 def _rgb_to_xyz(primaries) -> np.ndarray:
     """From light of these primaries to CIE XYZ, as an eye sees it whose white is that of BT.709."""
-    *colours, white = primaries
-    columns = np.stack([_xyz(*point) for point in colours], axis=1)
-    gains = (_CONES @ _xyz(*_D65)) / (_CONES @ _xyz(*white))
+    *colours, white, daylight = (np.array([x / y, 1.0, (1 - x - y) / y]) for x, y in (*primaries, _D65))
+    columns = np.stack(colours, axis=1)
+    gains = (_CONES @ daylight) / (_CONES @ white)
     adapt = np.linalg.solve(_CONES, gains[:, None] * _CONES)
-    return adapt @ (columns * np.linalg.solve(columns, _xyz(*white)))
+    return adapt @ (columns * np.linalg.solve(columns, white))
 
 
 def _pq_to_nits(signal: np.ndarray) -> np.ndarray:

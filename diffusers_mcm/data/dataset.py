@@ -1,9 +1,11 @@
 """Map-style data sets keyed by the global sample index, so that any split over processes reads the same items."""
 
 import hashlib
+import itertools
 import logging
 import math
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -38,15 +40,13 @@ def _epoch_order(num_rows: int, seed: int, purpose: str, epoch: int) -> torch.Te
     return torch.randperm(num_rows, generator=generator)
 
 
-def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int):
+def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int) -> Iterator[int]:
     """The row of a global index, then its replacements: every row once, in an order of the index's own."""
     epoch, position = divmod(index, num_rows)
     first = int(_epoch_order(num_rows, seed, purpose, epoch)[position])
     stride = 1 + _draw_bits(seed, f"{purpose} replacement", index) % max(num_rows - 1, 1)
-    while math.gcd(stride, num_rows) != 1:
-        stride += 1
-    for attempt in range(num_rows):
-        yield (first + attempt * stride) % num_rows
+    stride = next(number for number in itertools.count(stride) if math.gcd(number, num_rows) == 1)
+    return ((first + attempt * stride) % num_rows for attempt in range(num_rows))
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -83,19 +83,17 @@ class KeyedDataset(Dataset):
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
         skipped: dict[str, str] = {}
-        for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
+        candidates = _candidate_rows(len(self.rows), self.seed, self.purpose, index)
+        for row in itertools.islice(candidates, MAX_REPLACEMENTS):
             item = self.rows[row]
+            name = self.rows.name(row, item)
             try:
-                with machine_errors_name(self.rows.name(row, item)):
+                with machine_errors_name(name):
                     caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
                     pixels = self.read_pixels(self.rows.media(item), index)
+                return {"pixels": torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()), "caption": caption}, skipped
             except UnusableItem as reason:
-                skipped[self.rows.name(row, item)] = str(reason)
-                if len(skipped) >= MAX_REPLACEMENTS:
-                    break
-                continue
-            channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-            return {"pixels": channels_first, "caption": caption}, skipped
+                skipped[name] = str(reason)
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
             f"tried in a row can be used, for example{examples(skipped)}"
@@ -159,8 +157,7 @@ class VideoDataset(KeyedDataset):
             raise ValueError(f"Give frame_interval ({frame_interval}) or fps ({fps:g}), not both.")
         if fps is not None and not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be greater than 0, not {fps}.")
-        if frame_interval is None:
-            frame_interval = 8
+        frame_interval = 8 if frame_interval is None else frame_interval
         check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
         columns = {"media_column": video_column, "caption_column": caption_column}
         rows = open_rows(source, VIDEOS, split=split, config_name=config_name, revision=revision, **columns)

@@ -5,7 +5,8 @@ import logging
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute
@@ -26,11 +27,7 @@ _CHUNK = 65_536  # rows that are Python objects at one time
 def open_folder(request: DataRequest, folder: str, files: list[str], metadata: list[str] | None = None) -> FolderRows:
     """The rows of the metadata in a folder; without metadata its images.
 
-    Args:
-        request: what the user asked for.
-        folder: where the files are.
-        files: their paths relative to the folder, as `walk` gives them.
-        metadata: which of the files are metadata; by default those that are named so.
+    `files` are the paths in it, as `walk` gives them, and `metadata` those of tables; by default those named so.
 
     Raises:
         ValueError: if nothing there can be used; the message names the file, and the row if it is one.
@@ -42,16 +39,19 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     _check_one_table_each(folder, metadata)
     reader = _MetadataReader(request, folder, files)
     table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
-    rows = FolderRows(request, table, folder, reader.skipped)
-    if not len(rows):
-        _refuse(request, folder, metadata, reader.skipped)
+    if not len(table):
+        names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
+        if not reader.skipped:
+            raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
+        number = len(reader.skipped)
+        raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped)}")
     unnamed = [path for path in media if path not in reader.used]
     if metadata and unnamed:
         logger.warning(
             "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
             len(unnamed), len(media), request.kind.name, folder, unnamed[0],
         )  # fmt: skip
-    return rows
+    return FolderRows(request, table, folder, reader.skipped)
 
 
 def is_metadata(path: str) -> bool:
@@ -131,13 +131,12 @@ class _MetadataReader:
         def find(names: list[str]) -> tuple[str, str | None]:
             return find_file_column(names, name, self.request), find_caption_column(names, name, self.request)
 
-        try:
+        if table.all_columns is None:
+            return find(table.columns)
+        with suppress(ValueError):
             columns = find(table.columns)
-            if columns[1] is not None or table.all_columns is None:
+            if columns[1] is not None:
                 return columns
-        except ValueError:
-            if table.all_columns is None:
-                raise
         return find(table.all_columns())
 
     def _check(
@@ -156,20 +155,18 @@ class _MetadataReader:
         else:
             path, captions = self._find(below, file.strip()), caption_texts(caption)
             self.used.add(path or file)
-            if path is None:
-                self._skip(below, file, where, f"[Errno 2] No such file or directory; {where} names it")
-            elif not captions and self.request.kind.needs_caption:
-                self._skip(below, file, where, NO_CAPTION if captions is not None else NO_TEXT)
-            else:
+            if path is not None and (captions or not self.request.kind.needs_caption):
                 yield os.fsencode(path), captions or []
-
-    def _skip(self, below: str, file: str, where: str, reason: str) -> None:
-        name = os.path.join(self.folder, below, file.strip())
-        self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
+                return
+            reason = NO_CAPTION if captions is not None else NO_TEXT
+            if path is None:
+                reason = f"[Errno 2] No such file or directory; {where} names it"
+            name = os.path.join(self.folder, below, file.strip())
+            self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
 
     def _find(self, below: str, name: str) -> str | None:
         """The path of a file, relative to the folder, however its name is written; None if there is none."""
-        path = os.path.join(below, name) if below else name
+        path = os.path.join(below, name)
         if path in self.listed:
             return path
         if is_remote(name):
@@ -178,9 +175,7 @@ class _MetadataReader:
         spellings = dict.fromkeys((name, slashed, *(unicodedata.normalize(f, slashed) for f in ("NFC", "NFD"))))
         paths = [os.path.normpath(os.path.join(below, spelling)) for spelling in spellings]
         found = next((path for path in paths if path in self.listed), None)
-        if found is not None:
-            return found
-        return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
+        return found or next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
 
 def _to_table(rows: Iterator[tuple[bytes, list[str]]]) -> pa.Table:
@@ -268,10 +263,3 @@ def _check_one_table_each(folder: str, metadata: list[str]) -> None:
                 f"The folder {os.path.join(folder, os.path.dirname(path))!r} holds {os.path.basename(other)} and "
                 f"{os.path.basename(path)}: keep one of them."
             )
-
-
-def _refuse(request: DataRequest, folder: str, metadata: list[str], skipped: Mapping[str, str]) -> None:
-    names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
-    if not skipped:
-        raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
-    raise ValueError(f"None of the {len(skipped)} rows of {names} can be used, for example{examples(skipped)}")

@@ -56,10 +56,7 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
     """Every other line of an interlaced frame: the lines between belong to another moment."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    field, sink = graph.add("field", "type=top"), graph.add("buffersink")
-    source.link_to(field)
-    field.link_to(sink)
-    graph.configure()
+    graph.link_nodes(source, graph.add("field", "type=top"), graph.add("buffersink")).configure()
     graph.push(frame)
     return cast(av.VideoFrame, graph.pull())
 

@@ -149,7 +149,7 @@ class HubRows(MediaRows):
         if self.caption_path is None:
             return itertools.repeat({}, len(self))
         name = self.caption_path[0]
-        batches = self.table.select_columns([name]).iter(batch_size=1000)  # row by row it takes a hundred times as long
+        batches = self.table.select_columns([name]).iter(batch_size=1000)  # row by row takes a hundred times as long
         return ({name: value} for batch in batches for value in batch[name])
 
     def name(self, row: int, item: Mapping) -> str:

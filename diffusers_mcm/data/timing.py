@@ -74,7 +74,7 @@ def timed_clip_positions(
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start."""
+    """The clip that is wanted of a film: T frames, every n-th or (given `fps`) at a rate, from a random start."""
 
     num_frames: int  # T
     frame_interval: int  # n; shrinks to fit a short film
