@@ -34,11 +34,6 @@ class MediaKind:
         """The argument that names the column of the files, in Python and on the command line."""
         return f"{self.name}_column (--{self.name}_column)"
 
-    @property
-    def ask_for_caption(self) -> str:
-        """The argument that names the column of the captions."""
-        return f"caption_column ({self.caption_flag})"
-
 
 VIDEOS = MediaKind(
     name="video",
@@ -113,21 +108,18 @@ class DataRequest:
 
     def no_caption_column(self, name: str, columns: Collection[str], note: str = "") -> ValueError:
         """The error that `name` has no column of captions, or not the one that was asked for."""
-        if self.caption_column is not None:
-            problem = f"{name} has no caption column {self.caption_column!r} of text; its columns are {list(columns)}."
-            return ValueError(problem + note)
+        if (asked := self.caption_column) is not None:
+            return ValueError(
+                f"{name} has no caption column {asked!r} of text; its columns are {list(columns)}.{note}"
+            )
         return ValueError(
             f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
-            f"Name it with {self.kind.ask_for_caption}.{note}"
+            f"Name it with caption_column ({self.kind.caption_flag}).{note}"
         )
 
 
 def find_file_column(columns: Sequence[str], name: str, request: DataRequest) -> str:
-    """The column of a metadata file that names the media files.
-
-    Raises:
-        ValueError: if there is none, or two of that name; the message names the file and its columns.
-    """
+    """The column of the metadata file `name` that names the media files; `ValueError` if there is none or two."""
     kind, asked = request.kind, request.media_column
     wanted = kind.file_columns if asked is None else (asked, *(kind.file_columns if asked == kind.name else ()))
     found = _first_found(columns, wanted, name)
@@ -147,11 +139,7 @@ def find_file_column(columns: Sequence[str], name: str, request: DataRequest) ->
 
 
 def find_caption_column(columns: Sequence[str], name: str, request: DataRequest) -> str | None:
-    """The column of a metadata file that holds the captions; None if images have none.
-
-    Raises:
-        ValueError: as `find_file_column`.
-    """
+    """The column of a metadata file that holds the captions; None if images have none. Else as `find_file_column`."""
     asked = request.caption_column
     found = _first_found(columns, CAPTION_COLUMNS if asked is None else (asked,), name)
     if found is None and (asked is not None or request.kind.needs_caption):

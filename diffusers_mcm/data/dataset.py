@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,8 @@ class VideoDataset(KeyedDataset):
     """Clips with captions.
 
     `dataset[i]` is `{"pixels": float32 (3, T, H, W) in [-1, 1], "caption": str}`. The clip starts where the seed and
-    `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced.
+    `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced. Of several captions
+    in a list each is drawn equally often.
 
     Args:
         source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), or a Hub
@@ -131,11 +133,9 @@ class VideoDataset(KeyedDataset):
         frame_interval: every how many frames one is taken; shrinks to fit a short video. Default: 8, without `fps`.
         height, width: size of the clips: the shortest side is scaled, then the centre cropped.
         seed: keys the order and the starts.
-        split: of the Hub data set, or a subfolder.
-        caption_column, video_column: if they are not to be detected. Of several captions in a list each is drawn
-            equally often.
-        config_name, revision: of a Hub data set.
+        video_column: the column of the files, if it is not to be detected.
         fps: takes frames at this rate by the times at which they are shown, instead of every n-th one.
+        options: `split`, `caption_column`, `config_name` and `revision`, as in `DataRequest`.
     """
 
     def __init__(
@@ -146,12 +146,9 @@ class VideoDataset(KeyedDataset):
         height: int = 256,
         width: int = 256,
         seed: int = 0,
-        split: str = "train",
-        caption_column: str | None = None,
         video_column: str | None = None,
-        config_name: str | None = None,
-        revision: str | None = None,
         fps: float | None = None,
+        **options: Any,
     ):
         if frame_interval is not None and fps is not None:
             raise ValueError(f"Give frame_interval ({frame_interval}) or fps ({fps:g}), not both.")
@@ -159,9 +156,7 @@ class VideoDataset(KeyedDataset):
             raise ValueError(f"fps must be greater than 0, not {fps}.")
         frame_interval = 8 if frame_interval is None else frame_interval
         check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
-        columns = {"media_column": video_column, "caption_column": caption_column}
-        rows = open_rows(source, VIDEOS, split=split, config_name=config_name, revision=revision, **columns)
-        super().__init__(rows, seed, "videos")
+        super().__init__(open_rows(source, VIDEOS, media_column=video_column, **options), seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
 
@@ -178,7 +173,7 @@ class ImageDataset(KeyedDataset):
     Args:
         source: a folder of images (with or without metadata), WebDataset tars, or a Hub data set id.
         size: side of the square images, or `(height, width)`.
-        seed, split, caption_column, image_column, config_name, revision: as in `VideoDataset`.
+        seed, image_column, options: as in `VideoDataset`.
     """
 
     def __init__(
@@ -186,17 +181,12 @@ class ImageDataset(KeyedDataset):
         source: str | os.PathLike,
         size: int | tuple[int, int] = 256,
         seed: int = 0,
-        split: str = "train",
-        caption_column: str | None = None,
         image_column: str | None = None,
-        config_name: str | None = None,
-        revision: str | None = None,
+        **options: Any,
     ):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         check_at_least_one(height=self.height, width=self.width)
-        columns = {"media_column": image_column, "caption_column": caption_column}
-        rows = open_rows(source, IMAGES, split=split, config_name=config_name, revision=revision, **columns)
-        super().__init__(rows, seed, "images")
+        super().__init__(open_rows(source, IMAGES, media_column=image_column, **options), seed, "images")
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
         return read_image(media, self.height, self.width)

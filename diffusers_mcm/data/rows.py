@@ -31,12 +31,9 @@ def digest(chunks: Iterable) -> str:
 
 
 class MediaRows:
-    """The rows of a data set, kept as columns of Arrow and not as objects.
+    """The rows of a data set, kept as columns of a `pyarrow.Table` or `datasets.Dataset` and not as objects.
 
-    Args:
-        request: what the user asked for.
-        table: a `pyarrow.Table`, or a `datasets.Dataset`, with what the subclass reads.
-        skipped: name and reason of what was seen on opening to be of no use, and is not among the rows.
+    `skipped` has name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
 
     def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
@@ -92,11 +89,7 @@ class MediaRows:
 
 
 class FolderRows(MediaRows):
-    """Files of a folder.
-
-    The table has the columns `file`, a path (bytes, as the file system has it) relative to `folder`, and `captions`,
-    a list of texts.
-    """
+    """Files of a folder: `file` is a path in it (bytes, as the file system has it), and `captions` a list of texts."""
 
     def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
         super().__init__(request, table, skipped)
@@ -121,12 +114,7 @@ class FolderRows(MediaRows):
 
 
 class HubRows(MediaRows):
-    """Rows of a `datasets.Dataset`, its media column not decoded.
-
-    Args:
-        media_column: the column with the files.
-        caption_path: keys that lead to the caption, or None if there are no captions.
-    """
+    """Rows of a `datasets.Dataset`, its media column not decoded; `caption_path` are keys that lead to the caption."""
 
     def __init__(self, request: DataRequest, table: Any, media_column: str, caption_path: tuple[str, ...] | None):
         wanted = {media_column, "__key__", "__url__", *(caption_path or ())[:1]}

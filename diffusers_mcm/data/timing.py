@@ -45,13 +45,8 @@ def timed_clip_positions(
     The clip begins with the frame shown at a time that is uniform over the film. A moment shows the last frame whose
     time is not after it, times being met to within half a frame: containers round them. So a frame that stays for
     longer than 1/fps comes more than once, the last one too. Where the film is shorter than the clip, the clip's
-    frames lie closer together, from the first frame of the film to its last.
-
-    Args:
-        seconds: ascending times of all frames of the film.
-        num_frames: how many frames T to choose.
-        fps: frames per second of the clip.
-        end: when the last frame is no longer shown; None takes it to stay as long as most frames do.
+    frames lie closer together, from the first frame of the film to its last. `seconds` are the ascending times of all
+    its frames; the last one is shown until `end`, or by default as long as most frames are.
 
     Raises:
         UnusableItem: if the film has fewer frames than asked for.
@@ -78,7 +73,7 @@ class ClipChoice:
 
     num_frames: int  # T
     frame_interval: int  # n; shrinks to fit a short film
-    fps: float | None  # frames per second; None takes every n-th frame
+    fps: float | None  # the rate, by the times at which frames are shown; None takes every n-th frame
     uniform: float  # number in [0, 1) that chooses the start
     min_frames: int = 1  # a film of fewer frames is refused even where T are fewer still
 

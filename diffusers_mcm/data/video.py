@@ -86,53 +86,31 @@ def _decode(
     return False
 
 
-def _decode_by_seeking(
-    container: av.container.InputContainer, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
-) -> _Pictures | None:
-    """Frames at `positions`, from the keyframe before them on; None if no seeking leads there."""
-    for seek_to, since in film.starts(positions[0]):
-        pictures = _Pictures(positions, film, container, size)
-        if _decode(container, pictures, film, seek_to, since):
-            return pictures
-    return None
+def _read_film(
+    media: dict, film: FilmIndex | None, choice: ClipChoice, size: tuple[int, int]
+) -> tuple[_Pictures, FilmIndex, list[int | None] | None]:
+    """The clip of a film, its index read if there is none: by seeking, or else counted from the first frame on.
 
-
-def _decode_from_start(
-    media: dict, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
-) -> tuple[_Pictures, list[int | None] | None]:
-    """Frames at `positions`, counted from the first one decoded, and the times that all frames carry.
-
-    As long as the frames come with the times that are expected, reading stops at the last position; the times are None
-    then.
+    Also returns the index and, of a film that was counted, the times that all its frames carry. As long as these come
+    as the index expects, reading stops at the clip's last frame; the times are None then.
     """
-    expected, seen = film.expected(), list[int | None]()
-    as_expected = True
+    with open_film(media) as container:
+        film = film or read_index(container)
+        positions = film.positions(choice)
+        for seek_to, since in film.starts(positions[0]):
+            pictures = _Pictures(positions, film, container, size)
+            if _decode(container, pictures, film, seek_to, since):
+                return pictures, film, None
+    expected, seen, as_expected = film.expected(), list[int | None](), True
     with open_film(media) as container:
         pictures = _Pictures(positions, film, container, size)
         for frame in _frames(container, pictures.stream):
             pictures.take(len(seen), frame)
             as_expected = as_expected and len(seen) < len(expected) and frame.pts == expected[len(seen)]
             if as_expected and len(seen) == positions[-1]:
-                return pictures, None
+                return pictures, film, None
             seen.append(frame.pts)
-    return pictures, seen
-
-
-def _read_film(
-    media: dict, film: FilmIndex | None, choice: ClipChoice, size: tuple[int, int]
-) -> tuple[_Pictures, FilmIndex, list[int | None] | None]:
-    """The clip of a film, its index read if there is none: by seeking, or else from the start.
-
-    Also returns the index, and what `_decode_from_start` says of the times.
-    """
-    with open_film(media) as container:
-        film = film or read_index(container)
-        positions = film.positions(choice)
-        pictures = _decode_by_seeking(container, film, positions, size)
-    if pictures is not None:
-        return pictures, film, None
-    pictures, labels = _decode_from_start(media, film, positions, size)
-    return pictures, film, labels
+    return pictures, film, seen
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
@@ -170,20 +148,14 @@ def read_clip(
 
     Args:
         media: `{"path": str | None, "bytes": bytes | None}`, as `datasets.Video(decode=False)` gives it.
-        num_frames: how many frames T to return.
-        frame_interval: every how many frames of the file one is taken; shrinks to fit a short video.
+        num_frames, frame_interval, uniform, fps, min_frames: which frames, see `ClipChoice`.
         height, width: size of the frames returned (shortest side scaled, then the centre).
-        uniform: number in [0, 1) that chooses the start.
-        fps: if given, frames are taken at this rate by the times at which they are shown, whatever `frame_interval`
-            is: see `timed_clip_positions`.
-        min_frames: a film of fewer frames is refused even where `num_frames` are fewer still.
 
     Returns:
         uint8 array (T, H, W, 3).
 
     Raises:
-        UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames, or
-            if its colours cannot be converted.
+        UnusableItem: if the video is missing, broken or has too few frames, or if its colours cannot be converted.
         MachineError: if the machine cannot read it, whose files are not to blame.
     """
     choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)
