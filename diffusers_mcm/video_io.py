@@ -205,24 +205,23 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 8, metadata: M
 
 def read_metadata(path: str | Path) -> dict | None:
     """The metadata that `write_video` put into a file or folder; `None` if there are none, or it is no video."""
+    path = Path(path)
+    text: str | bytes | None
     try:
-        text = _read_comment(Path(path))
+        if path.is_dir():
+            text = (path / _METADATA_FILE).read_text(encoding="utf-8")
+        elif path.suffix.lower() == ".mp4":
+            import av
+
+            with av.open(str(path)) as container:
+                text = container.metadata.get("comment")
+        else:
+            with Image.open(path) as image:
+                text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
         found = json.loads(text) if text else None
     except (OSError, ValueError):  # missing, damaged, or somebody else's
         return None
     return found if isinstance(found, dict) else None
-
-
-def _read_comment(path: Path) -> str | bytes | None:
-    if path.is_dir():
-        return (path / _METADATA_FILE).read_text(encoding="utf-8")
-    if path.suffix.lower() == ".mp4":
-        import av
-
-        with av.open(str(path)) as container:
-            return container.metadata.get("comment")
-    with Image.open(path) as image:
-        return image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
 
 
 def contact_sheet(video: np.ndarray, columns: int = 8) -> Image.Image:
@@ -237,11 +236,9 @@ def contact_sheet(video: np.ndarray, columns: int = 8) -> Image.Image:
 def comparison(
     rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], frames_per_video: int = 4
 ) -> Image.Image:
-    """A labelled picture: one row per method, one group of evenly spaced frames per prompt.
+    """A labelled picture: one row per method, one group of evenly spaced frames per prompt, below its title.
 
-    Args:
-        rows: label -> videos (T, H, W, 3), one per title and all of one size.
-        titles: the prompts, above their columns.
+    `rows` maps a label to videos (T, H, W, 3), one per title and all of one size.
     """
     if not rows or not titles or any(len(videos) != len(titles) for videos in rows.values()):
         counts = {label: len(videos) for label, videos in rows.items()}
@@ -261,10 +258,9 @@ def comparison(
         label_text = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
         draw.multiline_text((2 * _MARGIN, y + height / 2), label_text, fill="black", font=font, anchor="lm")
         for column, video in enumerate(videos):
-            video = to_uint8(video)
             chosen = np.linspace(0, len(video) - 1, frames_per_video).round().astype(int)
-            for place, index in enumerate(chosen):
-                picture.paste(Image.fromarray(video[index]), (_LABEL_WIDTH + column * group + place * (width + 1), y))
+            for place, frame in enumerate(to_uint8(video)[chosen]):
+                picture.paste(Image.fromarray(frame), (_LABEL_WIDTH + column * group + place * (width + 1), y))
     return picture
 
 

@@ -1,56 +1,32 @@
 """Films whose frames had to be counted, which means decoding all of them: what came out is remembered."""
 
 import os
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 from .film import FilmIndex
 from .images import open_path
-from .timing import ClipChoice, Time, times_in_output_order
+from .timing import times_in_output_order
 
-#: So many frames' times are kept by a process, some 70 bytes each.
+#: So many frames are kept by a process, some 150 bytes each.
 MAX_FRAMES = 500_000
 
 
-@dataclass(frozen=True)
-class CountedFilm(FilmIndex):
-    """The index of a film that was decoded from its first frame to its last; its `times` are those of `labels`."""
+def counted_film(index: FilmIndex, labels: Sequence[int | None]) -> FilmIndex:
+    """The index of a film that was decoded from its first frame to its last, which carried these times.
 
-    labels: list[int | None]  # the time that each frame carries, in the order in which they are shown, if it has one
-    # Where a label stands among them, if the labels are those of the packets and only in another order (AVI numbers
-    # frames as they are decoded); else empty, and decoding has to start with the first frame.
-    places: dict[int, int]
-
-    @classmethod
-    def of(cls, index: FilmIndex, labels: list[int | None]) -> "CountedFilm":
-        known = [label for label in labels if label is not None]
-        in_another_order = index.sound and len(known) == len(labels) and sorted(known) == index.times
-        places = {label: place for place, label in enumerate(known)} if in_another_order else {}
-        keyframes = sorted(index.keyframes, key=lambda keyframe: places[keyframe.pts]) if places else []
-        changed = {"times": (), "keyframes": keyframes, "end": index.end if places else None}
-        return cls(**vars(index) | changed, labels=labels, places=places)
-
-    def expected(self) -> Sequence[Time | None]:
-        return self.labels
-
-    def positions(self, choice: ClipChoice) -> list[int]:
-        times = times_in_output_order(self.labels, self.time_base, self.rate)  # keeping them would take more room
-        return choice.positions(times, self.time_base, self.end)
-
-    def starts(self, position: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame at `position`, and the number of the keyframe where decoding then begins."""
-        before = bisect_left(self.keyframes, position + 1, key=lambda keyframe: self.places[keyframe.pts])
-        for keyframe in self.keyframes[max(before - 1, 0) : before]:
-            for target in keyframe.targets():
-                yield target, self.places[keyframe.pts]
-
-    def place(self, label: int, since: int) -> int | None:
-        """The number of the frame with time `label` if that is `since`, the number that `starts` gave; else None."""
-        return since if self.places.get(label) == since else None
+    Its keyframes help only if these are the times of the packets and only in another order (AVI numbers frames as they
+    are decoded); else decoding has to start with the first frame.
+    """
+    times = times_in_output_order(labels, index.time_base, index.rate)
+    if None in labels or sorted(label for label in labels if label is not None) != index.labels:
+        return replace(index, times=times, labels=labels, keyframes=[], end=None)
+    places = {label: place for place, label in enumerate(labels)}
+    keyframes = sorted(index.keyframes, key=lambda keyframe: places[keyframe.pts])
+    return replace(index, times=times, labels=labels, keyframes=keyframes)
 
 
-def remember(films: dict[tuple | None, CountedFilm], key: tuple | None, film: CountedFilm) -> None:
+def remember(films: dict[tuple | None, FilmIndex], key: tuple | None, film: FilmIndex) -> None:
     """Put a film last, and let the first ones go where there is no room; without a key it is not kept."""
     if key is None or len(film.labels) > MAX_FRAMES:
         return

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .faults import UnusableItem, machine_errors_name
+from .faults import MachineError, UnusableItem, check_own_fault
 from .images import read_image
 from .rows import MediaRows, examples
 from .sources import IMAGES, VIDEOS, open_rows
@@ -89,12 +89,14 @@ class KeyedDataset(Dataset):
             item = self.rows[row]
             name = self.rows.name(row, item)
             try:
-                with machine_errors_name(name):
-                    caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
-                    pixels = self.read_pixels(self.rows.media(item), index)
+                caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
+                pixels = self.read_pixels(self.rows.media(item), index)
                 return {"pixels": torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()), "caption": caption}, skipped
             except UnusableItem as reason:
                 skipped[name] = str(reason)
+            except (MachineError, MemoryError) as error:
+                check_own_fault(error, name)
+                raise
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
             f"tried in a row can be used, for example{examples(skipped)}"

@@ -1,8 +1,6 @@
 """Whose fault it is that a file cannot be read: its own, so that another is read instead, or the machine's."""
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from av.error import FFmpegError
@@ -51,8 +49,10 @@ def check_own_fault(error: BaseException, name: str | None) -> None:
     Raises:
         MachineError: if it is the machine's, so that another file would not do better; it names the file.
     """
-    if isinstance(error, MachineError):
+    if isinstance(error, MachineError) and (name is None or name in str(error)):
         raise error
+    if isinstance(error, MachineError):
+        raise MachineError(f"{name}: {error}", error.errno) from error
     if not _is_of_the_machine(error, name):
         return
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
@@ -62,20 +62,6 @@ def check_own_fault(error: BaseException, name: str | None) -> None:
         "run goes on from its last checkpoint with --resume_from_checkpoint latest."
     )
     raise MachineError(message, number) from error
-
-
-@contextmanager
-def machine_errors_name(name: str) -> Iterator[None]:
-    """Let the machine's errors say which item was being read, whoever met them: a `MachineError` that names it."""
-    try:
-        yield
-    except MemoryError as error:
-        check_own_fault(error, name)
-        raise
-    except MachineError as error:
-        if name in str(error):
-            raise
-        raise MachineError(f"{name}: {error}", error.errno) from error
 
 
 def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:

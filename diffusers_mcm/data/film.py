@@ -1,10 +1,10 @@
 """The stream of a file that is the film, and the index of its frames that its packets give."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import av
@@ -28,46 +28,40 @@ class Keyframe(NamedTuple):
     pts: int
     dts: int | None
 
-    def targets(self) -> list[int]:
-        """The times to seek: containers with an index go by presentation times, others search by decoding times."""
-        return [time for time in dict.fromkeys(self) if time is not None]
-
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """The index of a film's frames that its packets give, without decoding (but for the first frame)."""
+    """The index of a film's frames: from its packets, without decoding (but for the first frame), or counted."""
 
     stream: int  # number of the film's stream in its container
     times: Sequence[Time]  # ascending presentation time of every frame, in the stream's time base
-    sound: bool  # whether the packets carry these times; else they are a guess, at a constant rate
-    keyframes: list[Keyframe]  # the frames where decoding can start, ascending; none if the times are a guess
+    labels: Sequence[int | None]  # those that the decoder is to give, in the order of presentation; () if nobody knows
+    keyframes: list[Keyframe]  # the frames where decoding can start, as they are shown; none if the labels do not help
     time_base: Fraction  # seconds of one unit of time
     rate: Fraction | None  # frames per second as far as it is known
     orientation: Orientation  # what the first frame says
     end: int | None  # when the last frame is no longer shown, as far as that is known
 
-    def expected(self) -> Sequence[Time | None]:
-        """The times that the decoder is to give, in the order of presentation; none if they are a guess."""
-        return self.times if self.sound else ()
+    @cached_property
+    def places(self) -> dict[int | None, int]:
+        """The number of the frame with each label."""
+        return {label: place for place, label in enumerate(self.labels)}
 
     def positions(self, choice: ClipChoice) -> list[int]:
         """The numbers of the clip's frames."""
         return choice.positions(self.times, self.time_base, self.end)
 
     def starts(self, position: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame at `position`, and the time of the keyframe where decoding then begins.
+        """Where to seek for the frame at `position`, and the number of the keyframe where decoding then begins.
 
-        A search by decoding times may land late, so that an earlier keyframe is worth another try.
+        Containers with an index go by presentation times, others search by decoding times. Such a search may land
+        late, so that an earlier keyframe is worth another try.
         """
-        time = self.times[position]
-        before = [keyframe for keyframe in self.keyframes if keyframe.pts <= time]
+        before = [keyframe for keyframe in self.keyframes if self.places[keyframe.pts] <= position]
         for keyframe in before[-1:] + before[-3:-2]:
-            for target in keyframe.targets():
-                yield target, keyframe.pts
-
-    def place(self, label: int, since: int) -> int | None:
-        """The number of the frame with time `label`; None for one before `since`, the time that `starts` gave."""
-        return None if label < since else min(bisect_left(self.times, label), len(self.times) - 1)
+            for target in dict.fromkeys(keyframe):
+                if target is not None:
+                    yield target, self.places[keyframe.pts]
 
 
 @contextmanager
@@ -144,7 +138,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
     return FilmIndex(
         stream=film.index,
         times=times if sound else at_constant_rate(len(durations[film.index]), time_base, rate),
-        sound=sound,
+        labels=times if sound else (),
         keyframes=sorted(keyframes[film.index]) if sound else [],
         time_base=time_base,
         rate=rate,

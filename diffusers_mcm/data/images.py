@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -69,17 +70,6 @@ def _deep_gray(image: Image.Image) -> np.ndarray:
     return 1 - values if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else values
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours by the image's own profile; one that does not fit the image is left aside, as browsers do."""
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-        return image if converted is None else converted
-    except (ImageCms.PyCMSError, OSError):
-        return image
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image mode to sRGB; what is transparent becomes white, as a browser would show it.
 
@@ -100,7 +90,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         except ValueError as error:
             raise UnusableItem(f"its colours ({image.mode}) cannot be converted: {error}") from error
     if profile:
-        image = _to_srgb(image, profile)
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        with suppress(ImageCms.PyCMSError, OSError):  # one that does not fit is left aside, as browsers do
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")

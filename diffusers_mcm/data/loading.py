@@ -66,13 +66,8 @@ class StepLoader:
     """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
 
     Yields `{"pixels": float32 (B, …) in [-1, 1], "caption": list of B strings, "index": int64 (B,)}`. Items skipped
-    in the workers are counted and warned of here, in `dataset.skipped`.
-
-    Args:
-        dataset: a `VideoDataset`, `ImageDataset` or `FrameDataset`.
-        sampler: which indices, in which order.
-        num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: page-locked batches, for copies to a GPU.
+    in the workers are counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes;
+    `pin_memory` gives page-locked batches, for copies to a GPU.
     """
 
     def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):

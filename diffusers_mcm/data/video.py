@@ -7,14 +7,14 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from .counted import CountedFilm, film_key, remember
+from .counted import counted_film, film_key, remember
 from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import orientation_of, picture
 from .images import open_path
 from .timing import ClipChoice
 
-_counted: dict[tuple | None, CountedFilm] = {}  # the films that this process counted, the one read last at the end
+_counted: dict[tuple | None, FilmIndex] = {}  # the films that this process counted, the one read last at the end
 
 
 class _Pictures:
@@ -61,28 +61,26 @@ def _decode(
 ) -> bool:
     """Seek, then decode the frames of a clip; False if that lands behind the first of them, or if the film is wrong.
 
-    From the first frame on whose place is known the decoder must give one frame after the other with the times that
-    the film expects: it gives them in the order of presentation, so that times of any other meaning come out of order.
+    From the keyframe on the decoder must give one frame after the other with the times that the film expects: it
+    gives them in the order of presentation, so that times of any other meaning come out of order.
     """
     try:
         container.seek(seek_to, stream=pictures.stream, backward=True, any_frame=False)
     except FFmpegError as error:
         check_own_fault(error, None)
         return False  # the container cannot seek
-    labels, expected = film.expected(), None
-    first, last = pictures.positions[0], pictures.positions[-1]
+    place = -1
     for frame in _frames(container, pictures.stream):
-        if expected is None and frame.pts is not None:
-            expected = film.place(frame.pts, since)
-            if expected is not None and expected > first:
-                return False
-        if frame.pts is None or (expected is not None and frame.pts != labels[expected]):
+        before, place = place, film.places.get(frame.pts, -1)
+        if (
+            place < 0
+            or (before >= since and place != before + 1)
+            or (before < since and place > pictures.positions[0])
+        ):
             return False
-        pictures.take(expected, frame)
-        if expected is not None:
-            expected += 1
-            if expected > last:
-                return True
+        pictures.take(place if place >= since else None, frame)
+        if place == pictures.positions[-1]:
+            return True
     return False
 
 
@@ -101,15 +99,14 @@ def _read_film(
             pictures = _Pictures(positions, film, container, size)
             if _decode(container, pictures, film, seek_to, since):
                 return pictures, film, None
-    expected, seen, as_expected = film.expected(), list[int | None](), True
+    seen: list[int | None] = []
     with open_film(media) as container:
         pictures = _Pictures(positions, film, container, size)
         for frame in _frames(container, pictures.stream):
             pictures.take(len(seen), frame)
-            as_expected = as_expected and len(seen) < len(expected) and frame.pts == expected[len(seen)]
-            if as_expected and len(seen) == positions[-1]:
-                return pictures, film, None
             seen.append(frame.pts)
+            if len(seen) == positions[-1] + 1 and seen == list(film.labels[: len(seen)]):
+                return pictures, film, None
     return pictures, film, seen
 
 
@@ -125,7 +122,7 @@ def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _P
     pictures, index, labels = _read_film(media, None, choice, size)
     if labels is None:
         return pictures
-    film = CountedFilm.of(index, labels)
+    film = counted_film(index, labels)
     remember(_counted, key or film_key(media), film)
     if film.positions(choice) != index.positions(choice):
         pictures, _, labels = _read_film(media, film, choice, size)
