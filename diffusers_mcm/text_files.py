@@ -26,24 +26,14 @@ _told: set[str] = set()  # names of the texts of which it was said that their en
 
 @dataclass(frozen=True)
 class Text:
-    """A decoded text.
+    """A decoded text; U+FFFD stands for bytes that fit no encoding that is known here."""
 
-    Attributes:
-        content: the text, its lines ended by "\\n", without a byte order mark.
-        encoding: how it was encoded, in Python's name.
-        broken_lines: numbers of the lines, from 1, whose bytes fit no encoding that is known here; U+FFFD stands for
-            those bytes.
-    """
-
-    content: str
-    encoding: str
-    broken_lines: tuple[int, ...] = ()
+    content: str  # its lines ended by a line feed, without a byte order mark
+    encoding: str  # in Python's name
+    broken_lines: tuple[int, ...] = ()  # numbers, from 1, of those that hold such bytes
 
     def checked(self, name: str) -> str:
-        """The content; `ValueError` that names the file and its first broken line if there is one.
-
-        That an encoding was guessed is told as `tell_guess` does.
-        """
+        """The content, with `tell_guess`; `ValueError` that names the file and its first broken line if it has one."""
         if self.broken_lines:
             raise ValueError(
                 f"{name}, line {self.broken_lines[0]}: expected text in UTF-8, UTF-16 or Windows-1252, got other "
@@ -150,10 +140,7 @@ def find_name(names: Collection[str], wanted: str) -> str | None:
 def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
     """The rows of a table in csv (`.csv`, `.tsv`, any of `DELIMITERS`), JSON lines (`.jsonl`) or JSON (`.json`).
 
-    Args:
-        text: the table.
-        suffix: the notation, as a file's suffix in lower case.
-        known: names of columns that are hoped for: the delimiter is the one with which the header has most of them.
+    Of csv the delimiter is the one with which the header has most of the `known` names of columns.
 
     Raises:
         ValueError: if the whole is not JSON, with line and column. A bad row is a `Row` with its problem.
@@ -244,18 +231,14 @@ def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Reco
     if it held no quoting, or is a record with a problem, and the next line begins a new record.
     """
     position, width, reader = first, None, None
-
-    def feed() -> Iterator[str]:
-        nonlocal position
-        while position < len(lines):
-            position += 1
-            yield lines[position - 1] + "\n"
-
     while position < len(lines):
-        reader = reader or csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+        if reader is None:
+            base, rest = position, (lines[number] + "\n" for number in range(position, len(lines)))
+            reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True)
         start = position
         try:
             cells, problem = next(reader, []), None
+            position = base + reader.line_num
         except csv.Error as error:
             position, reader = start + 1, None
             cells = lines[start].split(delimiter)

@@ -59,7 +59,11 @@ def read_list(file: str) -> list[Prompt]:
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
     name = "stdin" if file == "-" else file
-    text = _read_stdin() if file == "-" else read_text(file)
+    if file == "-":
+        stream = getattr(sys.stdin, "buffer", None)
+        text = decode_text(stream.read()).checked(name) if stream is not None else sys.stdin.read()
+    else:
+        text = read_text(file)
     suffix = Path(file).suffix.lower()
     rows: Iterable[Any]
     if suffix in (".csv", ".tsv"):
@@ -78,11 +82,6 @@ def read_list(file: str) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"expected at least one prompt in {name}, got none")
     return prompts
-
-
-def _read_stdin() -> str:
-    stream = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if stream is None else decode_text(stream.read()).checked("stdin")
 
 
 def _lines(text: str) -> list[tuple[int, str]]:

@@ -99,13 +99,7 @@ def to_ordinary(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray
 
     HDR is taken to be mastered for 1000 cd/m²; its light is compressed as BT.2390 says, so that what is not brighter
     than a face keeps its luminance relative to white at 203 cd/m². Colours out of the gamut are clipped.
-
-    Args:
-        signal: RGB as the film stores it, (…, 3), floating point in [0, 1].
-        transfer, primaries: numbers of H.273.
-
-    Returns:
-        uint8 (…, 3).
+    `signal` is RGB as the film stores it, (…, 3), floating point in [0, 1]; the result is uint8 (…, 3).
     """
     signal = np.clip(signal, 0, 1).astype(np.float64)
     if transfer in (PQ, HLG):

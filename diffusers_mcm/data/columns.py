@@ -16,9 +16,7 @@ _FILE_COLUMNS = ("file_name", "{0}_file_name", "{0}", "{0}_path", "{0}_file", "f
 class MediaKind:
     """What differs between video and image data."""
 
-    name: str  # also the canonical column
-    builder: str  # the loader of `datasets` for a folder
-    feature: str  # the feature type of `datasets`
+    name: str  # also the canonical column, and what `datasets` calls its feature type and its loader of folders
     columns: tuple[str, ...]  # names under which the files are looked for in a table of `datasets`, if none is typed
     extensions: tuple[str, ...]
     needs_caption: bool
@@ -37,8 +35,6 @@ class MediaKind:
 
 VIDEOS = MediaKind(
     name="video",
-    builder="videofolder",
-    feature="Video",
     columns=("video", "mp4", "webm", "mkv", "mov", "avi", "m4v"),
     extensions=tuple(".mp4 .webm .mkv .mov .avi .m4v .mpeg .mpg .ts .m2ts .mts .wmv .flv .3gp .ogv".split()),
     needs_caption=True,
@@ -46,8 +42,6 @@ VIDEOS = MediaKind(
 )
 IMAGES = MediaKind(
     name="image",
-    builder="imagefolder",
-    feature="Image",
     columns=("image", "jpg", "jpeg", "png", "webp"),
     extensions=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     needs_caption=False,

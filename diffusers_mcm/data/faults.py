@@ -73,7 +73,10 @@ def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
 def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
     number = getattr(error, "errno", None)
     if isinstance(error, FFmpegError) and isinstance(error, MemoryError):
-        return not _has_memory()  # FFmpeg also says this of a header that asks for gigabytes
+        try:  # FFmpeg also says this of a header that asks for gigabytes
+            return not np.empty(_LITTLE_MEMORY, np.uint8).size
+        except MemoryError:
+            return True
     if isinstance(error, FFmpegError) and number == errno.EIO:  # and this of a file that breaks off
         return name is not None and not is_remote(name) and not _can_be_read(name)
     if isinstance(error, FFmpegError):
@@ -85,13 +88,6 @@ def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
         lost = _LOST_CONNECTIONS & {kind.__name__ for kind in type(error).__mro__}
         return bool(lost) or status >= 500 or status in _BUSY_SERVER
     return number not in _OF_THE_FILE
-
-
-def _has_memory() -> bool:
-    try:
-        return bool(np.empty(_LITTLE_MEMORY, np.uint8).size)
-    except MemoryError:
-        return False
 
 
 def _can_be_read(path: str) -> bool:

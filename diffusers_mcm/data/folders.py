@@ -89,17 +89,12 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
 
 
 class _MetadataReader:
-    """Reads the rows of metadata tables, each a path relative to the folder and captions.
-
-    Attributes:
-        used: the files that rows name.
-        skipped: rows and tables that are of no use, with the reason.
-    """
+    """Reads the rows of metadata tables, each a path relative to the folder and captions."""
 
     def __init__(self, request: DataRequest, folder: str, files: Collection[str]):
         self.request, self.folder, self.listed = request, folder, set(files)
-        self.used: set[str] = set()
-        self.skipped: dict[str, str] = {}
+        self.used: set[str] = set()  # the files that rows name
+        self.skipped: dict[str, str] = {}  # rows and tables that are of no use, with the reason
 
     def read_all(self, metadata: list[str]) -> Iterator[tuple[bytes, list[str]]]:
         """The rows of tables, given by their paths relative to the folder."""
@@ -226,10 +221,9 @@ def _open_parquet(name: str) -> Table:
     def rows() -> Iterator[Row]:
         number = 0
         try:
-            for batch in file.iter_batches(columns=columns):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(number, values)
+            batches = file.iter_batches(columns=columns)
+            for number, values in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield Row(number, values)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             check_own_fault(error, name)
             yield Row(number + 1, {}, f"from here on the table cannot be read ({error})")
@@ -256,10 +250,6 @@ def _check_captionless(request: DataRequest, files: list[str], media: list[str])
 
 def _check_one_table_each(folder: str, metadata: list[str]) -> None:
     first: dict[str, str] = {}
-    for path in metadata:
-        other = first.setdefault(os.path.dirname(path), path)
-        if other != path:
-            raise ValueError(
-                f"The folder {os.path.join(folder, os.path.dirname(path))!r} holds {os.path.basename(other)} and "
-                f"{os.path.basename(path)}: keep one of them."
-            )
+    for below, name in map(os.path.split, metadata):
+        if (other := first.setdefault(below, name)) != name:
+            raise ValueError(f"The folder {os.path.join(folder, below)!r} holds {other} and {name}: keep one of them.")

@@ -99,23 +99,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode(media: dict) -> tuple[Image.Image, int]:
-    """The image as stored, and its EXIF orientation. Here is PIL's code only, whose complaints are about the file."""
-    try:
-        with Image.open(media_file(media)) as image:
-            image.load()
-            return image, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (*_BROKEN_FILE, MemoryError) as error:
-        raise unusable(error, open_path(media), "the image") from error
-
-
 def read_image(media: dict, height: int, width: int) -> np.ndarray:
     """Decode one image with PIL, upright and fitted: uint8 (H, W, 3). Of an animation it is the first picture.
 
     Raises:
         UnusableItem: if the file is missing or broken, or holds numbers of which nobody can say how bright they are.
     """
-    image, orientation = _decode(media)
+    try:  # PIL's code only, whose complaints are about the file
+        with Image.open(media_file(media)) as image:
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*_BROKEN_FILE, MemoryError) as error:
+        raise unusable(error, open_path(media), "the image") from error
     rgb = to_rgb(image)
     rgb.info.clear()  # or PIL reads the whole EXIF block again, which may be broken
     rgb.getexif()[ExifTags.Base.Orientation] = orientation

@@ -1,6 +1,7 @@
 """Where training data comes from: a folder, WebDataset tars or the Hub."""
 
 import glob
+import importlib
 import logging
 import os
 from collections.abc import Mapping
@@ -16,12 +17,10 @@ logger = logging.getLogger(__name__)
 
 def _import_datasets() -> Any:
     try:
-        import datasets
+        return importlib.import_module("datasets")
     except ImportError as error:
-        raise ImportError(
-            "Reading training data needs the package `datasets`: pip install 'diffusers-mcm[train]'"
-        ) from error
-    return datasets
+        needed = "Reading training data needs the package `datasets`: pip install 'diffusers-mcm[train]'"
+        raise ImportError(needed) from error
 
 
 def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> MediaRows:
@@ -66,13 +65,13 @@ def _open_local(request: DataRequest) -> MediaRows | None:
     if source.lower().endswith(TABLE_SUFFIXES) and os.path.isfile(source):
         folder, table = os.path.split(os.path.abspath(source))
         return open_folder(request, folder, walk(folder), metadata=[table])
-    if source.lower().endswith(TAR_SUFFIXES) or glob.has_magic(source):
-        tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
-        tars = [source] if os.path.isfile(source) else tars
-        if not tars:
-            raise ValueError(f"No .tar file matches {source!r}.")
-        return open_tars(request, tars)
-    return None
+    if not source.lower().endswith(TAR_SUFFIXES) and not glob.has_magic(source):
+        return None
+    tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
+    tars = [source] if os.path.isfile(source) else tars
+    if not tars:
+        raise ValueError(f"No .tar file matches {source!r}.")
+    return open_tars(request, tars)
 
 
 def _split_folder(request: DataRequest) -> str:
@@ -97,8 +96,9 @@ def _split_folder(request: DataRequest) -> str:
 def _open_hub(request: DataRequest) -> HubRows:
     """The rows of a Hub data set, or of a folder with zip archives, which `datasets` opens."""
     table = _load(request)
-    media_column = _find_media_column(table.features, request)
-    table = table.cast_column(media_column, getattr(_import_datasets(), request.kind.feature)(decode=False))
+    feature = getattr(_import_datasets(), request.kind.name.capitalize())
+    media_column = _find_media_column(table.features, feature, request)
+    table = table.cast_column(media_column, feature(decode=False))
     return HubRows(request, table, media_column, _find_caption(_values(table, request.caption_column), request))
 
 
@@ -113,7 +113,7 @@ def _load(request: DataRequest) -> Any:
     try:
         if folder is not None:  # by hand: `datasets` would put `test_1.mp4` into a test split
             files = {split: os.path.join(folder, "**")}
-            return datasets.load_dataset(request.kind.builder, data_files=files, split=split)
+            return datasets.load_dataset(f"{request.kind.name}folder", data_files=files, split=split)
         return datasets.load_dataset(source, request.config_name, split=split, revision=request.revision)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(f"{message} that can be reached: {error}") from error
@@ -147,10 +147,9 @@ def _values(table: Any, asked: str | None) -> dict[tuple[str, ...], bool]:
     return values
 
 
-def _find_media_column(features: Mapping[str, Any], request: DataRequest) -> str:
+def _find_media_column(features: Mapping[str, Any], wanted: type, request: DataRequest) -> str:
     kind, asked = request.kind, request.media_column
-    feature_type = getattr(_import_datasets(), kind.feature)
-    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    typed = [name for name, feature in features.items() if isinstance(feature, wanted)]
     if asked is not None and asked not in features:
         raise request.no_media_column(repr(request.source), list(features))
     if asked is None and len(typed) > 1 and kind.name not in typed:
@@ -158,7 +157,7 @@ def _find_media_column(features: Mapping[str, Any], request: DataRequest) -> str
     found = [asked, *(name for name in (kind.name, *typed) if name in typed), *kind.columns]
     if (column := next((name for name in found if name in features), None)) is None:
         raise ValueError(
-            f"No {kind.name} column found in {request.source!r}: none is of type {kind.feature} or named one of "
+            f"No {kind.name} column found in {request.source!r}: none is of type {wanted.__name__} or named one of "
             f"{list(kind.columns)}; its columns are {list(features)}. Name it with {kind.ask_for_media}."
         )
     return column

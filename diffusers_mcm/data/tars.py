@@ -24,19 +24,16 @@ _Places = list[tuple[str, str | None]]  # of captions: a field, and the key in i
 class TarIndex:
     """Where the samples of a set of tars are, from their headers alone.
 
-    Attributes:
-        paths: the tars.
-        names: of the samples' videos or images, as chunks of Arrow.
-        shards: number of each sample's tar.
-        places: row, offset and size of one file after the other, by field; of the videos or images by "media".
-        others: fields of all files, in samples or not.
-        skipped: tars and files that are of no use, with the reason.
+    `skipped` has tars and files that are of no use, with the reason.
     """
 
     def __init__(self, request: DataRequest, paths: list[str]):
-        self.paths, self.shards, self.places = paths, array("i"), {"media": array("q")}
-        self.names: list[pa.Array] = []
-        self.others: set[str] = set()
+        self.paths = paths
+        self.names: list[pa.Array] = []  # of the samples' videos or images, as chunks of Arrow
+        self.shards = array("i")  # the number of each sample's tar
+        # row, offset and size of one file after the other, by field; of the videos or images by "media"
+        self.places = {"media": array("q")}
+        self.others: set[str] = set()  # fields of all files, in samples or not
         self.skipped: dict[str, str] = {}
         for shard, path in enumerate(paths):
             members, problem = read_headers(path)
@@ -118,27 +115,18 @@ def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
     Raises:
         ValueError: if no tar can be read, or none holds what is needed.
     """
-    index = TarIndex(request, paths)
+    index, source, kind = TarIndex(request, paths), request.source, request.kind
+    if index.shards:
+        return TarRows(request, index, _find_captions(index, request))
     if not index.others:
-        raise ValueError(f"None of the {len(paths)} tars of {request.source!r} can be read:{examples(index.skipped)}")
-    if not index.shards:
-        _refuse(index, request)
-    return TarRows(request, index, _find_captions(index, request))
-
-
-def _refuse(index: TarIndex, request: DataRequest) -> None:
-    """Say why there is no sample in tars that can be read."""
-    source, kind = request.source, request.kind
+        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped)}")
     fields = sorted(index.others - {""})
-    of_kind = [name for name in fields if f".{name}".endswith(kind.extensions)]
     if request.media_column is not None:
         raise request.no_media_column(repr(source), fields)
-    if of_kind:
+    if of_kind := [name for name in fields if f".{name}".endswith(kind.extensions)]:
         raise request.several_media_columns(of_kind)
-    broken = {path: index.skipped[path] for path in index.paths if path in index.skipped}
-    raise ValueError(
-        f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{examples(broken)}"
-    )
+    broken = examples({path: index.skipped[path] for path in paths if path in index.skipped})
+    raise ValueError(f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{broken}")
 
 
 def _find_captions(index: TarIndex, request: DataRequest) -> _Places:

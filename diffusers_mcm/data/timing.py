@@ -97,8 +97,13 @@ def times_in_output_order(pts: Sequence[int | None], time_base: Fraction, rate: 
     labels = _labels_in_order(pts)
     if labels is None:
         return at_constant_rate(len(pts), time_base, rate)
-    times = sorted(labels.values())
-    return times if len(times) == len(pts) else _fill(times, list(labels), len(pts))
+    times, places = sorted(labels.values()), list(labels)
+    if len(times) == len(pts):
+        return times
+    gaps = sorted(np.diff(times) / np.diff(places))
+    numbers = np.arange(len(pts))
+    beyond = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
+    return (np.interp(numbers, places, times) + gaps[len(gaps) // 2] * beyond).tolist()
 
 
 def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
@@ -118,14 +123,6 @@ def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
     else:
         return None
     return labels if len(labels) >= max(2, _USABLE * labelled) else None
-
-
-def _fill(times: list[int], places: list[int], num_frames: int) -> list[float]:
-    """Times of all frames, from the ascending ones of those at `places`; the others lie evenly between and beyond."""
-    gaps = sorted(np.diff(times) / np.diff(places))
-    numbers = np.arange(num_frames)
-    beyond = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
-    return (np.interp(numbers, places, times) + gaps[len(gaps) // 2] * beyond).tolist()
 
 
 def at_constant_rate(num_frames: int, time_base: Fraction, rate: Fraction | None) -> list[Fraction]:
