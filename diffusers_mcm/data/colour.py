@@ -37,10 +37,9 @@ _HLG_A, _HLG_B, _HLG_C = 0.17883277, 0.28466892, 0.55991073
 
 
 def check_known(transfer: int, matrix: int, primaries: int = UNSPECIFIED) -> None:
-    """Refuse what would be shown in wrong colours: curves, matrices and primaries that nobody here inverts.
+    """`UnusableItem` for what would be shown in wrong colours: curves, matrices and primaries nobody here inverts.
 
-    Raises:
-        UnusableItem: for logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
+    Such are logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
     """
     for what, number, known in (
         ("transfer characteristic", transfer, _ORDINARY_TRANSFERS | {PQ, HLG}),

@@ -1,6 +1,5 @@
 """What data is asked for, which of its columns holds the files and which the captions, and what a caption is."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +56,8 @@ def caption_texts(value: Any) -> list[str] | None:
     if value is None:
         return []
     if isinstance(value, str):
-        text = value.encode("utf-8", "replace").decode() if re.search("[\ud800-\udfff]", value) else value
-        return [text.strip()] if text.strip() else []
+        text = value.encode("utf-8", "replace").decode().strip()  # without halves of surrogate pairs
+        return [text] if text else []
     if isinstance(value, Sequence) and not isinstance(value, bytes) and all(isinstance(v, str) for v in value):
         return [text for entry in value for text in caption_texts(entry) or ()]
     return None
@@ -68,24 +67,20 @@ def caption_texts(value: Any) -> list[str] | None:
 class DataRequest:
     """Which videos or images somebody asks for.
 
-    Attributes:
-        source: a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional for
-            images) or such a table itself, a folder or a glob of WebDataset tars, or a Hub data set id. A local path
-            wins over a Hub id.
-        kind: `VIDEOS` or `IMAGES`.
-        split: a split of the Hub data set, or a subfolder; "train" is the whole folder if it has no such subfolder.
-        media_column, caption_column: names of the columns, if they are not to be detected; of tars those of the
-            samples' fields ("mp4"). A caption inside the `json` of a WebDataset may be written `json.caption`.
-        config_name, revision: of a Hub data set.
+    The source is a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional
+    for images) or such a table itself, a folder or a glob of WebDataset tars, or a Hub data set id. A local path wins
+    over a Hub id. Columns of tars are the samples' fields ("mp4"), and "json.caption" is a caption inside their json.
     """
 
     source: str
     kind: MediaKind
-    split: str = "train"
-    media_column: str | None = None
-    caption_column: str | None = None
-    config_name: str | None = None
-    revision: str | None = None
+    split: str = (
+        "train"  # of the Hub data set, or a subfolder; "train" is the whole folder if it has none of that name
+    )
+    media_column: str | None = None  # is detected, if it is not named
+    caption_column: str | None = None  # likewise
+    config_name: str | None = None  # of a Hub data set
+    revision: str | None = None  # likewise
 
     def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:
         """The error that `name` lacks the column of the files that was asked for."""

@@ -74,14 +74,10 @@ def open_film(media: dict) -> Iterator[av.container.InputContainer]:
 
 
 def read_packets(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
-    """The packets of one or several streams, in the order of the file, with an empty one for each at the end.
-
-    Raises:
-        UnusableItem: where PyAV loses count of the streams.
-    """
+    """The packets of one or several streams, in the order of the file, with an empty one for each at the end."""
     try:
         yield from container.demux(streams)
-    except IndexError as error:
+    except IndexError as error:  # PyAV lost count of the streams
         raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
 
 

@@ -238,14 +238,13 @@ def _check_captionless(request: DataRequest, files: list[str], media: list[str])
         raise ValueError(
             f"The folder {source!r} holds no {kind.name} files ({', '.join(kind.extensions)}) and no .tar files."
         )
-    if not kind.needs_caption and request.caption_column is None:
-        return
-    tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
-    instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
-    raise ValueError(
-        f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
-        f"with the columns file_name and caption.{instead}"
-    )
+    if kind.needs_caption or request.caption_column is not None:
+        tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
+        instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
+        raise ValueError(
+            f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
+            f"with the columns file_name and caption.{instead}"
+        )
 
 
 def _check_one_table_each(folder: str, metadata: list[str]) -> None:

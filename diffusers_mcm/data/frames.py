@@ -28,11 +28,7 @@ class Orientation(NamedTuple):
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """The orientation that a frame asks for; None if it says nothing about it.
-
-    Raises:
-        UnusableItem: for a turn that is no multiple of a quarter.
-    """
+    """The orientation that a frame asks for, None if nothing; `UnusableItem` for a turn that is not by quarters."""
     try:
         # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
         # scaler, for whose threads a forked worker would then wait for ever
@@ -67,9 +63,7 @@ def picture(
     """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
     Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
-
-    Raises:
-        UnusableItem: for a corrupt frame, and for colours that cannot be converted.
+    `UnusableItem` for a corrupt frame, and for colours that cannot be converted.
     """
     if frame.is_corrupt:
         raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")

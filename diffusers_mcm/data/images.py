@@ -50,11 +50,7 @@ def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) 
 
 
 def _deep_gray(image: Image.Image) -> np.ndarray:
-    """Brightness in [0, 1] of a gray image with more than 8 bits per pixel: float64 (H, W).
-
-    Raises:
-        UnusableItem: if nobody can say which value is white.
-    """
+    """Brightness in [0, 1] of a gray image with more than 8 bits per pixel: float64 (H, W)."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
@@ -71,11 +67,7 @@ def _deep_gray(image: Image.Image) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image mode to sRGB; what is transparent becomes white, as a browser would show it.
-
-    Raises:
-        UnusableItem: for numbers of which nobody can say how bright they are.
-    """
+    """Any image mode to sRGB; what is transparent becomes white, as a browser would show it."""
     profile = image.info.get("icc_profile")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # of which PIL would clip what is over 255
         levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,9 @@ class StepSampler(Sampler[list[int]]):
             raise ValueError(f"start_step must be 0 or more, not {self.start_step}.")
 
     def __iter__(self) -> Iterator[list[int]]:
-        numbers: Iterable[int] = itertools.count(self.start_step * self.accumulation)  # of micro-batches, s·A + a
-        if self.end_step is not None:
-            numbers = range(self.start_step * self.accumulation, self.end_step * self.accumulation)
         size = self.batch_size * self.items_per_sample
-        for number in numbers:
+        end = sys.maxsize if self.end_step is None else self.end_step * self.accumulation
+        for number in range(self.start_step * self.accumulation, end):  # of micro-batches, s·A + a
             first = (number * self.num_processes + self.rank) * size
             yield list(range(first, first + size))
 

@@ -59,13 +59,11 @@ class MediaRows:
         raise NotImplementedError
 
     def caption(self, item: Mapping, uniform: float = 0.0) -> str:
-        """The item's caption, "" for an image without one; of several the one that `uniform` in [0, 1) chooses.
+        """The item's caption, of several the one that `uniform` in [0, 1) chooses.
 
-        Raises:
-            UnusableItem: if a video has no caption.
+        Without one it is "" for an image, and a video is an `UnusableItem`.
         """
-        texts = self.captions(item)
-        if texts:
+        if texts := self.captions(item):
             return texts[int(uniform * len(texts))]
         if self.kind.needs_caption:
             raise UnusableItem(NO_CAPTION if texts is not None else NO_TEXT)
@@ -98,19 +96,15 @@ class FolderRows(MediaRows):
     def order(self) -> str:
         return digest(self.table["file"].chunks)
 
-    def path(self, file: bytes) -> str:
-        """The path of the file, or its address."""
-        name = os.fsdecode(file)
-        return name if is_remote(name) else os.path.join(self.folder, name)
-
     def media(self, item: Mapping) -> dict:
-        return {"path": self.path(item["file"]), "bytes": None}
+        file = os.fsdecode(item["file"])
+        return {"path": file if is_remote(file) else os.path.join(self.folder, file), "bytes": None}
 
     def captions(self, item: Mapping) -> list[str]:
         return item["captions"] or []
 
     def name(self, row: int, item: Mapping) -> str:
-        return self.path(item["file"])
+        return self.media(item)["path"]
 
 
 class HubRows(MediaRows):

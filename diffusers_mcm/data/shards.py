@@ -85,12 +85,10 @@ def _find_problem_at_end(path: str, end: int, size: int) -> str | None:
 
 
 def _describe_no_tar(path: str, error: Exception) -> str:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-    except OSError as unreadable:
-        check_own_fault(unreadable, path)
-        return str(unreadable)
+    if isinstance(error, OSError):
+        return str(error)
+    with open(path, "rb") as file:
+        start = file.read(40)
     if not start:
         return "it is empty (0 bytes)"
     for magic, command in _COMPRESSED.items():

@@ -48,11 +48,6 @@ class TarIndex:
                 self.shards.append(shard)
             self.names.append(pa.array([sample.media.name for sample in samples], pa.string()))
 
-    @property
-    def fields(self) -> list[str]:
-        """The fields of the files beside the videos or images."""
-        return list(self.places)[1:]
-
     def table(self, fields: Iterable[str]) -> pa.Table:
         """A row for each sample: `shard`, `name`, and `offset` and `size` of the media and of each of the fields.
 
@@ -110,11 +105,7 @@ class TarRows(MediaRows):
 
 
 def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
-    """The samples of the tars at `paths`.
-
-    Raises:
-        ValueError: if no tar can be read, or none holds what is needed.
-    """
+    """The samples of the tars at `paths`; `ValueError` if none can be read, or none holds what is needed."""
     index, source, kind = TarIndex(request, paths), request.source, request.kind
     if index.shards:
         return TarRows(request, index, _find_captions(index, request))
@@ -132,14 +123,15 @@ def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
 def _find_captions(index: TarIndex, request: DataRequest) -> _Places:
     """Where captions may be: in text files, and in json; nowhere if an image set has none."""
     asked = request.caption_column
-    json_fields = {name: _JsonKeys(index, name) for name in index.fields if name.endswith("json")}
+    fields = list(index.places)[1:]
+    json_fields = {name: _JsonKeys(index, name) for name in fields if name.endswith("json")}
     files, wanted = list(CAPTION_COLUMNS), {"json": list(CAPTION_COLUMNS)}
     if asked is not None:
         outer, _, inner = asked.rpartition(".")
         files, wanted = [asked.lower()], {"json": [asked]}
         wanted.setdefault(outer.lower(), []).append(inner)
     in_json = [(json_fields[name], keys) for name, keys in wanted.items() if name in json_fields]
-    found: _Places = [(name, None) for name in files if name in index.fields and name not in json_fields]
+    found: _Places = [(name, None) for name in files if name in fields and name not in json_fields]
     found += [place for keys, names in in_json for place in keys.find(names)]
     found = found or next(filter(None, (keys.read_on(names) for keys, names in in_json)), [])
     broken = {name: reason for keys in json_fields.values() for name, reason in keys.broken.items()}

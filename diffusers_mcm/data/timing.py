@@ -24,10 +24,7 @@ def _check_enough(num_available: int, num_frames: int) -> None:
 def clip_positions(num_available: int, num_frames: int, frame_interval: int, uniform: float) -> list[int]:
     """Positions of a clip's frames: every `frame_interval`-th, from a start chosen by `uniform` in [0, 1).
 
-    The interval shrinks to the largest one at which `num_frames` fit into `num_available`.
-
-    Raises:
-        UnusableItem: if there are fewer frames than asked for.
+    The interval shrinks to the largest one at which `num_frames` fit into `num_available`; `UnusableItem` if none.
     """
     _check_enough(num_available, num_frames)
     if num_frames > 1:
@@ -46,10 +43,8 @@ def timed_clip_positions(
     time is not after it, times being met to within half a frame: containers round them. So a frame that stays for
     longer than 1/fps comes more than once, the last one too. Where the film is shorter than the clip, the clip's
     frames lie closer together, from the first frame of the film to its last. `seconds` are the ascending times of all
-    its frames; the last one is shown until `end`, or by default as long as most frames are.
-
-    Raises:
-        UnusableItem: if the film has fewer frames than asked for.
+    its frames; the last one is shown until `end`, or by default as long as most frames are. `UnusableItem` if the
+    film has fewer frames than asked for.
     """
     _check_enough(len(seconds), num_frames)
     since = np.asarray(seconds, dtype=np.float64) - float(seconds[0])

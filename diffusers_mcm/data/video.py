@@ -1,5 +1,6 @@
 """Reading one clip with PyAV, decoding only what is needed for the frames that are used."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -49,11 +50,9 @@ class _Pictures:
 
 def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Decoded frames in the order in which they are shown, from the next keyframe on."""
-    started = False
-    for packet in read_packets(container, stream):
-        started = started or packet.is_keyframe or not packet.size
-        if started:
-            yield from packet.decode()
+    packets = read_packets(container, stream)
+    for packet in itertools.dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets):
+        yield from packet.decode()
 
 
 def _decode(
