@@ -77,7 +77,7 @@ class KeyedDataset(Dataset):
     def read(self, index: int) -> tuple[dict, dict[str, str]]:
         """The item of a global index, with uint8 pixels, and what was skipped on the way (name: reason).
 
-        `ValueError` if nothing can be used, `MachineError` if the machine cannot read the item, which is then not replaced.
+        `ValueError` if nothing can be used; `MachineError` if the machine cannot read the item, which then stays.
         """
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
