@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,25 +59,29 @@ def read_list(file: str) -> list[Prompt]:
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
     name = "stdin" if file == "-" else file
-    text = _read_stdin() if file == "-" else read_text(file)
+    if file == "-":
+        stream = getattr(sys.stdin, "buffer", None)
+        text = decode_text(stream.read()).checked(name) if stream is not None else sys.stdin.read()
+    else:
+        text = read_text(file)
     suffix = Path(file).suffix.lower()
+    rows: Iterable[Any]
     if suffix in (".csv", ".tsv"):
-        rows = list(_csv_rows(text, name))
+        rows = _csv_rows(text, name)
     elif suffix == ".json":
         rows = _json_rows(text, name)
     elif suffix in (".jsonl", ".ndjson"):
         rows = _json_lines(text, name)
+    elif _BEGINS_AS_JSON.match(text):  # nobody wants its brackets drawn
+        first, *others = _lines(text)
+        several = first[1].startswith("{") and first[1].endswith("}") and others
+        rows = (_json_lines if several else _json_rows)(text, name)
     else:
-        rows = _guessed_rows(text, name)
+        rows = [{"prompt": line} for _, line in _lines(text) if not line.startswith("#")]
     prompts = [_to_prompt(row, f"{name}, prompt {number}") for number, row in enumerate(rows, 1)]
     if not prompts:
         raise ValueError(f"expected at least one prompt in {name}, got none")
     return prompts
-
-
-def _read_stdin() -> str:
-    stream = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if stream is None else decode_text(stream.read()).checked("stdin")
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -88,7 +92,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 def _csv_rows(text: str, name: str) -> Iterator[dict[str, str]]:
     table = read_table(text, ".csv", COLUMNS)
-    names = {column: known for known in COLUMNS if (column := find_name(table.columns, known)) is not None}
+    names = {find_name(table.columns, known): known for known in COLUMNS}
     for row in table.rows:
         if row.problem:
             raise ValueError(f"{name}, line {row.line}: {row.problem}")
@@ -102,24 +106,12 @@ def _json_lines(text: str, name: str) -> list[Any]:
 def _json_rows(text: str, name: str) -> list[Any]:
     """An array of prompts; of texts each is a prompt."""
     content = _parse_json(text, name, "an array of prompts")
-    if isinstance(content, dict) and set(content) == {"prompts"}:
-        content = content["prompts"]
-    elif isinstance(content, dict):
-        content = [content]
+    if isinstance(content, dict):
+        content = content["prompts"] if set(content) == {"prompts"} else [content]
     if not isinstance(content, list):
         got = json.dumps(content, ensure_ascii=False)[:80]
         raise ValueError(f"expected an array of prompts in {name}, got {got}")
     return [{"prompt": row} if isinstance(row, str) else row for row in content]
-
-
-def _guessed_rows(text: str, name: str) -> list[Any]:
-    """A prompt a line, comments left out. What begins as JSON does is JSON: nobody wants its brackets drawn."""
-    lines = _lines(text)
-    if not _BEGINS_AS_JSON.match(text):
-        return [{"prompt": line} for _, line in lines if not line.startswith("#")]
-    if text.lstrip().startswith("{") and len(lines) > 1 and lines[0][1].endswith("}"):
-        return _json_lines(text, name)
-    return _json_rows(text, name)
 
 
 def _parse_json(text: str, where: str, what: str) -> Any:
@@ -160,24 +152,18 @@ def plan(
 
     So a video depends on its prompt and its seed, and never on its place in the list.
     """
-    jobs = [
-        (prompt, (seed if prompt.seed is None else prompt.seed) + offset, f"-{offset + 1}" if num_videos > 1 else "")
-        for prompt in prompts
-        for offset in range(num_videos)
-    ]
-    wrong = [number for _, number, _ in jobs if not 0 <= number < 2**63]
-    if wrong:
-        raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {wrong[0]}")
-    if suffix is None:
-        paths = numbered(output, len(jobs))
-    else:
-        numbers = [number for number, _ in enumerate(prompts, 1) for _ in range(num_videos)]
-        names = (f"{number:04d}-{slug(job[0].prompt)}{job[2]}{suffix}" for number, job in zip(numbers, jobs))
-        paths = [output / name for name in names]
-    return [
-        Job(prompt.prompt, prompt.negative_prompt or negative_prompt, job_seed, path)
-        for (prompt, job_seed, _), path in zip(jobs, paths)
-    ]
+    wanted = [(number, prompt, video) for number, prompt in enumerate(prompts, 1) for video in range(num_videos)]
+    paths = numbered(output, len(wanted)) if suffix is None else [output] * len(wanted)
+    jobs = []
+    for (number, prompt, video), path in zip(wanted, paths):
+        if suffix is not None:
+            which = f"-{video + 1}" if num_videos > 1 else ""
+            path = output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
+        own = (seed if prompt.seed is None else prompt.seed) + video
+        if not 0 <= own < 2**63:
+            raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
+        jobs.append(Job(prompt.prompt, prompt.negative_prompt or negative_prompt, own, path))
+    return jobs
 
 
 def numbered(path: Path, count: int) -> list[Path]:

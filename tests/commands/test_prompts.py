@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug
-from diffusers_mcm.text_files import _warn_of_guess
+from diffusers_mcm.text_files import _told
 
 
 @pytest.fixture
@@ -154,6 +154,8 @@ def test_videos_of_one_prompt_count_their_seeds_up():
         (9, "d/0002-b-1.gif"),
         (10, "d/0002-b-2.gif"),
     ]
+    jobs = plan([Prompt("a")] * 2, Path("."), ".gif", seed=3)
+    assert [str(job.path) for job in jobs] == ["0001-a.gif", "0002-a.gif"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
@@ -183,7 +185,7 @@ def test_slugs_are_file_names(prompt, expected):
 
 @pytest.mark.parametrize("name", ["list.txt", "list.csv"])
 def test_a_guessed_encoding_is_told(tmp_path, monkeypatch, caplog, name):
-    _warn_of_guess.cache_clear()  # each file's is told once
+    _told.clear()  # each file's is told once
     data = "prompt\na café\n".encode("cp1252")
     (tmp_path / name).write_bytes(data)
     read_list(str(tmp_path / name))
