@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .discriminator import AugmentationDraws, draw_augmentation
+from .discriminator.augment import AugmentationDraws, draw_augmentation
 
 
 def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
@@ -27,8 +27,7 @@ def draw_uniform(seed: int, purpose: str, indices: Sequence[int], shape: Sequenc
 
 def draw_integer(seed: int, purpose: str, indices: Sequence[int], high: int) -> torch.Tensor:
     """Uniform in 0 … high - 1, (B,) long."""
-    draws = [torch.randint(high, (), generator=sample_generator(seed, purpose, i)) for i in indices]
-    return torch.stack(draws)
+    return torch.stack([torch.randint(high, (), generator=sample_generator(seed, purpose, i)) for i in indices])
 
 
 @dataclass(frozen=True)

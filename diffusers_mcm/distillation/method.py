@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..flags import FIXED, FlagConfig, flag
-from .discriminator import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
+from .discriminator.augment import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
 from .discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
 from .image_text import ALIKE, IMAGE_TEXTS
 from .losses import DISCRIMINATOR_LOSSES

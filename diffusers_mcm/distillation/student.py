@@ -44,17 +44,10 @@ class StudentLosses(NamedTuple):
 class Student(nn.Module):
     """Denoiser with LoRA and motion head, and the loss that trains both. The teacher is the same denoiser without it.
 
-    A module, so that a data-parallel wrapper sees one forward pass per backward pass.
-
-    Args:
-        base: how the two networks are called.
-        denoiser, vae: the networks; of the denoiser only the LoRA is trained.
-        path: the noise path of the denoiser.
-        motion: the motion representation, with parameters or without.
-        config: the method's settings.
-        teacher: makes a context in which the denoiser is the teacher, that is without its LoRA.
-        fused: makes a function that is called like the denoiser, with the LoRA added to its weights; by default the
-            denoiser itself is called.
+    A module, so that a data-parallel wrapper sees one forward pass per backward pass. `base` says how the two networks
+    are called, `path` is the denoiser's. `teacher` makes a context in which the denoiser is without its LoRA. `fused`
+    makes a function that is called like the denoiser, with the LoRA added to its weights; by default the denoiser
+    itself is called.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
 from ..distillation.adversarial import AdversarialStep
-from ..distillation.discriminator import PenaltyWeight
+from ..distillation.discriminator.penalty import PenaltyWeight
 from ..distillation.draws import Coins, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS

@@ -14,7 +14,8 @@ from torch import nn
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
-from ..distillation.discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
+from ..distillation.discriminator import Discriminator
+from ..distillation.discriminator.augment import MIN_FRAME_AREA, MIN_IMAGE_AREA
 from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
-from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads, TextFeatures
+from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads
+from diffusers_mcm.features import TextFeatures
 from diffusers_mcm.training.image_text import choose_image_text
 from diffusers_mcm.training.loop import Trainer
 from tests.distillation.discriminator.tiny import FEATURE_DIM, TEXT_DIM, tiny_clip_text

@@ -1,12 +1,8 @@
 import pytest
 import torch
 
-from diffusers_mcm.distillation.discriminator import (
-    AugmentationDraws,
-    Discriminator,
-    crop_and_resize,
-    draw_augmentation,
-)
+from diffusers_mcm.distillation.discriminator import Discriminator
+from diffusers_mcm.distillation.discriminator.augment import AugmentationDraws, crop_and_resize, draw_augmentation
 from diffusers_mcm.features import PatchFeatures, TextFeatures
 from tests.distillation.discriminator.tiny import (
     BLOCKS,
