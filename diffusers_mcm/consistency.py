@@ -138,13 +138,8 @@ class NoisePath(ABC):
         return expand_like(alpha, x), expand_like(sigma, x)
 
 
-_SCHEDULE_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "prediction_type": "epsilon",
-}
-_SCHEDULE_KEYS = (*_SCHEDULE_DEFAULTS, "beta_start", "beta_end", "beta_schedule")
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+_SCHEDULE = (*_BETAS, "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 
 
 class VariancePreservingPath(NoisePath):
@@ -172,42 +167,36 @@ class VariancePreservingPath(NoisePath):
                 "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
                 " says nothing of x_0; use 'v_prediction' or 'sample', or rescale_betas_zero_snr=False."
             )
-        self.num_train_timesteps = alphas_cumprod.numel()
-        self.prediction_type = prediction_type
-        self.timestep_scaling = timestep_scaling
-        self.sigma_data = sigma_data
+        self.num_train_timesteps, self.prediction_type = alphas_cumprod.numel(), prediction_type
+        self.timestep_scaling, self.sigma_data = timestep_scaling, sigma_data
         alphas_cumprod = alphas_cumprod.detach().to(torch.float32)
-        self.alphas = alphas_cumprod.sqrt()
-        self.sigmas = (1 - alphas_cumprod).sqrt()
+        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], **overrides: Any) -> VariancePreservingPath:
         """The path a diffusers DDPM-family scheduler configuration describes.
 
-        Args:
-            config: The scheduler's configuration, as `scheduler.config` or read from `scheduler_config.json`. Keys
-                that do not describe the noise schedule are ignored, `timestep_scaling` too: the boundary belongs to
-                the student, not to the model it starts from.
-            overrides: Values that win over `config`, and `timestep_scaling`, `sigma_data`.
+        Keys of `config` that do not describe the noise schedule are ignored, `timestep_scaling` too: the boundary
+        belongs to the student, not to the model it starts from. `overrides` win, and may name `timestep_scaling` and
+        `sigma_data`.
         """
-        valid = {*_SCHEDULE_KEYS, "timestep_scaling", "sigma_data"}
+        valid = {*_SCHEDULE, "timestep_scaling", "sigma_data"}
         if unknown := sorted(set(overrides) - valid):
             raise ValueError(f"Unknown overrides {unknown}; valid ones are {sorted(valid)}.")
         boundary = {key: overrides[key] for key in ("timestep_scaling", "sigma_data") if key in overrides}
-        settings = {**_SCHEDULE_DEFAULTS, **config, **overrides}
-        if settings["trained_betas"] is not None:
-            settings |= {"beta_start": None, "beta_end": None, "beta_schedule": None}
-        if missing := [key for key in _SCHEDULE_KEYS if key not in settings]:
-            raise ValueError(f"The scheduler configuration does not describe a noise schedule: it lacks {missing}.")
-        if settings["trained_betas"] is None:
+        settings = {**config, **overrides}
+        if settings.get("trained_betas") is None:
+            if missing := [key for key in _BETAS if key not in settings]:
+                raise ValueError(
+                    f"The scheduler configuration does not describe a noise schedule: it lacks {missing}."
+                )
             check_beta_schedule(settings["beta_schedule"])
-        alphas_cumprod = LCMScheduler(**{key: settings[key] for key in _SCHEDULE_KEYS}).alphas_cumprod
-        if len(alphas_cumprod) != settings["num_train_timesteps"]:
+        scheduler = LCMScheduler(**{key: settings[key] for key in _SCHEDULE if key in settings})
+        if len(scheduler.betas) != len(scheduler):
             raise ValueError(
-                f"trained_betas has {len(alphas_cumprod)} values, but num_train_timesteps is"
-                f" {settings['num_train_timesteps']}."
+                f"trained_betas has {len(scheduler.betas)} values, but num_train_timesteps is {len(scheduler)}."
             )
-        return cls(alphas_cumprod, settings["prediction_type"], **boundary)
+        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, **boundary)
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if t.is_floating_point():

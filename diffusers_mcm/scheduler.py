@@ -61,15 +61,9 @@ class MCMScheduler(LCMScheduler):
         get_prediction_type(prediction_type)
         if trained_betas is None:
             check_beta_schedule(beta_schedule)
-        self._keep_timestep_scaling_on_conversion()
         super().__init__(**self.config)
-
-    def _keep_timestep_scaling_on_conversion(self) -> None:
-        """Have `LCMScheduler.from_config(self.config)` sample alike.
-
-        diffusers replaces arguments that were left at their default by the other class's default, which for this one
-        would be 10. Listing it as if it had been passed prevents that.
-        """
+        # `LCMScheduler.from_config(self.config)` replaces arguments that were left at their default by its own, which
+        # for this one is 10. Listed as if it had been passed, it stays.
         if "_use_default_values" in self.config:
             defaults = sorted(set(self.config["_use_default_values"]) - {"timestep_scaling"})
             self.register_to_config(_use_default_values=defaults)
@@ -82,20 +76,11 @@ class MCMScheduler(LCMScheduler):
         timesteps: Sequence[int] | None = None,
         strength: float = 1.0,
     ) -> None:
-        """
-        Choose the timesteps to sample at. To be called before sampling.
+        """Choose the timesteps to sample at. To be called before sampling, with what [`LCMScheduler`] takes.
 
-        Args:
-            num_inference_steps (`int`, *optional*):
-                Number of steps, at most those of the distillation grid. Exactly one of this and `timesteps` is needed.
-            device (`str` or `torch.device`, *optional*):
-                Where to put the timesteps.
-            original_inference_steps (`int`, *optional*):
-                Number of steps of the distillation grid, if not the configured one.
-            timesteps (`list[int]`, *optional*):
-                The timesteps themselves, descending.
-            strength (`float`, defaults to 1.0):
-                The part of the schedule that is used, when starting from something other than pure noise.
+        Exactly one of `num_inference_steps`, at most those of the distillation grid, and `timesteps`, descending, is
+        needed. `original_inference_steps` are those of that grid, if not the configured ones; `strength` is the part
+        of the schedule that is used, when starting from something other than pure noise.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
@@ -173,23 +158,12 @@ class MCMScheduler(LCMScheduler):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> MCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Predict the clean sample and add noise again for the next timestep (none after the last).
+    ) -> LCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Predict the clean sample and add noise again for the next timestep (none after the last).
 
-        Computed in float32 for half types, and returned in the type of `sample`.
-
-        Args:
-            model_output (`torch.Tensor`):
-                The network's output for `sample` at `timestep`.
-            timestep (`int` or `torch.Tensor`):
-                The current timestep, one for the whole batch.
-            sample (`torch.Tensor`):
-                The current latents, `(B, C, T, H, W)` or any other shape with the batch first.
-            generator (`torch.Generator` or a list of them, *optional*):
-                One for the batch, or one for each sample.
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`MCMSchedulerOutput`] or the tuple `(prev_sample, denoised)`.
+        Computed in float32 for half types, and returned in the type of `sample`, which is `(B, C, T, H, W)` or any
+        other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
+        each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
         timestep = self._check_step(model_output, timestep, sample, generator)
         working = torch.promote_types(sample.dtype, torch.float32)

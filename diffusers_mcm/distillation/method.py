@@ -78,9 +78,7 @@ class MethodConfig(FlagConfig):
         before="own",
     )
     num_adversarial_frames: int = _method(
-        2,
-        help="Frames per clip that are decoded for the discriminator, one from each of as many equal segments.",
-        above=0,
+        2, help="Frames per clip that the discriminator sees, one from each of as many equal segments.", above=0
     )
     gradient_penalty_weight: float = _method(
         1e-5, help="Weight of the discriminator's gradient penalty, to begin with.", least=0

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,20 +21,6 @@ from .teacher import teacher_step
 from .trajectory import mixed_start, noisy_start, pick_frames
 
 
-class VideoModel(Protocol):
-    """What the step asks of a base model; `base_models.BaseModel` says the same at length."""
-
-    def denoise(
-        self, denoiser: Callable, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning
-    ) -> torch.Tensor: ...
-
-    def encode_video(
-        self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
-
-    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor: ...
-
-
 class StudentLosses(NamedTuple):
     total: torch.Tensor
     consistency: torch.Tensor
@@ -44,15 +30,15 @@ class StudentLosses(NamedTuple):
 class Student(nn.Module):
     """Denoiser with LoRA and motion head, and the loss that trains both. The teacher is the same denoiser without it.
 
-    A module, so that a data-parallel wrapper sees one forward pass per backward pass. `base` says how the two networks
-    are called, `path` is the denoiser's. `teacher` makes a context in which the denoiser is without its LoRA. `fused`
-    makes a function that is called like the denoiser, with the LoRA added to its weights; by default the denoiser
-    itself is called.
+    A module, so that a data-parallel wrapper sees one forward pass per backward pass. `base`, a `BaseModel`, says how
+    the two networks are called; `path` is the denoiser's. `teacher` makes a context in which the denoiser is without
+    its LoRA. `fused` makes a function that is called like the denoiser, with the LoRA added to its weights; by default
+    the denoiser itself is called.
     """
 
     def __init__(
         self,
-        base: VideoModel,
+        base: Any,
         denoiser: nn.Module,
         vae: nn.Module,
         path: NoisePath,

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.distillation.adversarial import AdversarialStep
-from diffusers_mcm.distillation.draws import draw_adversarial, draw_step
+from diffusers_mcm.distillation.draws import Coins, draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
 from diffusers_mcm.distillation.student import Student
 from diffusers_mcm.lora import add_lora, fused, lora_disabled, lora_state_dict
@@ -40,7 +40,7 @@ def make_student(**overrides) -> Student:
 
 
 def make_draws(student, timestep: int | None = None, indices=INDICES):
-    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2)
+    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2, Coins())
     if timestep is not None:
         draws.timestep.fill_(timestep)
     return draws

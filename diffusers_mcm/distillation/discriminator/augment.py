@@ -54,8 +54,8 @@ class AugmentationDraws:
 def draw_augmentation(generator: torch.Generator, num_images: int = 1) -> AugmentationDraws:
     """Draws for the `num_images` images of one sample, from that sample's own generator."""
     uniform = partial(torch.rand, generator=generator, dtype=torch.float32)
-    numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1)
-    return AugmentationDraws(*numbers.unbind(1), crop_size=uniform(num_images, CROP_ATTEMPTS, 2))
+    numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1).unbind(1)
+    return AugmentationDraws(*(*numbers, uniform(num_images, CROP_ATTEMPTS, 2)))
 
 
 def _integers(uniforms: torch.Tensor, count: int) -> torch.Tensor:

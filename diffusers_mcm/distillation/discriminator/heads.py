@@ -1,6 +1,7 @@
 """The discriminator's trainable heads: one text-conditioned head per block of the frozen network (App. C.1)."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -48,19 +49,13 @@ class SpectralConv1d(nn.Conv1d):
         return self._conv_forward(tokens, self.normalized_weight(), self.bias)
 
 
-class HeadBlock(nn.Module):
+def _head_block(channels: int, kernel_size: int, generator: torch.Generator | None) -> nn.Module:
     """Convolution, normalisation, LeakyReLU 0.2."""
-
-    def __init__(self, channels: int, kernel_size: int, generator: torch.Generator | None = None):
-        super().__init__()
-        self.conv = SpectralConv1d(channels, channels, kernel_size, generator)
-        # Groups of several channels within one sample: no statistics shared between samples, and, unlike one channel
-        # per group, a channel's mean over the image (its overall appearance) survives.
-        groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0 and channels >= g * MIN_GROUP_CHANNELS)
-        self.norm = nn.GroupNorm(groups, channels)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.leaky_relu(self.norm(self.conv(tokens)), 0.2)
+    # Groups of several channels within one sample: no statistics shared between samples, and, unlike one channel
+    # per group, a channel's mean over the image (its overall appearance) survives.
+    groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0 and channels >= g * MIN_GROUP_CHANNELS)
+    conv = SpectralConv1d(channels, channels, kernel_size, generator)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.GroupNorm(groups, channels), activation=nn.LeakyReLU(0.2)))
 
 
 class DiscriminatorHead(nn.Module):
@@ -68,8 +63,8 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, feature_dim: int, text_dim: int, generator: torch.Generator | None = None):
         super().__init__()
-        self.pointwise = HeadBlock(feature_dim, 1, generator)
-        self.residual = HeadBlock(feature_dim, RESIDUAL_KERNEL, generator)
+        self.pointwise = _head_block(feature_dim, 1, generator)
+        self.residual = _head_block(feature_dim, RESIDUAL_KERNEL, generator)
         self.project = SpectralConv1d(feature_dim, TEXT_CHANNELS, 1, generator)
         self.text = nn.Linear(text_dim, TEXT_CHANNELS)
         nn.init.kaiming_uniform_(self.text.weight, a=math.sqrt(5), generator=generator)

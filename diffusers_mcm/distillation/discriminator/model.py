@@ -43,7 +43,7 @@ class Discriminator(nn.Module):
     real = discriminator.extract(images, real_draws)
     output = discriminator(fake, text, real, image_text, weights)   # gradients reach the heads only
     ...
-    discriminator.update_spectral_norm()                            # once after the optimiser's step
+    discriminator.heads.update_spectral_norm()                      # once after the optimiser's step
     ```
 
     The networks for images and text are frozen; the heads are trained, the only weights that need saving. Without
@@ -112,7 +112,3 @@ class Discriminator(nn.Module):
                 blocks = self.features(pixels)
             penalty = gradient_penalty(self.heads, blocks, text)
         return DiscriminatorOutput(self.heads(fake.blocks, fake_text), self.heads(real.blocks, real_text), penalty)
-
-    def update_spectral_norm(self) -> None:
-        """Move every spectral norm on by one power iteration; to be called once after each optimiser step."""
-        self.heads.update_spectral_norm()

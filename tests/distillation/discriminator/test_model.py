@@ -144,7 +144,7 @@ def test_training_the_heads_tells_two_kinds_of_images_apart():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        discriminator.update_spectral_norm()
+        discriminator.heads.update_spectral_norm()
     assert output.real_logits.mean() > 0.3 and output.fake_logits.mean() < -0.3
 
 
