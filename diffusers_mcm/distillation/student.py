@@ -52,18 +52,6 @@ class Student(nn.Module):
         self.denoiser, self.vae, self.teacher, self.fused = denoiser, vae, teacher, fused
         self.motion, self.target_motion = motion, copy.deepcopy(motion).requires_grad_(False)
 
-    def denoise(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: Conditioning, network: Callable | None = None
-    ) -> torch.Tensor:
-        """The output of the denoiser, or of `network`, which is called like it."""
-        return self.base.denoise(network or self.denoiser, x_t, t, text)
-
-    def consistency(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: Conditioning, network: Callable | None = None
-    ) -> torch.Tensor:
-        """f(x_t, t) (eq. 1)."""
-        return self.path.consistency_function(self.denoise(x_t, t, text, network), x_t, t)
-
     def encode_real(self, pixels: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """x_0 (B, C, T, h, w) float32 of the clips that start a trajectory; zeros for the others, not encoded."""
         real = (draws.coin < self.config.lambda_real).nonzero().flatten().to(pixels.device)
@@ -84,15 +72,18 @@ class Student(nn.Module):
         """Motion consistency distillation (eq. 9) on clips (B, 3, T, H, W) in [-1, 1]; latents are (B, C, T, h, w)."""
         path, config, t = self.path, self.config, draws.timestep
         t_prev = path.previous_timestep(t, config.num_solver_steps)
-        theta = self.fused() if self.fused else None
-        f = partial(self.consistency, text=text, network=theta)
+        theta = partial(self.base.denoise, self.fused() if self.fused else self.denoiser)
+
+        def f(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # eq. 1
+            return path.consistency_function(theta(x, t, text), x, t)
+
         with torch.no_grad():
             x_0 = self.encode_real(pixels, draws)
-            student = partial(self.denoise, network=theta)
-            x_0 = mixed_start(student, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
+            x_0 = mixed_start(theta, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
             x_t = noisy_start(path, x_0, draws.noise, t)
-            with self.teacher():  # teacher φ (eq. 2)
-                x_prev = teacher_step(self.denoise, path, x_t, t, t_prev, text, negative_text, draws.guidance)
+            with self.teacher():  # eq. 2
+                phi = partial(self.base.denoise, self.denoiser)
+                x_prev = teacher_step(phi, path, x_t, t, t_prev, text, negative_text, draws.guidance)
             target = f(x_prev, t_prev)  # θ⁻
 
         prediction = f(x_t, t)  # θ

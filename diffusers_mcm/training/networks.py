@@ -131,8 +131,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     )
 
 
-def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
-    """The row of `BASE_MODELS` for the teacher, and the `model_index.json` that says so."""
+def components_elsewhere(config: TrainingConfig) -> dict[str, str]:
+    """Where components of the teacher lie that are not in its own repository; `ValueError` if there is no teacher."""
     location = Location.of(config.pretrained_teacher_model, revision=config.revision)
     if location.is_file:
         raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_instead_of(location.name)}")
@@ -142,7 +142,14 @@ def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
         raise ValueError(
             f"--base_model is {config.base_model}, but {config.pretrained_teacher_model!r} holds a {base.name}."
         )
-    return base, index
+    for name, repository in config.extra_places.items():
+        if name not in base.extra_repositories or not repository:
+            known = ", ".join(base.extra_repositories) or "none"
+            raise ValueError(
+                f"--extra_repositories takes name=repository, with the components of {base.name} that may lie"
+                f" elsewhere ({known}) as names; got {name!r}={repository!r}."
+            )
+    return base.components_elsewhere(index) | config.extra_places
 
 
 def _instead_of(file: str) -> str:
@@ -159,8 +166,7 @@ def _instead_of(file: str) -> str:
 
 def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
     """The teacher as a pipeline, and where its components lie that are not in its own repository."""
-    base, index = find_base_model(config)
-    extra = base.components_elsewhere(index) | given_repositories(base, config)
+    extra = components_elsewhere(config)
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
         revision=config.revision,
@@ -171,18 +177,6 @@ def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, extra
-
-
-def given_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:
-    """What `--extra_repositories` says, checked."""
-    for name, repository in config.extra_places.items():
-        if name not in base.extra_repositories or not repository:
-            known = ", ".join(base.extra_repositories) or "none"
-            raise ValueError(
-                f"--extra_repositories takes name=repository, with the components of {base.name} that may lie"
-                f" elsewhere ({known}) as names; got {name!r}={repository!r}."
-            )
-    return config.extra_places
 
 
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:

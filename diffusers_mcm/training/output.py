@@ -22,23 +22,6 @@ from .networks import TrainingNetworks
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def settings_of(
-    config: TrainingConfig, networks: TrainingNetworks, progress: dict[str, Any], folder: Path
-) -> Settings:
-    """What is recorded beside the weights in `folder`: ids as they are, local paths relative to it."""
-    names = ("num_frames", "height", "width", "guidance_min", "guidance_max", "base_model")
-    found = dict(zip(names, (*networks.clip_size, *networks.guidance_range, networks.base_model.name)))
-    values = config.to_dict()
-    training = {name: values[name] for name in config.names(recorded=True)} | found | progress
-    return Settings(
-        base_model=networks.base_model.name,
-        base_model_repository=config.pretrained_teacher_model,
-        base_model_revision=config.revision,
-        extra_repositories=networks.extra_repositories,
-        sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, config.fps),
-    ).trained(training, folder)
-
-
 def write_lora_folder(
     folder: Path,
     config: TrainingConfig,
@@ -52,8 +35,18 @@ def write_lora_folder(
     `sample` is a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded relative to `relative_to`, where the
     files will be moved; default: they stay in `folder`. Returns the LoRA as it is in the folder.
     """
+    names = ("num_frames", "height", "width", "guidance_min", "guidance_max", "base_model")
+    found = dict(zip(names, (*networks.clip_size, *networks.guidance_range, networks.base_model.name)))
+    values = config.to_dict()
+    recorded = {name: values[name] for name in config.names(recorded=True)}
     lora = extract_lora(networks.student.denoiser).cast(_SAVE_DTYPES[config.save_dtype])
-    lora.settings = settings_of(config, networks, progress, relative_to or folder)
+    lora.settings = Settings(
+        base_model=networks.base_model.name,
+        base_model_repository=config.pretrained_teacher_model,
+        base_model_revision=config.revision,
+        extra_repositories=networks.extra_repositories,
+        sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, config.fps),
+    ).trained(recorded | found | progress, relative_to or folder)
     lora.scheduler_config = json.loads(networks.pipeline.scheduler.to_json_string())
     lora.folder = relative_to or folder
     if sample is not None:

@@ -35,16 +35,10 @@ class DiscriminatorOutput(NamedTuple):
 
 
 class Discriminator(nn.Module):
-    """One training step runs the frozen network three times: on generated, real and interpolated images.
+    """One training step runs the frozen network three times, on generated, real and interpolated images.
 
-    ```
-    fake = discriminator.extract(frames, fake_draws)                # gradients reach the frames
-    fake_logits = discriminator.generator_logits(fake, text)        # ... and nothing else
-    real = discriminator.extract(images, real_draws)
-    output = discriminator(fake, text, real, image_text, weights)   # gradients reach the heads only
-    ...
-    discriminator.heads.update_spectral_norm()                      # once after the optimiser's step
-    ```
+    `extract` gives the features of images, `generator_logits` the student's loss, and a call the discriminator's own,
+    of which gradients reach the heads only; `heads.update_spectral_norm()` follows each step of the optimiser.
 
     The networks for images and text are frozen; the heads are trained, the only weights that need saving. Without
     `text`, embeddings come from elsewhere. `augmentation` are names out of `AUGMENTATIONS`, in the order in which they
