@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
 from .faults import UnusableItem, unusable
-from .rows import NO_CAPTION, MediaRows, digest, examples
+from .rows import NO_CAPTION, MediaRows, digest, examples, file_stamp
 from .shards import field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class TarRows(MediaRows):
 
     def media(self, item: Mapping) -> dict:
         return {"path": item["name"], "bytes": self._read(item, "media")}
+
+    def stamp(self, item: Mapping) -> list[int] | None:
+        return file_stamp(self.paths[item["shard"]])
 
     def captions(self, item: Mapping) -> list[str] | None:
         texts: list[str] | None = []
