@@ -9,7 +9,7 @@ Coefficients and arithmetic are float32 whatever the latents' type; results come
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,20 +50,13 @@ PREDICTION_TYPES: dict[str, PredictionType] = {
 }
 
 
-def get_prediction_type(name: str) -> PredictionType:
-    """The row of `PREDICTION_TYPES` called `name`."""
-    if name not in PREDICTION_TYPES:
-        raise ValueError(f"Unknown prediction_type {name!r}; valid values are {sorted(PREDICTION_TYPES)}.")
-    return PREDICTION_TYPES[name]
-
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-def check_beta_schedule(name: str) -> None:
-    """`ValueError` unless `name` is one of `BETA_SCHEDULES`."""
-    if name not in BETA_SCHEDULES:
-        raise ValueError(f"Unknown beta_schedule {name!r}; valid values are {sorted(BETA_SCHEDULES)}.")
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """`ValueError` unless `name` is one of the known ones, which it lists."""
+    if name not in known:
+        raise ValueError(f"Unknown {what} {name!r}; valid values are {sorted(known)}.")
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -131,8 +124,7 @@ class NoisePath(ABC):
         """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
         if t.shape != x.shape[:1]:
             raise ValueError(
-                f"Timesteps must be of shape ({x.shape[0]},), one for each sample of the latents; got"
-                f" {tuple(t.shape)}."
+                f"Timesteps must be of shape ({len(x)},), one for each sample of the latents; got {tuple(t.shape)}."
             )
         alpha, sigma = self.coefficients(t)
         return expand_like(alpha, x), expand_like(sigma, x)
@@ -161,7 +153,8 @@ class VariancePreservingPath(NoisePath):
             raise ValueError(
                 f"timestep_scaling and sigma_data must be positive; got {timestep_scaling} and {sigma_data}."
             )
-        self.prediction = get_prediction_type(prediction_type)
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.prediction = PREDICTION_TYPES[prediction_type]
         if prediction_type == "epsilon" and not torch.all(alphas_cumprod > 0):
             raise ValueError(
                 "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
@@ -190,7 +183,7 @@ class VariancePreservingPath(NoisePath):
                 raise ValueError(
                     f"The scheduler configuration does not describe a noise schedule: it lacks {missing}."
                 )
-            check_beta_schedule(settings["beta_schedule"])
+            check_known("beta_schedule", settings["beta_schedule"], BETA_SCHEDULES)
         scheduler = LCMScheduler(**{key: settings[key] for key in _SCHEDULE if key in settings})
         if len(scheduler.betas) != len(scheduler):
             raise ValueError(

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from diffusers.utils import logging
 
-from .consistency import check_beta_schedule, get_prediction_type
+from .consistency import BETA_SCHEDULES, PREDICTION_TYPES, check_known
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -58,9 +58,9 @@ class MCMScheduler(LCMScheduler):
         timestep_scaling: float = 4.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        get_prediction_type(prediction_type)
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
         if trained_betas is None:
-            check_beta_schedule(beta_schedule)
+            check_known("beta_schedule", beta_schedule, BETA_SCHEDULES)
         super().__init__(**self.config)
         # `LCMScheduler.from_config(self.config)` replaces arguments that were left at their default by its own, which
         # for this one is 10. Listed as if it had been passed, it stays.
