@@ -180,9 +180,7 @@ class VariancePreservingPath(NoisePath):
         settings = {**config, **overrides}
         if settings.get("trained_betas") is None:
             if missing := [key for key in _BETAS if key not in settings]:
-                raise ValueError(
-                    f"The scheduler configuration does not describe a noise schedule: it lacks {missing}."
-                )
+                raise ValueError(f"The scheduler configuration describes no noise schedule: it lacks {missing}.")
             check_known("beta_schedule", settings["beta_schedule"], BETA_SCHEDULES)
         scheduler = LCMScheduler(**{key: settings[key] for key in _SCHEDULE if key in settings})
         if len(scheduler.betas) != len(scheduler):

@@ -143,7 +143,8 @@ def plan(
 
     So a video depends on its prompt and its seed, and never on its place in the list.
     """
-    files, jobs = numbered(output, len(prompts) * num_videos) if suffix is None else [], []
+    jobs: list[Job] = []
+    files = numbered(output, len(prompts) * num_videos) if suffix is None else []
     for (number, prompt), video in product(enumerate(prompts, 1), range(num_videos)):
         which = f"-{video + 1}" if num_videos > 1 else ""
         path = files[len(jobs)] if files else output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
