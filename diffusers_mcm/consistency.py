@@ -64,7 +64,7 @@ def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _working(x: torch.Tensor) -> torch.Tensor:
+def working(x: torch.Tensor) -> torch.Tensor:
     """float32, or wider if `x` is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -106,7 +106,7 @@ class NoisePath(ABC):
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x_0 + σ_t ε, in the type of `x0`."""
         alpha, sigma = self._coefficients_like(x0, t)
-        return (alpha * _working(x0) + sigma * _working(noise)).to(x0.dtype)
+        return (alpha * working(x0) + sigma * working(noise)).to(x0.dtype)
 
     def step(self, x0: torch.Tensor, noise: torch.Tensor, t_prev: torch.Tensor) -> torch.Tensor:
         """The deterministic (DDIM, η = 0) transfer of an estimate (x̂_0, ε̂) to `t_prev`."""
@@ -118,7 +118,7 @@ class NoisePath(ABC):
                 f"The network's output must have the latents' shape {tuple(x_t.shape)}; got {tuple(output.shape)}."
             )
         alpha, sigma = self._coefficients_like(x_t, t)
-        return formula(_working(output), _working(x_t), alpha, sigma).to(x_t.dtype)
+        return formula(working(output), working(x_t), alpha, sigma).to(x_t.dtype)
 
     def _coefficients_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
@@ -221,7 +221,7 @@ class VariancePreservingPath(NoisePath):
 
     def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 (eq. 1), in the type of `x_t`."""
-        x_t_working = _working(x_t)
-        x0 = self.predict_x0(output, x_t_working, t)
-        c_skip, c_out = boundary_scalings(t.to(x_t_working.dtype), self.timestep_scaling, self.sigma_data)
-        return (expand_like(c_skip, x_t) * x_t_working + expand_like(c_out, x_t) * x0).to(x_t.dtype)
+        x_wide = working(x_t)
+        x0 = self.predict_x0(output, x_wide, t)
+        c_skip, c_out = boundary_scalings(t.to(x_wide.dtype), self.timestep_scaling, self.sigma_data)
+        return (expand_like(c_skip, x_t) * x_wide + expand_like(c_out, x_t) * x0).to(x_t.dtype)
