@@ -14,7 +14,7 @@ from typing import Any
 
 from . import hub
 from .base_models import base_model_of
-from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAME, check_card, metadata, render_folder_card
+from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
 from .files import atomic_files, disk_full_told, write_text
 from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
 from .lora import LoRA, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
@@ -179,7 +179,7 @@ def stage_lora(
     write_text(target / CARD_NAME, card)
     for name in Location.of(folder).files():
         copy = target / name
-        if (name in card or name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)) and not copy.exists():
+        if (name in card or name in (MOTION_HEAD_NAME, *SCORES_NAMES, sample.file)) and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy)
 
@@ -205,8 +205,9 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
         if repository is not None:
-            if (folder / SCORES_NAME).is_file():
-                shutil.copyfile(folder / SCORES_NAME, temporary / SCORES_NAME)  # the card shows them
+            for name in SCORES_NAMES:  # the card shows them
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, temporary / name)
             write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
 
 
