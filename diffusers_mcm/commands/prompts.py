@@ -5,9 +5,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..text_files import decode_text, find_name, read_table, read_text
 
@@ -15,8 +15,7 @@ COLUMNS = ("prompt", "negative_prompt", "seed")
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What to show, and what is particular to it; `None` leaves it to the flags."""
 
     prompt: str
@@ -24,8 +23,7 @@ class Prompt:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One video."""
 
     prompt: str
@@ -36,11 +34,8 @@ class Job:
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[Prompt]:
     """Prompts of the command line, then those of a file; `-` is stdin for either."""
-    prompts = []
-    for argument in arguments:
-        prompts += read_list("-") if argument == "-" else [Prompt(argument)]
-    if file is not None:
-        prompts += read_list(file)
+    lists = [read_list("-") if argument == "-" else [Prompt(argument)] for argument in arguments]
+    prompts = list(chain(*lists, read_list(file) if file is not None else ()))
     if not prompts:
         raise ValueError("expected a prompt: as an argument, in a file (--prompts FILE) or from stdin (--prompts -)")
     return prompts
@@ -51,10 +46,7 @@ def read_list(file: str) -> list[Prompt]:
 
     `.csv` and `.tsv` have a header and one of the usual separators, `.json` is an array of texts or objects (or an
     object with such an array as its `prompts`), `.jsonl` has an object a line, and anything else a prompt a line,
-    unless it begins as JSON does.
-
-    Raises:
-        ValueError: names the file, and the line or the number of the prompt that is wrong.
+    unless it begins as JSON does. A `ValueError` names the file, and the line or number of the prompt that is wrong.
     """
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
@@ -109,8 +101,7 @@ def _json_rows(text: str, name: str) -> list[Any]:
     if isinstance(content, dict):
         content = content["prompts"] if set(content) == {"prompts"} else [content]
     if not isinstance(content, list):
-        got = json.dumps(content, ensure_ascii=False)[:80]
-        raise ValueError(f"expected an array of prompts in {name}, got {got}")
+        raise ValueError(f"expected an array of prompts in {name}, got {content!r:.80}")
     return [{"prompt": row} if isinstance(row, str) else row for row in content]
 
 
@@ -152,13 +143,11 @@ def plan(
 
     So a video depends on its prompt and its seed, and never on its place in the list.
     """
-    wanted = [(number, prompt, video) for number, prompt in enumerate(prompts, 1) for video in range(num_videos)]
-    paths = numbered(output, len(wanted)) if suffix is None else [output] * len(wanted)
-    jobs = []
-    for (number, prompt, video), path in zip(wanted, paths):
-        if suffix is not None:
-            which = f"-{video + 1}" if num_videos > 1 else ""
-            path = output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
+    jobs: list[Job] = []
+    files = numbered(output, len(prompts) * num_videos) if suffix is None else []
+    for (number, prompt), video in product(enumerate(prompts, 1), range(num_videos)):
+        which = f"-{video + 1}" if num_videos > 1 else ""
+        path = files[len(jobs)] if files else output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
         own = (seed if prompt.seed is None else prompt.seed) + video
         if not 0 <= own < 2**63:
             raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
@@ -174,6 +163,6 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{index:0{digits}d}{path.suffix}") for index in range(1, count + 1)]
 
 
-def slug(prompt: str, length: int = 40) -> str:
+def slug(prompt: str) -> str:
     """A prompt as part of a file name: letters and digits of any script, lower case, joined by dashes."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "video"
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "video"

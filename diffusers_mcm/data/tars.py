@@ -149,17 +149,12 @@ def _find_captions(index: TarIndex, request: DataRequest) -> _Places:
 
 
 class _JsonKeys:
-    """The keys under which the samples' json of one field has text.
-
-    Attributes:
-        keys: those that were found so far, in the order in which they were.
-        broken: json that cannot be read, by the name of its sample; it is skipped and counted when its turn comes.
-    """
+    """The keys under which the samples' json of one field has text."""
 
     def __init__(self, index: TarIndex, name: str):
         self.index, self.name = index, name
-        self.keys: dict[str, None] = {}
-        self.broken: dict[str, str] = {}
+        self.keys: dict[str, None] = {}  # those that were found so far, in the order in which they were
+        self.broken: dict[str, str] = {}  # unreadable json, by sample; it is skipped and counted when its turn comes
         self._places = np.asarray(index.places[name]).reshape(-1, 3)
         self._first = np.unique(np.linspace(0, len(self._places) - 1, _LOOKED_AT).astype(int)).tolist()
         for at in self._first:
