@@ -108,9 +108,10 @@ def named_folders(texts: Sequence[str]) -> dict[str, str]:
         name, separator, folder = text.partition("=")
         if not separator or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
-        if not name or "/" in name or name in folders:
+        if not _NAME.fullmatch(name) or name in folders:
             raise ValueError(
-                f"expected a name of its own for each folder, got {name!r} for {folder}: write NAME={folder}"
+                f"expected a name of its own for each folder, of letters, digits and common signs, got {name!r} for"
+                f" {folder}: write NAME={folder}"
             )
         folders[name] = folder
     return folders
