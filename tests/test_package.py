@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hub",
         "location",
         "lora",
+        "pipelines",
         "publish",
         "text_files",
         "video_io",

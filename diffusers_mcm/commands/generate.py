@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..hub import public_name
 from .grammar import notice
-from .prompts import Job, plan, read_prompts
+from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
+# The names of `pipelines.samplers`, which is not imported for the flags' sake: it takes torch along.
+SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler")
+SPACINGS = ("trailing", "leading", "linspace")
 # --format -> how the names in a folder end
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "png": ".png", "frames": ""}
+VBENCH_FORMATS = ("mp4", "gif")  # that VBench reads
 EPILOG = """
 lists of prompts (--prompts FILE, or - for stdin):
   .txt, stdin   a prompt a line; blank lines and lines that start with # are skipped
@@ -54,16 +58,29 @@ def build_parser() -> argparse.ArgumentParser:
         " folder (default: out.mp4)",
     )
     add("--format", choices=FORMATS, help="of the videos in a folder; frames: each a folder of .png (default: mp4)")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="plain",
+        help="of a folder; vbench: {prompt}-{index}.mp4, the prompts as they are, indices from 0 (default: plain)",
+    )
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
     add("-v", "--verbose", action="store_true", help="show the libraries' notices and their bars of loading as well")
 
     model = parser.add_argument_group("model").add_argument
-    model("--model", help="packaged model, folder or Hub id: an MCM LoRA or a base model (default: mcm-shapes)")
+    model(
+        "--model",
+        help="packaged model, folder or Hub id: an MCM LoRA, a base model, or motion modules as wangfuyun/AnimateLCM"
+        " and ByteDance/AnimateDiff-Lightning (default: mcm-shapes)",
+    )
     model("--lora", help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model")
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--weight_name", help="the LoRA's file there, where there are several")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
-    model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
+    model(
+        "--base_model",
+        help="put the LoRA or the motion modules in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)",
+    )
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
     _add_sampling_and_machine(parser)
@@ -73,13 +90,23 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
     sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
+    sampling("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's own, as a rule mcm)")
+    sampling(
+        "--timestep_spacing",
+        choices=SPACINGS,
+        help="of ddim, dpm++ and euler: where their steps lie (default: trailing)",
+    )
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
     sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
     sampling("--frames", type=int, help="number of frames (default: the model's)")
     sampling("--height", type=int, help="in pixels (default: the model's)")
     sampling("--width", type=int, help="in pixels (default: the model's)")
     sampling("--fps", type=float, help="frames per second of the file (default: the model's)")
-    sampling("--guidance_scale", type=float, default=1.0, help="above 1 doubles the network's work (default: off)")
+    sampling(
+        "--guidance_scale",
+        type=float,
+        help="above 1 doubles the network's work (default: the model's, as a rule 1: off)",
+    )
     sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
 
     machine = parser.add_argument_group("machine").add_argument
@@ -163,9 +190,16 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if names_folder(output) or not path.suffix:
         if path.exists() and not path.is_dir():
             raise ValueError(f"expected a folder as --output, got {output!r}, which is a file")
+        if arguments.layout == "vbench" and arguments.format not in (None, *VBENCH_FORMATS):
+            known = " or ".join(VBENCH_FORMATS)
+            raise ValueError(
+                f"expected --format {known} with --layout vbench, for VBench reads no other, got {arguments.format}"
+            )
         suffix = FORMATS[arguments.format or "mp4"]
     else:
         writer_for(output)
+        if arguments.layout != "plain":
+            raise ValueError(f"expected a folder as --output with --layout {arguments.layout}, got {output!r}")
         if arguments.format is not None:
             raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
         suffix = None
@@ -176,6 +210,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         seed=arguments.seed,
         negative_prompt=arguments.negative_prompt,
         num_videos=arguments.num_videos,
+        layout=arguments.layout,
     )
 
 
@@ -199,8 +234,10 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     """The pipeline on its device, set up to use as little memory or time as the flags say."""
     import torch
 
-    from .. import MCMPipeline
+    from .. import MCMPipeline, make_scheduler
+    from ..pipelines.samplers import check_spacing
 
+    check_spacing(arguments.sampler, arguments.timestep_spacing)
     pipeline = MCMPipeline.from_pretrained(
         arguments.model,
         lora=arguments.lora,
@@ -209,8 +246,11 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         revision=arguments.revision,
         base_model=arguments.base_model,
         **({"variant": arguments.variant} if arguments.variant else {}),
+        **({"num_inference_steps": arguments.steps} if arguments.steps else {}),
         dtype=getattr(torch, arguments.dtype),
     )
+    if arguments.sampler is not None:
+        pipeline.scheduler = make_scheduler(arguments.sampler, pipeline, arguments.timestep_spacing)
     if arguments.fuse_lora:
         pipeline.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
     if arguments.vae_slicing:
@@ -228,6 +268,8 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
 
 def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
     """What all videos of a run have in common and what decides how they look, under `__call__`'s names."""
+    from ..pipelines.samplers import sampler_settings
+
     names = {
         "num_inference_steps": "steps",
         "num_frames": "frames",
@@ -237,6 +279,9 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     }
     given = {name: getattr(arguments, flag) for name, flag in names.items()}
     sizes = {name: pipeline.sampling_default(name) if value is None else value for name, value in given.items()}
+    guidance = arguments.guidance_scale
+    if guidance is None:
+        guidance = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
     return {
         "model": public_name(arguments.model, given=True),
         "lora": public_name(arguments.lora, given=True),
@@ -244,22 +289,30 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
         "revision": arguments.revision,
         "base_model": public_name(arguments.base_model, given=True),
         **({"variant": arguments.variant} if arguments.variant else {}),
-        "lora_sha256": lora_sha256(arguments),
+        "lora_sha256": lora_sha256(arguments, pipeline),
         "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
-        "guidance_scale": arguments.guidance_scale,
+        "guidance_scale": guidance,
+        **sampler_settings(pipeline),
         "dtype": arguments.dtype,
         **sizes,
     }
 
 
-def lora_sha256(arguments: argparse.Namespace) -> str | None:
+def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | None:
     """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
     from ..location import Location
 
+    if pipeline.motion_model is not None:
+        found = pipeline.motion_model.lora
+        return None if found is None else file_sha256(found.find_lora_file())
     revision = None if arguments.lora else arguments.revision
     place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
     # what has just been loaded is in the cache
-    path = Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file()
+    return file_sha256(Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file())
+
+
+def file_sha256(path: Path | None) -> str | None:
+    """The hash of a file; `None` where there is none."""
     if path is None:
         return None
     with path.open("rb") as stream:

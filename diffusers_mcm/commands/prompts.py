@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ..text_files import decode_text, find_name, read_table, read_text
 
 COLUMNS = ("prompt", "negative_prompt", "seed")
+_LONGEST_NAME = 220  # bytes; a file system takes 255, the ending and what a file is called until it is whole included
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
@@ -155,29 +157,63 @@ def plan(
     seed: int,
     negative_prompt: str | None = None,
     num_videos: int = 1,
+    layout: str = "plain",
 ) -> list[Job]:
     """One job for every video. Every prompt starts from `seed` or its own; its k-th video from k − 1 above that.
 
-    So a video depends on its prompt and its seed, and never on its place in the list.
+    So a video depends on its prompt and its seed, and never on its place in the list. `layout`, a key of `LAYOUTS`,
+    names the videos of a folder.
     """
     jobs = [
-        (prompt, (seed if prompt.seed is None else prompt.seed) + offset, f"-{offset + 1}" if num_videos > 1 else "")
+        (prompt, (seed if prompt.seed is None else prompt.seed) + offset)
         for prompt in prompts
         for offset in range(num_videos)
     ]
-    wrong = [number for _, number, _ in jobs if not 0 <= number < 2**63]
+    wrong = [number for _, number in jobs if not 0 <= number < 2**63]
     if wrong:
         raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {wrong[0]}")
     if suffix is None:
         paths = numbered(output, len(jobs))
     else:
-        numbers = [number for number, _ in enumerate(prompts, 1) for _ in range(num_videos)]
-        names = (f"{number:04d}-{slug(job[0].prompt)}{job[2]}{suffix}" for number, job in zip(numbers, jobs))
-        paths = [output / name for name in names]
+        names = LAYOUTS[layout]([prompt.prompt for prompt in prompts], num_videos)
+        paths = [output / f"{name}{suffix}" for name in names]
     return [
         Job(prompt.prompt, prompt.negative_prompt or negative_prompt, job_seed, path)
-        for (prompt, job_seed, _), path in zip(jobs, paths)
+        for (prompt, job_seed), path in zip(jobs, paths)
     ]
+
+
+def plain_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`0001-a-cat`, or `0001-a-cat-1` and so on for several videos of a prompt."""
+    ends = [f"-{index}" for index in range(1, num_videos + 1)] if num_videos > 1 else [""]
+    return [f"{number:04d}-{slug(prompt)}{end}" for number, prompt in enumerate(prompts, 1) for end in ends]
+
+
+def vbench_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`a cat-0` and so on, as VBench finds the videos of a prompt: by the prompt itself, letter for letter.
+
+    Raises:
+        ValueError: for a prompt that no file can be called by, and for one that comes twice.
+    """
+    for prompt in prompts:
+        longest = len(f"{prompt}-{num_videos - 1}".encode())
+        wrong = "it holds a '/'" if "/" in prompt else "it begins with a dot" if prompt.startswith(".") else None
+        if not prompt.isprintable():
+            wrong = "it holds characters that are not printed, such as the end of a line"
+        elif longest > _LONGEST_NAME:
+            wrong = f"it is {longest} bytes long with its number, and a name has {_LONGEST_NAME} at most"
+        if wrong:
+            raise ValueError(f"expected prompts that files can be called by, for --layout vbench; {prompt!r}: {wrong}")
+    twice = [prompt for prompt, count in Counter(prompts).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"expected every prompt once for --layout vbench, which names files by them, got {twice[0]!r}"
+            f" {prompts.count(twice[0])} times; --num_videos makes several videos of each"
+        )
+    return [f"{prompt}-{index}" for prompt in prompts for index in range(num_videos)]
+
+
+LAYOUTS = {"plain": plain_names, "vbench": vbench_names}
 
 
 def numbered(path: Path, count: int) -> list[Path]:

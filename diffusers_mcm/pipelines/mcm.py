@@ -24,6 +24,7 @@ from ..settings import SAMPLING_KEYS
 from . import checks, loading
 from .callbacks import TENSORS, step_callback
 from .fusing import require_unfused
+from .motion_models import MotionModel, find_motion_model
 from .publishing import HubVerbs
 from .request import arguments
 from .sampling import Sampling
@@ -60,6 +61,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     """
 
     base_model: BaseModel
+    motion_model: MotionModel | None = None  # what `from_pretrained` was given, where that was motion modules
     _callback_tensor_inputs = list(TENSORS)
     _of_base_models: dict[str, type[MCMPipeline]] = {}
 
@@ -108,7 +110,10 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                     - an MCM LoRA, as a folder or a `.safetensors` file;
                     - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
                       a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
-                    - a pipeline saved with [`~MCMPipeline.save_pretrained`].
+                    - a pipeline saved with [`~MCMPipeline.save_pretrained`];
+                    - motion modules for a Stable Diffusion 1.5: AnimateLCM, AnimateDiff-Lightning (of which
+                      `num_inference_steps` chooses the file) or plain ones; sampled as their makers say, but for the
+                      guidance, which a call is given: 2 for AnimateLCM.
             lora: An MCM LoRA to put in a text-to-video model.
             adapter_name: What the LoRA verbs will call it.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
@@ -146,8 +151,14 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
+        motion = find_motion_model(location, kwargs.get("num_inference_steps"))
+        if motion is None:
+            loading.require_lora(location)
         if lora is not None:
-            raise ValueError(f"`lora` goes with a base model, but {location.name} is itself a LoRA.")
+            what = "a LoRA" if motion is None else "motion modules"
+            raise ValueError(f"`lora` goes with a base model, but {location.name} is itself {what}.")
+        if motion is not None:
+            return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
         read = read_lora(location)
         base = loading.base_location(read, base_model, base_model_revision, options)
         pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, read)
@@ -182,6 +193,18 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         pipeline.scheduler = pipeline.base_model.few_step_scheduler(pipeline.scheduler)
         if lora is None and saved:
             pipeline._load_adapters(location)
+        return pipeline
+
+    @classmethod
+    def _load_with_motion(
+        cls, motion: MotionModel, base_model: str | os.PathLike | None, revision: str | None, kwargs: dict[str, Any]
+    ) -> MCMPipeline:
+        """A base model with motion modules, and sampled as those are."""
+        options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        base = Location.of(base_model or motion.default_base, revision=revision, **options)
+        index = loading.read_base_index(base)
+        pipeline = cls._load_pipeline(base, index, kwargs | motion.components(base, index, kwargs))
+        motion.set_up(pipeline)
         return pipeline
 
     @classmethod
