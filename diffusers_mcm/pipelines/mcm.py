@@ -205,6 +205,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         index = loading.read_base_index(base)
         pipeline = cls._load_pipeline(base, index, kwargs | motion.components(base, index, kwargs))
         motion.set_up(pipeline)
+        pipeline.motion_model = motion
         return pipeline
 
     @classmethod

@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline
 
 from .. import hub
 from ..base_models import get_base_model, infer_base_model
@@ -20,9 +22,6 @@ from ..base_models.animatediff import ADAPTER
 from ..location import INDEX_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..lora import open_safetensors
 from .samplers import OWN, make_scheduler
-
-if TYPE_CHECKING:
-    from .mcm import MCMPipeline
 
 _ADAPTER_CONFIG = "config.json"
 _ADAPTER_WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls an adapter's own file, whole, in parts or as fp16
@@ -85,7 +84,7 @@ class MotionModel:
             )
         return {ADAPTER: self.modules, "num_inference_steps": self.steps}
 
-    def set_up(self, pipeline: MCMPipeline) -> None:
+    def set_up(self, pipeline: DiffusionPipeline) -> None:
         """Load the LoRA into a pipeline that has the modules, and have it sample as they were distilled for."""
         if self.lora is not None:
             name = self.kind.title.lower()
@@ -93,7 +92,6 @@ class MotionModel:
             pipeline.load_lora_weights(self.lora.name, name, **place)
             pipeline.set_adapters(name, self.kind.lora_weight)
         pipeline.scheduler = make_scheduler(self.kind.sampler, pipeline)
-        pipeline.motion_model = self
 
 
 def find_motion_model(location: Location, steps: int | None = None) -> MotionModel | None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
 )
-
-if TYPE_CHECKING:
-    from .mcm import MCMPipeline
 
 OWN = "mcm"  # the few-step sampler of the pipeline's base model
 SPACINGS = ("trailing", "leading", "linspace")
@@ -54,12 +52,13 @@ def check_spacing(sampler: str | None, timestep_spacing: str | None) -> None:
     if sampler not in SAMPLERS or not SAMPLERS[sampler].spaced:
         spaced = ", ".join(name for name, row in SAMPLERS.items() if row.spaced)
         raise ValueError(
-            f"expected a sampler out of {spaced} with the timestep_spacing {timestep_spacing!r}, got {sampler or 'none'}: a"
-            " consistency model has the grid of its distillation. Name one of these, or leave the spacing out"
+            f"expected a sampler out of {spaced} with the timestep_spacing {timestep_spacing!r}, got"
+            f" {sampler or 'none'}: a consistency model has the grid of its distillation. Name one of these, or leave"
+            " the spacing out"
         )
 
 
-def make_scheduler(sampler: str, pipeline: MCMPipeline, timestep_spacing: str | None = None) -> SchedulerMixin:
+def make_scheduler(sampler: str, pipeline: DiffusionPipeline, timestep_spacing: str | None = None) -> SchedulerMixin:
     """Make a scheduler for a pipeline's network: its noise schedule and prediction type, another way of sampling.
 
     A pipeline that is saved and loaded again has the sampler of its base model, whatever was put in its place.
@@ -67,7 +66,7 @@ def make_scheduler(sampler: str, pipeline: MCMPipeline, timestep_spacing: str | 
     Args:
         sampler: `"mcm"` (the pipeline's own, or that of its base model in the place of another), `"lcm"`, `"ddim"`,
             `"dpm++"` or `"euler"`.
-        pipeline: The pipeline whose scheduler's configuration is read; it is not changed.
+        pipeline: The [`MCMPipeline`] whose scheduler's configuration is read; it is not changed.
         timestep_spacing: For the last three: `"trailing"` (the default: the steps begin where noise is pure, on the
             grid of the distillation), `"leading"` (diffusers' own default for DDIM: a single step begins where there
             is almost no noise) or `"linspace"`.
@@ -98,7 +97,7 @@ def make_scheduler(sampler: str, pipeline: MCMPipeline, timestep_spacing: str | 
     return row.scheduler(**noise, **spacing, **row.options)
 
 
-def sampler_settings(pipeline: MCMPipeline) -> dict[str, str | None]:
+def sampler_settings(pipeline: DiffusionPipeline) -> dict[str, str | None]:
     """What to write down of how a pipeline samples: `sampler`, by its name in the table or else its class, and
     `timestep_spacing`, where it has any choice of it."""
     kind = type(pipeline.scheduler)
