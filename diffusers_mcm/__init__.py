@@ -28,17 +28,7 @@ if TYPE_CHECKING:
     )
     from .scheduler import MCMScheduler
 
-__all__ = [
-    "AnimateDiffMCMPipeline",
-    "BASE_MODELS",
-    "MCMPipeline",
-    "MCMPipelineOutput",
-    "MCMScheduler",
-    "ModelScopeMCMPipeline",
-    "__version__",
-    "get_base_model",
-    "make_scheduler",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -1,8 +1,5 @@
 """Model cards: one template, filled from a LoRA's saved configuration and from files that an evaluation wrote."""
 
-from __future__ import annotations
-
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +9,12 @@ from typing import Any
 
 from .hub import PACKAGED_MODELS, is_local, public_name
 from .location import Location
-from .settings import CONFIG_NAME, Sample, Settings
+from .settings import CONFIG_NAME, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
+CARD_NAME, SAMPLE_NAME = "README.md", "sample.mp4"
+# What `diffusers-mcm evaluate` writes, whose `table` the card shows, and a table that anything else wrote.
+SCORES_NAMES = ("evaluation.json", "scores.json")
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -55,6 +54,7 @@ _STOCK = {
     ("animatediff", "diffusers"): _WITH_LORA_LOADER,
     ("animatediff", "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_LORA_LOADER),
 }
+_SAMPLE = '\n<video src="{0.file}" controls autoplay loop muted></video>\n\n*{0.prompt}*\n'
 _COMFYUI = {
     "modelscope": "ComfyUI has no loader for this base model, and so nothing that could take the LoRA.",
     "animatediff": """Its LoRA loader leaves motion layers out, so they go into a motion module:
@@ -97,40 +97,41 @@ def render_card(
     settings: Settings,
     *,
     title: str,
-    repository: str,
-    subfolder: str | None = None,
+    place: Location,
     layout: str = "diffusers",
-    scores: Mapping[str, Any] | None = None,
+    scores: Sequence[Mapping[str, Any]] = (),
     about: str = "",
     training_note: str = "From the configuration that was saved with the weights.",
     **more: Any,
 ) -> str:
-    """The card's text.
+    """The card's text. A sample in the settings lies beside the card and is shown.
 
-    Args:
-        settings: the LoRA's; a sample in them lies beside the card and is shown.
-        title: the heading.
-        repository: what to pass to `from_pretrained`, with `subfolder`.
-        layout: of the LoRA's keys, `"diffusers"` or `"peft"`.
-        scores: what `scores.json` holds: `about`, `columns` and `rows` (each a label and then the cells).
-        about: a paragraph on this LoRA.
-        training_note: where the training's settings are known from.
-        more: fields of the card's YAML, such as `license_link`.
+    `place` is the repository, and the subfolder in it, where the LoRA will be, `layout` that of its keys
+    (`"diffusers"` or `"peft"`). `scores` are tables: `about`, `columns` and `rows` (each a label and then
+    the cells). `about` is a paragraph on this LoRA, `training_note` says where the training's settings are known
+    from, and `more` are fields of the card's YAML, such as `license_link`.
     """
     prompt = settings.prompt or DEFAULT_PROMPT
     base, *extra = _repositories(settings)
+    subfolder = place.subfolder
     values = {
         "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
         "steps": str(settings.steps),
-        "load": f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
-        "where": repository + (f" --subfolder {subfolder}" if subfolder else ""),
+        "load": f'"{place.name}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
+        "where": place.name + (f" --subfolder {subfolder}" if subfolder else ""),
         "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',
         "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
         "motion_adapter": public_name(extra[0]) if extra else "",
     }
     kind = settings.base_model or ""
     stock = _STOCK.get((kind, layout), "Not known for this base model.")
-    values |= _adapter_and_scheduler(values["load"], subfolder, converted="convert" in stock, layout=layout)
+    # Stock code finds adapter and scheduler in the folder that `convert` has written, or where the LoRA is.
+    beside = f'"{place.name}", subfolder="{place.inside("scheduler").subfolder}"'
+    values |= {"adapter": values["load"], "scheduler": f"LCMScheduler.from_pretrained({beside})"}
+    if "convert" in stock:
+        values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
+    elif layout == "peft":
+        values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
     appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
@@ -141,39 +142,25 @@ def render_card(
         base="\nwith ".join(map(_link, _repositories(settings))),
         appearance=appearance,
         about=f"\n{about}\n" if about else "",
-        sample=_sample_section(settings.sample),
+        sample=_SAMPLE.format(sample) if (sample := settings.sample) else "",
         stock=Template(stock).substitute(values),
         comfyui=Template(_COMFYUI.get(kind, "Not known for this base model.")).substitute(values),
         training=_training_section(settings, training_note),
-        scores=_scores_section(scores),
+        scores="\n\n".join(map(_scores_table, scores)) or "None were measured, or none are recorded with the weights.",
     )
 
 
-def _adapter_and_scheduler(load: str, subfolder: str | None, converted: bool, layout: str) -> dict[str, str]:
-    """Where stock code finds them: in the folder `mcm` that `convert` has written, or where the LoRA is."""
-    if converted:
-        return {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
-    if layout == "diffusers":
-        place = f'{load.split(",")[0]}, subfolder="{subfolder + "/" if subfolder else ""}scheduler"'
-        return {"adapter": load, "scheduler": f"LCMScheduler.from_pretrained({place})"}
-    return {"adapter": load, "scheduler": "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"}
-
-
-def render_folder_card(
-    folder: str | os.PathLike, repository: str, settings: Settings | None = None, **more: Any
-) -> str:
-    """The card of a LoRA folder, from what lies in it; `settings` instead of its `mcm_config.json`.
-
-    `more` is as in `render_card`.
-    """
-    place = Location.of(folder)
-    settings = settings or Settings.read(place)
+def render_folder_card(folder: Path, repository: str, settings: Settings | None = None, **more: Any) -> str:
+    """The card of a LoRA folder, from what lies in it (or these settings) and `more` arguments of `render_card`."""
+    here = Location.of(folder)
+    settings = settings or Settings.read(here)
     if settings is None:
         raise FileNotFoundError(f"There is no {CONFIG_NAME} in {folder}.")
-    if settings.sample and not Path(folder, settings.sample.file).is_file():
+    if settings.sample and not (folder / settings.sample.file).is_file():
         settings = replace(settings, sample=None)
-    title = repository.rpartition("/")[2]
-    return render_card(settings, title=title, repository=repository, scores=place.json(SCORES_NAME), **more)
+    title, there = repository.rpartition("/")[2], Location(repository, remote=True)
+    scores = [found.get("table", found) for name in SCORES_NAMES if (found := here.json(name))]
+    return render_card(settings, title=title, place=there, scores=scores, **more)
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:
@@ -205,12 +192,6 @@ def _link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
-def _sample_section(sample: Sample | None) -> str:
-    if sample is None:
-        return ""
-    return f'\n<video src="{sample.file}" controls autoplay loop muted></video>\n\n*{sample.prompt}*\n'
-
-
 def _training_section(settings: Settings, note: str) -> str:
     rows = settings.training_rows()
     if not rows:
@@ -223,8 +204,6 @@ def _text(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _scores_section(scores: Mapping[str, Any] | None) -> str:
-    if scores is None:
-        return "None were measured, or none are recorded with the weights."
+def _scores_table(scores: Mapping[str, Any]) -> str:
     lines = [["", *scores["columns"]], ["---"] * (len(scores["columns"]) + 1), *scores["rows"]]
     return "\n".join([scores["about"], "", *(f"| {' | '.join(map(str, line))} |" for line in lines)])

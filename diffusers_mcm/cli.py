@@ -1,4 +1,4 @@
-"""The command `diffusers-mcm`: a table of subcommands, each of which parses its own flags."""
+"""The command `diffusers-mcm`: a table of subcommands, each a module of that name that parses its own flags."""
 
 import argparse
 import sys
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "generate": (".commands.generate", "make videos from prompts"),
-    "convert": (".commands.convert", "write a LoRA in the layout of another tool"),
-    "evaluate": (".commands.evaluate", "measure folders of videos: FVD, CLIPSIM, FID and motion"),
-    "info": (".commands.info", "tell what is in a LoRA"),
-    "push": (".commands.push", "publish a LoRA folder on the Hub"),
+    "generate": "make videos from prompts",
+    "convert": "write a LoRA in the layout of another tool",
+    "evaluate": "measure folders of videos: FVD, CLIPSIM, FID and motion",
+    "info": "tell what is in a LoRA",
+    "push": "publish a LoRA folder on the Hub",
 }
 SHAPES_COMMANDS = {
-    "build": (".shapes.build", "write the shapes world: H.264 videos with captions, and the image sets"),
-    "demo": (".shapes.demo", "sample held-out prompts with the teacher and with MCM, side by side"),
-    "figures": (".shapes.figures", "measure teacher, MCM and LCM on every held-out caption"),
+    "build": "write the shapes world: H.264 videos with captions, and the image sets",
+    "demo": "sample held-out prompts with the teacher and with MCM, side by side",
+    "figures": "measure teacher, MCM and LCM on every held-out caption",
 }
 
 
@@ -24,24 +24,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diffusers-mcm", description="Motion consistency models: text to video in one to eight steps."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False).set_defaults(module=f".commands.{name}")
     shapes = commands.add_parser("shapes", help="the embedded world of moving shapes: build, demo, figures")
-    shapes_commands = shapes.add_subparsers(dest="shapes_command", required=True, metavar="COMMAND")
-    for name, (_, text) in SHAPES_COMMANDS.items():
-        shapes_commands.add_parser(name, help=text, add_help=False)
+    shapes_commands = shapes.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in SHAPES_COMMANDS.items():
+        shapes_commands.add_parser(name, help=text, add_help=False).set_defaults(module=f".shapes.{name}")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for input that the user can put right."""
     arguments, rest = build_parser().parse_known_args(argv)
-    table, name = (
-        (SHAPES_COMMANDS, arguments.shapes_command) if arguments.command == "shapes" else (COMMANDS, arguments.command)
-    )
     try:
-        import_module(table[name][0], __package__).main(rest)
+        import_module(arguments.module, __package__).main(rest)
         sys.stdout.flush()  # where that goes to a full disk, it is an error like any other
     except (ValueError, OSError, ImportError) as error:
         print(f"diffusers-mcm: error: {error}", file=sys.stderr)

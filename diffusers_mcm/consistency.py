@@ -8,13 +8,12 @@ Coefficients and arithmetic are float32 whatever the latents' type; results come
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from diffusers import LCMScheduler
 
 TIMESTEP_SCALING = 4.0
 SIGMA_DATA = 0.5
@@ -58,53 +57,13 @@ def get_prediction_type(name: str) -> PredictionType:
     return PREDICTION_TYPES[name]
 
 
-def _linear_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
-    return torch.linspace(beta_start, beta_end, num, dtype=torch.float32)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-def _scaled_linear_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
-    return torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float32) ** 2
-
-
-def _squaredcos_betas(beta_start: float, beta_end: float, num: int) -> torch.Tensor:
-    """The cosine schedule of Nichol and Dhariwal, capped at 0.999; it has no use for `beta_start` and `beta_end`."""
-    alpha_bar = [math.cos((i / num + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num + 1)]
-    betas = [min(1 - after / before, 0.999) for before, after in zip(alpha_bar[:-1], alpha_bar[1:], strict=True)]
-    return torch.tensor(betas, dtype=torch.float32)
-
-
-BETA_SCHEDULES: dict[str, Callable[[float, float, int], torch.Tensor]] = {
-    "linear": _linear_betas,
-    "scaled_linear": _scaled_linear_betas,
-    "squaredcos_cap_v2": _squaredcos_betas,
-}
-
-
-def _with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas whose last √ᾱ is exactly 0 and whose first is kept (Lin et al. 2023, algorithm 1)."""
-    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    root = (root - last) * (first / (first - last))
-    alpha_bar = root**2
-    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-
-
-def make_betas(
-    num_train_timesteps: int,
-    beta_start: float,
-    beta_end: float,
-    beta_schedule: str,
-    trained_betas: Sequence[float] | np.ndarray | None = None,
-    rescale_betas_zero_snr: bool = False,
-) -> torch.Tensor:
-    """The betas, float32 (num_train_timesteps,), that diffusers makes from the same scheduler configuration."""
-    if trained_betas is not None:
-        betas = torch.as_tensor(trained_betas, dtype=torch.float32).clone()
-    elif beta_schedule in BETA_SCHEDULES:
-        betas = BETA_SCHEDULES[beta_schedule](beta_start, beta_end, num_train_timesteps)
-    else:
-        raise ValueError(f"Unknown beta_schedule {beta_schedule!r}; valid values are {sorted(BETA_SCHEDULES)}.")
-    return _with_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+def check_beta_schedule(name: str) -> None:
+    """`ValueError` unless `name` is one of `BETA_SCHEDULES`."""
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"Unknown beta_schedule {name!r}; valid values are {sorted(BETA_SCHEDULES)}.")
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -179,13 +138,8 @@ class NoisePath(ABC):
         return expand_like(alpha, x), expand_like(sigma, x)
 
 
-_SCHEDULE_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "prediction_type": "epsilon",
-}
-_SCHEDULE_KEYS = (*_SCHEDULE_DEFAULTS, "beta_start", "beta_end", "beta_schedule")
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+_SCHEDULE = (*_BETAS, "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 
 
 class VariancePreservingPath(NoisePath):
@@ -213,40 +167,36 @@ class VariancePreservingPath(NoisePath):
                 "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
                 " says nothing of x_0; use 'v_prediction' or 'sample', or rescale_betas_zero_snr=False."
             )
-        self.num_train_timesteps = alphas_cumprod.numel()
-        self.prediction_type = prediction_type
-        self.timestep_scaling = timestep_scaling
-        self.sigma_data = sigma_data
+        self.num_train_timesteps, self.prediction_type = alphas_cumprod.numel(), prediction_type
+        self.timestep_scaling, self.sigma_data = timestep_scaling, sigma_data
         alphas_cumprod = alphas_cumprod.detach().to(torch.float32)
-        self.alphas = alphas_cumprod.sqrt()
-        self.sigmas = (1 - alphas_cumprod).sqrt()
+        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], **overrides: Any) -> VariancePreservingPath:
         """The path a diffusers DDPM-family scheduler configuration describes.
 
-        Args:
-            config: The scheduler's configuration, as `scheduler.config` or read from `scheduler_config.json`. Keys
-                that do not describe the noise schedule are ignored, `timestep_scaling` too: the boundary belongs to
-                the student, not to the model it starts from.
-            overrides: Values that win over `config`, and `timestep_scaling`, `sigma_data`.
+        Keys of `config` that do not describe the noise schedule are ignored, `timestep_scaling` too: the boundary
+        belongs to the student, not to the model it starts from. `overrides` win, and may name `timestep_scaling` and
+        `sigma_data`.
         """
-        valid = {*_SCHEDULE_KEYS, "timestep_scaling", "sigma_data"}
+        valid = {*_SCHEDULE, "timestep_scaling", "sigma_data"}
         if unknown := sorted(set(overrides) - valid):
             raise ValueError(f"Unknown overrides {unknown}; valid ones are {sorted(valid)}.")
         boundary = {key: overrides[key] for key in ("timestep_scaling", "sigma_data") if key in overrides}
-        settings = {**_SCHEDULE_DEFAULTS, **config, **overrides}
-        if settings["trained_betas"] is not None:
-            settings = {"beta_start": None, "beta_end": None, "beta_schedule": None, **settings}
-        if missing := [key for key in _SCHEDULE_KEYS if key not in settings]:
-            raise ValueError(f"The scheduler configuration does not describe a noise schedule: it lacks {missing}.")
-        prediction_type = settings["prediction_type"]
-        betas = make_betas(**{key: settings[key] for key in _SCHEDULE_KEYS if key != "prediction_type"})
-        if len(betas) != settings["num_train_timesteps"]:
+        settings = {**config, **overrides}
+        if settings.get("trained_betas") is None:
+            if missing := [key for key in _BETAS if key not in settings]:
+                raise ValueError(
+                    f"The scheduler configuration does not describe a noise schedule: it lacks {missing}."
+                )
+            check_beta_schedule(settings["beta_schedule"])
+        scheduler = LCMScheduler(**{key: settings[key] for key in _SCHEDULE if key in settings})
+        if len(scheduler.betas) != len(scheduler):
             raise ValueError(
-                f"trained_betas has {len(betas)} values, but num_train_timesteps is {settings['num_train_timesteps']}."
+                f"trained_betas has {len(scheduler.betas)} values, but num_train_timesteps is {len(scheduler)}."
             )
-        return cls(torch.cumprod(1.0 - betas, dim=0), prediction_type, **boundary)
+        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, **boundary)
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if t.is_floating_point():

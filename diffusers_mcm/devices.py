@@ -5,11 +5,8 @@ import torch
 
 def choose_device(name: str | None = None) -> str:
     """The named device if this machine has it, else an error that says what it has; the best one if none is named."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device, is_there in found.items() if is_there]
     if name is None:
         return available[0]
     if name.split(":")[0] not in available:

@@ -27,11 +27,9 @@ class _Frozen(nn.Module):
 
 
 class PatchFeatures(_Frozen):
-    """Patch tokens of a frozen DINOv2 after the given blocks. Gradients pass through to the images.
+    """Patch tokens of a frozen `transformers.Dinov2Model` after the given blocks, counted from 0.
 
-    Args:
-        model: a `transformers.Dinov2Model`.
-        blocks: indices of the blocks, counted from 0.
+    Gradients pass through to the images.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[int] = (2, 5, 8, 11)):
@@ -58,20 +56,18 @@ class PatchFeatures(_Frozen):
         from transformers import Dinov2Config, Dinov2Model
 
         location = Location.of(name)
-        name = location.name
-        model_type = Dinov2Config.get_config_dict(name)[0].get("model_type")
+        model_type = Dinov2Config.get_config_dict(location.name)[0].get("model_type")
         if model_type != "dinov2":
-            raise ValueError(f"Expected a model of type 'dinov2' in {name!r}, got {model_type!r}.")
+            raise ValueError(f"Expected a model of type 'dinov2' in {location.name!r}, got {model_type!r}.")
         with location.never_pickled():
-            model = Dinov2Model.from_pretrained(name, dtype=dtype or torch.float32, use_safetensors=True)
+            model = Dinov2Model.from_pretrained(location.name, dtype=dtype or torch.float32, use_safetensors=True)
         return cls(model, blocks)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images `(N, 3, H, W)` in [-1, 1] → one `(N, P, C)` float32 per block."""
         check_images(images)
-        size = (self.input_size, self.input_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="area")
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="area")
         images = ((images.float() + 1) / 2 - self.mean.float()) / self.std.float()
         hidden = self.model(images.to(self.model.dtype), output_hidden_states=True).hidden_states
         # hidden[0] is the embedding; token 0 is the class token.
@@ -79,12 +75,7 @@ class PatchFeatures(_Frozen):
 
 
 class TextFeatures(_Frozen):
-    """Projected CLIP embeddings of prompts, frozen.
-
-    Args:
-        model: a `transformers.CLIPTextModelWithProjection`.
-        tokenizer: its tokenizer.
-    """
+    """Projected embeddings of prompts by a frozen `transformers.CLIPTextModelWithProjection` and its tokenizer."""
 
     def __init__(self, model: nn.Module, tokenizer):
         super().__init__()

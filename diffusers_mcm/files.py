@@ -1,6 +1,7 @@
 """Writing files: whole or not at all, and what a full disk is told as."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,11 @@ class DiskFullError(OSError):
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one it was raised from, says that a disk, a quota or a limit of file sizes is full."""
-    while error is not None:
-        if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _DISK_FULL:
-            return True
-        if any(text in str(error) for text in _DISK_FULL_TEXTS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    if error is None:
+        return False
+    if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _DISK_FULL:
+        return True
+    return any(text in str(error) for text in _DISK_FULL_TEXTS) or is_disk_full(error.__cause__ or error.__context__)
 
 
 @contextmanager
@@ -37,18 +36,13 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
             raise
         # One of ours is of a part of what is written here, in a place that nobody knows.
         cause = error.__cause__ if isinstance(error, DiskFullError) else error
+        there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
         told = DiskFullError(
-            f"The disk is full: there was no room to write {path}{_free(Path(path))}. Nothing half-written was left;"
-            f" make room, or choose a place on another disk. ({cause})"
+            f"The disk is full: there was no room to write {path} ({shutil.disk_usage(there).free / 1e6:.1f} MB are "
+            f"free there). Nothing half-written was left; make room, or choose a place on another disk. ({cause})"
         )
         told.errno = getattr(cause, "errno", None) or errno.ENOSPC
         raise told from cause
-
-
-def _free(path: Path) -> str:
-    """How much room is left where `path` is or would be."""
-    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
-    return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free there)" if there else ""
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -85,9 +79,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-whole_file = atomic_file  # its name before
-
-
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises."""
@@ -122,8 +113,11 @@ def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator
         try:
             yield _emptied(temporary)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-            for old in (last, *stale):
-                _remove(folder / old)
+            for old in (folder / name for name in (last, *stale)):
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink(missing_ok=True)
             for name in sorted(files, key=lambda name: str(name) == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
@@ -131,14 +125,13 @@ def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _emptied(temporary: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     return temporary
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as the Hub shows it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

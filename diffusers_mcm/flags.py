@@ -53,14 +53,9 @@ def flag(
         secret: The value is kept out of everything that is written.
         beyond_paper: The paper has no such thing.
     """
-    bounds = {"above": above, "least": least, "below": below, "most": most}
-    metadata = {
-        **{"help": help, "group": group, "choices": choices, "many": many, "filled": filled},
-        "bounds": {name: limit for name, limit in bounds.items() if limit is not None},
-        **{"resume": resume, "before": before, "formerly": formerly},
-        **{"source": source, "recorded": recorded, "secret": secret, "beyond_paper": beyond_paper},
-    }
-    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+    said = {name: value for name, value in locals().items() if name != "default"}
+    said["bounds"] = {name: said[name] for name in _BOUNDS if said[name] is not None}
+    return dataclasses.field(default=default, metadata=said, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)

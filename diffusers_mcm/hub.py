@@ -1,15 +1,12 @@
 """What a name means: a local folder or file, a packaged model, or a repository on the Hub, in that order."""
 
-from __future__ import annotations
-
-import errno
 import os
 import shlex
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 PACKAGED_FOLDER = Path(__file__).parent / "shapes" / "weights"
-PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "mcm-shapes-clip")
+PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "mcm-shapes-clip", "mcm-shapes-video")
 
 
 def resolve(name: str | os.PathLike) -> str:
@@ -33,11 +30,10 @@ def resolve(name: str | os.PathLike) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
+    """Whether a name is one of a repository with its owner, `owner/name`."""
     try:
-        validate_repo_id(name)
-    except HFValidationError:
+        check_repository_name(name)
+    except ValueError:
         return False
     return name.count("/") == 1 and not name.startswith((".", "~"))
 
@@ -74,21 +70,13 @@ def resolve_recorded(name: str, folder: str | os.PathLike | None) -> str:
 
 def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
     """How a configuration in `folder` names a model: the id, or for a local folder its path relative to `folder`."""
-    name = os.fspath(name)
-    packaged = Path(name).resolve()
+    name, packaged = os.fspath(name), Path(name).resolve()
     if packaged.parent == PACKAGED_FOLDER.resolve() and packaged.name in PACKAGED_MODELS:
         return packaged.name
     if not os.path.exists(name) and not os.path.isabs(name):
         return name
     relative = Path(os.path.relpath(packaged, Path(folder).resolve())).as_posix()
     return relative if relative.startswith("../") else f"./{relative}"
-
-
-def recordable_source(source: str, folder: Path) -> str:
-    """Like `recordable`, and for globs too: never an absolute path."""
-    if os.path.isabs(source) and not os.path.exists(source):
-        return Path(os.path.relpath(source, folder.resolve())).as_posix()
-    return recordable(source, folder)
 
 
 def is_local(name: str) -> bool:
@@ -147,27 +135,3 @@ def http_errors() -> tuple[type[Exception], ...]:
     # Its first parent is the base class of the HTTP library in use, whatever that is called; uploads in threads raise
     # `RuntimeError`.
     return OSError, RuntimeError, HfHubHTTPError.__mro__[1]
-
-
-def explain(error: BaseException, name: str, revision: str | None = None) -> str:
-    """What one of `http_errors` about the repository `name` means, and what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    while error.__cause__ is not None and getattr(error, "response", None) is None:
-        error = error.__cause__
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: there is no room for the files of {name} ({error}). HF_HOME names another place."
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated: accept its terms on its page on the Hub, and log in with `hf auth login`."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no revision {revision or 'main'!r}."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"There is no repository {name} on the Hub, or it is private and your token may not see it."
-    if status == 401:
-        return "The Hub refuses the token. Log in with `hf auth login`, or set HF_TOKEN to one that is valid."
-    if status == 403:
-        return f"The token may not do this to {name}: it needs the right to write there, and the name to be yours."
-    if status is not None:
-        return f"The Hub failed with status {status}. Try again."
-    return f"The Hub cannot be reached ({type(error).__name__}: {error}). Try again."

@@ -1,15 +1,14 @@
 """Where files are: a folder or file here, or a repository on the Hub. Whether it is a path is decided once."""
 
-from __future__ import annotations
-
+import errno
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from . import hub
 
@@ -34,24 +33,19 @@ class Location:
     @classmethod
     def of(
         cls,
-        name: str | os.PathLike | Location,
+        name: "str | os.PathLike | Location",
         *,
         subfolder: str | None = None,
         revision: str | None = None,
         weight_name: str | None = None,
         **options,
-    ) -> Location:
+    ) -> "Location":
         """Where a name leads to: what is on disk wins over a packaged model, and that over the Hub."""
         if isinstance(name, Location):
             return name
         name = hub.resolve(name)
         remote = not os.path.exists(name)
         return cls(name, subfolder or None, revision, weight_name or None, options, remote)
-
-    @classmethod
-    def on_hub(cls, repository: str, revision: str | None = None, **options) -> Location:
-        """A repository, whatever lies here under its name."""
-        return cls(repository, revision=revision, options=options, remote=True)
 
     def __str__(self) -> str:
         return f"{self.name} (subfolder {self.subfolder!r})" if self.subfolder else self.name
@@ -71,11 +65,11 @@ class Location:
         place = {"subfolder": self.subfolder, "revision": self.revision}
         return {key: value for key, value in place.items() if value is not None} | dict(self.options)
 
-    def inside(self, folder: str) -> Location:
+    def inside(self, folder: str) -> Self:
         """A folder below this one."""
         return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder, weight_name=None)
 
-    def around(self) -> Location:
+    def around(self) -> Self:
         """The folder that a file lies in, with the file as that of the weights; anything else is its own."""
         if not self.is_file:
             return self
@@ -107,7 +101,7 @@ class Location:
         except EntryNotFoundError:
             return None
         except HfHubHTTPError as error:
-            raise OSError(hub.explain(error, self.name, self.revision)) from error
+            raise OSError(self.explain(error)) from error
 
     def json(self, filename: str) -> dict[str, Any] | None:
         """The content of a JSON file; `None` if there is none."""
@@ -122,23 +116,20 @@ class Location:
     def files(self) -> list[str]:
         """The paths of all files, in subfolders too; those in the cache if the Hub must not or cannot be asked."""
         if not self.remote:
-            return [
-                path.relative_to(self.name).as_posix() for path in sorted(Path(self.name).rglob("*")) if path.is_file()
-            ]
+            paths = sorted(Path(self.name).rglob("*"))
+            return [path.relative_to(self.name).as_posix() for path in paths if path.is_file()]
         from huggingface_hub import HfApi
 
-        try:
+        with suppress(*hub.http_errors()):  # what the cache holds, then
             if not self.options.get("local_files_only"):
                 return HfApi(token=self.options.get("token")).list_repo_files(self.name, revision=self.revision)
-        except hub.http_errors():
-            pass  # what the cache holds, then
         try:
             cached = {"cache_dir": self.options.get("cache_dir"), "local_files_only": True}
             return replace(self, options=cached).fetched().files()
         except OSError:
             return []
 
-    def fetched(self) -> Location:
+    def fetched(self) -> Self:
         """The same on this machine, all of it."""
         if not self.remote:
             return self
@@ -147,8 +138,33 @@ class Location:
         try:
             name = snapshot_download(self.name, revision=self.revision, **self.options)
         except hub.http_errors() as error:
-            raise OSError(hub.explain(error, self.name, self.revision)) from error
+            raise OSError(self.explain(error)) from error
         return replace(self, name=name, revision=None, remote=False)
+
+    def explain(self, error: BaseException) -> str:
+        """What one of `hub.http_errors` about this repository means, and what to do."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        while error.__cause__ is not None and getattr(error, "response", None) is None:
+            error = error.__cause__
+        name, status = self.name, getattr(getattr(error, "response", None), "status_code", None)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"The disk is full: there is no room for the files of {name} ({error}). HF_HOME names another place."
+            )
+        if isinstance(error, GatedRepoError):
+            return f"{name} is gated: accept its terms on its page on the Hub, and log in with `hf auth login`."
+        if isinstance(error, RevisionNotFoundError):
+            return f"{name} has no revision {self.revision or 'main'!r}."
+        if isinstance(error, RepositoryNotFoundError):
+            return f"There is no repository {name} on the Hub, or it is private and your token may not see it."
+        if status == 401:
+            return "The Hub refuses the token. Log in with `hf auth login`, or set HF_TOKEN to one that is valid."
+        if status == 403:
+            return f"The token may not do this to {name}: it needs the right to write there, and the name to be yours."
+        if status is not None:
+            return f"The Hub failed with status {status}. Try again."
+        return f"The Hub cannot be reached ({type(error).__name__}: {error}). Try again."
 
     # --- weights -----------------------------------------------------------------------------------------------------
     def lora_file(self, *other_names: str) -> Path:
@@ -167,8 +183,7 @@ class Location:
         if self.is_file:
             return self.around().find_lora_file()
         if self.weight_name and hub.is_pickled(self.weight_name):
-            found = Path(self.name, self.subfolder or "", self.weight_name)
-            advice = hub.how_to_convert(found if found.is_file() else self.weight_name)
+            advice = self._how_to_convert(Path(self.subfolder or "", self.weight_name))
             raise ValueError(f"{self.weight_name} of {self.name} is not a .safetensors file; {advice}")
         names = (self.weight_name,) if self.weight_name else (WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *other_names)
         for name in names:
@@ -194,10 +209,13 @@ class Location:
         files = [Path(name) for name in self.files()]
         pickled = [path for path in files if hub.is_pickled(path) and path.parent == Path(self.subfolder or ".")]
         if pickled:
-            found = Path(self.name, pickled[0])
-            return f" There is {found.name}, but {hub.how_to_convert(found if found.is_file() else found.name)}"
+            return f" There is {pickled[0].name}, but {self._how_to_convert(pickled[0])}"
         folders = sorted({p.parent.as_posix() for p in files if p.name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME)} - {"."})
         return f" There are LoRAs in its subfolders: {', '.join(folders)}; name one as `subfolder`." if folders else ""
+
+    def _how_to_convert(self, file: Path) -> str:
+        """What to do about a file of pickled weights in it, which is told with the folder where that is here."""
+        return hub.how_to_convert(self.name / file if self.is_folder else file.name)
 
     def variant(self, variant: str | None) -> dict[str, str]:
         """`{"variant": variant}` if the component here has weights of that variant, or else nothing."""
@@ -228,7 +246,7 @@ class Location:
                     + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
                 ) from error
             found = next((name for name in files if hub.is_pickled(name)), "pytorch_model.bin")
-            advice = hub.how_to_convert(Path(self.name, found) if self.is_folder else found)
+            advice = self._how_to_convert(Path(found))
             raise OSError(f"{self.name} has no safetensors weights ({error}), and {advice}") from error
 
 

@@ -1,7 +1,5 @@
 """Publishing a LoRA folder on the Hub: all of it in one commit, or nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -10,21 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import hub
 from .base_models import base_model_of
-from .cards import (
-    CARD_NAME,
-    DEFAULT_PROMPT,
-    SAMPLE_NAME,
-    SCORES_NAME,
-    check_card,
-    metadata,
-    render_folder_card,
-)
+from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
 from .files import atomic_files, disk_full_told, write_text
 from .hub import check_repository_name
 from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
@@ -34,7 +24,6 @@ from .text_files import read_text
 
 logger = logging.getLogger(__name__)
 
-COMMIT_MESSAGE = "Upload a motion consistency LoRA"
 # What the description of a commit says of the card in it, by which a later push knows a card that nobody has edited.
 _CARD_MARK = "diffusers-mcm card"
 
@@ -43,85 +32,54 @@ class PublishError(OSError):
     """The Hub refused, failed or was not there. What was to be published is where it was."""
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub something is published, and how."""
+
+    repo_id: str  # `"owner/name"`, or a name in your own namespace; created if it is not there
+    private: bool | None = None  # of a new repository, by default as the account's; an existing one never changes
+    token: str | None = None  # default: `HF_TOKEN`, or that of `hf auth login`
+    commit_message: str | None = None
+    revision: str | None = None  # the branch to commit to, created if it is not there; default: `main`
+    create_pr: bool = False  # open a pull request instead
+    overwrite_card: bool = False  # put our card in the place of one that was edited on the Hub, which otherwise stays
+
+
 def publish_lora(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    base_model: str | None = None,
-    overwrite_card: bool = False,
-    lora: LoRA | None = None,
+    folder: str | os.PathLike, destination: Destination, base_model: str | None = None, lora: LoRA | None = None
 ) -> str:
-    """Put a LoRA folder on the Hub in one commit; the address of the commit.
+    """Put a LoRA folder, as training and `save_mcm_lora` write it or with PEFT's files, on the Hub in one commit.
 
-    Everything is read and checked before the Hub is asked anything. After a failure the same call finishes the job;
-    what was uploaded is not uploaded again.
-
-    Args:
-        folder: a LoRA folder as training and `save_mcm_lora` write it, or with PEFT's files.
-        repo_id: `"owner/name"`, or a name in your own namespace. Created if it is not there.
-        private: visibility of a new repository; by default the account's. That of an existing one never changes.
-        token: default: `HF_TOKEN`, or that of `hf auth login`.
-        revision: branch to commit to, created if it is not there; default: `main`.
-        create_pr: open a pull request instead.
-        base_model: repository of the base model, where the folder names one that only this machine has.
-        overwrite_card: put the folder's card in the place of one that was edited on the Hub, which otherwise stays.
-        lora: what the folder holds, where that is in memory and need not be read.
-
-    Raises:
-        ValueError: for a folder that cannot be published as it is.
-        PublishError: for whatever the Hub has against it.
+    Everything is read and checked before the Hub is asked anything: `ValueError` for a folder that cannot be published
+    as it is. After a `PublishError` the same call finishes the job; what was uploaded is not uploaded again.
+    `base_model` is the base model's repository, where the folder names one that only this machine has, and `lora` what
+    the folder holds, where that is in memory and need not be read. Returns the address of the commit.
     """
-    check_repository_name(repo_id)
+    check_repository_name(destination.repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
         with disk_full_told(staged):
-            stage_lora(Path(folder), staged, repo_id, base_model, lora)
-        return publish_folder(
-            staged,
-            repo_id,
-            private=private,
-            token=token,
-            commit_message=commit_message or COMMIT_MESSAGE,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
-        )
+            stage_lora(Path(folder), staged, destination.repo_id, base_model, lora)
+        return publish_folder(staged, destination, "Upload a motion consistency LoRA")
 
 
-def publish_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str,
-    revision: str | None = None,
-    create_pr: bool = False,
-    overwrite_card: bool = False,
-) -> str:
-    """Put all files of a folder on the Hub in one commit; the address of the commit.
+def publish_folder(folder: Path, destination: Destination, message: str) -> str:
+    """Put all files of a folder on the Hub in one commit, by default with this message; the address of the commit.
 
     A card that was edited on the Hub stays as it is there, and a warning says so, unless `overwrite_card`.
     """
     from huggingface_hub import CommitOperationAdd
 
-    repository = open_repository(repo_id, private=private, token=token)
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+    repository, branch = open_repository(destination), destination.revision
+    names = Location.of(folder).files()
+    files = {name: folder / name for name in names if not any(part.startswith(".") for part in name.split("/"))}
     outcome = "What was there before is untouched; the same command finishes the job."
-    with _told_plainly(repository, token, outcome) as api:
-        if revision is not None and not create_pr:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        parent = api.model_info(repository, revision=revision).sha
-        if CARD_NAME in files and not overwrite_card and _edited_on_hub(api, repository, parent, files[CARD_NAME]):
+    with _told_plainly(replace(destination, repo_id=repository), outcome) as api:
+        if branch is not None and not destination.create_pr:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        parent = api.model_info(repository, revision=branch).sha
+        there = Location(repository, revision=parent, options={"token": api.token}, remote=True)
+        if CARD_NAME in files and not destination.overwrite_card and _edited_on_hub(api, there, files[CARD_NAME]):
             del files[CARD_NAME]
             logger.warning(
                 "The card of %s was edited on the Hub and stays as it is there; everything else is published. To put"
@@ -133,22 +91,22 @@ def publish_folder(
         commit = api.create_commit(
             repository,
             [CommitOperationAdd(name, path) for name, path in files.items()],
-            commit_message=commit_message,
+            commit_message=destination.commit_message or message,
             commit_description=f"{_CARD_MARK} {_digest(files[CARD_NAME])}" if CARD_NAME in files else None,
-            revision=revision,
-            create_pr=create_pr,
+            revision=branch,
+            create_pr=destination.create_pr,
             parent_commit=parent,
         )
         return commit.pr_url or commit.commit_url
 
 
-def _edited_on_hub(api: Any, repository: str, revision: str, ours: Path) -> bool:
+def _edited_on_hub(api: Any, there: Location, ours: Path) -> bool:
     """Whether the card there is neither this one nor one that an earlier push has put there."""
-    theirs = Location.on_hub(repository, revision, token=api.token).file(CARD_NAME)
+    theirs = there.file(CARD_NAME)
     if theirs is None or _digest(theirs) == _digest(ours):
         return False
     mark = f"{_CARD_MARK} {_digest(theirs)}"
-    return not any(mark in commit.message for commit in api.list_repo_commits(repository, revision=revision))
+    return not any(mark in commit.message for commit in api.list_repo_commits(there.name, revision=there.revision))
 
 
 def _digest(card: Path) -> str:
@@ -157,43 +115,42 @@ def _digest(card: Path) -> str:
     return hashlib.sha256("\n".join(text.splitlines()).encode()).hexdigest()
 
 
-def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+def open_repository(destination: Destination) -> str:
     """Create the repository unless it is there; its full name. Fails where the token may not write."""
-    with _told_plainly(repo_id, token, "Nothing was uploaded.") as api:
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        is_private = None if private is None else api.model_info(repository).private
-    if private is not None and is_private != private:
+    private = destination.private
+    with _told_plainly(destination, "Nothing was uploaded.") as api:
+        repository = api.create_repo(destination.repo_id, private=private, exist_ok=True).repo_id
+        is_private = private if private is None else api.model_info(repository).private
+    if is_private != private:
         words = {True: "private", False: "public"}
         raise ValueError(
-            f"{repository} exists and is {words[bool(is_private)]}, not {words[private]}, and publishing never changes"
-            " that. Ask for neither, or change it in the repository's settings."
+            f"{repository} exists and is {words[bool(is_private)]}, not {words[bool(private)]}, and publishing never"
+            " changes that. Ask for neither, or change it in the repository's settings."
         )
     return repository
 
 
 @contextmanager
-def _told_plainly(repository: str, token: str | None, outcome: str) -> Iterator[Any]:
+def _told_plainly(destination: Destination, outcome: str) -> Iterator[Any]:
     """The Hub's API; an error of it says what happened and what to do, and never the token."""
     from huggingface_hub import HfApi
 
     # The HTTP library quotes a header that it cannot send, in its error and in its log.
-    token = token.strip() if token else None
+    token = destination.token.strip() if destination.token else None
     if token and not re.fullmatch("[!-~]+", token):
         raise ValueError("The token holds a space, a line break or another character that no token has.")
     try:
         yield HfApi(token=token)
     except hub.http_errors() as error:
-        raise PublishError(f"Publishing {repository} failed. {hub.explain(error, repository)} {outcome}") from None
+        there = Location(destination.repo_id, revision=destination.revision, remote=True)
+        raise PublishError(f"Publishing {there} failed. {there.explain(error)} {outcome}") from None
 
 
 # --- what is published -----------------------------------------------------------------------------------------------
 def stage_lora(
     folder: Path, target: Path, repo_id: str, base_model: str | None = None, lora: LoRA | None = None
 ) -> None:
-    """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be.
-
-    `lora` is what the folder holds, where that is known already.
-    """
+    """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
     if not folder.is_dir():
         raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
     if (folder / INDEX_NAME).is_file():
@@ -214,23 +171,22 @@ def stage_lora(
     public = replace(lora, settings=settings)
     if lora.adapter_config:
         public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
-    write_lora_weights(target / WEIGHTS_NAME, public, kind.denoiser_name)
+    write_lora_weights(target / WEIGHTS_NAME, {kind.denoiser_name: public})
     write_settings(target, public)
     card = _card(folder, repo_id, lora.settings, settings)
     check_card(card, str(folder / CARD_NAME))
     write_text(target / CARD_NAME, card)
-    mentioned = {path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() in card}
-    for path in sorted(mentioned | {folder / name for name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)}):
-        copy = target / path.relative_to(folder)
-        if path.is_file() and not copy.exists():
+    for name in Location.of(folder).files():
+        copy = target / name
+        if (name in card or name in (MOTION_HEAD_NAME, *SCORES_NAMES, sample.file)) and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            shutil.copyfile(folder / name, copy)
 
 
 def _card(folder: Path, repo_id: str, settings: Settings, public: Settings) -> str:
     """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
     path = folder / CARD_NAME
-    if path.is_file() and (folder / CONFIG_NAME).is_file() and _card_made_for(folder, settings) is None:
+    if path.is_file() and _card_made_for(folder, settings) is None:
         return read_text(path)
     return render_folder_card(folder, repo_id, public)
 
@@ -249,18 +205,16 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
     card, unless somebody has edited that."""
     location = Location.of(folder)
-    weights = location.lora_file()
-    settings = Settings.read(location)
-    repository = None if settings is None else _card_made_for(folder, settings)
-    if settings is None:
-        with open_safetensors(weights) as file:
-            settings = read_beside(location, file.metadata() or {})[0]
+    with open_safetensors(location.lora_file()) as file:
+        settings = read_beside(location, file.metadata() or {})[0]
+    repository = _card_made_for(folder, settings)
     with atomic_files(folder, CONFIG_NAME) as temporary:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
         if repository is not None:
-            if (folder / SCORES_NAME).is_file():
-                shutil.copyfile(folder / SCORES_NAME, temporary / SCORES_NAME)  # the card shows them
+            for name in SCORES_NAMES:  # the card shows them
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, temporary / name)
             write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
 
 

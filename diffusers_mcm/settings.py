@@ -3,8 +3,6 @@
 Nothing else reads or writes the keys of that file. What a later version adds to it stays in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -64,7 +62,8 @@ class _Record:
 
     def to_dict(self) -> dict[str, Any]:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "others"}
-        return {**self.others, **values}
+        inner = {name: value.to_dict() for name, value in values.items() if isinstance(value, _Record)}
+        return {**self.others, **values, **inner}
 
 
 @dataclass(frozen=True)
@@ -122,18 +121,14 @@ class Settings(_Record):
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; nothing at all if nothing is known."""
-        if not self:
-            return {}
-        values = super().to_dict()
-        values["sampling"] = self.sampling.to_dict()
-        sample = values.pop("sample")
-        return values | ({} if sample is None else {"sample": sample.to_dict()})
+        values = super().to_dict() if self else {}
+        return {name: value for name, value in values.items() if name != "sample" or value}
 
     def __bool__(self) -> bool:
         return self != Settings()
 
     @classmethod
-    def read(cls, location: Location) -> Settings | None:
+    def read(cls, location: Location) -> Self | None:
         """Those of a folder or repository; `None` if it has none."""
         content = location.json(CONFIG_NAME)
         return None if content is None else cls.from_dict(content)
@@ -142,7 +137,7 @@ class Settings(_Record):
         write_text(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n")
 
     # --- moving ------------------------------------------------------------------------------------------------------
-    def _with_places(self, change: Callable[[str], str]) -> Settings:
+    def _with_places(self, change: Callable[[str], str]) -> Self:
         """With the names of the base model and its components changed."""
         repository = self.base_model_repository
         return replace(
@@ -151,37 +146,25 @@ class Settings(_Record):
             extra_repositories={name: change(place) for name, place in self.extra_repositories.items()},
         )
 
-    def absolute(self, folder: Path | None) -> Settings:
+    def absolute(self, folder: Path | None) -> Self:
         """Settings that were read in `folder`, with absolute paths: `../base` in `/loras/a` becomes `/loras/base`."""
         if folder is None:
             return self
         return self._with_places(lambda name: os.path.abspath(Path(folder, name)) if hub.is_relative(name) else name)
 
-    def moved(self, old: Path | None, new: Path) -> Settings:
+    def moved(self, old: Path | None, new: Path) -> Self:
         """Settings that were read in `old`, for a file in `new`: `../base` in `/loras/a` is `./base` in `/loras`."""
-        if old is None:
-            return self
-        return self._with_places(
-            lambda name: hub.recordable(os.path.abspath(Path(old, name)), new) if hub.is_relative(name) else name
-        )
+        return self.absolute(old)._with_places(lambda name: hub.recordable(name, new) if os.path.isabs(name) else name)
 
-    def recorded_in(self, folder: Path) -> Settings:
+    def recorded_in(self, folder: Path) -> Self:
         """For a file in `folder`: ids as they are, paths here relative to it."""
         return self._with_places(lambda name: hub.recordable(name, folder))
 
-    def found(self, component: str, folder: Path | None) -> str:
-        """Where a component lies that has a repository of its own, for settings that were read in `folder`."""
-        return hub.resolve_recorded(self.extra_repositories[component], folder)
-
-    def trained(self, training: Mapping[str, Any], folder: Path) -> Settings:
+    def trained(self, training: Mapping[str, Any], folder: Path) -> Self:
         """For a file in `folder`, with how the LoRA was made: ids as they are, paths and globs relative to it."""
-
-        def recorded(source: str | None) -> str | None:
-            return None if source is None else hub.recordable_source(source, folder)
-
-        places = {name: recorded(training[name]) for name in SOURCES}
-        extra = {name: recorded(place) for name, place in self.extra_repositories.items()}
-        return replace(self.recorded_in(folder), training={**training, **places, "extra_repositories": extra})
+        here = self.recorded_in(folder)
+        places = {name: training[name] and hub.recordable(training[name], folder) for name in SOURCES}
+        return replace(here, training={**training, **places, "extra_repositories": here.extra_repositories})
 
     # --- showing -----------------------------------------------------------------------------------------------------
     @property
@@ -189,14 +172,14 @@ class Settings(_Record):
         """Whether some component of the base model is a path, or not known."""
         return any(map(hub.is_local, (self.base_model_repository or ".", *self.extra_repositories.values())))
 
-    def without_training_paths(self) -> Settings:
+    def without_training_paths(self) -> Self:
         """Without the paths of the machine that it was trained on."""
         public = {key: hub.public_name(self.training[key]) for key in SOURCES if key in self.training}
         if extra := self.training.get("extra_repositories"):
             public["extra_repositories"] = {name: hub.public_name(place) for name, place in extra.items()}
         return replace(self, training={**self.training, **public})
 
-    def public(self) -> Settings:
+    def public(self) -> Self:
         """Without the paths of the machine it was made on; `ValueError` if it makes no sense without."""
         for what, name in {"base model": self.base_model_repository, **self.extra_repositories}.items():
             if name is not None and hub.is_local(name):

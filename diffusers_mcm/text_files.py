@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,35 +16,24 @@ logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
 _Record = tuple[int, list[str], str | None]  # of csv: its line, its cells and what is wrong with it
-_BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+_BYTE_ORDER_MARKS = {  # UTF-32's first, for they begin with UTF-16's
+    "utf-8-sig": (codecs.BOM_UTF8,),
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+_told: set[str] = set()  # names of the texts of which it was said that their encoding is a guess
 
 
 @dataclass(frozen=True)
 class Text:
-    """A decoded text.
+    """A decoded text; U+FFFD stands for bytes that fit no encoding that is known here."""
 
-    Attributes:
-        content: the text, its lines ended by "\\n", without a byte order mark.
-        encoding: how it was encoded, in Python's name.
-        broken_lines: numbers of the lines, from 1, whose bytes fit no encoding that is known here; U+FFFD stands for
-            those bytes.
-    """
-
-    content: str
-    encoding: str
-    broken_lines: tuple[int, ...] = ()
+    content: str  # its lines ended by a line feed, without a byte order mark
+    encoding: str  # in Python's name
+    broken_lines: tuple[int, ...] = ()  # numbers, from 1, of those that hold such bytes
 
     def checked(self, name: str) -> str:
-        """The content; `ValueError` that names the file and its first broken line if there is one.
-
-        That an encoding was guessed is told as `tell_guess` does.
-        """
+        """The content, with `tell_guess`; `ValueError` that names the file and its first broken line if it has one."""
         if self.broken_lines:
             raise ValueError(
                 f"{name}, line {self.broken_lines[0]}: expected text in UTF-8, UTF-16 or Windows-1252, got other "
@@ -56,17 +44,14 @@ class Text:
 
     def tell_guess(self, name: str) -> None:
         """Warn once of each file that is read as Windows-1252: nothing in it says so. What else is read is certain."""
-        if self.encoding == "cp1252":
+        if self.encoding == "cp1252" and name not in _told:
+            _told.add(name)
             lines = enumerate(self.content.split("\n"), 1)
-            _warn_of_guess(name, *next((number, line[:100]) for number, line in lines if not line.isascii()))
-
-
-@cache
-def _warn_of_guess(name: str, number: int, line: str) -> None:
-    logger.warning(
-        "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
-        name, number, line,
-    )  # fmt: skip
+            number, line = next((number, line[:100]) for number, line in lines if not line.isascii())
+            logger.warning(
+                "%s is not in UTF-8 and is read as Windows-1252. If line %d should not read %r, save it as UTF-8.",
+                name, number, line,
+            )  # fmt: skip
 
 
 def decode_text(data: bytes) -> Text:
@@ -75,16 +60,14 @@ def decode_text(data: bytes) -> Text:
     What Latin-1 can write Windows-1252 reads alike. Bytes that could be several encodings are not guessed at: they
     are in `broken_lines`.
     """
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return _decode(data[len(mark) :], encoding)
+    for encoding, marks in _BYTE_ORDER_MARKS.items():
+        if data.startswith(marks):
+            return _decode(data, encoding)
     start = data[:4096]
     if start.count(0) > len(start) // 4:  # ASCII in UTF-16 has a zero in every character
         return _decode(data, "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be")
-    try:
-        return Text(_with_unix_lines(data.decode("utf-8")), "utf-8")
-    except UnicodeDecodeError:
-        return _decode_western(data) or _decode(data, "utf-8")
+    text = _decode(data, "utf-8")
+    return text.broken_lines and _decode_western(data) or text
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -93,13 +76,12 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def _decode(data: bytes, encoding: str) -> Text:
-    content = _with_unix_lines(data.decode(encoding, "replace"))
     try:
-        data.decode(encoding)
+        return Text(_with_unix_lines(data.decode(encoding)), encoding)
     except UnicodeDecodeError:
+        content = _with_unix_lines(data.decode(encoding, "replace"))
         broken = (number for number, line in enumerate(content.split("\n"), 1) if "\ufffd" in line)
         return Text(content, encoding, tuple(broken))
-    return Text(content, encoding)
 
 
 def _decode_western(data: bytes) -> Text | None:
@@ -158,38 +140,32 @@ def find_name(names: Collection[str], wanted: str) -> str | None:
 def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
     """The rows of a table in csv (`.csv`, `.tsv`, any of `DELIMITERS`), JSON lines (`.jsonl`) or JSON (`.json`).
 
-    Args:
-        text: the table.
-        suffix: the notation, as a file's suffix in lower case.
-        known: names of columns that are hoped for: the delimiter is the one with which the header has most of them.
+    Of csv the delimiter is the one with which the header has most of the `known` names of columns.
 
     Raises:
         ValueError: if the whole is not JSON, with line and column. A bad row is a `Row` with its problem.
     """
     if suffix in (".csv", ".tsv"):
         return _read_csv(text, known)
+    whole, error = None, None
     try:
-        whole, error = parse_json(text), None
+        whole = parse_json(text)
     except ValueError as reason:
-        whole, error = None, reason
+        error = reason
     if suffix == ".json" and isinstance(whole, dict):
         whole = [whole]
+    unit = "row" if isinstance(whole, list) else "line"  # of JSON lines, which some people call .json
 
     def read_rows() -> Iterator[Row]:
-        if isinstance(whole, list):
-            return (_object_row(number, value) for number, value in enumerate(whole, 1))
-        return _json_lines(text)  # which some people call .json
+        return map(_object_row, itertools.count(1), whole) if isinstance(whole, list) else _json_lines(text)
 
-    def all_columns() -> list[str]:
-        return list(dict.fromkeys(key for row in read_rows() for key in row.values))
+    def columns(rows: Iterable[Row]) -> list[str]:
+        return list(dict.fromkeys(key for row in rows for key in row.values))
 
-    rows = read_rows()
-    first = list(itertools.islice(rows, 100))
+    first = list(itertools.islice(read_rows(), 100))
     if suffix == ".json" and error is not None and all(row.problem for row in first):
         raise error
-    columns = list(dict.fromkeys(key for row in first for key in row.values))
-    unit = "row" if isinstance(whole, list) else "line"
-    return Table(columns, itertools.chain(first, rows), unit, all_columns if len(first) == 100 else None)
+    return Table(columns(first), read_rows(), unit, (lambda: columns(read_rows())) if len(first) == 100 else None)
 
 
 def parse_json(text: str) -> Any:
@@ -220,15 +196,12 @@ def _json_lines(text: str) -> Iterator[Row]:
 def _read_csv(text: str, known: Collection[str]) -> Table:
     lines = text.split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
-    delimiter = None
-    if first < len(lines) and (said := re.fullmatch(r'"?sep=(.)"?', lines[first].strip("\ufeff "))):  # Excel's
-        delimiter, first = said[1], first + 1
-    delimiter = delimiter or _find_delimiter("\n".join(lines[first : first + 20]), known)
+    said = re.fullmatch(r'"?sep=(.)"?', lines[first].strip("\ufeff ")) if first < len(lines) else None  # Excel's
+    first += bool(said)
+    delimiter = said[1] if said else _find_delimiter(lines[first : first + 20], known)
     records = _csv_records(lines, first, delimiter)
-    header = next(records, None)
-    if header is None:
-        return Table([], iter(()))
-    names = [cell.strip() for cell in header[1]]
+    _, header, _ = next(records, (0, [], None))
+    names = [cell.strip() for cell in header]
     while names and not names[-1]:  # a spreadsheet's empty columns
         names.pop()
     return Table(names, (_csv_row(record, names, delimiter) for record in records))
@@ -245,15 +218,10 @@ def _csv_row(record: _Record, names: list[str], delimiter: str) -> Row:
     return Row(line, values, problem)
 
 
-def _find_delimiter(start: str, known: Collection[str]) -> str:
+def _find_delimiter(lines: list[str], known: Collection[str]) -> str:
     plain = {plain_name(name) for name in known}
-
-    def fit(delimiter: str) -> tuple[int, int]:
-        header = next(_csv_records(start.split("\n"), 0, delimiter), None)
-        cells = header[1] if header else []
-        return sum(plain_name(cell) in plain for cell in cells), len(cells)
-
-    return max(DELIMITERS, key=fit)
+    headers = {each: next(_csv_records(lines, 0, each), (0, [], None))[1] for each in DELIMITERS}
+    return max(headers, key=lambda each: (sum(plain_name(c) in plain for c in headers[each]), len(headers[each])))
 
 
 def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Record]:
@@ -262,23 +230,17 @@ def _csv_records(lines: list[str], first: int, delimiter: str) -> Iterator[_Reco
     A quote that is never closed, or that others stand in, would swallow the rows that follow: such a line is read as
     if it held no quoting, or is a record with a problem, and the next line begins a new record.
     """
-    position, width = first, None
-
-    def feed() -> Iterator[str]:
-        nonlocal position
-        while position < len(lines):
-            position += 1
-            yield lines[position - 1] + "\n"
-
-    reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+    position, width, reader = first, None, None
     while position < len(lines):
+        if reader is None:
+            base, rest = position, (lines[number] + "\n" for number in range(position, len(lines)))
+            reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True)
         start = position
         try:
-            cells = next(reader, [])
-            problem = None
+            cells, problem = next(reader, []), None
+            position = base + reader.line_num
         except csv.Error as error:
-            position = start + 1
-            reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=True, strict=True)
+            position, reader = start + 1, None
             cells = lines[start].split(delimiter)
             literal = lines[start].count('"') % 2 == 0 and width in (None, len(cells))
             problem = None if literal else f"its quotes do not match ({error}); a quote within a text is written twice"

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from .files import atomic_file, atomic_folder
 
 _HALF_A_LEVEL = 0.5 / 255
+_to_json = json.dumps  # to plain ASCII, which every one of the formats can hold
 _MARGIN = 4
 _LABEL_WIDTH = 190
 _EXIF_DESCRIPTION = 0x010E
@@ -112,8 +113,10 @@ def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Map
     A GIF counts in hundredths of a second: delays alternate, so that the clip lasts as long as it should. Above 50
     frames per second it cannot; it then plays 50, and a warning says so. Equal frames in a row may be one that stays.
     """
-    if message := slower_gif(fps):
-        warnings.warn(message, stacklevel=2)
+    unit, shortest = _GIF_DELAYS
+    if check_fps(fps) > (fastest := 1 / (unit * shortest)):
+        slower = f"asked for {fps:g}, it lasts {float(fps / fastest):.3g} times as long"
+        warnings.warn(f"a GIF plays {fastest} frames per second at most: {slower}", stacklevel=2)
     comment = {"comment": _to_json(metadata).encode()} if metadata else {}
     _write_animation(path, video, fps, _GIF_DELAYS, format="GIF", **comment)
 
@@ -129,30 +132,13 @@ def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Ma
     _write_animation(path, video, fps, _WEBP_DELAYS, format="WEBP", quality=90, exif=exif)
 
 
-def slower_gif(fps: float) -> str | None:
-    """Why a GIF of so many frames per second plays slower than it should; `None` if it does not."""
-    unit, shortest = _GIF_DELAYS
-    fastest = 1 / (unit * shortest)
-    if check_fps(fps) <= fastest:
-        return None
-    times = float(fps / fastest)
-    return f"a GIF plays {fastest} frames per second at most: asked for {fps:g}, it lasts {times:.3g} times as long"
-
-
-def delays(count: int, fps: float, unit: Fraction, shortest: int) -> list[int]:
-    """How long each of `count` frames stays, in whole units (seconds) and at least `shortest` of them.
-
-    The sum is never off by more than half a unit, unless `shortest` makes the clip slower.
-    """
-    step = max(float(1 / (Fraction(float(check_fps(fps))) * unit)), shortest)
-    ends = np.round(np.arange(count + 1) * step).astype(int)
-    return np.diff(ends).tolist()
-
-
 def _write_animation(path: str | Path, video: np.ndarray, fps: float, kind: tuple[Fraction, int], **options) -> None:
+    """The sum of the delays is never off by more than half a unit, unless the shortest makes the clip slower."""
+    unit, shortest = kind
     frames = [Image.fromarray(frame) for frame in to_uint8(video)]
-    milliseconds = [int(delay * kind[0] * 1000) for delay in delays(len(frames), fps, *kind)]
-    options |= dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    step = max(float(1 / (Fraction(float(check_fps(fps))) * unit)), shortest)
+    delays = np.diff(np.round(np.arange(len(frames) + 1) * step).astype(int) * int(unit * 1000)).tolist()
+    options |= dict(save_all=True, append_images=frames[1:], duration=delays, loop=0)
     with atomic_file(path) as temporary:
         frames[0].save(temporary, **options)
 
@@ -220,51 +206,39 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 8, metadata: M
 def read_metadata(path: str | Path) -> dict | None:
     """The metadata that `write_video` put into a file or folder; `None` if there are none, or it is no video."""
     path = Path(path)
+    text: str | bytes | None
     try:
-        text = _read_comment(path)
+        if path.is_dir():
+            text = (path / _METADATA_FILE).read_text(encoding="utf-8")
+        elif path.suffix.lower() == ".mp4":
+            import av
+
+            with av.open(str(path)) as container:
+                text = container.metadata.get("comment")
+        else:
+            with Image.open(path) as image:
+                text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
         found = json.loads(text) if text else None
     except (OSError, ValueError):  # missing, damaged, or somebody else's
         return None
     return found if isinstance(found, dict) else None
 
 
-def _read_comment(path: Path) -> str | bytes | None:
-    if path.is_dir():
-        return (path / _METADATA_FILE).read_text(encoding="utf-8")
-    if path.suffix.lower() == ".mp4":
-        import av
-
-        with av.open(str(path)) as container:
-            return container.metadata.get("comment")
-    with Image.open(path) as image:
-        return image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
-
-
-def _to_json(metadata: Mapping) -> str:
-    return json.dumps(metadata)  # plain ASCII, which every one of the formats can hold
-
-
 def contact_sheet(video: np.ndarray, columns: int = 8) -> Image.Image:
     """All frames (T, H, W, 3) of one video in reading order."""
     video = to_uint8(video)
-    length, height, width, _ = video.shape
-    columns = min(columns, length)
-    rows = -(-length // columns)
-    sheet = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * (height + _MARGIN) + _MARGIN), "white")
-    for index, frame in enumerate(video):
-        row, column = divmod(index, columns)
-        sheet.paste(Image.fromarray(frame), (_MARGIN + column * (width + _MARGIN), _MARGIN + row * (height + _MARGIN)))
-    return sheet
+    columns = min(columns, len(video))
+    tiles = np.pad(video, ((0, -len(video) % columns), (_MARGIN, 0), (_MARGIN, 0), (0, 0)), constant_values=255)
+    rows = [np.concatenate(row, axis=1) for row in tiles.reshape(-1, columns, *tiles.shape[1:])]
+    return Image.fromarray(np.pad(np.concatenate(rows), ((0, _MARGIN), (0, _MARGIN), (0, 0)), constant_values=255))
 
 
 def comparison(
     rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], frames_per_video: int = 4
 ) -> Image.Image:
-    """A labelled picture: one row per method, one group of evenly spaced frames per prompt.
+    """A labelled picture: one row per method, one group of evenly spaced frames per prompt, below its title.
 
-    Args:
-        rows: label -> videos (T, H, W, 3), one per title and all of one size.
-        titles: the prompts, above their columns.
+    `rows` maps a label to videos (T, H, W, 3), one per title and all of one size.
     """
     if not rows or not titles or any(len(videos) != len(titles) for videos in rows.values()):
         counts = {label: len(videos) for label, videos in rows.items()}
@@ -284,10 +258,9 @@ def comparison(
         label_text = "\n".join(_wrap(label, font, _LABEL_WIDTH - 3 * _MARGIN))
         draw.multiline_text((2 * _MARGIN, y + height / 2), label_text, fill="black", font=font, anchor="lm")
         for column, video in enumerate(videos):
-            video = to_uint8(video)
             chosen = np.linspace(0, len(video) - 1, frames_per_video).round().astype(int)
-            for place, index in enumerate(chosen):
-                picture.paste(Image.fromarray(video[index]), (_LABEL_WIDTH + column * group + place * (width + 1), y))
+            for place, frame in enumerate(to_uint8(video)[chosen]):
+                picture.paste(Image.fromarray(frame), (_LABEL_WIDTH + column * group + place * (width + 1), y))
     return picture
 
 

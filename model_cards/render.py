@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_mcm.cards import CARD_NAME, TEMPLATE, check_card, render_card, render_folder_card
 from diffusers_mcm.hub import PACKAGED_FOLDER
+from diffusers_mcm.location import Location
 from diffusers_mcm.settings import Settings
 
 HERE = Path(__file__).parent
@@ -59,10 +60,9 @@ def released_card(name: str, data: dict[str, Any]) -> str:
     return render_card(
         settings,
         title=f"{RELEASED}, {name}",
-        repository=RELEASED,
-        subfolder=name,
+        place=Location(RELEASED, subfolder=name, remote=True),
         layout="peft",
-        scores=scores,
+        scores=[scores] if scores else (),
         about=_ABOUT.format(name=name, repository=RELEASED),
         training_note=_NOTE,
         **LICENCE,

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from diffusers_mcm.cards import TEMPLATE, check_card, render_card, render_folder_card
 from diffusers_mcm.commands.convert import build_parser
 from diffusers_mcm.hub import PACKAGED_FOLDER, PACKAGED_MODELS
+from diffusers_mcm.location import Location
 from diffusers_mcm.publish import record_sample
 from diffusers_mcm.settings import Settings
 from tests.tiny import save_tiny_lora
@@ -33,7 +34,7 @@ CONFIG = {
 
 
 def render(**changes):
-    return render_card(Settings.from_dict({**CONFIG, **changes}), title="t", repository="me/mcm")
+    return render_card(Settings.from_dict({**CONFIG, **changes}), title="t", place=Location("me/mcm", remote=True))
 
 
 def metadata(text):
@@ -127,6 +128,10 @@ def test_a_folder_speaks_for_itself(tmp_path):
     text = render_folder_card(tmp_path, "me/mcm")
     assert metadata(text)["widget"][0] == {"text": "a blue ring", "output": {"url": "sample.mp4"}}
     assert "On two prompts.\n\n|  | right, % |\n| --- | --- |\n| MCM, 4 steps | 75.0 |" in text
+    evaluation = {"about": "Of 500 videos.", "columns": ["FVD (i3d)"], "rows": [["mcm4", "501.3"]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"protocol": {}, "table": evaluation}))
+    both = render_folder_card(tmp_path, "me/mcm")
+    assert "Of 500 videos.\n\n|  | FVD (i3d) |\n| --- | --- |\n| mcm4 | 501.3 |\n\nOn two prompts." in both
     (tmp_path / "sample.mp4").unlink()
     assert "output" not in metadata(render_folder_card(tmp_path, "me/mcm"))["widget"][0]
     assert ModelCard(text).data.base_model == "owner/base"

@@ -12,7 +12,7 @@ def test_what_is_here_wins_over_the_hub(tmp_path, monkeypatch):
     location = Location.of("owner/name", subfolder="", revision="v1", token="t")
     assert location.is_folder and not location.remote and not location.is_file
     assert location.arguments == {"revision": "v1", "token": "t"} and Location.of(location) is location
-    assert Location.on_hub("owner/name").remote  # where a repository is meant, whatever lies here
+    assert not Location("owner/name", remote=True).is_folder  # where a repository is meant, whatever lies here
 
 
 def test_the_place_in_it(tmp_path):

@@ -15,7 +15,7 @@ from diffusers_mcm import MCMPipeline
 from diffusers_mcm.cards import render_folder_card
 from diffusers_mcm.cli import main
 from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora
-from diffusers_mcm.publish import publish_lora, record_sample
+from diffusers_mcm.publish import Destination, publish_lora, record_sample
 from tests import publishing
 from tests.publishing import FILES, PROMPT, SECRET, STAGES, edited_on_the_hub, make_lora, push, sample
 from tests.tiny import NUM_FRAMES, save_tiny_lora
@@ -184,15 +184,15 @@ def break_config(folder):
 def test_a_folder_that_is_not_in_order_stays_at_home(server, lora, spoil, message):
     spoil(lora)
     with pytest.raises((ValueError, OSError), match=message):
-        publish_lora(lora, "me/mcm")
+        publish_lora(lora, Destination("me/mcm"))
     assert server.requests == []
 
 
 def test_names_that_cannot_be(server, lora, tmp_path):
     with pytest.raises(ValueError, match="Expected a repository such as 'owner/name', got 'a/b/c'"):
-        publish_lora(lora, "a/b/c")
+        publish_lora(lora, Destination("a/b/c"))
     with pytest.raises(ValueError, match="Expected a LoRA folder, got .*nowhere"):
-        publish_lora(tmp_path / "nowhere", "me/mcm")
+        publish_lora(tmp_path / "nowhere", Destination("me/mcm"))
     assert server.requests == []
 
 
@@ -200,8 +200,8 @@ def test_paths_of_this_machine_are_not_published(server, root, tmp_path):
     training = {"video_data": "../../home/alice/videos", "image_data": "owner/pictures", "steps": 3}
     lora = make_lora(tmp_path / "lora", base=root / "owner" / "base", training=training)
     with pytest.raises(ValueError, match=r"recorded as the local folder '\.\./.*base', .*`--base_model`"):
-        publish_lora(lora, "me/mcm")
-    publish_lora(lora, "me/mcm", base_model="owner/base")
+        publish_lora(lora, Destination("me/mcm"))
+    publish_lora(lora, Destination("me/mcm"), base_model="owner/base")
     files = server.repositories["me/mcm"].files
     assert not [name for name, content in files.items() if b"../" in content or b"alice" in content]
     published = json.loads(files[CONFIG_NAME])
@@ -214,7 +214,7 @@ def test_paths_of_this_machine_are_not_published(server, root, tmp_path):
 def test_a_component_that_only_this_machine_has_is_not_published(server, root, tmp_path):
     lora = make_lora(tmp_path / "lora", extra_repositories={"motion_adapter": root / "owner" / "base"})
     with pytest.raises(ValueError, match=r"motion_adapter is recorded .* `extra_repositories` in .*mcm_config.json"):
-        publish_lora(lora, "me/mcm")
+        publish_lora(lora, Destination("me/mcm"))
     assert server.requests == []
 
 

@@ -16,8 +16,9 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_mcm.base_models import get_base_model
-from diffusers_mcm.lora import add_lora, lora_state_dict, save_lora
+from diffusers_mcm.lora import add_lora, extract_lora, lora_state_dict, write_lora_folder
 from diffusers_mcm.scheduler import MCMScheduler
+from diffusers_mcm.settings import SamplingDefaults, Settings
 
 LATENT_CHANNELS = 4
 TEXT_LENGTH = 24  # tokens
@@ -212,6 +213,32 @@ def randomise_lora(denoiser: UNet3DConditionModel, seed: int = 0, adapter_name: 
     for key, tensor in lora_state_dict(denoiser, adapter_name).items():
         if ".lora_B." in key:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+
+
+def save_lora(
+    folder,
+    denoiser,
+    base_model,
+    *,
+    repository=None,
+    revision=None,
+    sampling=None,
+    scheduler=None,
+    dtype=None,
+    **settings,
+) -> Path:
+    """The LoRA in a denoiser as the folder that a training leaves; `settings` are more fields of `Settings`."""
+    lora = extract_lora(denoiser).cast(dtype)
+    lora.settings = Settings(
+        base_model=base_model.name,
+        base_model_repository=str(repository or base_model.default_repository),
+        base_model_revision=revision,
+        sampling=SamplingDefaults(**(sampling or {})),
+        **settings,
+    ).recorded_in(Path(folder))
+    lora.scheduler_config = None if scheduler is None else json.loads(scheduler.to_json_string())
+    write_lora_folder(Path(folder), lora, base_model.denoiser_name)
+    return Path(folder)
 
 
 def save_tiny_lora(

@@ -1,15 +1,19 @@
 """Makes videos from prompts, resumes where it stopped, and shares a list among processes."""
 
 import argparse
-import hashlib
 import math
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import sha256
 from ..hub import public_name
+from ..location import Location
+from ..settings import SAMPLING_KEYS
 from .grammar import notice
 from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
@@ -82,14 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="put the LoRA or the motion modules in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)",
     )
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
-    model("--lora_scale", type=float, help="strength of the LoRA (default: 1)")
+    model("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: 1)")
     _add_sampling_and_machine(parser)
     return parser
 
 
 def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
-    sampling("--steps", type=int, help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)")
+    sampling(
+        "--steps",
+        type=int,
+        dest="num_inference_steps",
+        metavar="STEPS",
+        help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)",
+    )
     sampling("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's own, as a rule mcm)")
     sampling(
         "--timestep_spacing",
@@ -98,7 +108,7 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     )
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
     sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
-    sampling("--frames", type=int, help="number of frames (default: the model's)")
+    sampling("--frames", type=int, dest="num_frames", metavar="FRAMES", help="number of frames (default: the model's)")
     sampling("--height", type=int, help="in pixels (default: the model's)")
     sampling("--width", type=int, help="in pixels (default: the model's)")
     sampling("--fps", type=float, help="frames per second of the file (default: the model's)")
@@ -203,15 +213,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         if arguments.format is not None:
             raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
         suffix = None
-    return plan(
-        read_prompts(arguments.prompt, arguments.prompts),
-        path,
-        suffix,
-        seed=arguments.seed,
-        negative_prompt=arguments.negative_prompt,
-        num_videos=arguments.num_videos,
-        layout=arguments.layout,
-    )
+    options = {name: getattr(arguments, name) for name in ("seed", "negative_prompt", "num_videos", "layout")}
+    return plan(read_prompts(arguments.prompt, arguments.prompts), path, suffix, **options)
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -238,85 +241,48 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     from ..pipelines.samplers import check_spacing
 
     check_spacing(arguments.sampler, arguments.timestep_spacing)
-    pipeline = MCMPipeline.from_pretrained(
-        arguments.model,
-        lora=arguments.lora,
-        subfolder=arguments.subfolder,
-        weight_name=arguments.weight_name,
-        revision=arguments.revision,
-        base_model=arguments.base_model,
-        **({"variant": arguments.variant} if arguments.variant else {}),
-        **({"num_inference_steps": arguments.steps} if arguments.steps else {}),
-        dtype=getattr(torch, arguments.dtype),
-    )
+    names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant", "num_inference_steps")
+    given = {name: value for name in names if (value := getattr(arguments, name))}
+    pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **given)
     if arguments.sampler is not None:
         pipeline.scheduler = make_scheduler(arguments.sampler, pipeline, arguments.timestep_spacing)
     if arguments.fuse_lora:
-        pipeline.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
+        pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     if arguments.vae_slicing:
         pipeline.vae.enable_slicing()
-    if arguments.offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif arguments.offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
+    if arguments.offload == "none":
         pipeline.to(device)
+    else:
+        getattr(pipeline, f"enable_{arguments.offload}_cpu_offload")(device=device)
     if arguments.compile:
         pipeline.denoiser.compile()
     return pipeline
 
 
 def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
-    """What all videos of a run have in common and what decides how they look, under `__call__`'s names."""
+    """What all videos of a run have in common and what decides how they look."""
     from ..pipelines.samplers import sampler_settings
 
-    names = {
-        "num_inference_steps": "steps",
-        "num_frames": "frames",
-        "height": "height",
-        "width": "width",
-        "fps": "fps",
-    }
-    given = {name: getattr(arguments, flag) for name, flag in names.items()}
-    sizes = {name: pipeline.sampling_default(name) if value is None else value for name, value in given.items()}
-    guidance = arguments.guidance_scale
-    if guidance is None:
-        guidance = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
-    return {
-        "model": public_name(arguments.model, given=True),
-        "lora": public_name(arguments.lora, given=True),
-        "subfolder": arguments.subfolder,
-        "revision": arguments.revision,
-        "base_model": public_name(arguments.base_model, given=True),
-        **({"variant": arguments.variant} if arguments.variant else {}),
-        "lora_sha256": lora_sha256(arguments, pipeline),
-        "lora_scale": 1.0 if arguments.lora_scale is None else arguments.lora_scale,
-        "guidance_scale": guidance,
-        **sampler_settings(pipeline),
-        "dtype": arguments.dtype,
-        **sizes,
-    }
+    given = vars(arguments)
+    settings = {name: public_name(given[name], given=True) for name in ("model", "lora", "base_model")}
+    settings |= {name: given[name] for name in ("subfolder", "revision", "lora_scale", "guidance_scale", "dtype")}
+    settings |= {"variant": arguments.variant} if arguments.variant else {}
+    if arguments.guidance_scale is None:
+        settings["guidance_scale"] = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
+    for name in SAMPLING_KEYS:
+        settings[name] = pipeline.sampling_default(name) if given[name] is None else given[name]
+    return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
 
 
 def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | None:
     """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
-    from ..location import Location
-
-    if pipeline.motion_model is not None:
-        found = pipeline.motion_model.lora
-        return None if found is None else file_sha256(found.find_lora_file())
     revision = None if arguments.lora else arguments.revision
-    place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
+    where = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
     # what has just been loaded is in the cache
-    return file_sha256(Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file())
-
-
-def file_sha256(path: Path | None) -> str | None:
-    """The hash of a file; `None` where there is none."""
-    if path is None:
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    named = Location.of(arguments.lora or arguments.model, **where, local_files_only=True)
+    place = named if pipeline.motion_model is None else pipeline.motion_model.lora
+    path = None if place is None else place.find_lora_file()
+    return None if path is None else sha256(path)
 
 
 def recipe(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
@@ -330,14 +296,13 @@ def is_made(job: Job, settings: dict[str, Any]) -> bool:
 
     if not job.path.exists():
         return False
-    found = read_metadata(job.path)
-    if found is None or "versions" not in found:
+    found = read_metadata(job.path) or {}
+    if found.pop("versions", None) is None:
         raise ValueError(
             f"{job.path} is there already and was not made by this command; --overwrite replaces it, another --output"
             " keeps it"
         )
-    wanted = recipe(job, settings)
-    return {key: value for key, value in found.items() if key != "versions"} == wanted
+    return found == recipe(job, settings)
 
 
 def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments: argparse.Namespace) -> int:
@@ -346,15 +311,15 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
 
     from ..video_io import write_video
 
-    options = ("num_inference_steps", "num_frames", "height", "width", "guidance_scale")
     video = pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,
         generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
         decode_chunk_size=arguments.decode_chunk_size,
-        lora_scale=None if arguments.fuse_lora else arguments.lora_scale,
+        lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
+        guidance_scale=settings["guidance_scale"],
         output_type="np",
-        **{name: settings[name] for name in options},
+        **{name: settings[name] for name in SAMPLING_KEYS if name != "fps"},
     ).frames[0]
     metadata = recipe(job, settings) | {"versions": versions()}
     write_video(job.path, video, fps=settings["fps"], metadata=metadata)
@@ -363,15 +328,5 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that compute a video."""
-    import diffusers
-    import torch
-
-    from .. import __version__
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {
-        "diffusers_mcm": __version__,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "python": python,
-    }
+    packages = {name: import_module(name).__version__ for name in ("diffusers_mcm", "diffusers", "torch")}
+    return packages | {"python": platform.python_version()}

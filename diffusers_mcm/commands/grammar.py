@@ -31,10 +31,8 @@ def is_drawn(prompt: str, grammar: dict[str, Any]) -> bool:
 def notice(prompts: Iterable[str], model: str | os.PathLike | None, name: str) -> str | None:
     """What to say of prompts that the base model in the folder `model` cannot draw; `None` if there are none."""
     grammar = read_grammar(model)
-    if grammar is None:
-        return None
-    foreign = [prompt for prompt in prompts if not is_drawn(prompt, grammar)]
-    if not foreign:
+    foreign = [prompt for prompt in prompts if grammar and not is_drawn(prompt, grammar)]
+    if not grammar or not foreign:
         return None
     choices = {key: f"{{{'|'.join(words)}}}" for key, words in grammar["words"].items()}
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""

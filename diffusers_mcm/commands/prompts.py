@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,25 +61,29 @@ def read_list(file: str) -> list[Prompt]:
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
     name = "stdin" if file == "-" else file
-    text = _read_stdin() if file == "-" else read_text(file)
+    if file == "-":
+        stream = getattr(sys.stdin, "buffer", None)
+        text = decode_text(stream.read()).checked(name) if stream is not None else sys.stdin.read()
+    else:
+        text = read_text(file)
     suffix = Path(file).suffix.lower()
+    rows: Iterable[Any]
     if suffix in (".csv", ".tsv"):
-        rows = list(_csv_rows(text, name))
+        rows = _csv_rows(text, name)
     elif suffix == ".json":
         rows = _json_rows(text, name)
     elif suffix in (".jsonl", ".ndjson"):
         rows = _json_lines(text, name)
+    elif _BEGINS_AS_JSON.match(text):  # nobody wants its brackets drawn
+        first, *others = _lines(text)
+        several = first[1].startswith("{") and first[1].endswith("}") and others
+        rows = (_json_lines if several else _json_rows)(text, name)
     else:
-        rows = _guessed_rows(text, name)
+        rows = [{"prompt": line} for _, line in _lines(text) if not line.startswith("#")]
     prompts = [_to_prompt(row, f"{name}, prompt {number}") for number, row in enumerate(rows, 1)]
     if not prompts:
         raise ValueError(f"expected at least one prompt in {name}, got none")
     return prompts
-
-
-def _read_stdin() -> str:
-    stream = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if stream is None else decode_text(stream.read()).checked("stdin")
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -90,7 +94,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 def _csv_rows(text: str, name: str) -> Iterator[dict[str, str]]:
     table = read_table(text, ".csv", COLUMNS)
-    names = {column: known for known in COLUMNS if (column := find_name(table.columns, known)) is not None}
+    names = {find_name(table.columns, known): known for known in COLUMNS}
     for row in table.rows:
         if row.problem:
             raise ValueError(f"{name}, line {row.line}: {row.problem}")
@@ -104,24 +108,12 @@ def _json_lines(text: str, name: str) -> list[Any]:
 def _json_rows(text: str, name: str) -> list[Any]:
     """An array of prompts; of texts each is a prompt."""
     content = _parse_json(text, name, "an array of prompts")
-    if isinstance(content, dict) and set(content) == {"prompts"}:
-        content = content["prompts"]
-    elif isinstance(content, dict):
-        content = [content]
+    if isinstance(content, dict):
+        content = content["prompts"] if set(content) == {"prompts"} else [content]
     if not isinstance(content, list):
         got = json.dumps(content, ensure_ascii=False)[:80]
         raise ValueError(f"expected an array of prompts in {name}, got {got}")
     return [{"prompt": row} if isinstance(row, str) else row for row in content]
-
-
-def _guessed_rows(text: str, name: str) -> list[Any]:
-    """A prompt a line, comments left out. What begins as JSON does is JSON: nobody wants its brackets drawn."""
-    lines = _lines(text)
-    if not _BEGINS_AS_JSON.match(text):
-        return [{"prompt": line} for _, line in lines if not line.startswith("#")]
-    if text.lstrip().startswith("{") and len(lines) > 1 and lines[0][1].endswith("}"):
-        return _json_lines(text, name)
-    return _json_rows(text, name)
 
 
 def _parse_json(text: str, where: str, what: str) -> Any:
@@ -164,23 +156,19 @@ def plan(
     So a video depends on its prompt and its seed, and never on its place in the list. `layout`, a key of `LAYOUTS`,
     names the videos of a folder.
     """
-    jobs = [
-        (prompt, (seed if prompt.seed is None else prompt.seed) + offset)
-        for prompt in prompts
-        for offset in range(num_videos)
-    ]
-    wrong = [number for _, number in jobs if not 0 <= number < 2**63]
-    if wrong:
-        raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {wrong[0]}")
+    wanted = [(prompt, video) for prompt in prompts for video in range(num_videos)]
     if suffix is None:
-        paths = numbered(output, len(jobs))
+        paths = numbered(output, len(wanted))
     else:
         names = LAYOUTS[layout]([prompt.prompt for prompt in prompts], num_videos)
         paths = [output / f"{name}{suffix}" for name in names]
-    return [
-        Job(prompt.prompt, prompt.negative_prompt or negative_prompt, job_seed, path)
-        for (prompt, job_seed), path in zip(jobs, paths)
-    ]
+    jobs = []
+    for (prompt, video), path in zip(wanted, paths):
+        own = (seed if prompt.seed is None else prompt.seed) + video
+        if not 0 <= own < 2**63:
+            raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
+        jobs.append(Job(prompt.prompt, prompt.negative_prompt or negative_prompt, own, path))
+    return jobs
 
 
 def plain_names(prompts: Sequence[str], num_videos: int) -> list[str]:

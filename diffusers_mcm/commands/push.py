@@ -2,8 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from ..hub import check_repository_name
+from ..location import Location
 from .startup import quiet_libraries
 
 
@@ -16,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="LoRA folder, as training writes it")
-    add("repository", metavar="REPO", help="owner/name, or a name in your own namespace; created if it is not there")
+    add("repo_id", metavar="REPO", help="owner/name, or a name in your own namespace; created if it is not there")
     visibility = parser.add_mutually_exclusive_group()
     for name, value in (("private", True), ("public", False)):
         visibility.add_argument(
@@ -26,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
             const=value,
             help=f"make a new repository {name} (default: as your account does; an existing one stays what it is)",
         )
-    add("--message", help="commit message")
+    add("--message", dest="commit_message", metavar="MESSAGE", help="commit message")
     add("--revision", help="branch to commit to, created if it is not there (default: main)")
     add("--create_pr", action="store_true", help="open a pull request instead of committing")
     add("--token", help="token for the Hub (default: HF_TOKEN, or that of `hf auth login`)")
@@ -42,33 +46,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the folder, then publish it."""
     arguments = build_parser().parse_args(argv)
-    from ..hub import check_repository_name
+    folder, base_model = arguments.folder, arguments.base_model
+    check_repository_name(arguments.repo_id)
+    with quiet_libraries(), TemporaryDirectory() as temporary:
+        from ..publish import Destination, publish_lora, stage_lora
 
-    check_repository_name(arguments.repository)
-    with quiet_libraries():
-        _push(arguments)
-
-
-def _push(arguments: argparse.Namespace) -> None:
-    from ..publish import publish_lora
-
-    if arguments.prompt:
-        _make_sample(arguments)
-    if arguments.dry_run:
-        return _list(arguments)
-    address = publish_lora(
-        arguments.folder,
-        arguments.repository,
-        private=arguments.private,
-        token=arguments.token,
-        commit_message=arguments.message,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        base_model=arguments.base_model,
-        overwrite_card=arguments.overwrite_card,
-    )
-    print(f"Published: {address}")
-    return None
+        if arguments.prompt:
+            _make_sample(arguments)
+        if arguments.dry_run:
+            stage_lora(folder, Path(temporary), arguments.repo_id, base_model)
+            for name in Location.of(temporary).files():
+                print(f"{Path(temporary, name).stat().st_size:>12,}  {name}")
+        else:
+            destination = Destination(**{entry.name: getattr(arguments, entry.name) for entry in fields(Destination)})
+            print(f"Published: {publish_lora(folder, destination, base_model)}")
 
 
 def _make_sample(arguments: argparse.Namespace) -> None:
@@ -82,14 +73,3 @@ def _make_sample(arguments: argparse.Namespace) -> None:
     pipeline = MCMPipeline.from_pretrained(arguments.folder, **options).to(choose_device(arguments.device))
     video = pipeline(arguments.prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
     record_sample(arguments.folder, video, arguments.prompt, pipeline.sampling_default("fps"))
-
-
-def _list(arguments: argparse.Namespace) -> None:
-    import tempfile
-
-    from ..publish import stage_lora
-
-    with tempfile.TemporaryDirectory() as temporary:
-        stage_lora(arguments.folder, Path(temporary), arguments.repository, arguments.base_model)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            print(f"{path.stat().st_size:>12,}  {path.relative_to(temporary).as_posix()}")

@@ -37,17 +37,17 @@ _HLG_A, _HLG_B, _HLG_C = 0.17883277, 0.28466892, 0.55991073
 
 
 def check_known(transfer: int, matrix: int, primaries: int = UNSPECIFIED) -> None:
-    """Refuse what would be shown in wrong colours: curves, matrices and primaries that nobody here inverts.
+    """`UnusableItem` for what would be shown in wrong colours: curves, matrices and primaries nobody here inverts.
 
-    Raises:
-        UnusableItem: for logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
+    Such are logarithmic, linear or cinema curves, matrices such as ICtCp, and primaries such as XYZ.
     """
-    if transfer not in _ORDINARY_TRANSFERS | {PQ, HLG}:
-        raise UnusableItem(f"its transfer characteristic (number {transfer} of H.273) cannot be converted")
-    if matrix not in _KNOWN_MATRICES:
-        raise UnusableItem(f"its colour matrix (number {matrix} of H.273) cannot be converted")
-    if primaries not in _SHOWN_AS_BT709 and primaries not in _OTHER_PRIMARIES:
-        raise UnusableItem(f"its primary colours (number {primaries} of H.273) cannot be converted")
+    for what, number, known in (
+        ("transfer characteristic", transfer, _ORDINARY_TRANSFERS | {PQ, HLG}),
+        ("colour matrix", matrix, _KNOWN_MATRICES),
+        ("primary colours", primaries, _SHOWN_AS_BT709 | _OTHER_PRIMARIES.keys()),
+    ):
+        if number not in known:
+            raise UnusableItem(f"its {what} (number {number} of H.273) cannot be converted")
 
 
 def is_ordinary(transfer: int, primaries: int) -> bool:
@@ -55,17 +55,13 @@ def is_ordinary(transfer: int, primaries: int) -> bool:
     return transfer not in (PQ, HLG) and primaries not in _OTHER_PRIMARIES
 
 
-def _xyz(x: float, y: float) -> np.ndarray:
-    return np.array([x / y, 1.0, (1 - x - y) / y])
-
-
 def _rgb_to_xyz(primaries) -> np.ndarray:
     """From light of these primaries to CIE XYZ, as an eye sees it whose white is that of BT.709."""
-    *colours, white = primaries
-    columns = np.stack([_xyz(*point) for point in colours], axis=1)
-    gains = (_CONES @ _xyz(*_D65)) / (_CONES @ _xyz(*white))
+    *colours, white, daylight = (np.array([x / y, 1.0, (1 - x - y) / y]) for x, y in (*primaries, _D65))
+    columns = np.stack(colours, axis=1)
+    gains = (_CONES @ daylight) / (_CONES @ white)
     adapt = np.linalg.solve(_CONES, gains[:, None] * _CONES)
-    return adapt @ (columns * np.linalg.solve(columns, _xyz(*white)))
+    return adapt @ (columns * np.linalg.solve(columns, white))
 
 
 def _pq_to_nits(signal: np.ndarray) -> np.ndarray:
@@ -102,13 +98,7 @@ def to_ordinary(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray
 
     HDR is taken to be mastered for 1000 cd/m²; its light is compressed as BT.2390 says, so that what is not brighter
     than a face keeps its luminance relative to white at 203 cd/m². Colours out of the gamut are clipped.
-
-    Args:
-        signal: RGB as the film stores it, (…, 3), floating point in [0, 1].
-        transfer, primaries: numbers of H.273.
-
-    Returns:
-        uint8 (…, 3).
+    `signal` is RGB as the film stores it, (…, 3), floating point in [0, 1]; the result is uint8 (…, 3).
     """
     signal = np.clip(signal, 0, 1).astype(np.float64)
     if transfer in (PQ, HLG):

@@ -1,6 +1,5 @@
 """What data is asked for, which of its columns holds the files and which the captions, and what a caption is."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,7 @@ _FILE_COLUMNS = ("file_name", "{0}_file_name", "{0}", "{0}_path", "{0}_file", "f
 class MediaKind:
     """What differs between video and image data."""
 
-    name: str  # also the canonical column
-    builder: str  # the loader of `datasets` for a folder
-    feature: str  # the feature type of `datasets`
+    name: str  # also the canonical column, and what `datasets` calls its feature type and its loader of folders
     columns: tuple[str, ...]  # names under which the files are looked for in a table of `datasets`, if none is typed
     extensions: tuple[str, ...]
     needs_caption: bool
@@ -34,16 +31,9 @@ class MediaKind:
         """The argument that names the column of the files, in Python and on the command line."""
         return f"{self.name}_column (--{self.name}_column)"
 
-    @property
-    def ask_for_caption(self) -> str:
-        """The argument that names the column of the captions."""
-        return f"caption_column ({self.caption_flag})"
-
 
 VIDEOS = MediaKind(
     name="video",
-    builder="videofolder",
-    feature="Video",
     columns=("video", "mp4", "webm", "mkv", "mov", "avi", "m4v"),
     extensions=tuple(".mp4 .webm .mkv .mov .avi .m4v .mpeg .mpg .ts .m2ts .mts .wmv .flv .3gp .ogv".split()),
     needs_caption=True,
@@ -51,8 +41,6 @@ VIDEOS = MediaKind(
 )
 IMAGES = MediaKind(
     name="image",
-    builder="imagefolder",
-    feature="Image",
     columns=("image", "jpg", "jpeg", "png", "webp"),
     extensions=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     needs_caption=False,
@@ -68,8 +56,8 @@ def caption_texts(value: Any) -> list[str] | None:
     if value is None:
         return []
     if isinstance(value, str):
-        text = value.encode("utf-8", "replace").decode() if re.search("[\ud800-\udfff]", value) else value
-        return [text.strip()] if text.strip() else []
+        text = value.encode("utf-8", "replace").decode().strip()  # without halves of surrogate pairs
+        return [text] if text else []
     if isinstance(value, Sequence) and not isinstance(value, bytes) and all(isinstance(v, str) for v in value):
         return [text for entry in value for text in caption_texts(entry) or ()]
     return None
@@ -77,22 +65,22 @@ def caption_texts(value: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which videos or images somebody asks for; a column that is None is to be detected.
+    """Which videos or images somebody asks for.
 
-    Attributes:
-        source: a folder, a table, tars or a Hub data set id.
-        kind: `VIDEOS` or `IMAGES`.
-        media_column, caption_column: names of the columns; of tars those of the samples' fields ("mp4", "json.title").
-        split, config_name, revision: the part of a Hub data set, or the subfolder `split`.
+    The source is a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional
+    for images) or such a table itself, a folder or a glob of WebDataset tars, or a Hub data set id. A local path wins
+    over a Hub id. Columns of tars are the samples' fields ("mp4"), and "json.caption" is a caption inside their json.
     """
 
     source: str
     kind: MediaKind
-    media_column: str | None = None
-    caption_column: str | None = None
-    split: str = "train"
-    config_name: str | None = None
-    revision: str | None = None
+    split: str = (
+        "train"  # of the Hub data set, or a subfolder; "train" is the whole folder if it has none of that name
+    )
+    media_column: str | None = None  # is detected, if it is not named
+    caption_column: str | None = None  # likewise
+    config_name: str | None = None  # of a Hub data set
+    revision: str | None = None  # likewise
 
     def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:
         """The error that `name` lacks the column of the files that was asked for."""
@@ -109,21 +97,18 @@ class DataRequest:
 
     def no_caption_column(self, name: str, columns: Collection[str], note: str = "") -> ValueError:
         """The error that `name` has no column of captions, or not the one that was asked for."""
-        if self.caption_column is not None:
-            problem = f"{name} has no caption column {self.caption_column!r} of text; its columns are {list(columns)}."
-            return ValueError(problem + note)
+        if (asked := self.caption_column) is not None:
+            return ValueError(
+                f"{name} has no caption column {asked!r} of text; its columns are {list(columns)}.{note}"
+            )
         return ValueError(
             f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
-            f"Name it with {self.kind.ask_for_caption}.{note}"
+            f"Name it with caption_column ({self.kind.caption_flag}).{note}"
         )
 
 
 def find_file_column(columns: Sequence[str], name: str, request: DataRequest) -> str:
-    """The column of a metadata file that names the media files.
-
-    Raises:
-        ValueError: if there is none, or two of that name; the message names the file and its columns.
-    """
+    """The column of the metadata file `name` that names the media files; `ValueError` if there is none or two."""
     kind, asked = request.kind, request.media_column
     wanted = kind.file_columns if asked is None else (asked, *(kind.file_columns if asked == kind.name else ()))
     found = _first_found(columns, wanted, name)
@@ -143,11 +128,7 @@ def find_file_column(columns: Sequence[str], name: str, request: DataRequest) ->
 
 
 def find_caption_column(columns: Sequence[str], name: str, request: DataRequest) -> str | None:
-    """The column of a metadata file that holds the captions; None if images have none.
-
-    Raises:
-        ValueError: as `find_file_column`.
-    """
+    """The column of a metadata file that holds the captions; None if images have none. Else as `find_file_column`."""
     asked = request.caption_column
     found = _first_found(columns, CAPTION_COLUMNS if asked is None else (asked,), name)
     if found is None and (asked is not None or request.kind.needs_caption):

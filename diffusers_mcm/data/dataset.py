@@ -1,16 +1,19 @@
 """Map-style data sets keyed by the global sample index, so that any split over processes reads the same items."""
 
 import hashlib
+import itertools
 import logging
 import math
 import os
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .faults import UnusableItem, machine_errors_name
+from .faults import MachineError, UnusableItem, check_own_fault
 from .images import read_image
 from .rows import MediaRows, examples
 from .sources import IMAGES, VIDEOS, open_rows
@@ -38,15 +41,13 @@ def _epoch_order(num_rows: int, seed: int, purpose: str, epoch: int) -> torch.Te
     return torch.randperm(num_rows, generator=generator)
 
 
-def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int):
+def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int) -> Iterator[int]:
     """The row of a global index, then its replacements: every row once, in an order of the index's own."""
     epoch, position = divmod(index, num_rows)
     first = int(_epoch_order(num_rows, seed, purpose, epoch)[position])
     stride = 1 + _draw_bits(seed, f"{purpose} replacement", index) % max(num_rows - 1, 1)
-    while math.gcd(stride, num_rows) != 1:
-        stride += 1
-    for attempt in range(num_rows):
-        yield (first + attempt * stride) % num_rows
+    stride = next(number for number in itertools.count(stride) if math.gcd(number, num_rows) == 1)
+    return ((first + attempt * stride) % num_rows for attempt in range(num_rows))
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -76,26 +77,24 @@ class KeyedDataset(Dataset):
     def read(self, index: int) -> tuple[dict, dict[str, str]]:
         """The item of a global index, with uint8 pixels, and what was skipped on the way (name: reason).
 
-        Raises:
-            ValueError: if nothing can be used.
-            MachineError: if the machine cannot read the item, which is not replaced then.
+        `ValueError` if nothing can be used; `MachineError` if the machine cannot read the item, which then stays.
         """
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
         skipped: dict[str, str] = {}
-        for row in _candidate_rows(len(self.rows), self.seed, self.purpose, index):
+        candidates = _candidate_rows(len(self.rows), self.seed, self.purpose, index)
+        for row in itertools.islice(candidates, MAX_REPLACEMENTS):
             item = self.rows[row]
+            name = self.rows.name(row, item)
             try:
-                with machine_errors_name(self.rows.name(row, item)):
-                    caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
-                    pixels = self.read_pixels(self.rows.media(item), index)
+                caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
+                pixels = self.read_pixels(self.rows.media(item), index)
+                return {"pixels": torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()), "caption": caption}, skipped
             except UnusableItem as reason:
-                skipped[self.rows.name(row, item)] = str(reason)
-                if len(skipped) >= MAX_REPLACEMENTS:
-                    break
-                continue
-            channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-            return {"pixels": channels_first, "caption": caption}, skipped
+                skipped[name] = str(reason)
+            except (MachineError, MemoryError) as error:
+                check_own_fault(error, name)
+                raise
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
             f"tried in a row can be used, for example{examples(skipped)}"
@@ -124,7 +123,8 @@ class VideoDataset(KeyedDataset):
     """Clips with captions.
 
     `dataset[i]` is `{"pixels": float32 (3, T, H, W) in [-1, 1], "caption": str}`. The clip starts where the seed and
-    `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced.
+    `i` say. Clips that are broken, have no caption or fewer than `num_frames` frames are replaced. Of several captions
+    in a list each is drawn equally often.
 
     Args:
         source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), or a Hub
@@ -133,11 +133,9 @@ class VideoDataset(KeyedDataset):
         frame_interval: every how many frames one is taken; shrinks to fit a short video. Default: 8, without `fps`.
         height, width: size of the clips: the shortest side is scaled, then the centre cropped.
         seed: keys the order and the starts.
-        split: of the Hub data set, or a subfolder.
-        caption_column, video_column: if they are not to be detected. Of several captions in a list each is drawn
-            equally often.
-        config_name, revision: of a Hub data set.
+        video_column: the column of the files, if it is not to be detected.
         fps: takes frames at this rate by the times at which they are shown, instead of every n-th one.
+        options: `split`, `caption_column`, `config_name` and `revision`, as in `DataRequest`.
     """
 
     def __init__(
@@ -148,22 +146,17 @@ class VideoDataset(KeyedDataset):
         height: int = 256,
         width: int = 256,
         seed: int = 0,
-        split: str = "train",
-        caption_column: str | None = None,
         video_column: str | None = None,
-        config_name: str | None = None,
-        revision: str | None = None,
         fps: float | None = None,
+        **options: Any,
     ):
         if frame_interval is not None and fps is not None:
             raise ValueError(f"Give frame_interval ({frame_interval}) or fps ({fps:g}), not both.")
         if fps is not None and not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be greater than 0, not {fps}.")
-        if frame_interval is None:
-            frame_interval = 8
+        frame_interval = 8 if frame_interval is None else frame_interval
         check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
-        rows = open_rows(source, VIDEOS, split, video_column, caption_column, config_name, revision)
-        super().__init__(rows, seed, "videos")
+        super().__init__(open_rows(source, VIDEOS, media_column=video_column, **options), seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
 
@@ -180,7 +173,7 @@ class ImageDataset(KeyedDataset):
     Args:
         source: a folder of images (with or without metadata), WebDataset tars, or a Hub data set id.
         size: side of the square images, or `(height, width)`.
-        seed, split, caption_column, image_column, config_name, revision: as in `VideoDataset`.
+        seed, image_column, options: as in `VideoDataset`.
     """
 
     def __init__(
@@ -188,16 +181,12 @@ class ImageDataset(KeyedDataset):
         source: str | os.PathLike,
         size: int | tuple[int, int] = 256,
         seed: int = 0,
-        split: str = "train",
-        caption_column: str | None = None,
         image_column: str | None = None,
-        config_name: str | None = None,
-        revision: str | None = None,
+        **options: Any,
     ):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         check_at_least_one(height=self.height, width=self.width)
-        rows = open_rows(source, IMAGES, split, image_column, caption_column, config_name, revision)
-        super().__init__(rows, seed, "images")
+        super().__init__(open_rows(source, IMAGES, media_column=image_column, **options), seed, "images")
 
     def read_pixels(self, media: dict, index: int) -> np.ndarray:
         return read_image(media, self.height, self.width)

@@ -1,8 +1,6 @@
 """Whose fault it is that a file cannot be read: its own, so that another is read instead, or the machine's."""
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from av.error import FFmpegError
@@ -21,7 +19,7 @@ _OF_THE_MACHINE = {getattr(errno, name) for name in _MACHINE_NAMES.split() if ha
 _LOST_CONNECTIONS = {"ConnectionError", "TimeoutError", "Timeout"}  # of Python, and of libraries that name theirs so
 _BUSY_SERVER = {408, 425, 429}
 _LITTLE_MEMORY = 256 << 20
-_ADVICE = {
+_ADVICE: dict[int | None, str] = {
     errno.EMFILE: "Allow more open files (ulimit -n), or take fewer --dataloader_num_workers.",
     errno.ENFILE: "Too many files are open on the whole machine.",
     errno.ENOMEM: "Take fewer --dataloader_num_workers, or a machine with more memory.",
@@ -35,6 +33,10 @@ class UnusableItem(Exception):
 class MachineError(OSError):
     """A file cannot be read, and the machine is why: its disk, its memory, its connection. Nothing is skipped then."""
 
+    def __init__(self, message: str, number: int | None = None):
+        super().__init__(message)  # without the system's number, which would stand before the message
+        self.errno = number
+
 
 def is_remote(path: str) -> bool:
     """Whether `path` is an address (`hf://…`, `https://…`, `zip://…`) and not a file of this machine."""
@@ -42,47 +44,24 @@ def is_remote(path: str) -> bool:
 
 
 def check_own_fault(error: BaseException, name: str | None) -> None:
-    """Return if an error that reading a file gave is about the file itself.
-
-    Args:
-        error: what was raised.
-        name: path of the file that was open; None if its bytes were in memory, and no disk was read.
+    """Return if an error that reading the file at `name` (None: bytes in memory) gave is about the file itself.
 
     Raises:
         MachineError: if it is the machine's, so that another file would not do better; it names the file.
     """
-    if isinstance(error, MachineError):
+    if isinstance(error, MachineError) and (name is None or name in str(error)):
         raise error
+    if isinstance(error, MachineError):
+        raise MachineError(f"{name}: {error}", error.errno) from error
     if not _is_of_the_machine(error, name):
         return
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    advice = _ADVICE.get(number or 0, "See to the disk or the connection.")
-    raise _machine_error(
+    message = (
         f"{name or 'Its data'} cannot be read, and not by its own fault: {type(error).__name__}: {error}. "
-        f"{advice} It is not skipped, for others would be too; a run goes on from its last checkpoint with "
-        "--resume_from_checkpoint latest.",
-        number,
-    ) from error
-
-
-@contextmanager
-def machine_errors_name(name: str) -> Iterator[None]:
-    """Let the machine's errors say which item was being read, whoever met them: a `MachineError` that names it."""
-    try:
-        yield
-    except (MachineError, MemoryError) as error:
-        if isinstance(error, MemoryError):
-            check_own_fault(error, name)
-        if name in str(error):
-            raise
-        raise _machine_error(f"{name}: {error}", getattr(error, "errno", None)) from error
-
-
-def _machine_error(message: str, number: int | None) -> MachineError:
-    """A `MachineError` of a system's number, which an `OSError` made with one would put before the message."""
-    error = MachineError(message)
-    error.errno = number
-    return error
+        f"{_ADVICE.get(number, 'See to the disk or the connection.')} It is not skipped, for others would be too; a "
+        "run goes on from its last checkpoint with --resume_from_checkpoint latest."
+    )
+    raise MachineError(message, number) from error
 
 
 def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
@@ -93,29 +72,22 @@ def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
 
 def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
     number = getattr(error, "errno", None)
+    if isinstance(error, FFmpegError) and isinstance(error, MemoryError):
+        try:  # FFmpeg also says this of a header that asks for gigabytes
+            return not np.empty(_LITTLE_MEMORY, np.uint8).size
+        except MemoryError:
+            return True
+    if isinstance(error, FFmpegError) and number == errno.EIO:  # and this of a file that breaks off
+        return name is not None and not is_remote(name) and not _can_be_read(name)
     if isinstance(error, FFmpegError):
-        if isinstance(error, MemoryError):  # which FFmpeg also says of a header that asks for gigabytes
-            return not _has_memory()
-        if number == errno.EIO:  # and this of a file that breaks off
-            return name is not None and not is_remote(name) and not _can_be_read(name)
         return number in _OF_THE_MACHINE
-    if isinstance(error, MemoryError):
-        return True
     if not isinstance(error, OSError):
-        return False
+        return isinstance(error, MemoryError)
     if number is None:
         status = getattr(getattr(error, "response", None), "status_code", None) or 0
         lost = _LOST_CONNECTIONS & {kind.__name__ for kind in type(error).__mro__}
         return bool(lost) or status >= 500 or status in _BUSY_SERVER
     return number not in _OF_THE_FILE
-
-
-def _has_memory() -> bool:
-    try:
-        np.empty(_LITTLE_MEMORY, np.uint8)
-    except MemoryError:
-        return False
-    return True
 
 
 def _can_be_read(path: str) -> bool:

@@ -1,10 +1,10 @@
 """The stream of a file that is the film, and the index of its frames that its packets give."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import av
@@ -22,72 +22,46 @@ _TELL_ORIENTATION = {"h264", "hevc", "vvc"}
 _DOLBY_VISION_TAGS = {"dvh1", "dvhe", "dav1", "dva1", "dvav"}
 
 
-class Entry(NamedTuple):
-    """A packet without its data: the times of its frame, in the stream's time base."""
-
-    pts: int | None
-    dts: int | None
-    is_keyframe: bool
-    duration: int | None
-
-
 class Keyframe(NamedTuple):
     """Where decoding can start, in the stream's time base."""
 
     pts: int
     dts: int | None
 
-    def targets(self) -> list[int]:
-        """The times to seek: containers with an index go by presentation times, others search by decoding times."""
-        return [time for time in dict.fromkeys(self) if time is not None]
-
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """The index of a film's frames that its packets give, without decoding (but for the first frame).
+    """The index of a film's frames: from its packets, without decoding (but for the first frame), or counted."""
 
-    Attributes:
-        stream: number of the film's stream in its container.
-        times: ascending presentation time of every frame, in the stream's time base.
-        sound: whether the packets carry these times; else they are a guess, at a constant rate.
-        keyframes: the frames where decoding can start, ascending; none if the times are a guess.
-        time_base: seconds of one unit of time.
-        rate: frames per second as far as it is known.
-        orientation: what the first frame says.
-        end: when the last frame is no longer shown, as far as that is known.
-    """
+    stream: int  # number of the film's stream in its container
+    times: Sequence[Time]  # ascending presentation time of every frame, in the stream's time base
+    labels: Sequence[int | None]  # those that the decoder is to give, in the order of presentation; () if nobody knows
+    keyframes: list[Keyframe]  # the frames where decoding can start, as they are shown; none if the labels do not help
+    time_base: Fraction  # seconds of one unit of time
+    rate: Fraction | None  # frames per second as far as it is known
+    orientation: Orientation  # what the first frame says
+    end: int | None  # when the last frame is no longer shown, as far as that is known
 
-    stream: int
-    times: Sequence[Time]
-    sound: bool
-    keyframes: list[Keyframe]
-    time_base: Fraction
-    rate: Fraction | None
-    orientation: Orientation
-    end: int | None
-
-    def expected(self) -> Sequence[Time | None]:
-        """The times that the decoder is to give, in the order of presentation; none if they are a guess."""
-        return self.times if self.sound else ()
+    @cached_property
+    def places(self) -> dict[int | None, int]:
+        """The number of the frame with each label."""
+        return {label: place for place, label in enumerate(self.labels)}
 
     def positions(self, choice: ClipChoice) -> list[int]:
         """The numbers of the clip's frames."""
         return choice.positions(self.times, self.time_base, self.end)
 
     def starts(self, position: int) -> Iterator[tuple[int, int]]:
-        """Where to seek for the frame at `position`, and the time of the keyframe where decoding then begins.
+        """Where to seek for the frame at `position`, and the number of the keyframe where decoding then begins.
 
-        A search by decoding times may land late, so that an earlier keyframe is worth another try.
+        Containers with an index go by presentation times, others search by decoding times. Such a search may land
+        late, so that an earlier keyframe is worth another try.
         """
-        time = self.times[position]
-        before = [keyframe for keyframe in self.keyframes if keyframe.pts <= time]
+        before = [keyframe for keyframe in self.keyframes if self.places[keyframe.pts] <= position]
         for keyframe in before[-1:] + before[-3:-2]:
-            for target in keyframe.targets():
-                yield target, keyframe.pts
-
-    def place(self, label: int, since: int) -> int | None:
-        """The number of the frame with time `label`; None for one before `since`, the time that `starts` gave."""
-        return None if label < since else min(bisect_left(self.times, label), len(self.times) - 1)
+            for target in dict.fromkeys(keyframe):
+                if target is not None:
+                    yield target, self.places[keyframe.pts]
 
 
 @contextmanager
@@ -100,25 +74,19 @@ def open_film(media: dict) -> Iterator[av.container.InputContainer]:
 
 
 def read_packets(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
-    """The packets of one or several streams, in the order of the file, with an empty one for each at the end.
-
-    Raises:
-        UnusableItem: where PyAV loses count of the streams.
-    """
+    """The packets of one or several streams, in the order of the file, with an empty one for each at the end."""
     try:
         yield from container.demux(streams)
-    except IndexError as error:
+    except IndexError as error:  # PyAV lost count of the streams
         raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
 
 
 def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
     """The streams that may be the film, the likeliest first: by default flag, then by size. Covers are none."""
-    if not container.streams.video:
-        raise UnusableItem("it has no video stream")
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     films = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not films:
-        raise UnusableItem("it has no video stream, only a cover picture")
+        raise UnusableItem(f"it has no video stream{', only a cover picture' if container.streams.video else ''}")
     films = [stream for stream in films if stream.codec_context is not None]
     if not films:
         raise UnusableItem("its codec is unknown, or its header is damaged")
@@ -144,29 +112,30 @@ def _first_orientation(packet: av.Packet) -> Orientation | None:
 def read_index(container: av.container.InputContainer) -> FilmIndex:
     """Find the film and read its packets. A stream of a single picture is the film only if there is no other."""
     streams = _film_streams(container)
-    entries: dict[int, list[Entry]] = {stream.index: [] for stream in streams}
+    durations: dict[int, list[tuple[int | None, int | None]]] = {stream.index: [] for stream in streams}  # by times
+    keyframes: dict[int, list[Keyframe]] = {stream.index: [] for stream in streams}
     orientations: dict[int, Orientation | None] = {}
     for packet in read_packets(container, streams):
         if not packet.size or packet.is_discard or packet.is_corrupt:
             continue
         number = packet.stream.index
-        entries[number].append(Entry(packet.pts, packet.dts, packet.is_keyframe, packet.duration))
+        durations[number].append((packet.pts, packet.duration))
+        if packet.is_keyframe and packet.pts is not None:
+            keyframes[number].append(Keyframe(packet.pts, packet.dts))
         if packet.is_keyframe and number not in orientations:
             tells = packet.stream.codec_context.name in _TELL_ORIENTATION
             orientations[number] = _first_orientation(packet) if tells else None
-    film = next((stream for stream in streams if len(entries[stream.index]) > 1), streams[0])
-    found = entries[film.index]
-    durations = {entry.pts: entry.duration for entry in found if entry.pts is not None}
-    times, rate = sorted(durations), film.guessed_rate or film.average_rate
-    sound = len(times) == len(found)
-    last = durations[times[-1]] if sound and times else None
+    film = next((stream for stream in streams if len(durations[stream.index]) > 1), streams[0])
+    shown = {time: duration for time, duration in durations[film.index] if time is not None}
+    times, rate = sorted(shown), film.guessed_rate or film.average_rate
+    sound = len(times) == len(durations[film.index])
+    last = shown[times[-1]] if sound and times else None
     time_base = cast(Fraction, film.time_base)  # which a stream of a container has
-    keyframes = [Keyframe(entry.pts, entry.dts) for entry in found if entry.is_keyframe and entry.pts is not None]
     return FilmIndex(
         stream=film.index,
-        times=times if sound else at_constant_rate(len(found), time_base, rate),
-        sound=sound,
-        keyframes=sorted(keyframes) if sound else [],
+        times=times if sound else at_constant_rate(len(durations[film.index]), time_base, rate),
+        labels=times if sound else (),
+        keyframes=sorted(keyframes[film.index]) if sound else [],
         time_base=time_base,
         rate=rate,
         orientation=orientations.get(film.index) or Orientation(),

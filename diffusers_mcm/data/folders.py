@@ -5,7 +5,8 @@ import logging
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute
@@ -26,11 +27,7 @@ _CHUNK = 65_536  # rows that are Python objects at one time
 def open_folder(request: DataRequest, folder: str, files: list[str], metadata: list[str] | None = None) -> FolderRows:
     """The rows of the metadata in a folder; without metadata its images.
 
-    Args:
-        request: what the user asked for.
-        folder: where the files are.
-        files: their paths relative to the folder, as `walk` gives them.
-        metadata: which of the files are metadata; by default those that are named so.
+    `files` are the paths in it, as `walk` gives them, and `metadata` those of tables; by default those named so.
 
     Raises:
         ValueError: if nothing there can be used; the message names the file, and the row if it is one.
@@ -42,16 +39,19 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     _check_one_table_each(folder, metadata)
     reader = _MetadataReader(request, folder, files)
     table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
-    rows = FolderRows(request, table, folder, reader.skipped)
-    if not len(rows):
-        _refuse(request, folder, metadata, reader.skipped)
+    if not len(table):
+        names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
+        if not reader.skipped:
+            raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
+        number = len(reader.skipped)
+        raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped)}")
     unnamed = [path for path in media if path not in reader.used]
     if metadata and unnamed:
         logger.warning(
             "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
             len(unnamed), len(media), request.kind.name, folder, unnamed[0],
         )  # fmt: skip
-    return rows
+    return FolderRows(request, table, folder, reader.skipped)
 
 
 def is_metadata(path: str) -> bool:
@@ -89,17 +89,12 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
 
 
 class _MetadataReader:
-    """Reads the rows of metadata tables, each a path relative to the folder and captions.
-
-    Attributes:
-        used: the files that rows name.
-        skipped: rows and tables that are of no use, with the reason.
-    """
+    """Reads the rows of metadata tables, each a path relative to the folder and captions."""
 
     def __init__(self, request: DataRequest, folder: str, files: Collection[str]):
         self.request, self.folder, self.listed = request, folder, set(files)
-        self.used: set[str] = set()
-        self.skipped: dict[str, str] = {}
+        self.used: set[str] = set()  # the files that rows name
+        self.skipped: dict[str, str] = {}  # rows and tables that are of no use, with the reason
 
     def read_all(self, metadata: list[str]) -> Iterator[tuple[bytes, list[str]]]:
         """The rows of tables, given by their paths relative to the folder."""
@@ -131,13 +126,12 @@ class _MetadataReader:
         def find(names: list[str]) -> tuple[str, str | None]:
             return find_file_column(names, name, self.request), find_caption_column(names, name, self.request)
 
-        try:
+        if table.all_columns is None:
+            return find(table.columns)
+        with suppress(ValueError):
             columns = find(table.columns)
-            if columns[1] is not None or table.all_columns is None:
+            if columns[1] is not None:
                 return columns
-        except ValueError:
-            if table.all_columns is None:
-                raise
         return find(table.all_columns())
 
     def _check(
@@ -156,20 +150,18 @@ class _MetadataReader:
         else:
             path, captions = self._find(below, file.strip()), caption_texts(caption)
             self.used.add(path or file)
-            if path is None:
-                self._skip(below, file, where, f"[Errno 2] No such file or directory; {where} names it")
-            elif not captions and self.request.kind.needs_caption:
-                self._skip(below, file, where, NO_CAPTION if captions is not None else NO_TEXT)
-            else:
+            if path is not None and (captions or not self.request.kind.needs_caption):
                 yield os.fsencode(path), captions or []
-
-    def _skip(self, below: str, file: str, where: str, reason: str) -> None:
-        name = os.path.join(self.folder, below, file.strip())
-        self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
+                return
+            reason = NO_CAPTION if captions is not None else NO_TEXT
+            if path is None:
+                reason = f"[Errno 2] No such file or directory; {where} names it"
+            name = os.path.join(self.folder, below, file.strip())
+            self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
 
     def _find(self, below: str, name: str) -> str | None:
         """The path of a file, relative to the folder, however its name is written; None if there is none."""
-        path = os.path.join(below, name) if below else name
+        path = os.path.join(below, name)
         if path in self.listed:
             return path
         if is_remote(name):
@@ -178,9 +170,7 @@ class _MetadataReader:
         spellings = dict.fromkeys((name, slashed, *(unicodedata.normalize(f, slashed) for f in ("NFC", "NFD"))))
         paths = [os.path.normpath(os.path.join(below, spelling)) for spelling in spellings]
         found = next((path for path in paths if path in self.listed), None)
-        if found is not None:
-            return found
-        return next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
+        return found or next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
 
 def _to_table(rows: Iterator[tuple[bytes, list[str]]]) -> pa.Table:
@@ -231,10 +221,9 @@ def _open_parquet(name: str) -> Table:
     def rows() -> Iterator[Row]:
         number = 0
         try:
-            for batch in file.iter_batches(columns=columns):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(number, values)
+            batches = file.iter_batches(columns=columns)
+            for number, values in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield Row(number, values)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             check_own_fault(error, name)
             yield Row(number + 1, {}, f"from here on the table cannot be read ({error})")
@@ -249,29 +238,17 @@ def _check_captionless(request: DataRequest, files: list[str], media: list[str])
         raise ValueError(
             f"The folder {source!r} holds no {kind.name} files ({', '.join(kind.extensions)}) and no .tar files."
         )
-    if not kind.needs_caption and request.caption_column is None:
-        return
-    tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
-    instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
-    raise ValueError(
-        f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
-        f"with the columns file_name and caption.{instead}"
-    )
+    if kind.needs_caption or request.caption_column is not None:
+        tables = [path for path in files if path.lower().endswith(TABLE_SUFFIXES)]
+        instead = f" It holds {tables[0]}: rename that, or give its path instead of the folder's." if tables else ""
+        raise ValueError(
+            f"The folder {source!r} holds {kind.name} files but no captions: add a metadata.csv or metadata.jsonl "
+            f"with the columns file_name and caption.{instead}"
+        )
 
 
 def _check_one_table_each(folder: str, metadata: list[str]) -> None:
     first: dict[str, str] = {}
-    for path in metadata:
-        other = first.setdefault(os.path.dirname(path), path)
-        if other != path:
-            raise ValueError(
-                f"The folder {os.path.join(folder, os.path.dirname(path))!r} holds {os.path.basename(other)} and "
-                f"{os.path.basename(path)}: keep one of them."
-            )
-
-
-def _refuse(request: DataRequest, folder: str, metadata: list[str], skipped: Mapping[str, str]) -> None:
-    names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
-    if not skipped:
-        raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
-    raise ValueError(f"None of the {len(skipped)} rows of {names} can be used, for example{examples(skipped)}")
+    for below, name in map(os.path.split, metadata):
+        if (other := first.setdefault(below, name)) != name:
+            raise ValueError(f"The folder {os.path.join(folder, below)!r} holds {other} and {name}: keep one of them.")

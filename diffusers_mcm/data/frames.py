@@ -28,11 +28,7 @@ class Orientation(NamedTuple):
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """The orientation that a frame asks for; None if it says nothing about it.
-
-    Raises:
-        UnusableItem: for a turn that is no multiple of a quarter.
-    """
+    """The orientation that a frame asks for, None if nothing; `UnusableItem` for a turn that is not by quarters."""
     try:
         # not `frame.side_data`: a frame that keeps it is in a cycle, and so left to the garbage collector with its
         # scaler, for whose threads a forked worker would then wait for ever
@@ -56,10 +52,7 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
     """Every other line of an interlaced frame: the lines between belong to another moment."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    field, sink = graph.add("field", "type=top"), graph.add("buffersink")
-    source.link_to(field)
-    field.link_to(sink)
-    graph.configure()
+    graph.link_nodes(source, graph.add("field", "type=top"), graph.add("buffersink")).configure()
     graph.push(frame)
     return cast(av.VideoFrame, graph.pull())
 
@@ -70,10 +63,10 @@ def picture(
     """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
     Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
-
-    Raises:
-        UnusableItem: for colours that cannot be converted.
+    `UnusableItem` for a corrupt frame, and for colours that cannot be converted.
     """
+    if frame.is_corrupt:
+        raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
     transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries  # numbers of H.273
     aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel in heights
     check_known(transfer, frame.colorspace, primaries)

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -19,31 +20,27 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 def media_file(media: dict):
     """What to open for `{"path": str | None, "bytes": bytes | None}`: a path, or a binary file object."""
-    if media is None or (media.get("bytes") is None and media.get("path") is None):
-        raise UnusableItem("the row holds neither a file nor its bytes")
-    if media.get("bytes") is not None:
+    if media is not None and media.get("bytes") is not None:
         return io.BytesIO(media["bytes"])
-    if is_remote(media["path"]):
+    if (path := open_path(media)) is None:
+        raise UnusableItem("the row holds neither a file nor its bytes")
+    if is_remote(path):
         from datasets.utils.file_utils import xopen
 
-        return xopen(media["path"], "rb")
-    return media["path"]
+        return xopen(path, "rb")
+    return path
 
 
 def open_path(media: dict) -> str | None:
     """The path that `media_file` opens; None where the bytes are in memory."""
-    return media["path"] if media is not None and media.get("bytes") is None else None
+    return media.get("path") if media is not None and media.get("bytes") is None else None
 
 
 def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:
     """Scale the shortest side to the target and crop the centre (antialiased bicubic).
 
     Both happen in one resampling of the central box, so that no size in between is rounded to whole pixels.
-
-    Args:
-        image: of any size.
-        height, width: the target.
-        pixel_aspect: width of the image's pixels in heights; the target's pixels are square.
+    `pixel_aspect` is the width of the image's pixels in heights; the target's pixels are square.
     """
     scale = min(image.width * pixel_aspect / width, image.height / height)  # source lines per target pixel
     box_width, box_height = min(width * scale / pixel_aspect, image.width), min(height * scale, image.height)
@@ -53,11 +50,7 @@ def fit(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) 
 
 
 def _deep_gray(image: Image.Image) -> np.ndarray:
-    """Brightness in [0, 1] of a gray image with more than 8 bits per pixel: float64 (H, W).
-
-    Raises:
-        UnusableItem: if nobody can say which value is white.
-    """
+    """Brightness in [0, 1] of a gray image with more than 8 bits per pixel: float64 (H, W)."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
@@ -73,37 +66,14 @@ def _deep_gray(image: Image.Image) -> np.ndarray:
     return 1 - values if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else values
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """PIL clips what is over 255 when it converts; here white stays white."""
-    levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        levels[np.asarray(image) == transparent] = 255
-    gray = Image.fromarray(levels)
-    if "icc_profile" in image.info:
-        gray.info["icc_profile"] = image.info["icc_profile"]
-    return gray
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours by the image's own profile; one that does not fit the image is left aside, as browsers do."""
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-        return image if converted is None else converted
-    except (ImageCms.PyCMSError, OSError):
-        return image
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image mode to sRGB; what is transparent becomes white, as a browser would show it.
-
-    Raises:
-        UnusableItem: for numbers of which nobody can say how bright they are.
-    """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_eight_bits(image)
+    """Any image mode to sRGB; what is transparent becomes white, as a browser would show it."""
     profile = image.info.get("icc_profile")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # of which PIL would clip what is over 255
+        levels = np.rint(np.clip(_deep_gray(image), 0, 1) * 255).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            levels[np.asarray(image) == transparent] = 255
+        image = Image.fromarray(levels)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     elif image.mode not in ("RGB", "CMYK", "L"):
@@ -112,20 +82,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         except ValueError as error:
             raise UnusableItem(f"its colours ({image.mode}) cannot be converted: {error}") from error
     if profile:
-        image = _to_srgb(image, profile)
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        with suppress(ImageCms.PyCMSError, OSError):  # one that does not fit is left aside, as browsers do
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
-
-
-def _decode(media: dict) -> tuple[Image.Image, int]:
-    """The image as stored, and its EXIF orientation. Here is PIL's code only, whose complaints are about the file."""
-    try:
-        with Image.open(media_file(media)) as image:
-            image.load()
-            return image, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (*_BROKEN_FILE, MemoryError) as error:
-        raise unusable(error, open_path(media), "the image") from error
 
 
 def read_image(media: dict, height: int, width: int) -> np.ndarray:
@@ -134,7 +97,12 @@ def read_image(media: dict, height: int, width: int) -> np.ndarray:
     Raises:
         UnusableItem: if the file is missing or broken, or holds numbers of which nobody can say how bright they are.
     """
-    image, orientation = _decode(media)
+    try:  # PIL's code only, whose complaints are about the file
+        with Image.open(media_file(media)) as image:
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*_BROKEN_FILE, MemoryError) as error:
+        raise unusable(error, open_path(media), "the image") from error
     rgb = to_rgb(image)
     rgb.info.clear()  # or PIL reads the whole EXIF block again, which may be broken
     rgb.getexif()[ExifTags.Base.Orientation] = orientation

@@ -1,11 +1,11 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .dataset import KeyedDataset, check_at_least_one, to_unit_range
 
@@ -18,41 +18,28 @@ class StepSampler(Sampler[list[int]]):
     R, B and A are. Micro-batch a of process r takes the B samples from s·RBA + (a·R + r)·B on. Each is yielded as a
     list, so A lists make a step.
 
-    Args:
-        batch_size: B.
-        rank, num_processes: r and R.
-        accumulation: A.
-        start_step: the step to begin with; a resumed run gives the one it stopped before.
-        end_step: the step to stop before; None goes on for ever.
-        items_per_sample: for data read l times per sample (images for l frames): sample g has items g·l … g·l + l − 1.
     """
 
-    batch_size: int
-    rank: int = 0
-    num_processes: int = 1
-    accumulation: int = 1
-    start_step: int = 0
-    end_step: int | None = None
-    items_per_sample: int = 1
+    batch_size: int  # B
+    rank: int = 0  # r
+    num_processes: int = 1  # R
+    accumulation: int = 1  # A
+    start_step: int = 0  # the step to begin with; a resumed run gives the one it stopped before
+    end_step: int | None = None  # the step to stop before; None goes on for ever
+    items_per_sample: int = 1  # l, of data read l times per sample: sample g has items g·l … g·l + l − 1
 
     def __post_init__(self):
-        check_at_least_one(
-            batch_size=self.batch_size,
-            num_processes=self.num_processes,
-            accumulation=self.accumulation,
-            items_per_sample=self.items_per_sample,
-        )
+        counts = ("batch_size", "num_processes", "accumulation", "items_per_sample")
+        check_at_least_one(**{name: getattr(self, name) for name in counts})
         if not 0 <= self.rank < self.num_processes:
             raise ValueError(f"rank must be from 0 to {self.num_processes - 1}, not {self.rank}.")
         if self.start_step < 0:
             raise ValueError(f"start_step must be 0 or more, not {self.start_step}.")
 
     def __iter__(self) -> Iterator[list[int]]:
-        numbers: Iterable[int] = itertools.count(self.start_step * self.accumulation)  # of micro-batches, s·A + a
-        if self.end_step is not None:
-            numbers = range(self.start_step * self.accumulation, self.end_step * self.accumulation)
         size = self.batch_size * self.items_per_sample
-        for number in numbers:
+        end = sys.maxsize if self.end_step is None else self.end_step * self.accumulation
+        for number in range(self.start_step * self.accumulation, end):  # of micro-batches, s·A + a
             first = (number * self.num_processes + self.rank) * size
             yield list(range(first, first + size))
 
@@ -63,31 +50,22 @@ class _ReadWithReport(Dataset):
     def __init__(self, dataset: KeyedDataset):
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, dict, dict[str, str]]:
-        return index, *self.dataset.read(index)
+    def __getitem__(self, index: int) -> tuple[dict, dict[str, str]]:
+        item, skipped = self.dataset.read(index)
+        return {**item, "index": index}, skipped
 
 
-def _collate(reads: list[tuple[int, dict, dict[str, str]]]) -> tuple[dict, dict[str, str]]:
-    indices, items, reports = zip(*reads, strict=True)
-    batch = {
-        "pixels": torch.stack([item["pixels"] for item in items]),
-        "caption": [item["caption"] for item in items],
-        "index": torch.tensor(indices, dtype=torch.long),
-    }
-    return batch, {name: reason for report in reports for name, reason in report.items()}
+def _collate(reads: list[tuple[dict, dict[str, str]]]) -> tuple[dict, dict[str, str]]:
+    items, reports = zip(*reads, strict=True)
+    return default_collate(list(items)), {name: reason for report in reports for name, reason in report.items()}
 
 
 class StepLoader:
     """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
 
     Yields `{"pixels": float32 (B, …) in [-1, 1], "caption": list of B strings, "index": int64 (B,)}`. Items skipped
-    in the workers are counted and warned of here, in `dataset.skipped`.
-
-    Args:
-        dataset: a `VideoDataset`, `ImageDataset` or `FrameDataset`.
-        sampler: which indices, in which order.
-        num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: page-locked batches, for copies to a GPU.
+    in the workers are counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes;
+    `pin_memory` gives page-locked batches, for copies to a GPU.
     """
 
     def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):

@@ -31,9 +31,6 @@ class Sample(NamedTuple):
     fields: dict[str, Member]
 
 
-# -- headers ----------------------------------------------------------------------------------------------------------
-
-
 def read_headers(path: str) -> tuple[list[Member], str | None]:
     """The files of a tar by their headers, and what is wrong with it; of a broken tar those that are whole.
 
@@ -88,12 +85,10 @@ def _find_problem_at_end(path: str, end: int, size: int) -> str | None:
 
 
 def _describe_no_tar(path: str, error: Exception) -> str:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-    except OSError as unreadable:
-        check_own_fault(unreadable, path)
-        return str(unreadable)
+    if isinstance(error, OSError):
+        return str(error)
+    with open(path, "rb") as file:
+        start = file.read(40)
     if not start:
         return "it is empty (0 bytes)"
     for magic, command in _COMPRESSED.items():
@@ -102,20 +97,9 @@ def _describe_no_tar(path: str, error: Exception) -> str:
     return f"it is not a tar ({error}): it begins with {start!r}"
 
 
-# -- samples ----------------------------------------------------------------------------------------------------------
-
-
 def field_of(name: str) -> str:
     """The field of a file: what follows the first dot of its name, in lower case: `x/a.caption.TXT` -> caption.txt"""
     return os.path.basename(name).partition(".")[2].lower()
-
-
-def _first_dot(name: str) -> str:
-    return os.path.join(os.path.dirname(name), os.path.basename(name).partition(".")[0])
-
-
-def _last_dot(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def group(
@@ -123,10 +107,7 @@ def group(
 ) -> tuple[list[Sample], dict[str, str]]:
     """The samples among a tar's files, in their order, and why others that look like some are not.
 
-    Args:
-        members: the files.
-        kind: `VIDEOS` or `IMAGES`.
-        media_field: the field of the videos or images, such as "mp4" or "left.mp4"; by default any of the kind.
+    `media_field` is the field of the videos or images, such as "mp4" or "left.mp4"; by default any of the kind.
     """
     groups: dict[str, tuple[list[Member], list[Member]]] = {}
     for member in members:
@@ -134,7 +115,8 @@ def group(
         extension = name.rpartition(".")[2]
         is_media = f".{extension}" in kind.extensions and media_field in (None, name, extension)
         if is_media or extension in ("json", *CAPTION_COLUMNS):
-            groups.setdefault(_first_dot(member.name), ([], []))[not is_media].append(member)
+            key = os.path.join(os.path.dirname(member.name), os.path.basename(member.name).partition(".")[0])
+            groups.setdefault(key, ([], []))[not is_media].append(member)
     samples, left = [], {}
     for key, (media, companions) in groups.items():
         if not media:
@@ -147,12 +129,9 @@ def group(
 
 
 def _sample(media: Member, companions: list[Member]) -> Sample:
-    stem = _last_dot(media.name) + "."
-    fields = {}
-    for member in companions:
-        own = member.name.startswith(stem)
-        fields[member.name[len(stem) :].lower() if own else field_of(member.name)] = member
-    return Sample(media, fields)
+    stem = os.path.splitext(media.name)[0] + "."
+    names = [name[len(stem) :].lower() if name.startswith(stem) else field_of(name) for name, *_ in companions]
+    return Sample(media, dict(zip(names, companions)))
 
 
 def _split(key: str, media: list[Member], companions: list[Member], kind: MediaKind, left: dict) -> list[Sample]:
@@ -160,13 +139,13 @@ def _split(key: str, media: list[Member], companions: list[Member], kind: MediaK
     order = {extension: place for place, extension in enumerate(kind.extensions)}
     stems: dict[str, Member] = {}  # of the same clip in two containers one is enough
     for member in sorted(media, key=lambda member: order[os.path.splitext(member.name)[1].lower()]):
-        stems.setdefault(_last_dot(member.name), member)
+        stems.setdefault(os.path.splitext(member.name)[0], member)
     own: dict[str | None, list[Member]] = {}
     for member in companions:
         fitting = [stem for stem in stems if member.name.startswith(stem + ".")]
         own.setdefault(max(fitting, key=len, default=None), []).append(member)
     samples, flag = [], f"--{kind.name}_column"
-    for stem in dict.fromkeys(_last_dot(member.name) for member in media):
+    for stem in dict.fromkeys(os.path.splitext(member.name)[0] for member in media):
         member, name = stems[stem], field_of(stems[stem].name)
         if stem == key or stem in own or (key not in stems and None not in own):
             samples.append(_sample(member, own.get(stem, [])))

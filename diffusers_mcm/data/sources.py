@@ -1,6 +1,7 @@
 """Where training data comes from: a folder, WebDataset tars or the Hub."""
 
 import glob
+import importlib
 import logging
 import os
 from collections.abc import Mapping
@@ -16,34 +17,14 @@ logger = logging.getLogger(__name__)
 
 def _import_datasets() -> Any:
     try:
-        import datasets
+        return importlib.import_module("datasets")
     except ImportError as error:
-        raise ImportError(
-            "Reading training data needs the package `datasets`: pip install 'diffusers-mcm[train]'"
-        ) from error
-    return datasets
+        needed = "Reading training data needs the package `datasets`: pip install 'diffusers-mcm[train]'"
+        raise ImportError(needed) from error
 
 
-def open_rows(
-    source: str | os.PathLike,
-    kind: MediaKind,
-    split: str = "train",
-    media_column: str | None = None,
-    caption_column: str | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
-) -> MediaRows:
-    """Open a data set of videos or images.
-
-    Args:
-        source: a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional for
-            images) or such a table itself, a folder or a glob of WebDataset tars, or a Hub data set id. A local path
-            wins over a Hub id.
-        kind: `VIDEOS` or `IMAGES`.
-        split: a split of the Hub data set, or a subfolder; "train" is the whole folder if it has no such subfolder.
-        media_column, caption_column: names of the columns, if they are not to be detected. A caption inside
-            the `json` of a WebDataset may be written `json.caption`.
-        config_name, revision: of a Hub data set.
+def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> MediaRows:
+    """Open a data set of videos or images; the arguments are the fields of `DataRequest`.
 
     Rows that can be seen to be of no use are left out, kept in `skipped` with the reason, and warned of.
 
@@ -52,11 +33,11 @@ def open_rows(
             lists the columns.
     """
     _import_datasets()  # and with it Arrow, which the other modules keep rows in
-    request = DataRequest(os.fspath(source), kind, media_column, caption_column, split, config_name, revision)
+    request = DataRequest(os.fspath(source), kind, **options)
     rows = _open_local(request)
     rows = _open_hub(request) if rows is None else rows
     if not len(rows):
-        raise ValueError(f"The {kind.name} data {request.source!r} has no rows in its split {split!r}.")
+        raise ValueError(f"The {kind.name} data {request.source!r} has no rows in its split {request.split!r}.")
     if rows.skipped:
         logger.warning(
             "Items of no use in the %s data %r: %d are skipped, %d are left. For example%s",
@@ -84,13 +65,13 @@ def _open_local(request: DataRequest) -> MediaRows | None:
     if source.lower().endswith(TABLE_SUFFIXES) and os.path.isfile(source):
         folder, table = os.path.split(os.path.abspath(source))
         return open_folder(request, folder, walk(folder), metadata=[table])
-    if source.lower().endswith(TAR_SUFFIXES) or glob.has_magic(source):
-        tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
-        tars = [source] if os.path.isfile(source) else tars
-        if not tars:
-            raise ValueError(f"No .tar file matches {source!r}.")
-        return open_tars(request, tars)
-    return None
+    if not source.lower().endswith(TAR_SUFFIXES) and not glob.has_magic(source):
+        return None
+    tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
+    tars = [source] if os.path.isfile(source) else tars
+    if not tars:
+        raise ValueError(f"No .tar file matches {source!r}.")
+    return open_tars(request, tars)
 
 
 def _split_folder(request: DataRequest) -> str:
@@ -115,10 +96,10 @@ def _split_folder(request: DataRequest) -> str:
 def _open_hub(request: DataRequest) -> HubRows:
     """The rows of a Hub data set, or of a folder with zip archives, which `datasets` opens."""
     table = _load(request)
-    media_column = _find_media_column(table.features, request)
-    table = table.cast_column(media_column, getattr(_import_datasets(), request.kind.feature)(decode=False))
-    features = _features_with_json_keys(table, request.caption_column)
-    return HubRows(request, table, media_column, _find_caption(features, request))
+    feature = getattr(_import_datasets(), request.kind.name.capitalize())
+    media_column = _find_media_column(table.features, feature, request)
+    table = table.cast_column(media_column, feature(decode=False))
+    return HubRows(request, table, media_column, _find_caption(_values(table, request.caption_column), request))
 
 
 def _load(request: DataRequest) -> Any:
@@ -132,7 +113,7 @@ def _load(request: DataRequest) -> Any:
     try:
         if folder is not None:  # by hand: `datasets` would put `test_1.mp4` into a test split
             files = {split: os.path.join(folder, "**")}
-            return datasets.load_dataset(request.kind.builder, data_files=files, split=split)
+            return datasets.load_dataset(f"{request.kind.name}folder", data_files=files, split=split)
         return datasets.load_dataset(source, request.config_name, split=split, revision=request.revision)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(f"{message} that can be reached: {error}") from error
@@ -141,55 +122,45 @@ def _load(request: DataRequest) -> Any:
         raise ValueError(f"{data} cannot be read by `datasets`: {reason}") from error
 
 
-def _features_with_json_keys(table: Any, asked: str | None) -> dict[str, Any]:
-    """The table's features, with a json column opened up into the keys that its rows have.
+def _values(table: Any, asked: str | None) -> dict[tuple[str, ...], bool]:
+    """The keys that lead to each value of a row, ("text",) or ("json", "caption"), and whether that is a caption.
 
-    The first rows are looked at, and the others too until one has a caption, if none of those has.
+    Of a column of json the first rows are looked at, and the others too until one has a caption, if none of those has.
     """
-    datasets, features = _import_datasets(), dict(table.features)
+    values: dict[tuple[str, ...], bool] = {}
     wanted = CAPTION_COLUMNS if asked is None else (asked, asked.partition(".")[2])
-    for name in [name for name, feature in features.items() if isinstance(feature, datasets.Json)]:
-        keys: dict[str, bool] = {}  # and whether they hold text
+    in_json = [name for name, feature in table.features.items() if isinstance(feature, _import_datasets().Json)]
+    for name, feature in table.features.items():
+        if isinstance(feature, Mapping):
+            values |= {(name, key): _is_text(entry) for key, entry in feature.items()}
+        elif name not in in_json:
+            values[(name,)] = _is_text(feature)
+    for name in in_json:
+        keys: dict[str, bool] = {}
         for batch in table.select_columns([name]).iter(batch_size=100):
             for value in batch[name]:
                 for key, entry in value.items() if isinstance(value, Mapping) else ():
                     keys[key] = keys.get(key, False) or bool(caption_texts(entry))
-            if any(keys.get(key) or _is_text(features.get(key)) for key in wanted):
+            if any(keys.get(key) or values.get((key,)) for key in wanted):
                 break
-        features[name] = {key: datasets.Value("string") if keys[key] else datasets.Json() for key in sorted(keys)}
-    return features
+        values |= {(name, key): keys[key] for key in sorted(keys)}
+    return values
 
 
-def _by_path(features: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The features by the keys that lead to them: `("text",)`, or `("json", "caption")` in a structure."""
-    paths: dict[tuple[str, ...], Any] = {}
-    for name, feature in features.items():
-        nested = isinstance(feature, Mapping)
-        paths |= {(name, key): entry for key, entry in feature.items()} if nested else {(name,): feature}
-    return paths
-
-
-def _column_names(features: Mapping[str, Any]) -> list[str]:
-    return [".".join(path) for path in _by_path(features)]
-
-
-def _find_media_column(features: Mapping[str, Any], request: DataRequest) -> str:
+def _find_media_column(features: Mapping[str, Any], wanted: type, request: DataRequest) -> str:
     kind, asked = request.kind, request.media_column
-    if asked is not None:
-        if asked not in features:
-            raise request.no_media_column(repr(request.source), _column_names(features))
-        return asked
-    feature_type = getattr(_import_datasets(), kind.feature)
-    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-    if len(typed) > 1 and kind.name not in typed:
+    typed = [name for name, feature in features.items() if isinstance(feature, wanted)]
+    if asked is not None and asked not in features:
+        raise request.no_media_column(repr(request.source), list(features))
+    if asked is None and len(typed) > 1 and kind.name not in typed:
         raise request.several_media_columns(typed)
-    found = [kind.name] if kind.name in typed else typed or [name for name in kind.columns if name in features]
-    if not found:
+    found = [asked, *(name for name in (kind.name, *typed) if name in typed), *kind.columns]
+    if (column := next((name for name in found if name in features), None)) is None:
         raise ValueError(
-            f"No {kind.name} column found in {request.source!r}: none is of type {kind.feature} or named one of "
-            f"{list(kind.columns)}; its columns are {_column_names(features)}. Name it with {kind.ask_for_media}."
+            f"No {kind.name} column found in {request.source!r}: none is of type {wanted.__name__} or named one of "
+            f"{list(kind.columns)}; its columns are {list(features)}. Name it with {kind.ask_for_media}."
         )
-    return found[0]
+    return column
 
 
 def _is_text(feature: Any) -> bool:
@@ -200,15 +171,15 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
 
 
-def _find_caption(features: Mapping[str, Any], request: DataRequest) -> tuple[str, ...] | None:
+def _find_caption(values: Mapping[tuple[str, ...], bool], request: DataRequest) -> tuple[str, ...] | None:
     """The keys that lead to the caption: `("text",)`, `("json", "caption")`, or None if an image set has none."""
-    asked, paths = request.caption_column, _by_path(features)
+    asked = request.caption_column
     choices: list[tuple[str, ...]] = [(name,) for name in CAPTION_COLUMNS]
     choices += [("json", name) for name in CAPTION_COLUMNS]
     if asked is not None:
         outer, _, inner = asked.partition(".")
         choices = [(asked,), ("json", asked), (outer, inner)]
-    found = next((path for path in choices if _is_text(paths.get(path))), None)
+    found = next((keys for keys in choices if values.get(keys)), None)
     if found is None and (asked is not None or request.kind.needs_caption):
-        raise request.no_caption_column(repr(request.source), _column_names(features))
+        raise request.no_caption_column(repr(request.source), [".".join(keys) for keys in values])
     return found

@@ -13,58 +13,40 @@ from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
 from .faults import UnusableItem, unusable
 from .rows import NO_CAPTION, MediaRows, digest, examples
-from .shards import Sample, field_of, group, read_headers
+from .shards import field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 100  # samples whose json is read first, to see which keys there are
-_told: set[str] = set()  # tars of which it was said that a text is read as Windows-1252
+_Places = list[tuple[str, str | None]]  # of captions: a field, and the key in its json, or None in a text file
 
 
 class TarIndex:
     """Where the samples of a set of tars are, from their headers alone.
 
-    Attributes:
-        paths: the tars.
-        names: of the samples' videos or images, as chunks of Arrow.
-        shards: number of each sample's tar.
-        places: row, offset and size of one file after the other, by field; of the videos or images by "media".
-        others: fields of files that are neither.
-        skipped: tars and files that are of no use, with the reason.
+    `skipped` has tars and files that are of no use, with the reason.
     """
 
     def __init__(self, request: DataRequest, paths: list[str]):
         self.paths = paths
-        self.names: list[pa.Array] = []
-        self.shards = array("i")
-        self.places: dict[str, array] = {"media": array("q")}
-        self.others: set[str] = set()
+        self.names: list[pa.Array] = []  # of the samples' videos or images, as chunks of Arrow
+        self.shards = array("i")  # the number of each sample's tar
+        # row, offset and size of one file after the other, by field; of the videos or images by "media"
+        self.places = {"media": array("q")}
+        self.others: set[str] = set()  # fields of all files, in samples or not
         self.skipped: dict[str, str] = {}
-        self.num_readable = 0
         for shard, path in enumerate(paths):
             members, problem = read_headers(path)
             if problem:
                 self.skipped[path] = problem
-            self.num_readable += bool(members)
             self.others.update(field_of(member.name) for member in members)
             samples, left = group(members, request.kind, request.media_column and request.media_column.lower())
             self.skipped |= {f"{os.path.basename(path)}/{name}": reason for name, reason in left.items()}
-            self._add(shard, samples)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    @property
-    def fields(self) -> list[str]:
-        """The fields of the files beside the videos or images."""
-        return list(self.places)[1:]
-
-    def _add(self, shard: int, samples: list[Sample]) -> None:
-        for sample in samples:
-            for name, member in {"media": sample.media, **sample.fields}.items():
-                self.places.setdefault(name, array("q")).extend((len(self), member.offset, member.size))
-            self.shards.append(shard)
-        self.names.append(pa.array([sample.media.name for sample in samples], pa.string()))
+            for sample in samples:
+                for name, member in {"media": sample.media, **sample.fields}.items():
+                    self.places.setdefault(name, array("q")).extend((len(self.shards), member.offset, member.size))
+                self.shards.append(shard)
+            self.names.append(pa.array([sample.media.name for sample in samples], pa.string()))
 
     def table(self, fields: Iterable[str]) -> pa.Table:
         """A row for each sample: `shard`, `name`, and `offset` and `size` of the media and of each of the fields.
@@ -75,32 +57,23 @@ class TarIndex:
         for name in ("media", *fields):
             rows, offsets, sizes = np.asarray(self.places[name]).reshape(-1, 3).T
             for column, values in ((f"{name} offset", offsets), (f"{name} size", sizes)):
-                columns[column] = np.full(len(self), -1, dtype=np.int64)
+                columns[column] = np.full(len(self.shards), -1, dtype=np.int64)
                 columns[column][rows] = values
         return pa.table(columns).combine_chunks()
 
 
 class TarRows(MediaRows):
-    """Samples of tars, read in place.
+    """Samples of tars, read in place; of `caption_places`, the first that has a caption counts."""
 
-    Args:
-        index: where they are.
-        caption_paths: a field and the key in its json (None in a text file) for each place where a caption may be; the
-            first that has one counts.
-    """
-
-    def __init__(self, request: DataRequest, index: TarIndex, caption_paths: list[tuple[str, str | None]]):
-        fields = dict.fromkeys(name for name, _ in caption_paths)
+    def __init__(self, request: DataRequest, index: TarIndex, caption_places: _Places):
+        fields = dict.fromkeys(name for name, _ in caption_places)
         super().__init__(request, index.table(fields), index.skipped)
-        self.paths, self.caption_paths = index.paths, caption_paths
+        self.paths, self.caption_places = index.paths, caption_places
         if self.kind.needs_caption:
-            self._leave_out_captionless(fields)
-
-    def _leave_out_captionless(self, fields: Iterable[str]) -> None:
-        has_one = np.any([self.table[f"{name} offset"].to_numpy() >= 0 for name in fields], axis=0)
-        for row in np.flatnonzero(~has_one).tolist():
-            self.skipped[self.name(row, self[row])] = NO_CAPTION
-        self.table = self.table.filter(pa.array(has_one)).combine_chunks()
+            has_one = np.any([self.table[f"{name} offset"].to_numpy() >= 0 for name in fields], axis=0)
+            for row in np.flatnonzero(~has_one).tolist():
+                self.skipped[self.name(row, self[row])] = NO_CAPTION
+            self.table = self.table.filter(pa.array(has_one)).combine_chunks()
 
     def order(self) -> str:
         paths = pa.array([os.path.basename(path) for path in self.paths])
@@ -115,7 +88,7 @@ class TarRows(MediaRows):
 
     def captions(self, item: Mapping) -> list[str] | None:
         texts: list[str] | None = []
-        for name, key in self.caption_paths:
+        for name, key in self.caption_places:
             data = self._read(item, name)
             if data is None:
                 continue
@@ -132,69 +105,44 @@ class TarRows(MediaRows):
 
 
 def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
-    """The samples of the tars at `paths`.
-
-    Raises:
-        ValueError: if no tar can be read, or none holds what is needed.
-    """
-    index = TarIndex(request, paths)
-    if not index.num_readable:
-        raise ValueError(f"None of the {len(paths)} tars of {request.source!r} can be read:{examples(index.skipped)}")
-    if not len(index):
-        _refuse(index, request)
-    return TarRows(request, index, _find_captions(index, request))
-
-
-def _refuse(index: TarIndex, request: DataRequest) -> None:
-    """Say why there is no sample in tars that can be read."""
-    source, kind = request.source, request.kind
+    """The samples of the tars at `paths`; `ValueError` if none can be read, or none holds what is needed."""
+    index, source, kind = TarIndex(request, paths), request.source, request.kind
+    if index.shards:
+        return TarRows(request, index, _find_captions(index, request))
+    if not index.others:
+        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped)}")
     fields = sorted(index.others - {""})
-    of_kind = [name for name in fields if f".{name}".endswith(kind.extensions)]
     if request.media_column is not None:
         raise request.no_media_column(repr(source), fields)
-    if of_kind:
+    if of_kind := [name for name in fields if f".{name}".endswith(kind.extensions)]:
         raise request.several_media_columns(of_kind)
-    broken = {path: index.skipped[path] for path in index.paths if path in index.skipped}
-    raise ValueError(
-        f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{examples(broken)}"
-    )
+    broken = examples({path: index.skipped[path] for path in paths if path in index.skipped})
+    raise ValueError(f"The tars {source!r} hold no {kind.name} files ({kind.extensions}); they hold {fields}.{broken}")
 
 
-def _find_captions(index: TarIndex, request: DataRequest) -> list[tuple[str, str | None]]:
+def _find_captions(index: TarIndex, request: DataRequest) -> _Places:
     """Where captions may be: in text files, and in json; nowhere if an image set has none."""
     asked = request.caption_column
-    json_fields = {name: _JsonKeys(index, name) for name in index.fields if name.endswith("json")}
-    files = CAPTION_COLUMNS if asked is None else (asked.lower(),)
-    places = [("json", name) for name in CAPTION_COLUMNS]
+    fields = list(index.places)[1:]
+    json_fields = {name: _JsonKeys(index, name) for name in fields if name.endswith("json")}
+    files, wanted = list(CAPTION_COLUMNS), {"json": list(CAPTION_COLUMNS)}
     if asked is not None:
         outer, _, inner = asked.rpartition(".")
-        places = [("json", asked), (outer.lower(), inner)]
-    found: list[tuple[str, str | None]] = [
-        (name, None) for name in files if name in index.fields and name not in json_fields
-    ]
-    places = [(name, key) for name, key in places if name in json_fields and key]
-    in_json = _found_in(json_fields, places)
-    for name in dict.fromkeys(name for name, _ in places):
-        if found or in_json:
-            break
-        json_fields[name].read_on([key for field_name, key in places if field_name == name])
-        in_json = _found_in(json_fields, places)
-    found = [*found, *in_json][: None if asked is None else 1]
-    broken = {name: reason for field_keys in json_fields.values() for name, reason in field_keys.broken.items()}
+        files, wanted = [asked.lower()], {"json": [asked]}
+        wanted.setdefault(outer.lower(), []).append(inner)
+    in_json = [(json_fields[name], keys) for name, keys in wanted.items() if name in json_fields]
+    found: _Places = [(name, None) for name in files if name in fields and name not in json_fields]
+    found += [place for keys, names in in_json for place in keys.find(names)]
+    found = found or next(filter(None, (keys.read_on(names) for keys, names in in_json)), [])
+    broken = {name: reason for keys in json_fields.values() for name, reason in keys.broken.items()}
     unread = f"\nOf the json files these cannot be read:{examples(broken)}" if broken else ""
     if not found and (asked is not None or request.kind.needs_caption):
         columns = sorted(index.others - {"", *json_fields})
-        columns += [f"{name}.{key}" for name, field_keys in json_fields.items() for key in field_keys.keys]
+        columns += [f"{name}.{key}" for name, keys in json_fields.items() for key in keys.keys]
         raise request.no_caption_column(repr(request.source), columns, unread)
     if not found and broken:
         logger.warning("No captions were found beside the images of %r.%s", request.source, unread)
-    return found
-
-
-def _found_in(json_fields: Mapping[str, "_JsonKeys"], places: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of the places (a field, a key in its json) that hold text, with the keys as they are written there."""
-    keys = [(name, find_name(json_fields[name].keys, key)) for name, key in places]
-    return list(dict.fromkeys((name, key) for name, key in keys if key is not None))
+    return found[: None if asked is None else 1]
 
 
 class _JsonKeys:
@@ -210,25 +158,30 @@ class _JsonKeys:
         self.keys: dict[str, None] = {}
         self.broken: dict[str, str] = {}
         self._places = np.asarray(index.places[name]).reshape(-1, 3)
-        self._seen = np.unique(np.linspace(0, len(self._places) - 1, _LOOKED_AT).astype(int)).tolist()
-        for at in self._seen:
+        self._first = np.unique(np.linspace(0, len(self._places) - 1, _LOOKED_AT).astype(int)).tolist()
+        for at in self._first:
             self._look_at(at)
 
-    def read_on(self, wanted: Iterable[str]) -> None:
+    def find(self, wanted: Iterable[str]) -> _Places:
+        """The places where text stands under the wanted keys, as these are written there."""
+        keys = [find_name(self.keys, name) for name in wanted if name]
+        return list(dict.fromkeys((self.name, key) for key in keys if key is not None))
+
+    def read_on(self, wanted: Iterable[str]) -> _Places:
         """Read the json of all samples until one has a wanted key, and say which one that is."""
-        seen, before = set(self._seen), list(self.keys)
+        first, before = set(self._first), list(self.keys)
         for at in range(len(self._places)):
-            if at in seen:
+            if at in first:
                 continue
             self._look_at(at)
-            key = next((key for key in (find_name(self.keys, name) for name in wanted) if key), None)
-            if key is not None:
+            if found := self.find(wanted):
                 logger.warning(
                     "Captions are taken from %r in the %s files: %s has it. None of the first %d looked at does; "
                     "their keys are %s. Samples without it count as having no caption.",
-                    key, self.name, self._sample(at), len(seen), before,
+                    found[0][1], self.name, self._sample(at), len(first), before,
                 )  # fmt: skip
-                return
+                return found
+        return []
 
     def _look_at(self, at: int) -> None:
         row, offset, size = self._places[at].tolist()
@@ -265,12 +218,8 @@ def _read_value(data: bytes, name: str, path: str) -> Any:
     text = decode_text(data)
     if text.broken_lines:
         raise UnusableItem(f"its {name} is neither in UTF-8 nor in Windows-1252")
-    if text.encoding == "cp1252" and path not in _told:  # what one text of a tar says of it holds for the others
-        _told.add(path)
-        text.tell_guess(f"A {name} file in {path}")
-    if not name.endswith("json"):
-        return text.content
+    text.tell_guess(f"A {name} file in {path}")
     try:
-        return parse_json(text.content)
+        return parse_json(text.content) if name.endswith("json") else text.content
     except ValueError as error:
         raise UnusableItem(f"its {name} is broken ({error})") from error

@@ -8,7 +8,7 @@ import numpy as np
 
 from .faults import UnusableItem
 
-Time = int | Fraction  # in units of a stream's time base
+Time = int | float | Fraction  # in units of a stream's time base
 
 #: Frames may be decoded so many places away from where they are shown (H.264 and HEVC allow 16).
 MAX_REORDERING = 16
@@ -24,10 +24,7 @@ def _check_enough(num_available: int, num_frames: int) -> None:
 def clip_positions(num_available: int, num_frames: int, frame_interval: int, uniform: float) -> list[int]:
     """Positions of a clip's frames: every `frame_interval`-th, from a start chosen by `uniform` in [0, 1).
 
-    The interval shrinks to the largest one at which `num_frames` fit into `num_available`.
-
-    Raises:
-        UnusableItem: if there are fewer frames than asked for.
+    The interval shrinks to the largest one at which `num_frames` fit into `num_available`; `UnusableItem` if none.
     """
     _check_enough(num_available, num_frames)
     if num_frames > 1:
@@ -45,16 +42,9 @@ def timed_clip_positions(
     The clip begins with the frame shown at a time that is uniform over the film. A moment shows the last frame whose
     time is not after it, times being met to within half a frame: containers round them. So a frame that stays for
     longer than 1/fps comes more than once, the last one too. Where the film is shorter than the clip, the clip's
-    frames lie closer together, from the first frame of the film to its last.
-
-    Args:
-        seconds: ascending times of all frames of the film.
-        num_frames: how many frames T to choose.
-        fps: frames per second of the clip.
-        end: when the last frame is no longer shown; None takes it to stay as long as most frames do.
-
-    Raises:
-        UnusableItem: if the film has fewer frames than asked for.
+    frames lie closer together, from the first frame of the film to its last. `seconds` are the ascending times of all
+    its frames; the last one is shown until `end`, or by default as long as most frames are. `UnusableItem` if the
+    film has fewer frames than asked for.
     """
     _check_enough(len(seconds), num_frames)
     since = np.asarray(seconds, dtype=np.float64) - float(seconds[0])
@@ -74,21 +64,13 @@ def timed_clip_positions(
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """The clip that is wanted of a film: T frames, every n-th or (if `fps` is given) at a rate, from a random start.
+    """The clip that is wanted of a film: T frames, every n-th or (given `fps`) at a rate, from a random start."""
 
-    Attributes:
-        num_frames: T.
-        frame_interval: n; shrinks to fit a short film.
-        fps: frames per second; None takes every n-th frame.
-        uniform: number in [0, 1) that chooses the start.
-        min_frames: a film of fewer frames is refused even where T are fewer still.
-    """
-
-    num_frames: int
-    frame_interval: int
-    fps: float | None
-    uniform: float
-    min_frames: int = 1
+    num_frames: int  # T
+    frame_interval: int  # n; shrinks to fit a short film
+    fps: float | None  # the rate, by the times at which frames are shown; None takes every n-th frame
+    uniform: float  # number in [0, 1) that chooses the start
+    min_frames: int = 1  # a film of fewer frames is refused even where T are fewer still
 
     def positions(self, times: Sequence[Time], time_base: Fraction, end: int | None = None) -> list[int]:
         """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
@@ -110,10 +92,13 @@ def times_in_output_order(pts: Sequence[int | None], time_base: Fraction, rate: 
     labels = _labels_in_order(pts)
     if labels is None:
         return at_constant_rate(len(pts), time_base, rate)
-    times = sorted(labels.values())
+    times, places = sorted(labels.values()), list(labels)
     if len(times) == len(pts):
         return times
-    return _fill(times, list(labels), len(pts), 1 / ((rate or _USUAL_RATE) * time_base))
+    gaps = sorted(np.diff(times) / np.diff(places))
+    numbers = np.arange(len(pts))
+    beyond = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
+    return (np.interp(numbers, places, times) + gaps[len(gaps) // 2] * beyond).tolist()
 
 
 def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
@@ -133,17 +118,6 @@ def _labels_in_order(pts: Sequence[int | None]) -> dict[int, int] | None:
     else:
         return None
     return labels if len(labels) >= max(2, _USABLE * labelled) else None
-
-
-def _fill(times: list[int], places: list[int], num_frames: int, usual_step: Fraction) -> list[Time]:
-    """Times of all frames, from the ascending ones of those at `places`; the others lie evenly between and beyond."""
-    gaps = [Fraction(b - a, d - c) for a, b, c, d in zip(times, times[1:], places, places[1:])]
-    step = sorted(gaps)[len(gaps) // 2] if gaps else usual_step
-    filled: list[Time] = [times[0] - step * (places[0] - number) for number in range(places[0])]
-    for time, gap, place, following in zip(times, gaps, places, places[1:]):
-        filled += [time, *(time + gap * number for number in range(1, following - place))]
-    filled.append(times[-1])
-    return filled + [times[-1] + step * number for number in range(1, num_frames - places[-1])]
 
 
 def at_constant_rate(num_frames: int, time_base: Fraction, rate: Fraction | None) -> list[Fraction]:

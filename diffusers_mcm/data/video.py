@@ -1,5 +1,6 @@
 """Reading one clip with PyAV, decoding only what is needed for the frames that are used."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -7,20 +8,14 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from .counted import CountedFilm, CountedFilms, film_key
+from .counted import counted_film, film_key, remember
 from .faults import UnusableItem, check_own_fault, unusable
 from .film import FilmIndex, open_film, read_index, read_packets
 from .frames import orientation_of, picture
 from .images import open_path
-from .timing import ClipChoice, clip_positions, timed_clip_positions
+from .timing import ClipChoice
 
-__all__ = ["clip_positions", "read_clip", "timed_clip_positions"]
-
-_counted = CountedFilms()
-
-
-class _Contradiction(Exception):
-    """The decoder gives other frames than the packets promise."""
+_counted: dict[tuple | None, FilmIndex] = {}  # the films that this process counted, the one read last at the end
 
 
 class _Pictures:
@@ -30,32 +25,21 @@ class _Pictures:
     """
 
     def __init__(
-        self,
-        positions: Sequence[int],
-        index: FilmIndex,
-        container: av.container.InputContainer,
-        size: tuple[int, int],
+        self, positions: Sequence[int], film: FilmIndex, container: av.container.InputContainer, size: tuple[int, int]
     ):
-        self.positions, self.size = positions, size
-        self.stream = cast(av.VideoStream, container.streams[index.stream])
-        self.orientation = index.orientation
-        self._wanted = set(positions)
+        self.positions, self.size, self.orientation = positions, size, film.orientation
+        self.stream = cast(av.VideoStream, container.streams[film.stream])
         self._found: dict[int, np.ndarray] = {}
         self._problem: UnusableItem | None = None
 
     def take(self, position: int | None, frame: av.VideoFrame) -> None:
         """Every frame that is decoded, for one may turn those after it; `position` is None before the clip."""
         self.orientation = orientation_of(frame) or self.orientation
-        if position in self._wanted:
+        if position is not None and position in self.positions:
             try:
-                self._found[position] = self._show(frame)
+                self._found[position] = picture(frame, self.stream, self.orientation, *self.size)
             except UnusableItem as reason:
                 self._problem = self._problem or reason.with_traceback(None)  # which would keep the frame
-
-    def _show(self, frame: av.VideoFrame) -> np.ndarray:
-        if frame.is_corrupt:
-            raise UnusableItem(f"its frame{'' if frame.time is None else f' at {frame.time:.2f} s'} is corrupt")
-        return picture(frame, self.stream, self.orientation, *self.size)
 
     def clip(self) -> np.ndarray:
         """uint8 (T, H, W, 3); by time, one picture may come more than once."""
@@ -66,119 +50,84 @@ class _Pictures:
 
 def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Decoded frames in the order in which they are shown, from the next keyframe on."""
-    started = False
-    for packet in read_packets(container, stream):
-        started = started or packet.is_keyframe or not packet.size
-        if started:
-            yield from packet.decode()
+    packets = read_packets(container, stream)
+    for packet in itertools.dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets):
+        yield from packet.decode()
 
 
 def _decode(
     container: av.container.InputContainer, pictures: _Pictures, film: FilmIndex, seek_to: int, since: int
 ) -> bool:
-    """Seek, then decode the frames of a clip; False if that lands behind the first of them.
+    """Seek, then decode the frames of a clip; False if that lands behind the first of them, or if the film is wrong.
 
-    From the first frame on whose place is known the decoder must give one frame after the other with the times that
-    the film expects: it gives them in the order of presentation, so that times of any other meaning come out of order.
-
-    Raises:
-        _Contradiction: if it does not.
+    From the keyframe on the decoder must give one frame after the other with the times that the film expects: it
+    gives them in the order of presentation, so that times of any other meaning come out of order.
     """
     try:
         container.seek(seek_to, stream=pictures.stream, backward=True, any_frame=False)
     except FFmpegError as error:
         check_own_fault(error, None)
         return False  # the container cannot seek
-    labels, expected = film.expected(), None
-    first, last = pictures.positions[0], pictures.positions[-1]
+    place = -1
     for frame in _frames(container, pictures.stream):
-        if frame.pts is None:
-            raise _Contradiction
-        if expected is None:
-            expected = film.place(frame.pts, since)
-            if expected is not None and expected > first:
-                return False
-        if expected is not None and frame.pts != labels[expected]:
-            raise _Contradiction
-        pictures.take(expected, frame)
-        if expected is not None:
-            expected += 1
-            if expected > last:
-                return True
-    raise _Contradiction
+        before, place = place, film.places.get(frame.pts, -1)
+        if (
+            place < 0
+            or (before >= since and place != before + 1)
+            or (before < since and place > pictures.positions[0])
+        ):
+            return False
+        pictures.take(place if place >= since else None, frame)
+        if place == pictures.positions[-1]:
+            return True
+    return False
 
 
-def _decode_by_seeking(
-    container: av.container.InputContainer, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
-) -> _Pictures | None:
-    """Frames at `positions`, from the keyframe before them on; None if no seeking leads there."""
-    try:
+def _read_film(
+    media: dict, film: FilmIndex | None, choice: ClipChoice, size: tuple[int, int]
+) -> tuple[_Pictures, FilmIndex, list[int | None] | None]:
+    """The clip of a film, its index read if there is none: by seeking, or else counted from the first frame on.
+
+    Also returns the index and, of a film that was counted, the times that all its frames carry. As long as these come
+    as the index expects, reading stops at the clip's last frame; the times are None then.
+    """
+    with open_film(media) as container:
+        film = film or read_index(container)
+        positions = film.positions(choice)
         for seek_to, since in film.starts(positions[0]):
             pictures = _Pictures(positions, film, container, size)
             if _decode(container, pictures, film, seek_to, since):
-                return pictures
-    except _Contradiction:
-        pass  # decoding from the start numbers the frames as they come
-    return None
-
-
-def _decode_from_start(
-    media: dict, film: FilmIndex, positions: Sequence[int], size: tuple[int, int]
-) -> tuple[_Pictures, list[int | None] | None]:
-    """Frames at `positions`, counted from the first one decoded, and the times that all frames carry.
-
-    As long as the frames come with the times that are expected, reading stops at the last position; the times are None
-    then.
-    """
-    expected, seen = film.expected(), list[int | None]()
-    as_expected = True
+                return pictures, film, None
+    seen: list[int | None] = []
     with open_film(media) as container:
         pictures = _Pictures(positions, film, container, size)
         for frame in _frames(container, pictures.stream):
             pictures.take(len(seen), frame)
-            as_expected = as_expected and len(seen) < len(expected) and frame.pts == expected[len(seen)]
-            if as_expected and len(seen) == positions[-1]:
-                return pictures, None
             seen.append(frame.pts)
-    return pictures, seen
-
-
-def _decode_counted(media: dict, film: CountedFilm, choice: ClipChoice, size: tuple[int, int]) -> _Pictures | None:
-    """The clip of a film that was counted before; None if the film no longer is as it was then."""
-    positions = film.positions(choice)
-    with open_film(media) as container:
-        pictures = _decode_by_seeking(container, film, positions, size)
-    if pictures is not None:
-        return pictures
-    pictures, labels = _decode_from_start(media, film, positions, size)
-    return pictures if labels is None else None
+            if len(seen) == positions[-1] + 1 and seen == list(film.labels[: len(seen)]):
+                return pictures, film, None
+    return pictures, film, seen
 
 
 def _read_pictures(media: dict, choice: ClipChoice, size: tuple[int, int]) -> _Pictures:
-    """The clip by seeking, or else by counting frames where the packets do not say, or not rightly, which is which."""
+    """The clip by what the packets say; where they do not say, or not rightly, which frame is which, by counting."""
     key = film_key(media) if _counted else None
-    film = _counted.get(key)
-    if film is not None:
-        pictures = _decode_counted(media, film, choice, size)
-        if pictures is not None:
+    if (known := _counted.pop(key, None)) is not None:
+        remember(_counted, key, known)
+        pictures, _, labels = _read_film(media, known, choice, size)
+        if labels is None:
             return pictures
-        _counted.drop(key)
-    with open_film(media) as container:
-        index = read_index(container)
-        positions = index.positions(choice)
-        pictures = _decode_by_seeking(container, index, positions, size)
-    if pictures is not None:
-        return pictures
-    pictures, labels = _decode_from_start(media, index, positions, size)
+        del _counted[key]
+    pictures, index, labels = _read_film(media, None, choice, size)
     if labels is None:
         return pictures
-    film, key = CountedFilm.of(index, labels), key or film_key(media)
-    _counted.add(key, film)
-    again = pictures if film.positions(choice) == positions else _decode_counted(media, film, choice, size)
-    if again is None:
-        _counted.drop(key)
-        raise UnusableItem("it gives other frames each time it is decoded")
-    return again
+    film = counted_film(index, labels)
+    remember(_counted, key or film_key(media), film)
+    if film.positions(choice) != index.positions(choice):
+        pictures, _, labels = _read_film(media, film, choice, size)
+        if labels is not None:
+            raise UnusableItem("it gives other frames each time it is decoded")
+    return pictures
 
 
 def read_clip(
@@ -195,20 +144,14 @@ def read_clip(
 
     Args:
         media: `{"path": str | None, "bytes": bytes | None}`, as `datasets.Video(decode=False)` gives it.
-        num_frames: how many frames T to return.
-        frame_interval: every how many frames of the file one is taken; shrinks to fit a short video.
+        num_frames, frame_interval, uniform, fps, min_frames: which frames, see `ClipChoice`.
         height, width: size of the frames returned (shortest side scaled, then the centre).
-        uniform: number in [0, 1) that chooses the start.
-        fps: if given, frames are taken at this rate by the times at which they are shown, whatever `frame_interval`
-            is: see `timed_clip_positions`.
-        min_frames: a film of fewer frames is refused even where `num_frames` are fewer still.
 
     Returns:
         uint8 array (T, H, W, 3).
 
     Raises:
-        UnusableItem: if the video is missing, broken or shorter than `num_frames` or `min_frames` frames, or
-            if its colours cannot be converted.
+        UnusableItem: if the video is missing, broken or has too few frames, or if its colours cannot be converted.
         MachineError: if the machine cannot read it, whose files are not to blame.
     """
     choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)

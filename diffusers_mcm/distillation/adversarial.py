@@ -1,11 +1,12 @@
 """The adversarial part of a training step (eq. 4 and 5)."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .discriminator import Discriminator, ImageFeatures
+from .discriminator.model import Discriminator, ImageFeatures
 from .draws import AdversarialDraws
 from .losses import get_discriminator_loss
 from .method import MethodConfig
@@ -18,32 +19,22 @@ class GeneratorLoss(NamedTuple):
     features: ImageFeatures
 
 
+@dataclass(frozen=True)
 class AdversarialStep:
-    """The discriminator in one step: it sees the images of one batch twice, and takes their features once.
+    """The discriminator in one step: it sees the images of one batch twice, and takes their features once."""
 
-    Args:
-        text: (B * l, D) embeddings of the text beside each generated image.
-        real: (B * l, 3, H, W) real images, in [-1, 1]; `real_text`: (B * l, D) of the text beside each.
-    """
-
-    def __init__(
-        self,
-        discriminator: Discriminator,
-        config: MethodConfig,
-        draws: AdversarialDraws,
-        text: torch.Tensor,
-        real: torch.Tensor,
-        real_text: torch.Tensor,
-    ):
-        self.discriminator, self.config, self.draws = discriminator, config, draws
-        self.text, self.real, self.real_text = text, real, real_text
-        self.loss = get_discriminator_loss(config.discriminator_loss)
+    discriminator: Discriminator
+    config: MethodConfig
+    draws: AdversarialDraws
+    text: torch.Tensor  # (B * l, D), of the text beside each generated image
+    real: torch.Tensor  # (B * l, 3, H, W) real images in [-1, 1]
+    real_text: torch.Tensor  # (B * l, D), of the text beside each of them
 
     def generator_loss(self, images: torch.Tensor) -> GeneratorLoss:
         """Adversarial loss of generated images (B * l, 3, H, W); gradients reach them and nothing else (eq. 4)."""
         features = self.discriminator.extract(images, self.draws.fake)
         logits = self.discriminator.generator_logits(features, self.text)
-        return GeneratorLoss(self.loss.generator(logits), features)
+        return GeneratorLoss(get_discriminator_loss(self.config.discriminator_loss).generator(logits), features)
 
     def discriminator_loss(
         self, discriminator: nn.Module, fake: ImageFeatures
@@ -53,6 +44,6 @@ class AdversarialStep:
             real = self.discriminator.extract(self.real, self.draws.real)
         weights = self.draws.interpolation if self.config.gradient_penalty_weight else None
         output = discriminator(fake, self.text, real, self.real_text, weights)
-        frames = self.config.num_adversarial_frames
-        hinge = self.loss.discriminator(output.real_logits, output.fake_logits, frames)
+        loss = get_discriminator_loss(self.config.discriminator_loss).discriminator
+        hinge = loss(output.real_logits, output.fake_logits, self.config.num_adversarial_frames)
         return hinge, None if output.penalty is None else output.penalty.mean()

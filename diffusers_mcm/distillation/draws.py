@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .discriminator import AugmentationDraws, draw_augmentation
+from .discriminator.augment import AugmentationDraws, draw_augmentation
 
 
 def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
@@ -27,8 +27,7 @@ def draw_uniform(seed: int, purpose: str, indices: Sequence[int], shape: Sequenc
 
 def draw_integer(seed: int, purpose: str, indices: Sequence[int], high: int) -> torch.Tensor:
     """Uniform in 0 … high - 1, (B,) long."""
-    draws = [torch.randint(high, (), generator=sample_generator(seed, purpose, i)) for i in indices]
-    return torch.stack(draws)
+    return torch.stack([torch.randint(high, (), generator=sample_generator(seed, purpose, i)) for i in indices])
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,11 @@ class Coins:
     Of any n consecutive samples of a block, ⌊n λ_real⌋ or ⌈n λ_real⌉ are real; a keyed draw for each block decides
     which of the two, and where they lie. A block is one optimiser step, which micro-batches divide, however long they
     are. For λ_real = ½ pairs will do: a micro-batch is made of whole pairs, and at most one half of one.
-
-    Args:
-        lambda_real: λ_real in [0, 1].
-        total_batch: samples of one optimiser step.
-        samples_per_coin: so many consecutive samples share a coin; it divides `total_batch`.
     """
 
-    lambda_real: float = 0.5
-    total_batch: int = 1
-    samples_per_coin: int = 1
+    lambda_real: float = 0.5  # in [0, 1]
+    total_batch: int = 1  # samples of one optimiser step
+    samples_per_coin: int = 1  # so many consecutive samples share a coin; it divides the total batch
 
     @property
     def block(self) -> int:
@@ -62,9 +56,6 @@ class Coins:
         # Multiples of λ, wound around a circle of length 1: a turn is complete, and a real sample due, once in 1/λ.
         turns = [offsets[block] - place * self.lambda_real for block, place in coins]
         return torch.tensor(turns, dtype=torch.float64).remainder(1)
-
-
-FAIR_COINS = Coins()
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ def draw_step(
     solver_timesteps: torch.Tensor,
     guidance_range: tuple[float, float],
     num_adversarial_frames: int,
-    coins: Coins = FAIR_COINS,
+    coins: Coins,
 ) -> StepDraws:
     """The draws of the samples with these global indices; `latent_shape` is (C, T, h, w)."""
     low, high = guidance_range
@@ -118,13 +109,9 @@ class AdversarialDraws:
 
 def draw_adversarial(seed: int, indices: Sequence[int], images_per_sample: int) -> AdversarialDraws:
     """The draws for `images_per_sample` generated and as many real images of each of these samples."""
-
-    def augmentation(purpose: str) -> AugmentationDraws:
-        draws = [draw_augmentation(sample_generator(seed, purpose, i), images_per_sample) for i in indices]
-        return AugmentationDraws.cat(draws)
-
-    return AdversarialDraws(
-        fake=augmentation("fake augmentation"),
-        real=augmentation("real augmentation"),
-        interpolation=draw_uniform(seed, "interpolation", indices, (images_per_sample,)).flatten(),
+    fake, real = (
+        [draw_augmentation(sample_generator(seed, purpose, i), images_per_sample) for i in indices]
+        for purpose in ("fake augmentation", "real augmentation")
     )
+    interpolation = draw_uniform(seed, "interpolation", indices, (images_per_sample,)).flatten()
+    return AdversarialDraws(AugmentationDraws.cat(fake), AugmentationDraws.cat(real), interpolation)

@@ -13,16 +13,11 @@ ALIKE = 0.9  # overlap of two caption sets from which on they count as alike: th
 
 
 class ImageText(NamedTuple):
-    """The text of real images, as decided for a run.
+    """The text of real images, as decided for a run."""
 
-    choice: "own", "prompt" or "none", as for `pair_texts`; "auto" where there is no discriminator.
-    reason: a clause for the log.
-    overlap: of the captions of images and videos, as `caption_overlap` gives it; None if they were not compared.
-    """
-
-    choice: str
-    reason: str
-    overlap: float | None = None
+    choice: str  # "own", "prompt" or "none", as for `pair_texts`; "auto" where there is no discriminator
+    reason: str  # a clause for the log
+    overlap: float | None = None  # of the captions of images and videos; None if they were not compared
 
     @property
     def warning(self) -> str | None:
@@ -51,11 +46,8 @@ def caption_overlap(images: Iterable[str], videos: Iterable[str]) -> float:
 def pair_texts(choice: str, prompts: Sequence[str], captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """Texts of generated images and of the real ones that they are paired with.
 
-    Args:
-        choice: "own": a real image has its own caption; if it has none, neither image of the pair has a text;
-            "prompt": the prompt of its pair; "none": neither image has a text.
-        prompts: one per generated image.
-        captions: one per real image, "" for an image without one.
+    With "own" a real image has its own caption; if that is "", neither image of the pair has a text. With "prompt" it
+    has the prompt of its pair, and with "none" neither image has a text.
     """
     if choice == "none":
         return [""] * len(prompts), [""] * len(prompts)

@@ -32,7 +32,7 @@ def _generator_loss(fake: torch.Tensor) -> torch.Tensor:
     return -fake.float().mean()
 
 
-def _hinge(real: torch.Tensor, fake: torch.Tensor, frames_per_sample: int) -> torch.Tensor:
+def _hinge(real: torch.Tensor, fake: torch.Tensor, frames_per_sample: int = 1) -> torch.Tensor:
     """L_adv^D (eq. 5), the hinge taken patch by patch."""
     return torch.relu(1 + fake.float()).mean() + torch.relu(1 - real.float()).mean()
 
@@ -42,8 +42,7 @@ def _hinge_mean(real: torch.Tensor, fake: torch.Tensor, frames_per_sample: int) 
     if frames_per_sample < 1 or len(fake) % frames_per_sample:
         raise ValueError(f"{len(fake)} generated frames are not a multiple of {frames_per_sample} frames per sample.")
     fake_scores = fake.float().mean(1).reshape(-1, frames_per_sample).mean(1)
-    real_scores = real.float().mean(1)
-    return torch.relu(1 + fake_scores).mean() + torch.relu(1 - real_scores).mean()
+    return _hinge(real.float().mean(1), fake_scores)
 
 
 DISCRIMINATOR_LOSSES: dict[str, DiscriminatorLoss] = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..flags import FIXED, FlagConfig, flag
-from .discriminator import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
+from .discriminator.augment import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
 from .discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
 from .image_text import ALIKE, IMAGE_TEXTS
 from .losses import DISCRIMINATOR_LOSSES
@@ -14,6 +14,7 @@ from .trajectory import TIMESTEPS, VISITING_STEPS
 COINS = ("sample", "batch")
 # A run with another method is another run.
 _method = partial(flag, group="method", resume=FIXED)
+_ours = partial(_method, beyond_paper=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,13 @@ class MethodConfig(FlagConfig):
         least=0,
         most=1,
     )
-    coin: str = _method(
+    coin: str = _ours(
         "sample",
         help="'sample': each sample is real or the student's own by itself, in equal numbers, to within one, for "
         "processes of several samples. 'batch': all samples that the processes work on at the same time are the "
         "same; with one sample a process none then waits for another's, but what is drawn depends on "
         "--train_batch_size and the number of processes, and a step needs --gradient_accumulation_steps to have both.",
         choices=COINS,
-        beyond_paper=True,
     )
     lambda_adv: float = _method(
         1.0, help="Weight of the adversarial loss (eq. 4, 9). 0 trains without a discriminator.", least=0
@@ -57,16 +57,15 @@ class MethodConfig(FlagConfig):
         choices=tuple(AUGMENTATIONS),
         many=True,
     )
-    discriminator_crop: str = _method(
+    discriminator_crop: str = _ours(
         "random",
         help="How images get to the size of --discriminator_features: 'random', for half of them a crop of that size "
         f"out of a larger image, else the whole image scaled; 'resized', a crop of {MIN_IMAGE_AREA:g} to 1 of the "
         f"area ({MIN_FRAME_AREA:g} to 1 without --image_data), scaled; 'none', the whole image scaled. The same for "
         "real and generated images.",
         choices=tuple(CROPS),
-        beyond_paper=True,
     )
-    image_text: str = _method(
+    image_text: str = _ours(
         "auto",
         help="Text that the discriminator reads beside a real image. 'own': the image's caption, and where it has "
         "none, no text, and none beside the generated image that it is paired with either; 'prompt': the prompt of "
@@ -74,23 +73,19 @@ class MethodConfig(FlagConfig):
         f"captions of images and videos overlap by {ALIKE:.0%} or more, else 'none', because texts of another kind "
         "would tell real from generated images by themselves.",
         choices=IMAGE_TEXTS,
-        beyond_paper=True,
         before="own",
     )
     num_adversarial_frames: int = _method(
-        2,
-        help="Frames per clip that are decoded for the discriminator, one from each of as many equal segments.",
-        above=0,
+        2, help="Frames per clip that the discriminator sees, one from each of as many equal segments.", above=0
     )
     gradient_penalty_weight: float = _method(
         1e-5, help="Weight of the discriminator's gradient penalty, to begin with.", least=0
     )
-    gradient_penalty_growth: float = _method(
+    gradient_penalty_growth: float = _ours(
         5.0,
         help=f"Multiply that weight by this, for the rest of the run, when the penalty is {GROWTH_THRESHOLD:g} or more"
         f" (mean over the whole batch), at most once in {GROWTH_INTERVAL} steps. 1 keeps the weight as it is.",
         least=1,
-        beyond_paper=True,
         before=1.0,
     )
     guidance_min: float | None = _method(
@@ -99,12 +94,11 @@ class MethodConfig(FlagConfig):
     guidance_max: float | None = _method(
         None, help="Upper end of w = CFG scale - 1 in the teacher's step. Default: the base model's.", least=0
     )
-    timesteps: str = _method(
+    timesteps: str = _ours(
         "uniform",
         help="How often each timestep of the solver's grid is trained: 'uniform', equally often, or 'visited': what "
         f"sampling in {', '.join(map(str, VISITING_STEPS))} steps visits counts once more for each visit.",
         choices=tuple(TIMESTEPS),
-        beyond_paper=True,
     )
     num_solver_steps: int = _method(50, help="DDIM steps of the teacher's solver grid.", above=0)
     timestep_scaling: float = _method(4.0, help="Timestep scaling s in the boundary scalings (eq. 1).", above=0)

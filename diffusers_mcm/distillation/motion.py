@@ -12,13 +12,6 @@ import torch
 from torch import nn
 
 
-class RawLatents(nn.Module):
-    """The latents themselves: plain consistency distillation."""
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
-
-
 class LatentDifference(nn.Module):
     """Differences of consecutive frames, (B, C, T-1, H, W)."""
 
@@ -97,7 +90,7 @@ class LearnableMotion(nn.Module):
 
 
 MOTION_REPRESENTATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "raw": lambda channels: RawLatents(),
+    "raw": lambda channels: nn.Identity(),  # plain consistency distillation
     "diff": lambda channels: LatentDifference(),
     "corr": lambda channels: LatentCorrelation(),
     "low": lambda channels: FrequencyBand("low"),
@@ -118,11 +111,11 @@ def update_ema(target: nn.Module, source: nn.Module, decay: float = 0.95) -> Non
     """target ← decay · target + (1 − decay) · source, for every parameter; buffers are copied."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1; got {decay}.")
-    parameters, source_parameters = dict(target.named_parameters()), dict(source.named_parameters())
-    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in source_parameters.items()}:
+    shapes = [[(name, p.shape) for name, p in module.named_parameters()] for module in (target, source)]
+    if shapes[0] != shapes[1]:
         raise ValueError("The moving average needs two modules with the same parameters.")
-    for name, parameter in parameters.items():
-        parameter.lerp_(source_parameters[name].to(parameter), 1 - decay)
+    for parameter, source_parameter in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.lerp_(source_parameter.to(parameter), 1 - decay)
     for buffer, source_buffer in zip(target.buffers(), source.buffers(), strict=True):
         buffer.copy_(source_buffer)
 

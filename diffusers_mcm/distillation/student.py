@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,20 +21,6 @@ from .teacher import teacher_step
 from .trajectory import mixed_start, noisy_start, pick_frames
 
 
-class VideoModel(Protocol):
-    """What the step asks of a base model; `base_models.BaseModel` says the same at length."""
-
-    def denoise(
-        self, denoiser: Callable, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning
-    ) -> torch.Tensor: ...
-
-    def encode_video(
-        self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
-
-    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor: ...
-
-
 class StudentLosses(NamedTuple):
     total: torch.Tensor
     consistency: torch.Tensor
@@ -44,22 +30,15 @@ class StudentLosses(NamedTuple):
 class Student(nn.Module):
     """Denoiser with LoRA and motion head, and the loss that trains both. The teacher is the same denoiser without it.
 
-    A module, so that a data-parallel wrapper sees one forward pass per backward pass.
-
-    Args:
-        base: how the two networks are called.
-        denoiser, vae: the networks; of the denoiser only the LoRA is trained.
-        path: the noise path of the denoiser.
-        motion: the motion representation, with parameters or without.
-        config: the method's settings.
-        teacher: makes a context in which the denoiser is the teacher, that is without its LoRA.
-        fused: makes a function that is called like the denoiser, with the LoRA added to its weights; by default the
-            denoiser itself is called.
+    A module, so that a data-parallel wrapper sees one forward pass per backward pass. `base`, a `BaseModel`, says how
+    the two networks are called; `path` is the denoiser's. `teacher` makes a context in which the denoiser is without
+    its LoRA. `fused` makes a function that is called like the denoiser, with the LoRA added to its weights; by default
+    the denoiser itself is called.
     """
 
     def __init__(
         self,
-        base: VideoModel,
+        base: Any,
         denoiser: nn.Module,
         vae: nn.Module,
         path: NoisePath,
@@ -72,18 +51,6 @@ class Student(nn.Module):
         self.base, self.path, self.config = base, path, config
         self.denoiser, self.vae, self.teacher, self.fused = denoiser, vae, teacher, fused
         self.motion, self.target_motion = motion, copy.deepcopy(motion).requires_grad_(False)
-
-    def denoise(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: Conditioning, network: Callable | None = None
-    ) -> torch.Tensor:
-        """The output of the denoiser, or of `network`, which is called like it."""
-        return self.base.denoise(network or self.denoiser, x_t, t, text)
-
-    def consistency(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: Conditioning, network: Callable | None = None
-    ) -> torch.Tensor:
-        """f(x_t, t) (eq. 1)."""
-        return self.path.consistency_function(self.denoise(x_t, t, text, network), x_t, t)
 
     def encode_real(self, pixels: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """x_0 (B, C, T, h, w) float32 of the clips that start a trajectory; zeros for the others, not encoded."""
@@ -105,15 +72,18 @@ class Student(nn.Module):
         """Motion consistency distillation (eq. 9) on clips (B, 3, T, H, W) in [-1, 1]; latents are (B, C, T, h, w)."""
         path, config, t = self.path, self.config, draws.timestep
         t_prev = path.previous_timestep(t, config.num_solver_steps)
-        theta = self.fused() if self.fused else None
-        f = partial(self.consistency, text=text, network=theta)
+        theta = partial(self.base.denoise, self.fused() if self.fused else self.denoiser)
+
+        def f(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # eq. 1
+            return path.consistency_function(theta(x, t, text), x, t)
+
         with torch.no_grad():
             x_0 = self.encode_real(pixels, draws)
-            student = partial(self.denoise, network=theta)
-            x_0 = mixed_start(student, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
+            x_0 = mixed_start(theta, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
             x_t = noisy_start(path, x_0, draws.noise, t)
-            with self.teacher():  # teacher φ (eq. 2)
-                x_prev = teacher_step(self.denoise, path, x_t, t, t_prev, text, negative_text, draws.guidance)
+            with self.teacher():  # eq. 2
+                phi = partial(self.base.denoise, self.denoiser)
+                x_prev = teacher_step(phi, path, x_t, t, t_prev, text, negative_text, draws.guidance)
             target = f(x_prev, t_prev)  # θ⁻
 
         prediction = f(x_t, t)  # θ

@@ -24,18 +24,10 @@ def guided_prediction(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂_0 and ε̂, each guided as cond + w (cond − uncond), from one call of `denoise` on 2B latents.
 
-    Args:
-        denoise: `denoise(latents, timesteps (B,), text)`, the network's output in the latents' shape.
-        path: The noise path of the network.
-        x_t: Noisy latents (B, C, T, H, W).
-        t: Their timesteps (B,).
-        text: The prompts' encoding; every value has the batch first.
-        negative_text: What guidance leads away from (usually the empty prompt), in the same shapes.
-        w: The guidance strength, a number or (B,); 0 is the conditional prediction alone. The guidance scale of
-            diffusers' pipelines is w + 1.
-
-    Returns:
-        x̂_0 and ε̂ in the shape of `x_t`, float32.
+    `denoise(latents, timesteps (B,), text)` gives the network's output in the latents' shape. Latents `x_t` are
+    (B, C, T, H, W), timesteps (B,); the values of both encodings have the batch first and the same shapes, and
+    guidance leads away from `negative_text` (usually the empty prompt). Its strength w is a number or (B,): 0 is the
+    conditional prediction alone, and the guidance scale of diffusers' pipelines is w + 1. The results are float32.
     """
     w = torch.as_tensor(w, dtype=torch.float32, device=x_t.device)
     if w.ndim > 1 or w.ndim == 1 and len(w) != len(x_t):
@@ -48,9 +40,7 @@ def guided_prediction(
         unconditional, conditional = both.chunk(2)
         return conditional + expand_like(w, x_t) * (conditional - unconditional)
 
-    x0 = guide(path.predict_x0(output, x_both, t_both))
-    noise = guide(path.predict_noise(output, x_both, t_both))
-    return x0, noise
+    return guide(path.predict_x0(output, x_both, t_both)), guide(path.predict_noise(output, x_both, t_both))
 
 
 @torch.no_grad()

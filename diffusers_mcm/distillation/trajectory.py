@@ -52,17 +52,8 @@ def mixed_start(
 
     One coin per sample has the expectation of eq. 9's weighted sum. The network runs on the samples that need it only.
 
-    Args:
-        denoise: The student, `denoise(latents, timesteps (B,), text)`.
-        path: The noise path.
-        x0: Latents of the real videos (B, C, T, H, W).
-        start_noise: Pure noise x_T of the same shape, independent of the noise added later.
-        uniforms: One draw from [0, 1) per sample, (B,).
-        lambda_real: λ_real in [0, 1].
-        text: The prompts' encoding; every value has the batch first.
-
-    Returns:
-        The latents, in the shape and type of `x0`.
+    Latents of the real videos `x0` and pure noise `start_noise`, independent of the noise added later, are
+    (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1].
     """
     if not 0 <= lambda_real <= 1:
         raise ValueError(f"lambda_real must be between 0 and 1; got {lambda_real}.")
@@ -78,12 +69,8 @@ def mixed_start(
 def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:
     """Sparse frames (section 3.1): one from each of l segments of the clip, as equal as they can be.
 
-    Args:
-        num_frames: Frames of the clip, not of its latents, which may be fewer.
-        uniforms: Draws from [0, 1), (B, l).
-
-    Returns:
-        Frame indices, ascending, int64 (B, l).
+    `num_frames` are those of the clip, not of its latents, which may be fewer; `uniforms` are draws from [0, 1),
+    (B, l). Returns frame indices, ascending, int64 (B, l).
     """
     if uniforms.ndim != 2 or not 1 <= uniforms.shape[1] <= num_frames:
         raise ValueError(

@@ -15,7 +15,7 @@ from ..files import atomic_file
 from .distances import unit
 from .motion import motion_of
 from .networks import ClipFeatures, Features
-from .videos import Video, VideoSet, Window, read_video
+from .videos import Video, VideoSet, Window
 
 SHARD = 16  # videos whose frames are in memory at one time
 
@@ -147,7 +147,7 @@ def _measure_shard(
     frames, used, skipped = list[np.ndarray](), list[int](), dict[str, str]()
     for place, video in enumerate(shard):
         try:
-            frames.append(read_video(video, window, window.start(seed, first + place)))
+            frames.append(video.read(window, window.start(seed, first + place)))
             used.append(place)
         except UnusableItem as reason:
             skipped[str(place)] = str(reason)

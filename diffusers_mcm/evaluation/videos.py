@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.columns import IMAGES, VIDEOS
-from ..data.faults import UnusableItem, machine_errors_name
+from ..data.faults import UnusableItem
 from ..data.images import fit, read_image
 from ..data.rows import MediaRows
 from ..data.sources import open_rows
@@ -219,17 +219,6 @@ def _fitted(pictures: Sequence, window: Window) -> np.ndarray:
         raise UnusableItem(f"it has {len(pictures)} frames, fewer than the {window.span} asked for")
     chosen = pictures[: window.span : window.frame_interval]
     return np.stack([np.asarray(fit(picture, window.height, window.width)) for picture in chosen])
-
-
-def read_video(video: Video, window: Window, start: float) -> np.ndarray:
-    """The frames of a video: uint8 (T, H, W, 3).
-
-    Raises:
-        UnusableItem: if the video cannot be used; the message says why.
-        MachineError: if the machine cannot read it.
-    """
-    with machine_errors_name(video.name):
-        return video.read(window, start)
 
 
 def size_of(videos: Sequence[Video]) -> tuple[int, int]:

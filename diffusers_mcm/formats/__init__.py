@@ -2,5 +2,3 @@
 
 from .conversion import LAYOUTS, convert
 from .description import describe
-
-__all__ = ["LAYOUTS", "convert", "describe"]

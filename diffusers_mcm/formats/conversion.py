@@ -1,7 +1,5 @@
 """From one LoRA layout to another: whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .. import hub
 from ..base_models import base_model_of
@@ -39,6 +35,7 @@ def convert(
     """Write a LoRA in another layout. The tensors' values and types stay as they are.
 
     Where the LoRA has no settings of its own, as those of PEFT, what its base model is sampled with is written down.
+    Returns `destination`.
 
     Args:
         source: A LoRA in diffusers' or PEFT's layout: a folder, a `.safetensors` file, a packaged model, a Hub id.
@@ -47,9 +44,6 @@ def convert(
         overwrite: Replace what is at `destination`; otherwise that is an error.
         motion_adapter: For `motion-module`: the motion adapter to fuse the LoRA into, as a folder or Hub id.
         where: Where in `source`, as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
-
-    Returns:
-        `destination`.
     """
     destination = Path(destination)
     if to not in LAYOUTS:
@@ -110,11 +104,11 @@ def _recorded_adapter(lora: LoRA) -> str:
 def _write_diffusers(lora: LoRA, path: Path, _) -> None:
     if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
         lora.adapter_config = None
-    write_lora_weights(path, lora, base_model_of(lora).denoiser_name)
+    write_lora_weights(path, {base_model_of(lora).denoiser_name: lora})
 
 
 def _write_peft(lora: LoRA, path: Path, _) -> None:
-    write_lora_weights(path, lora, PEFT_PREFIX.rstrip("."))
+    write_lora_weights(path, {PEFT_PREFIX.rstrip("."): lora})
     config = lora.adapter_config or _adapter_config(lora)
     path.with_name(PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -125,12 +119,8 @@ def _write_kohya(lora: LoRA, path: Path, _) -> None:
 
 
 def _write_motion_module(lora: LoRA, path: Path, motion_adapter: Any) -> None:
-    header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
-    write_safetensors(path, fused_motion_module(lora, motion_adapter), header)
-
-
-def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[str, torch.Tensor]:
     """`motion_adapter` plus what the LoRA adds to it, in the adapter's types, under AnimateDiff's keys."""
+    header = {key: value for key, value in lora_header(lora, "unet").items() if key in ("format", "mcm_config")}
     spatial_modules(lora)  # refuses a LoRA of another model
     adapter: Any = load_motion_adapter(motion_adapter)
     weights, scales = adapter.state_dict(), lora.scales()
@@ -144,7 +134,7 @@ def fused_motion_module(lora: LoRA, motion_adapter: str | os.PathLike) -> dict[s
                 f" {(up.shape[0], down.shape[1])} matrix, and the adapter {found}."
             )
         weights[f"{module}.weight"] = (weight.float() + scales[module] * up @ down).to(weight.dtype)
-    return animatediff_keys(weights)
+    write_safetensors(path, animatediff_keys(weights), header)
 
 
 def _adapter_config(lora: LoRA) -> dict:

@@ -1,16 +1,14 @@
 """What a LoRA file says about itself, without reading its tensors."""
 
-from __future__ import annotations
-
-import hashlib
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel
+from ..files import sha256
 from ..location import Location
 from ..lora import open_safetensors, read_beside, split_key
 from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
@@ -38,15 +36,13 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     settings, scheduler_config, adapter_config = read_beside(location, header)
     layout = layout_of(shapes)
     if layout is None:
-        raise ValueError(
-            f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as"
-            f" {next(iter(shapes), 'none at all')!r}."
-        )
+        one = next(iter(shapes), "none at all")
+        raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
     config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
     base_model = _base_model(settings, layout, modules)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
-    ranks = Counter(shape[0] for shape, _ in modules.values())
+    ranks = Counter(shape[0] for shape in modules.values())
     return {
         "file": str(path),
         "layout": layout,
@@ -55,33 +51,31 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         "rank": ranks.most_common(1)[0][0] if len(ranks) == 1 else dict(ranks) or None,
         "alpha": config.get("lora_alpha") if (alpha := kohya_alpha(header)) is None else alpha,
         "targets": len(modules),
-        "kinds": dict(Counter(_KINDS[len(shape)] for shape, _ in modules.values())),
+        "kinds": dict(Counter(_KINDS[len(shape)] for shape in modules.values())),
         "modules": dict(Counter(_last_part(name) for name in modules)),
         "tensors": len(shapes),
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": " and ".join(sorted({part.get_dtype() for part in slices.values()})),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "settings": base_model and _sampled_with(settings, scheduler_config, base_model),
         "settings_recorded": bool(settings.sampling.known() or scheduler_config),
         "training": settings.training or None,
     }
 
 
-def _modules(path: Path, shapes: Mapping[str, tuple]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of both matrices of each module."""
-    halves: dict[str, dict[str, tuple]] = {}
+def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape of each module's A; `ValueError` if one has no B, or the reverse."""
+    halves: dict[str, dict[str, tuple]] = defaultdict(dict)
     for key, shape in shapes.items():
         module, half = split_key(renamed(key))
         if half in ("lora_A.weight", "lora_B.weight"):
-            halves.setdefault(module, {})[half] = shape
+            halves[module][half] = shape
     alone = [module for module, pair in halves.items() if len(pair) < 2]
     if alone:
-        raise ValueError(
-            f"{path} is incomplete: {len(alone)} of its {len(halves)} modules have only one matrix, such as"
-            f" {alone[0]!r}."
-        )
-    return {split_prefix(module)[2]: (pair["lora_A.weight"], pair["lora_B.weight"]) for module, pair in halves.items()}
+        count = f"{len(alone)} of its {len(halves)} modules"
+        raise ValueError(f"{path} is incomplete: {count} have only one matrix, such as {alone[0]!r}.")
+    return {split_prefix(module)[2]: pair["lora_A.weight"] for module, pair in halves.items()}
 
 
 def _last_part(module: str) -> str:
@@ -107,8 +101,3 @@ def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
     keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
     return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,24 +10,25 @@ A LoRA fits wholly or not at all: a key without a module, a module with half a p
 error before anything in the denoiser has changed.
 """
 
-from __future__ import annotations
-
 from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..settings import CONFIG_NAME
-from .adapter import (
-    DEFAULT_ADAPTER,
-    METADATA_KEY,
-    PEFT_CONFIG_NAME,
-    LoRA,
-    split_key,
+from .adapter import DEFAULT_ADAPTER, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
+from .components import read_components
+from .files import (
+    lora_header,
+    open_safetensors,
+    read_beside,
+    read_lora,
+    write_lora_folder,
+    write_lora_weights,
+    write_safetensors,
+    write_settings,
 )
-from .components import read_components, write_components
 from .layers import (
     activate,
     add_lora,
     base_layer,
     check_fits,
-    check_not_wrapped,
     compute_dtype,
     extract_lora,
     fresh_lora,
@@ -36,53 +37,7 @@ from .layers import (
     lora_disabled,
     lora_layers,
     lora_state_dict,
-    replace,
     set_lora_state_dict,
     train_only,
 )
 from .layouts import TEXT_ENCODER
-from .reading import LoRAFile, open_safetensors, read_beside, read_lora, read_lora_file, to_lora
-from .writing import lora_header, save_lora, write_lora_folder, write_lora_weights, write_safetensors, write_settings
-
-__all__ = [
-    "CONFIG_NAME",
-    "DEFAULT_ADAPTER",
-    "METADATA_KEY",
-    "MOTION_HEAD_NAME",
-    "PEFT_CONFIG_NAME",
-    "PEFT_WEIGHTS_NAME",
-    "TEXT_ENCODER",
-    "WEIGHTS_NAME",
-    "LoRA",
-    "LoRAFile",
-    "activate",
-    "add_lora",
-    "base_layer",
-    "check_fits",
-    "check_not_wrapped",
-    "compute_dtype",
-    "extract_lora",
-    "fresh_lora",
-    "fused",
-    "load_lora_into",
-    "lora_disabled",
-    "lora_header",
-    "lora_layers",
-    "lora_state_dict",
-    "open_safetensors",
-    "read_beside",
-    "read_components",
-    "read_lora",
-    "read_lora_file",
-    "replace",
-    "save_lora",
-    "set_lora_state_dict",
-    "split_key",
-    "to_lora",
-    "train_only",
-    "write_components",
-    "write_lora_folder",
-    "write_lora_weights",
-    "write_safetensors",
-    "write_settings",
-]

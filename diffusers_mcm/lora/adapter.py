@@ -1,14 +1,12 @@
 """What a LoRA is in memory, and the names of the files it lies in."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -50,7 +48,7 @@ class LoRA:
             return None
         return name
 
-    def cast(self, dtype: torch.dtype | None) -> LoRA:
+    def cast(self, dtype: torch.dtype | None) -> Self:
         """Return it with tensors of this type on the CPU; `None` leaves theirs."""
         return replace(self, tensors={key: tensor.detach().to("cpu", dtype) for key, tensor in self.tensors.items()})
 
@@ -69,16 +67,9 @@ class LoRA:
         rank = Counter(ranks.values()).most_common(1)[0][0]
         different = {f"^{module}": r for module, r in ranks.items() if r != rank}
         # Without an alpha every module has scale one, whatever its rank.
-        alpha_pattern = different if self.alpha is None else self.alpha_pattern
-        alpha: Any = rank if self.alpha is None else self.alpha  # an int by peft's annotation, and any number in fact
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            rank_pattern=different,
-            alpha_pattern=alpha_pattern,
-            target_modules=self.modules,
-            use_rslora=self.use_rslora,
-        )
+        alpha, alphas = (rank, different) if self.alpha is None else (self.alpha, self.alpha_pattern)
+        config: Any = dict(lora_alpha=alpha, alpha_pattern=alphas, use_rslora=self.use_rslora)
+        return LoraConfig(r=rank, rank_pattern=different, target_modules=self.modules, **config)
 
     def scales(self) -> dict[str, float]:
         """The factor of B·A in each module: alpha / rank, or alpha / √rank with rsLoRA."""

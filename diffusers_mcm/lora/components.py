@@ -1,37 +1,31 @@
-"""A LoRA file is read and written by component: denoiser and text encoder, in whatever naming.
+"""A LoRA file is read by component: denoiser and text encoder, in whatever naming.
 
 Every key is accounted for: it is the place of one tensor in one of the components, or the file is refused. One file
 may mix namings, ranks, scales and types.
 """
 
-from __future__ import annotations
-
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..location import Location
-from .adapter import METADATA_KEY, LoRA, split_key
-from .layers import base_layer, check_not_wrapped
+from .adapter import LoRA, split_key
+from .files import read_lora_file, to_lora
+from .layers import ADAPTABLE, base_layer, check_not_wrapped
 from .layouts import (
     DENOISER,
     TEXT_ENCODER,
     check_no_dora,
     is_denoisers,
+    original_name,
     recorded_config,
     renamed,
     set_scale,
     split_prefix,
 )
-from .original_names import original_name
-from .reading import read_lora_file, to_lora
-from .writing import lora_header, write_safetensors
 
 MOTION_LORA_NAME = "diffusion_pytorch_model.safetensors"  # what AnimateDiff's motion LoRAs on the Hub are called
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts in the same file
@@ -118,7 +112,7 @@ def _known_names(network: nn.Module) -> dict[str, str]:
     """Every name a file may give a module of the network, and the one it has."""
     names: dict[str, str] = {}
     for name, module in network.named_modules():
-        if isinstance(base_layer(module), (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        if isinstance(base_layer(module), ADAPTABLE):
             # transformers once had CLIP's text model one level deeper.
             for alias in (name, f"text_model.{name}", name.removeprefix("text_model."), original_name(name, network)):
                 names.setdefault(alias, name)
@@ -147,26 +141,10 @@ def _why_not(strange: list[str], count: int, components: Mapping[str, nn.Module]
             " with `load_file` of `safetensors.torch`, and those with `load_textual_inversion`."
         )
     kinds = " or ".join(type(network).__name__ for network in components.values())
-    what = next((name for part, name in _OTHER_KINDS.items() if any(part in key for key in strange)), None)
+    what = (kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in strange))
+    other = "was made for another base model, or is another kind of adapter"
+    reason = next((f"is a {kind}, and only plain LoRA is supported" for kind in what), other)
     return (
         f"{source} does not fit: {len(strange)} of its {count} keys are no part of a LoRA for this {kinds}"
-        + (f", such as {strange[0]!r}." if strange else ".")
-        + (
-            f" It is a {what}, and only plain LoRA is supported."
-            if what
-            else " It was made for another base model, or is another kind of adapter."
-        )
+        f"{f', such as {strange[0]!r}' if strange else ''}. It {reason}."
     )
-
-
-def write_components(path: Path, loras: Mapping[str, LoRA]) -> None:
-    """Write one file in diffusers' layout that holds a LoRA for each component."""
-    tensors: dict[str, torch.Tensor] = {}
-    header: dict[str, str] = {}
-    metadata: dict[str, Any] = {}
-    for component, lora in loras.items():
-        tensors |= {f"{component}.{key}": tensor.detach().cpu().contiguous() for key, tensor in lora.tensors.items()}
-        own = lora_header(lora, component)
-        header = own | header
-        metadata |= json.loads(own[METADATA_KEY])
-    write_safetensors(path, tensors, header | {METADATA_KEY: json.dumps(metadata, sort_keys=True)})

@@ -1,7 +1,5 @@
 """A LoRA in a network: whether it fits, putting it in, reading it out, switching it, fusing it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,38 +11,37 @@ from torch import nn
 
 from .adapter import DEFAULT_ADAPTER, LoRA
 
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Conv3d)
 KEYWORD_CALLED = ("proj_in", "proj_out")  # modules that diffusers' motion modules call with `input=`
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
 def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
     """`ValueError` unless every tensor of the LoRA has its place in the denoiser."""
+    network = type(denoiser).__name__
     modules = {name: base_layer(module) for name, module in denoiser.named_modules()}
     unknown = [module for module in lora.modules if module not in modules]
     if unknown:
         check_not_wrapped(denoiser, lora.source)
         raise ValueError(
-            f"{lora.source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(lora.modules)} modules"
-            f" do not exist there, such as {unknown[0]!r}. It was made for another base model."
+            f"{lora.source} does not fit {network}: {len(unknown)} of its {len(lora.modules)} modules do not exist"
+            f" there, such as {unknown[0]!r}. It was made for another base model."
         )
     problems = []
     for name in lora.modules:
         down, up = (lora.tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
+        module = modules[name]
         if down is None or up is None:
             problems.append(f"{name} has only one of lora_A and lora_B")
-            continue
-        module = modules[name]
-        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        elif not isinstance(module, ADAPTABLE):
             problems.append(f"{name} is a {type(module).__name__}, which takes no LoRA")
-            continue
-        shape = tuple(module.weight.shape)
-        if (up.shape[0], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
+        elif (up.shape[0], *down.shape[1:]) != (shape := tuple(module.weight.shape)) or up.shape[1] != down.shape[0]:
             problems.append(f"{name} has a weight of shape {shape}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}")
     if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
-            f"{lora.source} does not fit this {type(denoiser).__name__}: {problems[0]}"
-            + (f" (and {len(problems) - 1} more)." if len(problems) > 1 else ".")
-            + " It was made for another base model, or the file is incomplete."
+            f"{lora.source} does not fit this {network}: {problems[0]}{more}. It was made for another base model, or"
+            " the file is incomplete."
         )
 
 
@@ -80,41 +77,25 @@ def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _peft_configs(denoiser: nn.Module) -> dict[str, Any]:
-    """peft's configuration of each LoRA in the denoiser, by its name."""
-    return getattr(denoiser, "peft_config", {})
-
-
 def add_lora(
-    denoiser: nn.Module,
-    target_modules: list[str],
-    rank: int = 64,
-    alpha: float = 64,
-    *,
-    generator: torch.Generator | None = None,
-    adapter_name: str = DEFAULT_ADAPTER,
+    denoiser: nn.Module, names: list[str], rank: int = 64, alpha: float = 64, generator: torch.Generator | None = None
 ) -> None:
     """Put a fresh trainable LoRA in float32 on the named modules, and freeze everything else."""
-    lora = fresh_lora(denoiser, target_modules, rank, alpha, generator=generator)
+    lora = fresh_lora(denoiser, names, rank, alpha, generator)
     denoiser.requires_grad_(False)
-    load_lora_into(denoiser, lora, adapter_name, dtype=torch.float32, trainable=True)
+    load_lora_into(denoiser, lora, dtype=torch.float32, trainable=True)
 
 
 def fresh_lora(
-    denoiser: nn.Module,
-    target_modules: list[str],
-    rank: int = 64,
-    alpha: float = 64,
-    *,
-    generator: torch.Generator | None = None,
+    denoiser: nn.Module, names: list[str], rank: int = 64, alpha: float = 64, generator: torch.Generator | None = None
 ) -> LoRA:
-    """A LoRA that does nothing yet: A random (Kaiming), B zero."""
+    """A LoRA for the named modules that does nothing yet: A random (Kaiming), B zero."""
     modules = dict(denoiser.named_modules())
-    missing = [name for name in target_modules if name not in modules]
-    if missing or not target_modules:
+    missing = [name for name in names if name not in modules]
+    if missing or not names:
         raise ValueError(f"Cannot put a LoRA on modules that do not exist: {missing[:3] or 'none were named'}.")
     tensors = {}
-    for name in target_modules:
+    for name in names:
         shape = base_layer(modules[name]).weight.shape
         down = torch.empty(rank, *shape[1:])
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
@@ -139,15 +120,14 @@ def load_lora_into(
     dtype: torch.dtype | None = None,
     trainable: bool = False,
 ) -> None:
-    """Put a LoRA in the denoiser, wholly or not at all, in `dtype` (default: what each weight it is added to computes
-    in)."""
+    """Put a LoRA in the denoiser, wholly or not at all; `dtype` is by default what each adapted weight computes in."""
     from peft import inject_adapter_in_model
 
     if not isinstance(adapter_name, str):
         raise TypeError(f"`adapter_name` must be a string, got {adapter_name!r}.")
     if not adapter_name or set(adapter_name) & set("./\\"):
         raise ValueError(f"An adapter's name must not be empty or contain a dot or slash, got {adapter_name!r}.")
-    if adapter_name in _peft_configs(denoiser):
+    if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
     check_fits(denoiser, lora)
     # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
@@ -167,11 +147,11 @@ def load_lora_into(
             layer.register_forward_pre_hook(_positional, with_kwargs=True)
         weight = layer.get_base_layer().weight
         for half, part in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
-            tensor = lora.tensors[f"{name}.lora_{half}.weight"]
             # A copy: the caller's tensor must not change when this one is trained.
-            kind = dtype or compute_dtype(layer)
-            tensor = tensor.to(device=weight.device, dtype=kind, copy=True).contiguous()
-            part.weight = nn.Parameter(tensor, requires_grad=trainable)
+            tensor = lora.tensors[f"{name}.lora_{half}.weight"].to(
+                weight.device, dtype or compute_dtype(layer), copy=True
+            )
+            part.weight = nn.Parameter(tensor.contiguous(), requires_grad=trainable)
 
 
 def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -182,13 +162,14 @@ def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, torch.Tensor]:
     """`module.lora_A.weight -> tensor`, and B: the denoiser's own tensors, detached."""
-    tensors = {}
-    for name, layer in lora_layers(denoiser).items():
-        if adapter_name in layer.lora_A:
-            tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
-            tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
+    tensors = {
+        f"{name}.lora_{half}.weight": part[adapter_name].weight.detach()
+        for name, layer in lora_layers(denoiser).items()
+        for half, part in (("A", layer.lora_A), ("B", layer.lora_B))
+        if adapter_name in part
+    }
     if not tensors:
-        known = ", ".join(sorted(_peft_configs(denoiser))) or "none"
+        known = ", ".join(sorted(getattr(denoiser, "peft_config", {}))) or "none"
         raise ValueError(f"There is no adapter named {adapter_name!r} in the denoiser. Loaded: {known}.")
     return tensors
 
@@ -196,15 +177,13 @@ def lora_state_dict(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) ->
 def extract_lora(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> LoRA:
     """A LoRA that is in the denoiser, as it would be read from disk; shares its tensors."""
     tensors = lora_state_dict(denoiser, adapter_name)
-    config = _peft_configs(denoiser)[adapter_name]
+    config: Any = denoiser.peft_config[adapter_name]
     return LoRA(tensors, config.lora_alpha, dict(config.alpha_pattern), config.use_rslora)
 
 
-def set_lora_state_dict(
-    denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
-) -> None:
+def set_lora_state_dict(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Overwrite a LoRA that is in the denoiser, in place; the keys and shapes must be exactly its own."""
-    current = lora_state_dict(denoiser, adapter_name)
+    current = lora_state_dict(denoiser)
     different = sorted(current.keys() ^ tensors.keys())
     different += [key for key in current.keys() & tensors.keys() if current[key].shape != tensors[key].shape]
     if different:
@@ -240,26 +219,19 @@ def activate(layer: Any, names: Sequence[str]) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that has this name in the model."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def fused(denoiser: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Callable[..., Any]:
+def fused(denoiser: nn.Module) -> Callable[..., Any]:
     """The denoiser with W + s B A as one weight in each layer, instead of a second path beside W.
 
     Called like the denoiser, with its result up to rounding, at less cost where the network is small; gradients reach
     A and B. The sums are made here, once for all calls and for at most one backward pass. They take the memory of the
     weights they stand for.
     """
-    layers = {name: layer for name, layer in lora_layers(denoiser).items() if adapter_name in layer.lora_A}
     sums: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    for name, layer in lora_layers(denoiser).items():
+        down, up = (part[DEFAULT_ADAPTER].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
         weight = layer.get_base_layer().weight
-        product = (up.flatten(1) @ down.flatten(1)).view_as(weight)
-        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[adapter_name])
+        product = (up @ down).view_as(weight)
+        sums[f"{name}.base_layer.weight"] = torch.add(weight, product, alpha=layer.scaling[DEFAULT_ADAPTER])
 
     def call(*args, **kwargs):
         with lora_disabled(denoiser):

@@ -6,8 +6,6 @@ tables hold the modules of the image UNet and nothing else: what a LoRA changes 
 file of a motion module, under the names of AnimateDiff's own code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -15,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from .adapter import METADATA_KEY, LoRA
 
@@ -26,24 +25,18 @@ PREFIXES = {
     "peft": {PEFT_PREFIX: DENOISER},
     "diffusers": {"unet.": DENOISER, "transformer.": DENOISER, "text_encoder.": TEXT_ENCODER},
     "kohya": {KOHYA_PREFIX: DENOISER, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER},
-    "OneTrainer": {
-        "lora_unet.": DENOISER,
-        **dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
-    },
+    "OneTrainer": {"lora_unet.": DENOISER} | dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
 }
 WRITTEN = ("peft", "diffusers", "kohya", "motion-module")  # the layouts that are written, and told by `layout_of`
 # Older namings of diffusers, and kohya's, as they are written today.
 _RENAMED = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\.processor\.", "."),
-        (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
-        (r"\.to_out_lora\.", ".to_out.0.lora."),
-        (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
-        (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
-    )
+    (r"\.processor\.", "."),
+    (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
+    (r"\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
+    (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
 ]
-_RENAMED_IN_TEXT = [(re.compile(r"\.to_out\.0\."), ".out_proj."), (re.compile(r"\.to_(q|k|v)\."), r".\1_proj.")]
+_RENAMED_IN_TEXT = [(r"\.to_out\.0\.", ".out_proj."), (r"\.to_(q|k|v)\.", r".\1_proj.")]
 MOTION = ".motion_modules."
 _IN_ANIMATEDIFF = ".temporal_transformer."
 # diffusers' names of what is inside a motion module, and AnimateDiff's.
@@ -53,6 +46,13 @@ _RENAMED_IN_ANIMATEDIFF = {
     ".norm3.": ".ff_norm.",
     ".attn1.": ".attention_blocks.0.",
     ".attn2.": ".attention_blocks.1.",
+}
+# The names of what is inside a resnet of a UNet, and those that Stable Diffusion's first code gave them.
+_IN_A_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }
 
 
@@ -80,8 +80,35 @@ def denoiser_key(key: str) -> str:
 def renamed(key: str, component: str = DENOISER) -> str:
     """`x.to_q_lora.down.weight` as `x.to_q.lora_A.weight`: an older name as diffusers writes it today."""
     for pattern, new in _RENAMED + (_RENAMED_IN_TEXT if component == TEXT_ENCODER else []):
-        key = pattern.sub(new, key)
+        key = re.sub(pattern, new, key)
     return key
+
+
+def original_name(name: str, network: nn.Module) -> str:
+    """`down_blocks.0.attentions.0.proj_in` as Stable Diffusion's first code had it: `input_blocks.1.1.proj_in`.
+
+    Blocks and their layers are counted through there: each of the `layers_per_block` layers is a block, each sampler
+    another one, and a layer's resnet, attention and upsampler are numbered inside it. Other modules keep their names.
+    """
+    layers = getattr(getattr(network, "config", None), "layers_per_block", None)
+    match name.split("."):
+        case ["mid_block", "resnets" | "attentions" as part, index, _, *_]:
+            place = f"middle_block.{2 * int(index) + (part == 'attentions')}"
+        case ["down_blocks" | "up_blocks" as stage, block, part, index, _, *_] if isinstance(layers, int):
+            first = int(block) * (layers + 1) + (stage == "down_blocks")  # the first of the input blocks is `conv_in`
+            if part == "downsamplers":
+                return f"input_blocks.{first + layers}.0.op"
+            if part == "upsamplers":
+                has_attention = hasattr(network.get_submodule(f"{stage}.{block}"), "attentions")
+                return f"output_blocks.{first + layers}.{1 + has_attention}.conv"
+            if part not in ("resnets", "attentions"):  # motion modules have no such name
+                return name
+            kind = "input_blocks" if stage == "down_blocks" else "output_blocks"
+            place = f"{kind}.{first + int(index)}.{int(part == 'attentions')}"
+        case _:
+            return name
+    inside = name.partition(f".{part}.{index}.")[2]
+    return f"{place}.{_IN_A_RESNET.get(inside, inside) if part == 'resnets' else inside}"
 
 
 def layout_of(keys: Iterable[str]) -> str | None:

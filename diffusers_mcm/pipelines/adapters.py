@@ -29,8 +29,7 @@ from ..lora import (
     load_lora_into,
     lora_layers,
     read_components,
-    replace,
-    write_components,
+    write_lora_weights,
 )
 from ..settings import Settings
 from .checks import is_one_value, number
@@ -180,7 +179,7 @@ class LoRAVerbs(FusingVerbs):
         self.unfuse_lora()
         networks = self._networks
         for name, layer in lora_layers(networks).items():
-            replace(networks, name, layer.get_base_layer())
+            networks.set_submodule(name, layer.get_base_layer())
         for network in networks.values():
             vars(network).pop("peft_config", None)
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
@@ -198,7 +197,7 @@ class LoRAVerbs(FusingVerbs):
             for name in names:
                 layer.delete_adapter(name)
             if not layer.lora_A:
-                replace(networks, path, layer.get_base_layer())
+                networks.set_submodule(path, layer.get_base_layer())
         configs = [getattr(network, "peft_config", {}) for network in networks.values()]
         for known in (*configs, self._adapters.weights, self._adapters.settings):
             for name in names:
@@ -281,7 +280,7 @@ class LoRAVerbs(FusingVerbs):
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            write_components(target / WEIGHTS_NAME, self._extract(name))
+            write_lora_weights(target / WEIGHTS_NAME, self._extract(name))
             settings = self._settings(name)
             if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this one is
                 here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers, replace
+from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers
 from ..settings import Settings
 
 Weight = float | dict[str, float]  # of an adapter, or one for each component
@@ -134,7 +134,7 @@ class FusingVerbs(DiffusionPipeline):
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
         for module, layer in layers.items():
-            replace(networks, module, layer.get_base_layer())
+            networks.set_submodule(module, layer.get_base_layer())
         self._adapters.set_aside = layers
 
     def _put_back(self) -> None:
@@ -145,7 +145,7 @@ class FusingVerbs(DiffusionPipeline):
             if not weight.is_meta:  # offloaded: the LoRA would be gone
                 layer.lora_A.to(device=weight.device, dtype=compute_dtype(layer))
                 layer.lora_B.to(device=weight.device, dtype=compute_dtype(layer))
-            replace(networks, module, layer)
+            networks.set_submodule(module, layer)
         self._adapters.set_aside = {}
 
     def _extract(self, name: str) -> dict[str, LoRA]:
@@ -167,7 +167,7 @@ class FusingVerbs(DiffusionPipeline):
         networks, layers, originals = self._networks, self._layers, self._adapters.originals
         fused = {name: layers[name].get_base_layer().weight.data for name in originals}
         for name, layer in layers.items():
-            replace(networks, name, layer.get_base_layer())
+            networks.set_submodule(name, layer.get_base_layer())
             if name in fused:
                 layer.get_base_layer().weight.data = originals[name]
         try:
@@ -178,4 +178,4 @@ class FusingVerbs(DiffusionPipeline):
                 if name in fused:
                     layer.get_base_layer().weight.data = fused[name]
                 if not self._adapters.set_aside:
-                    replace(networks, name, layer)
+                    networks.set_submodule(name, layer)

@@ -54,19 +54,17 @@ def read_base_index(location: Location) -> dict[str, Any]:
     raise ValueError(f"{location.name} is not a text-to-video model: {why}.")
 
 
-def base_location(
-    lora: LoRA, given: str | os.PathLike | None, revision: str | None, options: Mapping[str, Any]
-) -> Location:
+def base_location(lora: LoRA, given: str | os.PathLike | None, options: Mapping[str, Any]) -> Location:
     """Where the base model of a LoRA is: what is `given`, or as its settings say, or else where it usually is."""
     base_model = base_model_of(lora)
     if given is not None:
-        return Location.of(given, revision=revision, **options)
+        return Location.of(given, **options)
     recorded = lora.base_repository or base_model.default_repository
     try:
         name = hub.resolve_recorded(recorded, lora.folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Say where it is with `base_model=`.") from error
-    return Location.of(name, revision=revision or lora.settings.base_model_revision, **options)
+    return Location.of(name, revision=lora.settings.base_model_revision, **options)
 
 
 def checkpoint_config(lora: LoRA, options: Mapping[str, Any]) -> str | None:
@@ -88,7 +86,7 @@ def recorded_repositories(lora: LoRA, given: Mapping[str, Any] | None = None) ->
     """
     missing = [name for name in lora.settings.extra_repositories if (given or {}).get(name) is None]
     try:
-        return {name: lora.settings.found(name, lora.folder) for name in missing}
+        return {name: hub.resolve_recorded(lora.settings.extra_repositories[name], lora.folder) for name in missing}
     except FileNotFoundError as error:
         where = " or ".join(f"`{name}=`" for name in missing)
         raise FileNotFoundError(f"{error} Say where it is with {where}.") from error

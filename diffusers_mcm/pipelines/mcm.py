@@ -160,7 +160,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if motion is not None:
             return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
         read = read_lora(location)
-        base = loading.base_location(read, base_model, base_model_revision, options)
+        base = loading.base_location(read, base_model, options)
+        base = replace(base, revision=base_model_revision or base.revision)
         pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, read)
         pipeline.load_mcm_lora(read, adapter_name)
         return pipeline

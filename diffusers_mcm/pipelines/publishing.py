@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from ..files import atomic_files, write_text
 from ..hub import check_repository_name, is_local
 from ..location import Location
 from ..lora import LoRA, write_lora_folder
+from ..publish import Destination, open_repository, pipeline_card, publish_folder, publish_lora, put_sample
 from ..settings import SAMPLING_KEYS, SamplingDefaults
 from . import loading
 from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER, LoRAVerbs
-
-_PUSH_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr", "overwrite_card")
 
 
 class HubVerbs(LoRAVerbs):
@@ -36,26 +35,22 @@ class HubVerbs(LoRAVerbs):
         card that was edited on the Hub stays, unless `overwrite_card=True`.
         """
         folder = Path(save_directory)
-        hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
+        options = {entry.name: kwargs.pop(entry.name) for entry in fields(Destination) if entry.name in kwargs}
         with atomic_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
             with self._clean_networks():
                 super().save_pretrained(str(temporary), **kwargs)
             loading.forget_local_paths(temporary)
             self._save_adapters(temporary)
         if push_to_hub:
-            self._push_pipeline(folder, **hub_options)
+            options["repo_id"] = options.get("repo_id") or folder.resolve().name
+            self._push_pipeline(folder, Destination(**options))
 
-    def _push_pipeline(
-        self, folder: Path, repo_id=None, private=None, token=None, commit_message=None, **options
-    ) -> None:
-        from ..publish import open_repository, pipeline_card, publish_folder
-
-        repository = open_repository(repo_id or folder.resolve().name, private=private, token=token)
-        card = folder / CARD_NAME
-        if not card.is_file() and Location.on_hub(repository, token=token).file(CARD_NAME) is None:
+    def _push_pipeline(self, folder: Path, destination: Destination) -> str:
+        repository, card = open_repository(destination), folder / CARD_NAME
+        there = Location(repository, options={"token": destination.token}, remote=True)
+        if not card.is_file() and there.file(CARD_NAME) is None:
             write_text(card, pipeline_card(repository))
-        message = commit_message or f"Upload {type(self).__name__}"
-        publish_folder(folder, repository, token=token, commit_message=message, **options)
+        return publish_folder(folder, replace(destination, repo_id=repository), f"Upload {type(self).__name__}")
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
@@ -118,8 +113,7 @@ class HubVerbs(LoRAVerbs):
         Returns:
             `str`: The address of the commit, or of the pull request.
         """
-        from ..publish import publish_lora, put_sample
-
+        destination = Destination(repo_id, private, token, commit_message, revision, create_pr, overwrite_card)
         check_repository_name(repo_id)
         name = self._one_adapter(adapter_name)
         sample = self._settings(name).sample
@@ -132,7 +126,7 @@ class HubVerbs(LoRAVerbs):
             folder = Path(temporary)
             lora = self._to_save(name, folder)
             lora.settings = put_sample(folder, lora.settings, np.asarray(video), prompt, self.sampling_default("fps"))
-            return publish_lora(folder, repo_id, **options, lora=lora)
+            return publish_lora(folder, destination, base_model, lora)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:

@@ -24,17 +24,19 @@ class Sampler(NamedTuple):
     Attributes:
         scheduler: its class.
         spaced: whether its steps can be spaced in several ways; consistency models know one grid alone.
-        options: what it is given beside the noise schedule and the spacing.
+        kept: what it takes of the pipeline's own configuration beside the noise schedule.
+        options: what it is given besides.
     """
 
     scheduler: Any
     spaced: bool = True
+    kept: tuple[str, ...] = ()
     options: Mapping[str, Any] = {}
 
 
 # An offset of 1 is what the base models' repositories say; it moves the timesteps of the leading spacing alone.
 SAMPLERS = {
-    "lcm": Sampler(LCMScheduler, spaced=False),
+    "lcm": Sampler(LCMScheduler, spaced=False, kept=("original_inference_steps",)),
     "ddim": Sampler(DDIMScheduler, options={"clip_sample": False, "steps_offset": 1}),
     "dpm++": Sampler(DPMSolverMultistepScheduler, options={"algorithm_type": "dpmsolver++", "steps_offset": 1}),
     "euler": Sampler(EulerDiscreteScheduler, options={"steps_offset": 1}),
@@ -92,9 +94,9 @@ def make_scheduler(sampler: str, pipeline: DiffusionPipeline, timestep_spacing: 
             f"expected the sampler {OWN} for a {model.name}, got {sampler!r}: {row.scheduler.__name__} samples noise"
             f" schedules of betas, and that model's is told by {', '.join(model.noise_schedule_keys)}"
         )
-    noise = {name: own.config[name] for name in model.noise_schedule_keys if name in own.config}
+    kept = {name: own.config[name] for name in (*model.noise_schedule_keys, *row.kept) if name in own.config}
     spacing = {"timestep_spacing": timestep_spacing or SPACINGS[0]} if row.spaced else {}
-    return row.scheduler(**noise, **spacing, **row.options)
+    return row.scheduler(**kept, **spacing, **row.options)
 
 
 def sampler_settings(pipeline: DiffusionPipeline) -> dict[str, str | None]:

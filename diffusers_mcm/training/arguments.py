@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Sequence
@@ -12,22 +11,12 @@ from typing import Any
 from .config import TrainingConfig
 
 
-def _scalar_type(annotation) -> type:
-    """`int | None` -> int, `tuple[str, ...]` -> str."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(each for each in typing.get_args(annotation) if each is not types.NoneType)
-    if typing.get_origin(annotation) is tuple:
-        annotation = typing.get_args(annotation)[0]
-    return annotation
-
-
 def _help_text(entry: dataclasses.Field, required: bool) -> str:
     text = entry.metadata["help"].replace("%", "%%") + (" Not in the paper." if entry.metadata["beyond_paper"] else "")
     if required:
         return f"{text} Required."
     default: Any = entry.default
-    if entry.metadata["many"]:
-        default = " ".join(default)
+    default = " ".join(default) if entry.metadata["many"] else default
     return text if default in (None, "") else f"{text} (default: {default})"
 
 
@@ -49,25 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
         "Plain LCM distillation: --motion raw --lambda_real 1 --lambda_adv 0.",
         allow_abbrev=False,
     )
-    hints, entries = typing.get_type_hints(TrainingConfig), dataclasses.fields(TrainingConfig)
-    titles = dict.fromkeys(entry.metadata["group"] for entry in entries)
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    for entry in entries:
-        group = groups[entry.metadata["group"]]
-        required = entry.default is dataclasses.MISSING
-        options: dict[str, Any] = {"help": _help_text(entry, required)}
+    hints, groups = typing.get_type_hints(TrainingConfig), {}
+    for entry in dataclasses.fields(TrainingConfig):
+        said, required = entry.metadata, entry.default is dataclasses.MISSING
+        if said["group"] not in groups:
+            groups[said["group"]] = parser.add_argument_group(said["group"])
+        options: dict[str, Any] = {"required": True} if required else {"default": entry.default}
         if hints[entry.name] is bool:
-            group.add_argument(f"--{entry.name}", action=_Toggle, default=entry.default, **options)
-            continue
-        if entry.metadata["many"]:
-            options["nargs"] = "*"
-        if entry.metadata["choices"]:
-            options["choices"] = entry.metadata["choices"]
-        if required:
-            options["required"] = True
-        else:
-            options["default"] = entry.default
-        group.add_argument(f"--{entry.name}", type=_scalar_type(hints[entry.name]), **options)
+            options["action"] = _Toggle
+        else:  # `int | None` -> int, `tuple[str, ...]` -> str
+            options["type"] = (*typing.get_args(hints[entry.name]), hints[entry.name])[0]
+            options |= {"choices": said["choices"], "nargs": "*" if said["many"] else None}
+        groups[said["group"]].add_argument(f"--{entry.name}", help=_help_text(entry, required), **options)
     return parser
 
 

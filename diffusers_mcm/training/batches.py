@@ -1,14 +1,18 @@
 """The samples of a run, by global sample index: clips with captions, and the real images for the discriminator."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 
 from ..data import FrameDataset, ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDataset
-from ..distillation.image_text import ImageText, pair_texts
+from ..data.sources import MediaRows
+from ..distillation.image_text import ALIKE, ImageText, caption_overlap, pair_texts
 from .config import TrainingConfig
-from .image_text import choose_image_text
+
+MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
 
 
 class Batch(NamedTuple):
@@ -30,25 +34,30 @@ class TrainingData(NamedTuple):
     image_text: ImageText
 
 
+@dataclass(frozen=True)
 class Batches:
-    """Micro-batches from one optimiser step on to the end of the run; `image_text` is a choice of `pair_texts`."""
+    """Micro-batches from one optimiser step on to the end of the run."""
 
-    def __init__(self, videos: StepLoader, images: StepLoader | None, image_text: str):
-        self.videos, self.images, self.image_text = videos, images, image_text
+    videos: StepLoader
+    images: StepLoader | None
+    image_text: str  # a choice of `pair_texts`
+
+    @property
+    def loaders(self) -> dict[str, StepLoader]:
+        """By what they load."""
+        return {"videos": self.videos} | ({} if self.images is None else {"images": self.images})
 
     @property
     def sizes(self) -> dict[str, int | str | None]:
         """How many videos and images there are to take from, and what tells their order from others."""
-        loaders = {"videos": self.videos, "images": self.images}
-        rows = {name: loader.dataset.rows for name, loader in loaders.items() if loader is not None}
+        rows = {name: loader.dataset.rows for name, loader in self.loaders.items()}
         numbers = {f"number of {name}": len(each) for name, each in rows.items()}
         return numbers | {f"order of {name}": each.order() for name, each in rows.items()}
 
     @property
     def skipped(self) -> list[str]:
         """Names of the items that this process could not use so far."""
-        loaders = [loader for loader in (self.videos, self.images) if loader is not None]
-        return [name for loader in loaders for name in loader.dataset.skipped]
+        return [name for loader in self.loaders.values() for name in loader.dataset.skipped]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
@@ -64,10 +73,8 @@ class Batches:
 
 def told_skipped(names: set[str]) -> str | None:
     """What to warn of at the end of a run: the items of the data that were of no use; None if all were."""
-    if not names:
-        return None
     first = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} items of the data could not be used: {first}"
+    return f"{len(names)} items of the data could not be used: {first}" if names else None
 
 
 def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> TrainingData:
@@ -98,26 +105,49 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> Traini
     return TrainingData(videos, images, choose_image_text(config.image_text, images, videos))
 
 
-def build_batches(
-    config: TrainingConfig,
-    data: TrainingData,
-    first_step: int,
-    process: int,
-    num_processes: int,
-    pin_memory: bool,
-) -> Batches:
+def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
+    """The text that `--image_text` asks for; "auto" takes "own" where the two caption sets are alike, else "none".
+
+    It depends on the captions of the data sets alone, so all processes come to the same, and so does a resumed run.
+    """
+    if images is None:
+        return ImageText(asked, "no images are looked at")
+    overlap, finding = _compare(images.rows, videos.rows)
+    if asked != "auto":
+        return ImageText(asked, f"as --image_text says; {finding}", overlap)
+    alike = overlap is not None and overlap >= ALIKE
+    return ImageText("own" if alike else "none", finding, overlap)
+
+
+def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
+    """The overlap of the captions, those of images without one left out, and what was found, in words."""
+    if images is videos:
+        return 1.0, "images are frames of the videos"
+    if max(len(images), len(videos)) > MAX_COMPARED:
+        return None, f"captions of more than {MAX_COMPARED:,} items are not compared"
+    captions = [caption for caption in images.all_captions() if caption]
+    if not captions:
+        return None, "images have no captions"
+    overlap = caption_overlap(captions, videos.all_captions())
+    missing = len(images) - len(captions)
+    without = f", {missing} of {len(images)} images have none" if missing else ""
+    return overlap, f"captions of images and videos overlap by {overlap:.0%}{without}"
+
+
+def build_batches(config: TrainingConfig, data: TrainingData, first_step: int, accelerator: Accelerator) -> Batches:
     """The micro-batches of this process, from step `first_step` on."""
 
     def load(dataset: KeyedDataset, items_per_sample: int = 1) -> StepLoader:
         sampler = StepSampler(
             batch_size=config.train_batch_size,
-            rank=process,
-            num_processes=num_processes,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
             accumulation=config.accumulation,
             start_step=first_step,
             end_step=config.max_train_steps,
             items_per_sample=items_per_sample,
         )
+        pin_memory = accelerator.device.type == "cuda"
         return StepLoader(dataset, sampler, config.dataloader_num_workers, pin_memory)
 
     videos, images, image_text = data

@@ -1,6 +1,7 @@
 """The training configuration: one frozen, validated dataclass from which the script's flags are generated."""
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +23,13 @@ TRACKERS = (
 _RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a secret in it
 FRAME_INTERVAL = 8  # the authors' code, for WebVid
 
-_model = partial(flag, group="models")
-_data = partial(flag, group="data")
+_model, _data = partial(flag, group="models"), partial(flag, group="data")
+_source: dict[str, Any] = {"resume": TOLD, "source": True}
+_column = partial(_data, None, resume=TOLD)
 _optimisation = partial(flag, group="optimisation")
+_fixed = partial(_optimisation, resume=FIXED)
 _output = partial(flag, group="output")
+_unrecorded = partial(_output, recorded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,7 @@ class TrainingConfig(MethodConfig):
         help="The text-to-video diffusion model to distil: a Hub repository, a local folder or 'mcm-shapes-teacher'. "
         "A Stable Diffusion 1.5 repository, or a fine-tune of it, is distilled as AnimateDiff.",
         filled=True,
-        resume=TOLD,
-        source=True,
+        **_source,
     )
     base_model: str | None = _model(
         None,
@@ -56,16 +59,12 @@ class TrainingConfig(MethodConfig):
         many=True,
     )
     discriminator_features: str = _model(
-        "facebook/dinov2-small",
-        help="DINOv2 network whose frozen features the discriminator reads.",
-        resume=TOLD,
-        source=True,
+        "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", **_source
     )
     discriminator_text: str = _model(
         "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
         help="CLIP text model (with projection) that conditions the discriminator.",
-        resume=TOLD,
-        source=True,
+        **_source,
     )
     pretrained_lora: str | None = _model(
         None,
@@ -93,26 +92,18 @@ class TrainingConfig(MethodConfig):
         help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
         "or glob of WebDataset tars (mp4 + json), or a Hub data set id.",
         filled=True,
-        resume=TOLD,
-        source=True,
+        **_source,
     )
     image_data: str | None = _data(
         None,
         help="Images that set the appearance (captions optional): an ImageFolder, WebDataset tars or a Hub data set "
         "id. Without it the discriminator sees frames of the videos.",
-        resume=TOLD,
-        source=True,
+        **_source,
     )
-    caption_column: str | None = _data(None, help="Column of the video captions, if not found by itself.", resume=TOLD)
-    image_caption_column: str | None = _data(
-        None, help="Column of the image captions, if not found by itself.", resume=TOLD
-    )
-    video_column: str | None = _data(
-        None, help="Column (in tars: ending) of the video files, if not found by itself.", resume=TOLD
-    )
-    image_column: str | None = _data(
-        None, help="Column (in tars: ending) of the image files, if not found by itself.", resume=TOLD
-    )
+    caption_column: str | None = _column(help="Column of the video captions, if not found by itself.")
+    image_caption_column: str | None = _column(help="Column of the image captions, if not found by itself.")
+    video_column: str | None = _column(help="Column (in tars: ending) of the video files, if not found by itself.")
+    image_column: str | None = _column(help="Column (in tars: ending) of the image files, if not found by itself.")
     num_frames: int | None = _data(None, help="Frames per clip. Default: the base model's.", above=0)
     frame_interval: int | None = _data(
         None,
@@ -135,7 +126,7 @@ class TrainingConfig(MethodConfig):
     )
 
     # -- optimisation
-    seed: int = _optimisation(0, help="Seed of everything random, data order included.", least=0, resume=FIXED)
+    seed: int = _fixed(0, help="Seed of everything random, data order included.", least=0)
     train_batch_size: int = _optimisation(1, help="Clips per process and micro-batch.", above=0)
     gradient_accumulation_steps: int | None = _optimisation(
         None,
@@ -144,26 +135,23 @@ class TrainingConfig(MethodConfig):
         above=0,
     )
     max_train_steps: int = _optimisation(30_000, help="Optimiser steps.", above=0)
-    learning_rate: float = _optimisation(
-        5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", above=0, resume=FIXED
+    learning_rate: float = _fixed(
+        5e-6, help=f"Rate of LoRA and motion head at a total batch of {REFERENCE_BATCH}.", above=0
     )
-    discriminator_learning_rate: float = _optimisation(
-        5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", above=0, resume=FIXED
+    discriminator_learning_rate: float = _fixed(
+        5e-5, help=f"Rate of the discriminator at a total batch of {REFERENCE_BATCH}.", above=0
     )
-    scale_lr: bool = _optimisation(
+    scale_lr: bool = _fixed(
         True,
         help=f"Multiply the rates by total batch / {REFERENCE_BATCH}, the discriminator's also by "
         "--num_adversarial_frames. With --no_scale_lr they are used as given.",
-        resume=FIXED,
     )
-    lr_scheduler: str = _optimisation(
-        "cosine", help="Learning-rate schedule, for both optimisers.", choices=LR_SCHEDULERS, resume=FIXED
-    )
-    lr_warmup_steps: int = _optimisation(500, help="Steps over which the rates rise from zero.", least=0, resume=FIXED)
-    adam_beta1: float = _optimisation(0.9, help="AdamW beta 1.", least=0, below=1, resume=FIXED)
-    adam_beta2: float = _optimisation(0.999, help="AdamW beta 2.", least=0, below=1, resume=FIXED)
-    adam_weight_decay: float = _optimisation(0.0, help="AdamW weight decay.", least=0, resume=FIXED)
-    adam_epsilon: float = _optimisation(1e-8, help="AdamW epsilon.", above=0, resume=FIXED)
+    lr_scheduler: str = _fixed("cosine", help="Learning-rate schedule, for both optimisers.", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = _fixed(500, help="Steps over which the rates rise from zero.", least=0)
+    adam_beta1: float = _fixed(0.9, help="AdamW beta 1.", least=0, below=1)
+    adam_beta2: float = _fixed(0.999, help="AdamW beta 2.", least=0, below=1)
+    adam_weight_decay: float = _fixed(0.0, help="AdamW weight decay.", least=0)
+    adam_epsilon: float = _fixed(1e-8, help="AdamW epsilon.", above=0)
     ema_decay: float = _optimisation(
         0.0,
         help="Decay of a moving average of LoRA and motion head, which is then what is saved and validated: an "
@@ -172,9 +160,7 @@ class TrainingConfig(MethodConfig):
         below=1,
         beyond_paper=True,
     )
-    max_grad_norm: float = _optimisation(
-        10.0, help="Gradient norm above which gradients are scaled down.", above=0, resume=FIXED
-    )
+    max_grad_norm: float = _fixed(10.0, help="Gradient norm above which gradients are scaled down.", above=0)
     mixed_precision: str | None = _optimisation(
         None,
         help="Precision of the frozen networks and of autocast; what is trained stays in fp32. Default: what "
@@ -195,23 +181,20 @@ class TrainingConfig(MethodConfig):
     allow_tf32: bool = _optimisation(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
 
     # -- output
-    output_dir: str = _output(
-        "mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True, recorded=False
-    )
+    output_dir: str = _unrecorded("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True)
     save_dtype: str = _output("fp32", help="Type in which the LoRA is saved.", choices=SAVE_DTYPES)
     checkpointing_steps: int = _output(500, help="Write a checkpoint every so many steps; 0 for none.", least=0)
     checkpoints_total_limit: int | None = _output(
         None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", above=0
     )
-    resume_from_checkpoint: str | None = _output(
+    resume_from_checkpoint: str | None = _unrecorded(
         None,
         help="A checkpoint folder to go on from, or 'latest' for the newest one of the run that wrote into "
         "--output_dir last.",
-        recorded=False,
     )
     logging_steps: int = _output(1, help="Write losses to the log and the tracker every so many steps.", above=0)
-    logging_dir: str = _output("logs", help="Folder of the tracker's logs, inside --output_dir.", recorded=False)
-    report_to: str = _output("tensorboard", help="Where losses are sent.", choices=TRACKERS, recorded=False)
+    logging_dir: str = _unrecorded("logs", help="Folder of the tracker's logs, inside --output_dir.")
+    report_to: str = _unrecorded("tensorboard", help="Where losses are sent.", choices=TRACKERS)
     validation_prompts: tuple[str, ...] = _output(
         (), help="Prompts for validation clips, one argument each.", many=True
     )
@@ -221,17 +204,13 @@ class TrainingConfig(MethodConfig):
     )
     fps: int = _output(8, help="Frame rate of the validation clips.", above=0)
     license: str | None = _output(None, help="License named in the model card. Default: none is named.")
-    push_to_hub: bool = _output(False, help="Upload the output folder to the Hub when training ends.", recorded=False)
-    hub_model_id: str | None = _output(
-        None, help="Repository to push to. Default: the name of --output_dir in your namespace.", recorded=False
+    push_to_hub: bool = _unrecorded(False, help="Upload the output folder to the Hub when training ends.")
+    hub_model_id: str | None = _unrecorded(
+        None, help="Repository to push to. Default: the name of --output_dir in your namespace."
     )
-    hub_token: str | None = _output(
-        None, help="Token for the Hub, if not logged in. Never saved.", secret=True, recorded=False
-    )
-    hub_private_repo: bool = _output(False, help="Create the repository as a private one.", recorded=False)
-    overwrite_card: bool = _output(
-        False, help="Replace a card that was edited on the Hub. Default: it stays.", recorded=False
-    )
+    hub_token: str | None = _unrecorded(None, help="Token for the Hub, if not logged in. Never saved.", secret=True)
+    hub_private_repo: bool = _unrecorded(False, help="Create the repository as a private one.")
+    overwrite_card: bool = _unrecorded(False, help="Replace a card that was edited on the Hub. Default: it stays.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -252,6 +231,11 @@ class TrainingConfig(MethodConfig):
         return self.mixed_precision or "no"
 
     @property
+    def extra_places(self) -> dict[str, str]:
+        """`extra_repositories` by the names of the components."""
+        return dict(entry.partition("=")[::2] for entry in self.extra_repositories)
+
+    @property
     def method(self) -> MethodConfig:
         """The method's own settings, all that a training step takes."""
         return MethodConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MethodConfig)})
@@ -265,23 +249,8 @@ class TrainingConfig(MethodConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file; the Hub token is left out."""
-        return _plain({name: getattr(self, name) for name in self.names(secret=False)})
-
-
-def default_values() -> dict[str, Any]:
-    """The defaults of all fields that have one, as `to_dict` gives values."""
-    values = {e.name: e.default for e in dataclasses.fields(TrainingConfig) if e.default is not dataclasses.MISSING}
-    return _plain(values | {"frame_interval": FRAME_INTERVAL})  # what None stands for
-
-
-def values_before_flags() -> dict[str, Any]:
-    """What the discriminator did before there was a flag for it, where that is not what the flag's default says."""
-    entries = dataclasses.fields(TrainingConfig)
-    return {entry.name: before for entry in entries if (before := entry.metadata["before"]) is not None}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        values = {name: getattr(self, name) for name in self.names(secret=False)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _check_method(config: TrainingConfig) -> None:
@@ -303,20 +272,16 @@ def _check_method(config: TrainingConfig) -> None:
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
             f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."
         )
-    if config.num_frames is not None:
-        if config.adversarial and config.num_adversarial_frames > config.num_frames:
-            raise ValueError(
-                f"--num_adversarial_frames ({config.num_adversarial_frames}) must not exceed "
-                f"--num_frames ({config.num_frames})."
-            )
-        if config.num_frames < 2 and config.motion in ("diff", "corr"):
-            raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
-        if config.num_frames < 2 and config.lora_modules == "temporal":
-            raise ValueError("--lora_modules temporal relates frames to each other: --num_frames must be 2 or more.")
+    frames, judged = config.num_frames or math.inf, config.num_adversarial_frames
+    if config.adversarial and judged > frames:
+        raise ValueError(f"--num_adversarial_frames ({judged}) must not exceed --num_frames ({frames}).")
+    if frames < 2 and config.motion in ("diff", "corr"):
+        raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+    if frames < 2 and config.lora_modules == "temporal":
+        raise ValueError("--lora_modules temporal relates frames to each other: --num_frames must be 2 or more.")
     if not config.adversarial and config.image_data is not None:
-        warnings.warn(
-            "--image_data is not read with --lambda_adv 0: only the discriminator sees images.", stacklevel=4
-        )
+        unread = "--image_data is not read with --lambda_adv 0: only the discriminator sees images."
+        warnings.warn(unread, stacklevel=4)
 
 
 def _check_speed(config: TrainingConfig) -> None:
@@ -342,7 +307,6 @@ def _check_output(config: TrainingConfig) -> None:
         raise ValueError(
             f"--report_to {config.report_to} would record --hub_token; log in with `hf auth login` instead."
         )
-    if not config.push_to_hub:
-        for name in ("hub_model_id", "hub_private_repo", "overwrite_card"):
-            if getattr(config, name):
-                raise ValueError(f"--{name} has no effect without --push_to_hub.")
+    for name in ("hub_model_id", "hub_private_repo", "overwrite_card"):
+        if getattr(config, name) and not config.push_to_hub:
+            raise ValueError(f"--{name} has no effect without --push_to_hub.")

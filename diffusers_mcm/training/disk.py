@@ -16,16 +16,15 @@ from ..files import DiskFullError, is_disk_full
 def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]:
     """Turn whatever is raised for want of room into `DiskFullError`: what was written, where, how much is free.
 
-    Args:
-        what: What is written, such as "a checkpoint".
-        size: How many bytes it takes, as far as is known.
+    `what` is such as "a checkpoint"; `size` are the bytes that it takes, as far as is known.
     """
     try:
         yield
     except Exception as error:  # torch.save's, tensorboard's and safetensors' have nothing in common
         if not is_disk_full(error):
             raise
-        free = shutil.disk_usage(_existing(folder)).free
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
         needed = "" if size is None else f"it takes about {_readable(size)}, and "
         raise DiskFullError(
             errno.ENOSPC,
@@ -49,10 +48,6 @@ def size_of(state: Any) -> int:
     if isinstance(state, dict):
         return sum(map(size_of, state.values()))
     return sum(map(size_of, state)) if isinstance(state, list | tuple) else 0
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _readable(size: float) -> str:

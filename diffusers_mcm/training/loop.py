@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
 from ..distillation.adversarial import AdversarialStep
-from ..distillation.discriminator import PenaltyWeight
-from ..distillation.draws import Coins, draw_adversarial, draw_step
+from ..distillation.discriminator.penalty import PenaltyWeight
+from ..distillation.draws import Coins, StepDraws, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import TIMESTEPS
 from ..files import atomic_files
 from ..lora import LoRA, lora_state_dict
-from . import image_text
-from .acceleration import build_accelerator, gather_object, start_trackers, told_by_one, with_accelerate_settings
-from .batches import Batch, build_batches, open_data, told_skipped
-from .checkpoint import load_checkpoint, save_checkpoint
+from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
+from .batches import Batch, Batches, build_batches, open_data, told_skipped
+from .checkpoint import RunRecord, find_checkpoint, go_on, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .disk import room_for, size_of
 from .networks import build_networks
 from .output import prepare_push, push_to_hub, unusable, write_lora_folder
-from .record import RunRecord, find_checkpoint, go_on
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .trained_module import TrainedModule, slow_learning
@@ -47,7 +46,8 @@ class Trainer:
         if config.push_to_hub and self.accelerator.is_main_process:
             prepare_push(config)
         with room_for("the tracker's log", self.output_dir):
-            start_trackers(self.accelerator, config)
+            plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.to_dict().items()}
+            self.accelerator.init_trackers("mcm", config=plain)
         self.networks = build_networks(config, self.device)
         self.total_batch = config.train_batch_size * config.accumulation * self.accelerator.num_processes
         rates = config.learning_rates(self.total_batch)
@@ -79,13 +79,8 @@ class Trainer:
         """Run to `max_train_steps`, write the LoRA folder and return its path."""
         batches = self.open_batches()
         log = self.open_log()
-        bar = tqdm(
-            total=self.config.max_train_steps,
-            initial=self.step,
-            desc="distilling",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-        )
+        progress = dict(total=self.config.max_train_steps, initial=self.step, unit="step", desc="distilling")
+        bar = tqdm(**progress, disable=log is None)
         started = time.perf_counter()
         for batch in batches:
             with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
@@ -104,12 +99,11 @@ class Trainer:
 
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
-        captions, networks = batch.captions, self.networks
-        negative = [networks.base_model.negative_prompt] * len(captions)
-        text, negative_text = networks.text(captions), networks.text(negative)
-        draws = self.draw(batch)
+        networks, pixels = self.networks, batch.pixels.to(self.device)
+        negative = [networks.base_model.negative_prompt] * len(batch.captions)
+        text, negative_text = networks.text(batch.captions), networks.text(negative)
         adversary = self.adversary(batch)
-        losses = self.student.module(batch.pixels.to(self.device), text, negative_text, draws, adversary)
+        losses = self.student.module(pixels, text, negative_text, self.draw(batch), adversary)
         self.accelerator.backward(losses.total)
         self.record(loss=losses.total, consistency=losses.consistency)
         if self.discriminator is None or adversary is None:
@@ -121,35 +115,29 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
-        scaler = self.accelerator.scaler
+        scaler, step = self.accelerator.scaler, self.step + 1
         for trained in self.trained:
-            trained.check_gradients(self.step + 1)
-        norms = {f"{one.name}_grad_norm": one.clip(self.config.max_grad_norm, scaler) for one in self.trained}
+            trained.check_gradients(step)
+        norms = [trained.clip(self.config.max_grad_norm, scaler) for trained in self.trained]
         losses = self.mean_losses()
-        gradients = {name: norm.item() for name, norm in norms.items()}
+        told = {f"{trained.name}_grad_norm": norm.item() for trained, norm in zip(self.trained, norms)}
         # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
-        samples = range(self.step * self.total_batch, (self.step + 1) * self.total_batch)
-        checked = losses if scaler is not None else {**losses, **gradients}
-        check_finite(checked, self.step + 1, samples, self.last_checkpoint)
+        samples = range(self.step * self.total_batch, step * self.total_batch)
+        check_finite(losses if scaler is not None else losses | told, step, samples, self.last_checkpoint)
         for trained in self.trained:
-            trained.count_step(gradients[f"{trained.name}_grad_norm"], self.step + 1)
-        rates = {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
+            trained.count_step(told[f"{trained.name}_grad_norm"], step)
+        told |= {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
         for trained in self.trained:
             trained.update(scaler)
         if scaler is not None:
             scaler.update()
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.networks.discriminator is not None:
-            self.networks.discriminator.update_spectral_norm()
-        return {**losses, **gradients, **rates, **self.follow_penalty(losses)}
-
-    def follow_penalty(self, losses: dict[str, float]) -> dict[str, float]:
-        """The penalty's weight in this step. That of the next is decided here, by all processes alike."""
-        if "gradient_penalty" not in losses:
-            return {}
-        weight = self.penalty_weight.value
-        self.penalty_weight.follow(losses["gradient_penalty"], self.step + 1)
-        return {"gradient_penalty_weight": weight}
+            self.networks.discriminator.heads.update_spectral_norm()
+        if "gradient_penalty" in losses:  # that of all processes: they decide alike on the weight of the next step
+            told["gradient_penalty_weight"] = self.penalty_weight.value
+            self.penalty_weight.follow(losses["gradient_penalty"], step)
+        return losses | told
 
     # --- its inputs --------------------------------------------------------------------------------------------------
     @property
@@ -158,18 +146,11 @@ class Trainer:
         together = self.config.train_batch_size * self.accelerator.num_processes
         return together if self.config.coin == "batch" else 1
 
-    def draw(self, batch: Batch):
-        networks = self.networks
-        draws = draw_step(
-            self.config.seed,
-            batch.indices,
-            networks.latent_shape,
-            self.timesteps,
-            networks.guidance_range,
-            self.config.num_adversarial_frames,
-            Coins(self.config.lambda_real, self.total_batch, self.samples_per_coin),
-        )
-        return draws.to(self.device)
+    def draw(self, batch: Batch) -> StepDraws:
+        config, networks = self.config, self.networks
+        coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
+        ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)
+        return draw_step(config.seed, batch.indices, *ranges, coins).to(self.device)
 
     def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
@@ -185,15 +166,8 @@ class Trainer:
             encode_text(batch.real_texts)["embedding"],
         )
 
-    def open_batches(self):
-        batches = build_batches(
-            self.config,
-            self.data,
-            self.step,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            pin_memory=self.device.type == "cuda",
-        )
+    def open_batches(self) -> Batches:
+        batches = build_batches(self.config, self.data, self.step, self.accelerator)
         sizes = batches.sizes
         check_same_everywhere(gather_object([sizes]))
         if self.last_checkpoint is not None:
@@ -223,12 +197,12 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.run.write()
             log = LossLog(self.output_dir, self.step)
-        logger.info(
-            "%s; total batch %d; precision %s", self.networks.summary(), self.total_batch, self.config.precision
-        )
+        summary = self.networks.summary()
+        logger.info("%s; total batch %d; precision %s", summary, self.total_batch, self.config.precision)
         self.warn(slow_learning(self.student, self.config, self.total_batch))
         if self.discriminator is not None:
-            image_text.tell(self.data.image_text)
+            logger.info("Text beside real images: %s (%s).", self.data.image_text.choice, self.data.image_text.reason)
+            self.warn(self.data.image_text.warning)
         return log
 
     def warn(self, message: str | None) -> None:
@@ -260,7 +234,8 @@ class Trainer:
             prompts = self.config.validation_prompts
             clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
             if any(clip is not None for clip in clips.values()):
-                picture = write_validation(self.validation_folder(self.step), clips, self.config.fps)
+                folder = self.output_dir / "validation" / f"step-{self.step:06d}"
+                picture = write_validation(folder, clips, self.config.fps)
                 with room_for("the tracker's pictures", self.output_dir):
                     self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()
@@ -270,20 +245,14 @@ class Trainer:
         try:
             return self.clip(prompt, index)
         except NonFiniteSample as error:
-            logger.error(
-                "The student of step %d makes no clip of %r: %s The losses of the training are finite, so it is not"
-                " stopped. %s",
-                *(self.step, prompt, error, saved_in(self.last_checkpoint)),
-            )
+            goes_on = f"The losses of the training are finite, so it is not stopped. {saved_in(self.last_checkpoint)}"
+            logger.error("The student of step %d makes no clip of %r: %s %s", self.step, prompt, error, goes_on)
             return None
 
     def clip(self, prompt: str, index: int = 0) -> np.ndarray:
         """A clip of the student as it is, (T, H, W, 3) uint8."""
         with self.accelerator.autocast(), self.student.averaged():
             return sample_clip(self.networks, self.config, prompt, index)
-
-    def validation_folder(self, step: int) -> Path:
-        return self.output_dir / "validation" / f"step-{step:06d}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that must not change when this run is resumed."""
@@ -328,9 +297,8 @@ class Trainer:
             "hours": round(self.seconds / 3600, 3),
             "image_text": self.data.image_text.choice,
         }
-        name = self.output_dir.resolve().name
         with self.student.averaged():
-            return write_lora_folder(folder, self.config, self.networks, progress, name, sample, relative_to)
+            return write_lora_folder(folder, self.config, self.networks, progress, sample, relative_to)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""

@@ -3,10 +3,9 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ from torch import nn
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
-from ..distillation.discriminator import MIN_FRAME_AREA, MIN_IMAGE_AREA, Discriminator
+from ..conditioning import Conditioning
+from ..distillation.discriminator import Discriminator
+from ..distillation.discriminator.augment import MIN_FRAME_AREA, MIN_IMAGE_AREA
 from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
 from ..features import PatchFeatures, TextFeatures
-from ..location import INDEX_NAME, Location
+from ..location import Location
 from ..lora import (
     MOTION_HEAD_NAME,
     add_lora,
@@ -33,11 +34,23 @@ from ..lora import (
     train_only,
 )
 from ..pipelines import MCMPipeline
-from ..pipelines.loading import how_to_unpack, is_checkpoint
+from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
 from .config import TrainingConfig
-from .text import CachedTextEncoder
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class CachedTextEncoder:
+    """Encodings of the `capacity` captions seen last, each made by itself: its bits depend on no batch it came in."""
+
+    def __init__(self, encode: Callable[[list[str]], Conditioning], capacity: int = 1024):
+        self.row = lru_cache(capacity)(lambda caption: encode([caption]))
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Captions -> their embeddings, stacked in order."""
+        rows = [self.row(caption) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass
@@ -58,31 +71,28 @@ class TrainingNetworks:
     def base_model(self) -> BaseModel:
         return self.pipeline.base_model
 
+    @property
+    def changed(self) -> dict[str, nn.Module]:
+        """The modules that a run changes, apart from the denoiser."""
+        modules = {"motion": self.student.motion, "target_motion": self.student.target_motion}
+        return modules if self.discriminator is None else {**modules, "heads": self.discriminator.heads}
+
     def state_dict(self) -> dict[str, Any]:
         """The weights that a run changes."""
-        return {
-            "lora": lora_state_dict(self.student.denoiser),
-            "motion": self.student.motion.state_dict(),
-            "target_motion": self.student.target_motion.state_dict(),
-            "heads": None if self.discriminator is None else self.discriminator.heads.state_dict(),
-        }
+        changed = {name: module.state_dict() for name, module in self.changed.items()}
+        return {"lora": lora_state_dict(self.student.denoiser), **changed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the weights of a run, in place."""
         set_lora_state_dict(self.student.denoiser, state["lora"])
-        self.student.motion.load_state_dict(state["motion"])
-        self.student.target_motion.load_state_dict(state["target_motion"])
-        if self.discriminator is not None:
-            self.discriminator.heads.load_state_dict(state["heads"])
+        for name, module in self.changed.items():
+            module.load_state_dict(state[name])
 
     def summary(self) -> str:
         """A line or two for the log: what is trained, at which size."""
         trained = {"LoRA and motion head": self.student, "discriminator": self.discriminator}
-        counts = {
-            name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-            for name, module in trained.items()
-            if module is not None
-        }
+        modules = {name: module for name, module in trained.items() if module is not None}
+        counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in modules.items()}
         sizes = dict(zip(("frames", "height", "width"), self.clip_size))
         return f"base model {self.base_model.name}, clips {json.dumps(sizes)}, trained parameters {json.dumps(counts)}"
 
@@ -107,36 +117,39 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     if config.adversarial:
         discriminator = build_discriminator(config).to(device)
         discriminator_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
+    low, high = config.guidance_min, config.guidance_max
     return TrainingNetworks(
         pipeline=pipeline,
         student=student,
         text=CachedTextEncoder(partial(base.encode_text, pipeline.tokenizer, pipeline.text_encoder)),
         discriminator=discriminator,
         discriminator_text=discriminator_text,
-        guidance_range=guidance_range(base, config),
+        guidance_range=base.guidance_range if low is None or high is None else (low, high),
         clip_size=(num_frames, height, width),
         latent_shape=latent_shape,
         extra_repositories=extra_repositories,
     )
 
 
-def find_base_model(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
-    """The row of `BASE_MODELS` for the teacher, and the `model_index.json` that says so."""
+def components_elsewhere(config: TrainingConfig) -> dict[str, str]:
+    """Where components of the teacher lie that are not in its own repository; `ValueError` if there is no teacher."""
     location = Location.of(config.pretrained_teacher_model, revision=config.revision)
     if location.is_file:
         raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_instead_of(location.name)}")
-    index = location.json(INDEX_NAME)
-    if index is None:
-        raise ValueError(
-            f"--pretrained_teacher_model {config.pretrained_teacher_model!r} has no model_index.json; "
-            "expected the folder or repository of a text-to-video pipeline."
-        )
+    index = read_base_index(location)
     base = infer_base_model(model_index=index)
     if config.base_model is not None and get_base_model(config.base_model).name != base.name:
         raise ValueError(
             f"--base_model is {config.base_model}, but {config.pretrained_teacher_model!r} holds a {base.name}."
         )
-    return base, index
+    for name, repository in config.extra_places.items():
+        if name not in base.extra_repositories or not repository:
+            known = ", ".join(base.extra_repositories) or "none"
+            raise ValueError(
+                f"--extra_repositories takes name=repository, with the components of {base.name} that may lie"
+                f" elsewhere ({known}) as names; got {name!r}={repository!r}."
+            )
+    return base.components_elsewhere(index) | config.extra_places
 
 
 def _instead_of(file: str) -> str:
@@ -153,8 +166,7 @@ def _instead_of(file: str) -> str:
 
 def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
     """The teacher as a pipeline, and where its components lie that are not in its own repository."""
-    base, index = find_base_model(config)
-    extra = base.components_elsewhere(index) | given_repositories(base, config)
+    extra = components_elsewhere(config)
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
         revision=config.revision,
@@ -165,27 +177,6 @@ def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, extra
-
-
-def given_repositories(base: BaseModel, config: TrainingConfig) -> dict[str, str]:
-    """`--extra_repositories` as a dictionary."""
-    given = dict(entry.partition("=")[::2] for entry in config.extra_repositories)
-    for name, repository in given.items():
-        if name not in base.extra_repositories or not repository:
-            known = ", ".join(base.extra_repositories) or "none"
-            raise ValueError(
-                f"--extra_repositories takes name=repository, with the components of {base.name} that may lie"
-                f" elsewhere ({known}) as names; got {name!r}={repository!r}."
-            )
-    return given
-
-
-@contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Key torch's global generator too, for libraries that initialise weights from it; restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sample_generator(seed, purpose, 0).initial_seed())
-        yield
 
 
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:
@@ -201,25 +192,18 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         generator=sample_generator(config.seed, "lora", 0),
     )
     train_only(denoiser, trained)
-    with seeded(config.seed, "motion"):
+    with torch.random.fork_rng(devices=[]):  # torch initialises modules from its global generator
+        torch.manual_seed(sample_generator(config.seed, "motion", 0).initial_seed())
         motion = build_motion(config.motion, channels)
     if config.pretrained_lora:
         start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
-    path = base.noise_path(
-        pipeline.scheduler.config, timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data
-    )
-    student = Student(
-        base,
-        denoiser,
-        pipeline.vae,
-        path,
-        motion,
-        config.method,
-        teacher=partial(lora_disabled, denoiser),
-        fused=partial(fused, denoiser) if config.fuse_lora else None,
-    )
+    boundary = dict(timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data)
+    path = base.noise_path(pipeline.scheduler.config, **boundary)
+    fuse = partial(fused, denoiser) if config.fuse_lora else None
+    teacher = partial(lora_disabled, denoiser)
+    student = Student(base, denoiser, pipeline.vae, path, motion, config.method, teacher, fuse)
     return student.eval()  # throughout: dropout would be noise that belongs to no sample
 
 
@@ -257,15 +241,9 @@ def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, con
         )
     set_lora_state_dict(denoiser, lora.tensors)
     head = None if location.is_file else location.file(MOTION_HEAD_NAME)
-    if head is not None:
-        with open_safetensors(head) as file:
-            if (file.metadata() or {}).get("motion") == config.motion:
-                names = [name for name in file.keys() if name.startswith("motion.")]
-                motion.load_state_dict({name.removeprefix("motion."): file.get_tensor(name) for name in names})
-
-
-def guidance_range(base: BaseModel, config: TrainingConfig) -> tuple[float, float]:
-    """The range of the guidance strength w, as given or the base model's."""
-    if config.guidance_min is None or config.guidance_max is None:
-        return base.guidance_range
-    return config.guidance_min, config.guidance_max
+    if head is None:
+        return
+    with open_safetensors(head) as file:
+        if (file.metadata() or {}).get("motion") == config.motion:
+            names = [name for name in file.keys() if name.startswith("motion.")]
+            motion.load_state_dict({name.removeprefix("motion."): file.get_tensor(name) for name in names})

@@ -14,7 +14,7 @@ from ..hub import is_local, recordable
 from ..location import MOTION_HEAD_NAME
 from ..lora import LoRA, extract_lora, write_safetensors
 from ..lora import write_lora_folder as write_lora_files
-from ..publish import PublishError, open_repository, publish_lora, put_sample
+from ..publish import Destination, PublishError, open_repository, publish_lora, put_sample
 from ..settings import SamplingDefaults, Settings
 from .config import TrainingConfig
 from .networks import TrainingNetworks
@@ -22,42 +22,31 @@ from .networks import TrainingNetworks
 _SAVE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def settings_of(
-    config: TrainingConfig, networks: TrainingNetworks, progress: dict[str, Any], folder: Path
-) -> Settings:
-    """What is recorded beside the weights in `folder`: ids as they are, local paths relative to it."""
-    num_frames, height, width = networks.clip_size
-    guidance_min, guidance_max = networks.guidance_range
-    found: dict[str, Any] = dict(num_frames=num_frames, height=height, width=width, guidance_min=guidance_min)
-    found |= dict(guidance_max=guidance_max, base_model=networks.base_model.name)
-    values = config.to_dict()
-    training = {name: values[name] for name in config.names(recorded=True)} | found | progress
-    return Settings(
-        base_model=networks.base_model.name,
-        base_model_repository=config.pretrained_teacher_model,
-        base_model_revision=config.revision,
-        extra_repositories=networks.extra_repositories,
-        sampling=SamplingDefaults(config.num_inference_steps, num_frames, height, width, config.fps),
-    ).trained(training, folder)
-
-
 def write_lora_folder(
     folder: Path,
     config: TrainingConfig,
     networks: TrainingNetworks,
     progress: dict[str, Any],
-    name: str,
     sample: tuple[str, np.ndarray] | None = None,
     relative_to: Path | None = None,
 ) -> LoRA:
     """Write all that `MCMPipeline.from_pretrained(folder)` needs. `progress` is recorded with the training.
 
-    `name` is the model's in its card, `sample` a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded
-    relative to `relative_to`, where the files will be moved; default: they stay in `folder`. Returns the LoRA as it
-    is in the folder.
+    `sample` is a prompt and its clip (T, H, W, 3) uint8. Local paths are recorded relative to `relative_to`, where the
+    files will be moved; default: they stay in `folder`. Returns the LoRA as it is in the folder.
     """
+    names = ("num_frames", "height", "width", "guidance_min", "guidance_max", "base_model")
+    found = dict(zip(names, (*networks.clip_size, *networks.guidance_range, networks.base_model.name)))
+    values = config.to_dict()
+    recorded = {name: values[name] for name in config.names(recorded=True)}
     lora = extract_lora(networks.student.denoiser).cast(_SAVE_DTYPES[config.save_dtype])
-    lora.settings = settings_of(config, networks, progress, relative_to or folder)
+    lora.settings = Settings(
+        base_model=networks.base_model.name,
+        base_model_repository=config.pretrained_teacher_model,
+        base_model_revision=config.revision,
+        extra_repositories=networks.extra_repositories,
+        sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, config.fps),
+    ).trained(recorded | found | progress, relative_to or folder)
     lora.scheduler_config = json.loads(networks.pipeline.scheduler.to_json_string())
     lora.folder = relative_to or folder
     if sample is not None:
@@ -65,38 +54,27 @@ def write_lora_folder(
         lora.settings = put_sample(folder, lora.settings, sample[1], sample[0], config.fps)
     write_lora_files(folder, lora, networks.base_model.denoiser_name)
     write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
+    name = Path(config.output_dir).resolve().name
     write_text(folder / CARD_NAME, render_folder_card(folder, name, lora.settings))
     return lora
 
 
 def motion_head(networks: TrainingNetworks) -> dict[str, torch.Tensor]:
     """The head's weights and its moving average's; empty for a representation without weights."""
-    student = networks.student
-    heads = {"motion": student.motion, "target_motion": student.target_motion}
-    return {
-        f"{prefix}.{key}": value.detach().cpu().contiguous()
-        for prefix, head in heads.items()
-        for key, value in head.state_dict().items()
-    }
+    heads = {name: networks.changed[name].state_dict() for name in ("motion", "target_motion")}
+    return {f"{name}.{key}": value.cpu().contiguous() for name, head in heads.items() for key, value in head.items()}
 
 
 def prepare_push(config: TrainingConfig) -> None:
     """Fail before the training, not after it: create the repository, which needs the token that will be needed."""
-    folder = Path(config.output_dir)
-    if is_local(recordable(config.pretrained_teacher_model, folder)):
-        raise ValueError(
-            f"With --push_to_hub others will load the base model, but {config.pretrained_teacher_model!r} is a folder"
-            " of this machine. Name its repository as --pretrained_teacher_model, or train without --push_to_hub and"
-            f" then run: {push_command(config)} --base_model owner/name"
-        )
-    for entry in config.extra_repositories:
-        name, _, place = entry.partition("=")
-        if is_local(recordable(place, folder)):
+    later = f" and then run: {push_command(config)} --base_model owner/name"
+    for what, place in {"base model": config.pretrained_teacher_model, **config.extra_places}.items():
+        if is_local(recordable(place, Path(config.output_dir))):
             raise ValueError(
-                f"With --push_to_hub others will load the {name}, but {place!r} is a folder of this machine. Name its"
-                " repository in --extra_repositories, or train without --push_to_hub."
+                f"With --push_to_hub others will load the {what}, but {place!r} is a folder of this machine. Name its"
+                f" repository, or train without --push_to_hub{later if what == 'base model' else ''}."
             )
-    open_repository(hub_repository(config), private=config.hub_private_repo or None, token=config.hub_token)
+    open_repository(_destination(config))
 
 
 def unusable(config: TrainingConfig, prompt: str) -> str:
@@ -112,18 +90,20 @@ def unusable(config: TrainingConfig, prompt: str) -> str:
 def push_to_hub(config: TrainingConfig, lora: LoRA) -> str:
     """Publish the output folder, which holds this LoRA; the address of the commit."""
     try:
-        return publish_lora(
-            config.output_dir,
-            hub_repository(config),
-            private=config.hub_private_repo or None,
-            token=config.hub_token,
-            overwrite_card=config.overwrite_card,
-            lora=lora,
-        )
+        return publish_lora(config.output_dir, _destination(config), lora=lora)
     except PublishError as error:
         raise PublishError(
             f"{error} The LoRA is in {config.output_dir}; publish it with: {push_command(config)}"
         ) from None
+
+
+def _destination(config: TrainingConfig) -> Destination:
+    return Destination(
+        hub_repository(config),
+        private=config.hub_private_repo or None,
+        token=config.hub_token,
+        overwrite_card=config.overwrite_card,
+    )
 
 
 def hub_repository(config: TrainingConfig) -> str:

@@ -1,12 +1,13 @@
 """A run that goes on from a checkpoint: what must be the same as when it was begun, and what should be."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from ..flags import FIXED, TOLD
-from ..hub import recordable_source
-from .config import TrainingConfig, default_values, values_before_flags
+from ..hub import recordable
+from .config import TrainingConfig
 from .networks import TrainingNetworks
 
 
@@ -28,11 +29,16 @@ def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
     They may change on purpose: a path, where a folder was moved, the precision on another machine.
     """
     values, sources = config.to_dict(), config.names(source=True)
-    told = {name: values[name] for name in config.names(resume=TOLD)}
     return {
-        name: recordable_source(value, output_dir) if name in sources and value is not None else value
-        for name, value in told.items()
+        name: recordable(values[name], output_dir) if name in sources and values[name] else values[name]
+        for name in config.names(resume=TOLD)
     }
+
+
+def values_before_flags() -> dict[str, Any]:
+    """What the discriminator did before there was a flag for it, where that is not what the flag's default says."""
+    entries = dataclasses.fields(TrainingConfig)
+    return {entry.name: before for entry in entries if (before := entry.metadata["before"]) is not None}
 
 
 def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
@@ -40,10 +46,9 @@ def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
     # What a checkpoint does not record was no flag yet, and was done as its default says, or in a way of its own.
     then = TrainingConfig.renamed(json.loads(recorded))
     before = values_before_flags() if now["lambda_adv"] > 0 else {}
-    unrecorded, then = before.keys() - then.keys(), default_values() | before | then
-    changed = _changes(then, now)
-    if changed:
-        flags = " ".join(f"--{name} {then[name]}" for name in before if name in unrecorded and then[name] != now[name])
+    defaults = TrainingConfig(pretrained_teacher_model="any", video_data="any").to_dict()
+    flags = " ".join(f"--{name} {old}" for name, old in before.items() if name not in then and old != now[name])
+    if changed := _changes(defaults | before | then, now):
         raise ValueError(
             f"The run in {folder} cannot be gone on with other settings: {changed}."
             + (f" It began before there were flags for all of them; go on with {flags}" if flags else "")
@@ -53,8 +58,7 @@ def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
 def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str | None:
     """What to warn of: circumstances that are not what they were; None if nothing is known to have changed."""
     then = TrainingConfig.renamed(then)
-    changed = _changes(then, {name: value for name, value in now.items() if name in then})
-    if not changed:
+    if not (changed := _changes(then, now)):
         return None
     return (
         f"The run in {folder} goes on with something else than it was begun with: {changed}. If it is not the same "
@@ -64,8 +68,7 @@ def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str
 
 def check_data(then: dict[str, Any], now: dict[str, Any], folder: Path, skipped: list[str]) -> None:
     """Raise ValueError if the data are no longer those of the run in a checkpoint: it would read other samples."""
-    changed = _changes(then, {name: value for name, value in now.items() if name in then})
-    if changed:
+    if changed := _changes(then, now):
         first = "".join(f"\n  {name}" for name in skipped[:5])
         raise ValueError(
             f"The run in {folder} cannot be gone on with, for its data have changed and each sample would be another: "
@@ -85,4 +88,6 @@ def check_same_everywhere(sizes: list[dict[str, Any]]) -> None:
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
-    return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name])
+    """What is not as it was, of what was known then."""
+    known = [name for name in now if name in then]
+    return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in known if then[name] != now[name])

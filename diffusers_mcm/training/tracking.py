@@ -2,14 +2,15 @@
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from ..files import atomic_file
+from ..files import write_text
 
 logger = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
@@ -19,8 +20,6 @@ _PACKAGES = {"tensorboard": "'diffusers-mcm[train]'", "comet_ml": "comet-ml"}
 
 def check_tracker(report_to: str) -> None:
     """Raise ImportError, with what to install, if `--report_to` cannot be used; accelerate would pass over it."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
     if report_to == "none":
         return
     if report_to not in LOGGER_TYPE_TO_CLASS:
@@ -60,10 +59,9 @@ class NonFiniteLoss(FloatingPointError):
 
 def check_finite(values: dict[str, float], step: int, samples: range, last_checkpoint: Path | None) -> None:
     """Stop the run, with the cause, before a bad gradient reaches the weights."""
-    bad = {name: value for name, value in values.items() if not torch.isfinite(torch.tensor(value))}
-    if not bad:
+    listed = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    if not listed:
         return
-    listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
     raise NonFiniteLoss(
         f"Training stopped at step {step}, samples {samples.start} to {samples.stop - 1}: {listed} (all: "
         f"{json.dumps(values)}). The weights were not changed by this step and nothing was overwritten. "
@@ -81,12 +79,8 @@ class LossLog:
 
     def __init__(self, output_dir: Path, first_step: int):
         self.path = output_dir / LOG_NAME
-        kept = []
-        if first_step and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= first_step]
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8").splitlines() if first_step and self.path.is_file() else []
+        write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= first_step))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, or leave the file as it was if there is no room for the whole of it."""

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .config import TrainingConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # Under this sum of the rates over a run no LoRA is known to have learnt anything; the paper's is a hundred times that.
 LEAST_SUM_OF_RATES = 0.0015
@@ -31,12 +29,9 @@ class SkippedSteps(RuntimeError):
 
 
 class TrainedModule:
-    """One of the two modules that are trained, wrapped for its processes, with its optimiser and schedule.
+    """The "student" or the "discriminator", wrapped for its processes, with its optimiser and schedule.
 
-    Args:
-        name: "student" or "discriminator".
-        rate: The full learning rate.
-        ema_decay: Of a moving average of what is trained; 0 for none.
+    `rate` is the full learning rate, `ema_decay` that of a moving average of what is trained; 0 for none.
     """
 
     def __init__(
@@ -45,28 +40,19 @@ class TrainedModule:
         module: nn.Module,
         rate: float,
         config: TrainingConfig,
-        accelerator: "Accelerator",
+        accelerator: Accelerator,
         ema_decay: float = 0.0,
     ):
         self.name, self.num_steps = name, config.max_train_steps
         self.made, self.skipped = 0, 0  # steps since the start of the process, and those that fp16 skipped just now
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self.module = accelerator.prepare_model(module)
         # Not prepared by accelerate: its wrapper updates the fp16 scale once per optimiser, and there are two.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
+        betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+        self.optimizer = torch.optim.AdamW(self.parameters, rate, betas, config.adam_epsilon, decay)
+        steps = dict(num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps)
+        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, **steps)
         self.average = EMAModel(self.parameters, decay=ema_decay) if ema_decay else None
 
     @property
@@ -85,16 +71,16 @@ class TrainedModule:
         so has a discriminator that is sure of everything.
         """
         missing = [name for name, parameter in zip(self.names, self.parameters) if parameter.grad is None]
-        if not missing:
-            return
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise MissingGradient(
-            f"Training stopped at step {step}: {len(missing)} of {len(self.names)} trained parameters of the "
-            f"{self.name} have no gradient ({shown}), so they would be saved as they were at the start. No weight was "
-            "changed by this step. Likely causes: autocast gives weights back that it converted where no gradients "
-            "are kept (a torch before 2.11, with its cache on), a layer whose input or output is detached or that "
-            "these clips never reach, or a module that was frozen or exchanged after the optimiser was made."
-        )
+        if missing:
+            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            raise MissingGradient(
+                f"Training stopped at step {step}: {len(missing)} of {len(self.names)} trained parameters of the "
+                f"{self.name} have no gradient ({shown}), so they would be saved as they were at the start. No weight "
+                "was changed by this step. Likely causes: autocast gives weights back that it converted where no "
+                "gradients are kept (a torch before 2.11, with its cache on), a layer whose input or output is "
+                "detached or that these clips never reach, or a module that was frozen or exchanged after the "
+                "optimiser was made."
+            )
 
     def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
         """Scale the gradients down to `max_norm`; returns the norm they had."""
@@ -170,13 +156,13 @@ def slow_learning(student: TrainedModule, config: TrainingConfig, total_batch: i
     total, full = student.sum_of_rates(), config.learning_rates(total_batch)[0]
     if total >= LEAST_SUM_OF_RATES:
         return None
-    scaled = f"scaled to {full:.2g} by a total batch of {total_batch}" if config.scale_lr else "not scaled"
-    remedies = ["more --max_train_steps", "a larger --learning_rate"]
+    scaled, batch = "not scaled", ""
     if config.scale_lr:
-        remedies.insert(0, "a larger batch (--gradient_accumulation_steps, --train_batch_size, more processes)")
+        scaled = f"scaled to {full:.2g} by a total batch of {total_batch}"
+        batch = "a larger batch (--gradient_accumulation_steps, --train_batch_size, more processes), "
     return (
         f"The student's learning rates add up to {total:.2g} over the {config.max_train_steps} steps of this run, and "
         f"below {LEAST_SUM_OF_RATES} a LoRA learns next to nothing ({_PAPERS_SUM}): --learning_rate "
         f"{config.learning_rate:g} is {scaled}, the schedule is {config.lr_scheduler} with --lr_warmup_steps "
-        f"{config.lr_warmup_steps}. Take {', '.join(remedies[:-1])} or {remedies[-1]}."
+        f"{config.lr_warmup_steps}. Take {batch}more --max_train_steps or a larger --learning_rate."
     )

@@ -22,13 +22,10 @@ def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str,
 
     `NonFiniteSample` if the network or the VAE makes values that are not finite.
     """
-    num_frames, height, width = networks.clip_size
     try:
         videos = networks.pipeline(
             prompt,
-            num_frames=num_frames,
-            height=height,
-            width=width,
+            **dict(zip(("num_frames", "height", "width"), networks.clip_size)),
             num_inference_steps=config.num_inference_steps,
             latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
             generator=sample_generator(config.seed, "validation steps", index),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler
 from diffusers_mcm.base_models import get_base_model, infer_base_model
-from diffusers_mcm.lora import CONFIG_NAME, add_lora, fresh_lora, load_lora_into, lora_layers, save_lora
+from diffusers_mcm.lora import CONFIG_NAME, add_lora, fresh_lora, load_lora_into, lora_layers
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
     EXACT,
@@ -21,6 +21,7 @@ from tests.tiny import (
     TEXT_DIM,
     TEXT_LENGTH,
     randomise_lora,
+    save_lora,
     save_tiny_stable_diffusion,
     tiny_animatediff_components,
     tiny_image_unet,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.base_models import BASE_MODELS, infer_base_model
 from diffusers_mcm.formats.description import describe
-from diffusers_mcm.lora import WEIGHTS_NAME, add_lora, save_lora
-from tests.tiny import EXACT, SIZE, randomise_lora, save_tiny_base
+from diffusers_mcm.lora import WEIGHTS_NAME, add_lora
+from tests.tiny import EXACT, SIZE, randomise_lora, save_lora, save_tiny_base
 
 from .flow_model.base_model import MASK, TEXT_LENGTH, FlowConsistencyScheduler, FlowPath
 from .flow_model.pipeline import FlowMCMPipeline

@@ -5,7 +5,7 @@ import pytest
 
 from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug, vbench_names
 from diffusers_mcm.files import atomic_file
-from diffusers_mcm.text_files import _warn_of_guess
+from diffusers_mcm.text_files import _told
 
 
 @pytest.fixture
@@ -155,6 +155,8 @@ def test_videos_of_one_prompt_count_their_seeds_up():
         (9, "d/0002-b-1.gif"),
         (10, "d/0002-b-2.gif"),
     ]
+    jobs = plan([Prompt("a")] * 2, Path("."), ".gif", seed=3)
+    assert [str(job.path) for job in jobs] == ["0001-a.gif", "0002-a.gif"]
 
 
 def test_vbench_names_videos_by_their_prompts():
@@ -218,7 +220,7 @@ def test_slugs_are_file_names(prompt, expected):
 
 @pytest.mark.parametrize("name", ["list.txt", "list.csv"])
 def test_a_guessed_encoding_is_told(tmp_path, monkeypatch, caplog, name):
-    _warn_of_guess.cache_clear()  # each file's is told once
+    _told.clear()  # each file's is told once
     data = "prompt\na café\n".encode("cp1252")
     (tmp_path / name).write_bytes(data)
     read_list(str(tmp_path / name))

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from diffusers_mcm.data import counted, video
-from diffusers_mcm.data.counted import CountedFilm, CountedFilms, film_key
-from diffusers_mcm.data.video import clip_positions, read_clip
+from diffusers_mcm.data.counted import counted_film, film_key, remember
+from diffusers_mcm.data.timing import clip_positions
+from diffusers_mcm.data.video import read_clip
 
 from .conftest import encode_mp4, flat_frames, frame_numbers
 
 
 @pytest.fixture(autouse=True)
 def films(monkeypatch):
-    monkeypatch.setattr(video, "_counted", CountedFilms())
+    monkeypatch.setattr(video, "_counted", {})
     return video
 
 
@@ -60,7 +61,7 @@ def test_the_second_read_of_a_film_decodes_from_a_keyframe(tmp_path, as_path, de
 
 def test_a_film_without_use_of_seeking_is_decoded_as_far_as_needed(decoded):
     media = {"path": None, "bytes": encode_mp4(flat_frames(24), container="h264")}
-    assert not numbers_are_sound(media)
+    assert not packets_tell_the_times(media)
     first = numbers(media, 3, 2, 0.5)
     decoded[0] = 0
     assert numbers(media, 3, 2, 0.5) == first == clip_positions(24, 3, 2, 0.5)
@@ -70,9 +71,9 @@ def test_a_film_without_use_of_seeking_is_decoded_as_far_as_needed(decoded):
     assert decoded[0] == 5
 
 
-def numbers_are_sound(media):
+def packets_tell_the_times(media):
     with video.open_film(media) as container:
-        return video.read_index(container).sound
+        return bool(video.read_index(container).labels)
 
 
 def test_a_clip_by_time_is_the_same_the_second_time():
@@ -109,15 +110,16 @@ def test_only_so_many_are_remembered(monkeypatch):
     media = {"path": None, "bytes": avi(8)}
     with video.open_film(media) as container:
         index = video.read_index(container)
-    films = CountedFilms()
+    films = {}
     for key in range(5):
-        films.add((key,), CountedFilm.of(index, list(range(40))))
-    assert len(films) == 2 and films.get((4,)) and films.get((3,)) and not films.get((2,))
-    films.get((3,))
-    films.add((5,), CountedFilm.of(index, list(range(40))))
-    assert films.get((3,)) and not films.get((4,))  # the one that was not asked for goes
-    films.add((6,), CountedFilm.of(index, list(range(101))))
-    assert films.get((6,)) is None and len(films) == 2
+        remember(films, (key,), counted_film(index, list(range(40))))
+    assert list(films) == [(3,), (4,)]
+    remember(films, (3,), films.pop((3,)))
+    remember(films, (5,), counted_film(index, list(range(40))))
+    assert list(films) == [(3,), (5,)]  # the one that was not asked for goes
+    remember(films, (6,), counted_film(index, list(range(101))))
+    remember(films, None, counted_film(index, [0]))
+    assert list(films) == [(3,), (5,)]
 
 
 def test_keys_tell_films_apart(tmp_path):

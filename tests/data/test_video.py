@@ -8,7 +8,8 @@ from PIL import Image
 from diffusers_mcm.data import video
 from diffusers_mcm.data.faults import UnusableItem
 from diffusers_mcm.data.images import fit
-from diffusers_mcm.data.video import clip_positions, read_clip
+from diffusers_mcm.data.timing import clip_positions
+from diffusers_mcm.data.video import read_clip
 
 from .conftest import encode_mp4, flat_frames, frame_numbers, read_numbers
 

@@ -17,7 +17,7 @@ from diffusers_mcm.distillation.draws import (
 
 def draws(indices, seed=0):
     grid = torch.arange(19, 1000, 20)
-    return draw_step(seed, indices, (4, 3, 2, 2), grid, (5.0, 15.0), 2)
+    return draw_step(seed, indices, (4, 3, 2, 2), grid, (5.0, 15.0), 2, Coins())
 
 
 def test_draws_do_not_depend_on_how_a_batch_is_split():

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.distillation.adversarial import AdversarialStep
-from diffusers_mcm.distillation.draws import draw_adversarial, draw_step
+from diffusers_mcm.distillation.draws import Coins, draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
 from diffusers_mcm.distillation.student import Student
 from diffusers_mcm.lora import add_lora, fused, lora_disabled, lora_state_dict
@@ -40,7 +40,7 @@ def make_student(**overrides) -> Student:
 
 
 def make_draws(student, timestep: int | None = None, indices=INDICES):
-    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2)
+    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2, Coins())
     if timestep is not None:
         draws.timestep.fill_(timestep)
     return draws
@@ -80,16 +80,18 @@ def test_plain_lcm_is_the_distance_to_diffusers_ddim_step():
 
     ddim = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(50)  # its step lands on t - 20; below 0 it takes the first alpha, timestep 0's
+    network = partial(BASE.denoise, student.denoiser)
     with torch.no_grad():
         x_0 = BASE.encode_video(student.vae, PIXELS.double(), draws.encoder_noise)
         x_t = ddim.add_noise(x_0, draws.noise, draws.timestep)
         with lora_disabled(student.denoiser):
-            conditional = student.denoise(x_t, draws.timestep, text)
-            unconditional = student.denoise(x_t, draws.timestep, negative)
+            conditional = network(x_t, draws.timestep, text)
+            unconditional = network(x_t, draws.timestep, negative)
         guided = conditional + draws.guidance.reshape(-1, 1, 1, 1, 1) * (conditional - unconditional)
         steps = [ddim.step(guided[i], int(draws.timestep[i]), x_t[i]).prev_sample for i in range(2)]
-        target = student.consistency(torch.stack(steps), torch.tensor([479, 0]), text)
-        difference = student.consistency(x_t, draws.timestep, text) - target
+        stepped, t_prev, f = torch.stack(steps), torch.tensor([479, 0]), student.path.consistency_function
+        target = f(network(stepped, t_prev, text), stepped, t_prev)
+        difference = f(network(x_t, draws.timestep, text), x_t, draws.timestep) - target
     expected = ((difference**2 + 0.001**2).sqrt() - 0.001).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
 

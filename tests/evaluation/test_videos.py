@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusers_mcm.data.columns import IMAGES
 from diffusers_mcm.data.faults import UnusableItem
-from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples, read_video, size_of
+from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples, size_of
 from diffusers_mcm.video_io import write_video
 from tests.evaluation.conftest import CAPTIONS, write_samples
 
@@ -71,7 +71,7 @@ def test_of_several_captions_the_seed_chooses_one(ramps):
 )
 def test_windows(ramps, window, frames):
     video = open_reference(str(ramps), None, 0).videos[0]
-    assert brightness(read_video(video, window, window.start(0, 0))) == frames
+    assert brightness(video.read(window, window.start(0, 0))) == frames
 
 
 def test_a_random_window_is_keyed_by_seed_and_number(ramps):
@@ -84,7 +84,7 @@ def test_a_random_window_is_keyed_by_seed_and_number(ramps):
 def test_a_short_video_is_never_read_at_another_interval(ramps):
     video = open_reference(str(ramps), None, 0).videos[1]
     with pytest.raises(UnusableItem, match="it has 12 frames, fewer than the 13 asked for"):
-        read_video(video, Window(4, 4, None, "start", 16, 16), 0)
+        video.read(Window(4, 4, None, "start", 16, 16), 0)
 
 
 def test_what_is_missing_is_named(ramps):
@@ -95,7 +95,7 @@ def test_what_is_missing_is_named(ramps):
 def test_images_are_one_frame_each(tmp_path):
     Image.new("RGB", (20, 10), (9, 9, 9)).save(tmp_path / "a.png")
     images = open_reference(str(tmp_path), None, 0, IMAGES)
-    assert read_video(images.videos[0], WINDOW._replace(height=8, width=8), 0).shape == (1, 8, 8, 3)
+    assert images.videos[0].read(WINDOW._replace(height=8, width=8), 0).shape == (1, 8, 8, 3)
 
 
 def test_own_samples_say_prompt_seed_and_settings(tmp_path):
@@ -130,7 +130,7 @@ def test_vbench_names(tmp_path):
 def test_every_format_that_holds_frames(tmp_path, name):
     write_video(tmp_path / name, ramp(8))
     (video,) = open_samples(tmp_path).videos
-    frames = read_video(video, Window(4, 1, None, "start", 16, 16), 0)
+    frames = video.read(Window(4, 1, None, "start", 16, 16), 0)
     assert frames.shape == (4, 16, 16, 3) and brightness(frames) == [0, 1, 2, 3]
     assert size_of([video]) == (16, 16)
 
@@ -139,7 +139,7 @@ def test_every_format_that_holds_frames(tmp_path, name):
 def test_too_few_pictures(tmp_path, name):
     write_video(tmp_path / name, ramp(3))
     with pytest.raises(UnusableItem, match="it has 3 frames, fewer than the 4 asked for"):
-        read_video(open_samples(tmp_path).videos[0], WINDOW, 0)
+        open_samples(tmp_path).videos[0].read(WINDOW, 0)
 
 
 def test_a_video_that_does_not_say_what_it_shows(tmp_path):

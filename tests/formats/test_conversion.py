@@ -22,7 +22,6 @@ from diffusers_mcm.lora import (
     load_lora_into,
     lora_state_dict,
     read_lora,
-    save_lora,
     write_lora_weights,
 )
 from diffusers_mcm.settings import Settings
@@ -39,7 +38,7 @@ from tests.formats.world import (
     tiny_motion_adapter,
     tiny_motion_unet,
 )
-from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES, SCHEDULER, save_tiny_lora
+from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES, SCHEDULER, save_lora, save_tiny_lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -139,7 +138,7 @@ def test_peft_reads_what_we_write(tmp_path, base_model):
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, *shape[1:], generator=generator)
         tensors[f"{name}.lora_B.weight"] = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator)
     lora = LoRA(tensors, alpha=5, alpha_pattern={names[0]: 7}, settings=Settings(base_model=base_model))
-    write_lora_weights(tmp_path / "ours.safetensors", lora)
+    write_lora_weights(tmp_path / "ours.safetensors", {"unet": lora})
     folder = convert(tmp_path / "ours.safetensors", tmp_path / "peft", "peft")
     theirs = PeftModel.from_pretrained(released_unet(base_model), str(folder)).eval()
     load_lora_into(unet, read_lora(tmp_path / "ours.safetensors"))

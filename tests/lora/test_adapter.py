@@ -18,7 +18,7 @@ from tests.tiny import FEW_MODULES
 
 def test_ranks_may_differ_and_without_alpha_the_scale_is_one(unet, tmp_path):
     tensors = fresh_lora(unet, FEW_MODULES[:2], rank=2).tensors | fresh_lora(unet, FEW_MODULES[2:], rank=3).tensors
-    write_lora_weights(tmp_path / "x.safetensors", LoRA(tensors))
+    write_lora_weights(tmp_path / "x.safetensors", {"unet": LoRA(tensors)})
     load_lora_into(unet, read_lora(tmp_path / "x.safetensors"))
     layers = lora_layers(unet)
     assert [layers[name].r["default"] for name in FEW_MODULES] == [2, 2, 3, 3]

@@ -86,6 +86,14 @@ def test_the_noise_schedule_is_the_networks(name):
     assert type(again) is MCMScheduler and {key: again.config[key] for key in noise} == noise
 
 
+def test_lcm_has_the_grid_of_the_distillation():
+    own = MCMScheduler(**SCHEDULER, original_inference_steps=8)
+    pipe = ModelScopeMCMPipeline(**tiny_components() | {"scheduler": own})
+    for scheduler in (own, make_scheduler("lcm", pipe)):
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
 def test_a_scheduler_of_somebody_elses_is_told_by_its_class(both):
     ours, _ = both
     own = ours.scheduler

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline
 from diffusers_mcm.location import Location
-from diffusers_mcm.lora.original_names import original_name
+from diffusers_mcm.lora.layouts import original_name
 from diffusers_mcm.pipelines.loading import read_base_index
 from tests.tiny import (
     NUM_FRAMES,

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
-from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads, TextFeatures
-from diffusers_mcm.training.image_text import choose_image_text
+from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads
+from diffusers_mcm.features import TextFeatures
+from diffusers_mcm.training.batches import choose_image_text
 from diffusers_mcm.training.loop import Trainer
 from tests.distillation.discriminator.tiny import FEATURE_DIM, TEXT_DIM, tiny_clip_text
 from tests.tiny import tiny_tokenizer
@@ -191,7 +192,7 @@ def test_own_captions_are_taken_where_both_sets_are_alike(world, tmp_path, capti
 def test_frames_have_their_own_captions_and_large_sets_are_not_compared(world, tmp_path, monkeypatch):
     images, videos = open_both(world, make_images(tmp_path / "images", CAPTIONS))
     assert choose_image_text("auto", FrameDataset(videos), videos).choice == "own"
-    monkeypatch.setattr("diffusers_mcm.training.image_text.MAX_COMPARED", 63)
+    monkeypatch.setattr("diffusers_mcm.training.batches.MAX_COMPARED", 63)
     chosen = choose_image_text("auto", images, videos)
     assert (chosen.choice, chosen.reason) == ("none", "captions of more than 63 items are not compared")
     assert choose_image_text("own", images, videos).warning is None  # nothing is known against it

@@ -10,7 +10,7 @@ from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.consistency import boundary_scalings
 from diffusers_mcm.lora import lora_layers
 from diffusers_mcm.training.config import TrainingConfig
-from diffusers_mcm.training.networks import find_base_model, load_teacher
+from diffusers_mcm.training.networks import components_elsewhere, load_teacher
 from tests.tiny import SCHEDULER, save_tiny_lora
 
 from .world import tiny_config
@@ -69,7 +69,7 @@ def test_a_teacher_in_one_file_is_refused_with_the_way_out(tmp_path, base_model,
         save_file({key: torch.zeros(1)}, file)
         config = dict(pretrained_teacher_model=str(file), video_data="videos", base_model=base_model)
         with pytest.raises(ValueError, match="--pretrained_teacher_model takes a folder or a repository; ") as error:
-            find_base_model(TrainingConfig(**config))
+            components_elsewhere(TrainingConfig(**config))
         return str(error.value)
 
     told = refusal("my style.safetensors")

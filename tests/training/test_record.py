@@ -3,8 +3,14 @@ import shutil
 
 import pytest
 
-from diffusers_mcm.training.checkpoint import checkpoints, save_checkpoint
-from diffusers_mcm.training.record import RECORD_NAME, RunRecord, find_checkpoint, go_on
+from diffusers_mcm.training.checkpoint import (
+    RECORD_NAME,
+    RunRecord,
+    checkpoints,
+    find_checkpoint,
+    go_on,
+    save_checkpoint,
+)
 
 
 def save(folder, step):

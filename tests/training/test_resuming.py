@@ -1,7 +1,7 @@
 import pytest
 
-from diffusers_mcm.training.config import TrainingConfig, values_before_flags
-from diffusers_mcm.training.resuming import circumstances, told_changes
+from diffusers_mcm.training.config import TrainingConfig
+from diffusers_mcm.training.resuming import circumstances, told_changes, values_before_flags
 
 
 def config(**flags):

@@ -1,6 +1,6 @@
 import torch
 
-from diffusers_mcm.training.text import CachedTextEncoder
+from diffusers_mcm.training.networks import CachedTextEncoder
 
 
 def test_each_caption_is_encoded_once_and_rows_keep_their_order():
@@ -18,4 +18,4 @@ def test_each_caption_is_encoded_once_and_rows_keep_their_order():
     text(["b"])
     assert seen == [["aa"], ["b"], ["ccc"]]
     text(["aa"])
-    assert seen[-1] == ["aa"] and len(text.cache) == 2
+    assert seen[-1] == ["aa"] and text.row.cache_info().currsize == 2

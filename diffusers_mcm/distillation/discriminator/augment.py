@@ -5,8 +5,9 @@ however it is split. The numbers do not depend on the image's size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +53,9 @@ class AugmentationDraws:
 
 def draw_augmentation(generator: torch.Generator, num_images: int = 1) -> AugmentationDraws:
     """Draws for the `num_images` images of one sample, from that sample's own generator."""
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
-
-    numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1)
-    names = [field.name for field in fields(AugmentationDraws) if field.name != "crop_size"]
-    return AugmentationDraws(**dict(zip(names, numbers.unbind(1))), crop_size=uniform(num_images, CROP_ATTEMPTS, 2))
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float32)
+    numbers = uniform(num_images, len(fields(AugmentationDraws)) - 1).unbind(1)
+    return AugmentationDraws(*(*numbers, uniform(num_images, CROP_ATTEMPTS, 2)))
 
 
 def _integers(uniforms: torch.Tensor, count: int) -> torch.Tensor:
@@ -118,11 +115,10 @@ def augment(
 ) -> torch.Tensor:
     """Images `(N, 3, H, W)` in [-1, 1] → the same shape in float32, differentiable; colour may leave [-1, 1]."""
     check_augmentable(images, draws)
-    unknown = [name for name in policy if name not in AUGMENTATIONS]
-    if unknown:
-        raise ValueError(f"Unknown augmentation {unknown[0]!r}; choose from {', '.join(AUGMENTATIONS)}.")
     images = images.float()
     for name in policy:
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"Unknown augmentation {name!r}; choose from {', '.join(AUGMENTATIONS)}.")
         images = AUGMENTATIONS[name](images, draws)
     return images
 
@@ -145,21 +141,17 @@ def random_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_a
     return torch.where(chosen[:, None, None, None], crops, resized)
 
 
-def central_box(height: int, width: int) -> tuple[int, int]:
-    """Height and width of the largest box in the middle whose shape is within `CROP_RATIOS`."""
-    narrowest, widest = CROP_RATIOS
-    return min(height, round(width / narrowest)), min(width, round(height * widest))
-
-
 def crop_boxes(draws: AugmentationDraws, height: int, width: int, min_area: float) -> list[tuple[int, int, int, int]]:
     """Top, left, height and width of a resized crop of each image, drawn as torchvision's RandomResizedCrop does.
 
-    The area is uniform from `min_area` of the image's to all of it. Where no attempt fits, a box in the middle.
+    The area is uniform from `min_area` of the image's to all of it. Where no attempt fits, the box is the largest in
+    the middle whose shape is within `CROP_RATIOS`.
     """
+    narrowest, widest = CROP_RATIOS
     area, shape = draws.crop_size.double().unbind(-1)  # (N, attempts)
     area = height * width * (min_area + (1 - min_area) * area)
-    narrowest, widest = map(math.log, CROP_RATIOS)
-    ratio = (narrowest + (widest - narrowest) * shape).exp()
+    log_ratio = math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * shape
+    ratio = log_ratio.exp()
     heights, widths = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     boxes = []
@@ -169,7 +161,7 @@ def crop_boxes(draws: AugmentationDraws, height: int, width: int, min_area: floa
             top = int(_integers(draws.crop_y[row], height - box[0] + 1))
             left = int(_integers(draws.crop_x[row], width - box[1] + 1))
         else:
-            box = central_box(height, width)
+            box = min(height, round(width / narrowest)), min(width, round(height * widest))
             top, left = (height - box[0]) // 2, (width - box[1]) // 2
         boxes.append((top, left, *box))
     return boxes
@@ -182,20 +174,15 @@ def resized_crop(images: torch.Tensor, draws: AugmentationDraws, size: int, min_
     return torch.cat([F.interpolate(crop, (size, size), mode="bilinear", antialias=True) for crop in crops])
 
 
-def whole_image(images: torch.Tensor, draws: AugmentationDraws, size: int, min_area: float) -> torch.Tensor:
-    """The whole image, resized."""
-    return resize(images, size)
-
-
-CROPS = {"random": random_crop, "resized": resized_crop, "none": whole_image}
+CROPS: dict[str, Callable[[torch.Tensor, AugmentationDraws, int, float], torch.Tensor]] = {
+    "random": random_crop,
+    "resized": resized_crop,
+    "none": lambda images, draws, size, min_area: resize(images, size),
+}
 
 
 def crop_and_resize(
-    images: torch.Tensor,
-    draws: AugmentationDraws,
-    size: int,
-    crop: str = "random",
-    min_area: float = MIN_IMAGE_AREA,
+    images: torch.Tensor, draws: AugmentationDraws, size: int, crop: str = "random", min_area: float = MIN_IMAGE_AREA
 ) -> torch.Tensor:
     """`(N, 3, H, W)` → `(N, 3, size, size)`, differentiable; `crop` is out of `CROPS`, `min_area` for "resized"."""
     check_augmentable(images, draws)

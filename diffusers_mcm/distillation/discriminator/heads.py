@@ -1,6 +1,7 @@
 """The discriminator's trainable heads: one text-conditioned head per block of the frozen network (App. C.1)."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ MAX_GROUPS = 32
 MIN_GROUP_CHANNELS = 4
 
 
-class SpectralConv1d(nn.Module):
+class SpectralConv1d(nn.Conv1d):
     """Convolution over the tokens with circular padding, its weight divided by its largest singular value.
 
     The singular vectors are state that `update_spectral_norm` moves, not `forward`: several forward passes of one
@@ -23,22 +24,14 @@ class SpectralConv1d(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, generator: torch.Generator | None = None
     ):
-        super().__init__()
-        self.padding = kernel_size // 2
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode="circular")
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
-        self.register_buffer("left", torch.empty(out_channels))
-        self.register_buffer("right", torch.empty(in_channels * kernel_size))
-        self.reset_spectral_norm()
-
-    @torch.no_grad()
-    def reset_spectral_norm(self) -> None:
-        """Exact singular vectors: the top eigenvector of W Wᵀ, so that even the first step sees norm 1."""
-        matrix = self.weight.flatten(1).double()
+        nn.init.zeros_(self.bias)
+        # Exact singular vectors, the top eigenvector of W Wᵀ, so that even the first step sees norm 1.
+        matrix = self.weight.detach().flatten(1).double()
         left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
-        self.left.copy_(left)
-        self.right.copy_(F.normalize(matrix.T @ left, dim=0))
+        self.register_buffer("left", left.to(self.weight.dtype))
+        self.register_buffer("right", F.normalize(matrix.T @ left, dim=0).to(self.weight.dtype))
 
     @torch.no_grad()
     def update_spectral_norm(self) -> None:
@@ -50,28 +43,19 @@ class SpectralConv1d(nn.Module):
     def normalized_weight(self) -> torch.Tensor:
         # Half precision would blur the norm, and through it every weight.
         with torch.autocast(self.weight.device.type, enabled=False):
-            norm = torch.dot(self.left, self.weight.flatten(1) @ self.right)
-            return self.weight / norm
+            return self.weight / torch.dot(self.left, self.weight.flatten(1) @ self.right)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (N, C, P) -> (N, C', P)
-        if self.padding:
-            tokens = F.pad(tokens, (self.padding, self.padding), mode="circular")
-        return F.conv1d(tokens, self.normalized_weight(), self.bias)
+        return self._conv_forward(tokens, self.normalized_weight(), self.bias)
 
 
-class HeadBlock(nn.Module):
+def _head_block(channels: int, kernel_size: int, generator: torch.Generator | None) -> nn.Module:
     """Convolution, normalisation, LeakyReLU 0.2."""
-
-    def __init__(self, channels: int, kernel_size: int, generator: torch.Generator | None = None):
-        super().__init__()
-        self.conv = SpectralConv1d(channels, channels, kernel_size, generator)
-        # Groups of several channels within one sample: no statistics shared between samples, and, unlike one channel
-        # per group, a channel's mean over the image (its overall appearance) survives.
-        groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0 and channels >= g * MIN_GROUP_CHANNELS)
-        self.norm = nn.GroupNorm(groups, channels)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.leaky_relu(self.norm(self.conv(tokens)), 0.2)
+    # Groups of several channels within one sample: no statistics shared between samples, and, unlike one channel
+    # per group, a channel's mean over the image (its overall appearance) survives.
+    groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0 and channels >= g * MIN_GROUP_CHANNELS)
+    conv = SpectralConv1d(channels, channels, kernel_size, generator)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.GroupNorm(groups, channels), activation=nn.LeakyReLU(0.2)))
 
 
 class DiscriminatorHead(nn.Module):
@@ -79,8 +63,8 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, feature_dim: int, text_dim: int, generator: torch.Generator | None = None):
         super().__init__()
-        self.pointwise = HeadBlock(feature_dim, 1, generator)
-        self.residual = HeadBlock(feature_dim, RESIDUAL_KERNEL, generator)
+        self.pointwise = _head_block(feature_dim, 1, generator)
+        self.residual = _head_block(feature_dim, RESIDUAL_KERNEL, generator)
         self.project = SpectralConv1d(feature_dim, TEXT_CHANNELS, 1, generator)
         self.text = nn.Linear(text_dim, TEXT_CHANNELS)
         nn.init.kaiming_uniform_(self.text.weight, a=math.sqrt(5), generator=generator)
@@ -95,13 +79,9 @@ class DiscriminatorHead(nn.Module):
 
 
 class DiscriminatorHeads(nn.Module):
-    """One head per block.
+    """One head per block of the frozen network that is looked at; `feature_dim` are the channels of a patch token.
 
-    Args:
-        num_blocks: how many blocks of the frozen network are looked at.
-        feature_dim: channels of a patch token.
-        text_dim: channels of a text embedding.
-        generator: for the initial weights; torch's default generator if left out.
+    `generator` is for the initial weights; torch's default generator if left out.
     """
 
     def __init__(self, num_blocks: int, feature_dim: int, text_dim: int, generator: torch.Generator | None = None):

@@ -35,24 +35,14 @@ class DiscriminatorOutput(NamedTuple):
 
 
 class Discriminator(nn.Module):
-    """One training step runs the frozen network three times: on generated, real and interpolated images.
+    """One training step runs the frozen network three times, on generated, real and interpolated images.
 
-    ```
-    fake = discriminator.extract(frames, fake_draws)                # gradients reach the frames
-    fake_logits = discriminator.generator_logits(fake, text)        # ... and nothing else
-    real = discriminator.extract(images, real_draws)
-    output = discriminator(fake, text, real, image_text, weights)   # gradients reach the heads only
-    ...
-    discriminator.update_spectral_norm()                            # once after the optimiser's step
-    ```
+    `extract` gives the features of images, `generator_logits` the student's loss, and a call the discriminator's own,
+    of which gradients reach the heads only; `heads.update_spectral_norm()` follows each step of the optimiser.
 
-    Args:
-        features: the frozen image network.
-        heads: what is trained, the only weights that need saving.
-        text: the frozen text encoder; may be left out if embeddings come from elsewhere.
-        augmentation: names out of `AUGMENTATIONS`, in the order in which they are applied.
-        crop: a name out of `CROPS`, how images get to the frozen network's size.
-        min_crop_area: of the crop "resized", as a share of the image's area, 0 to 1.
+    The networks for images and text are frozen; the heads are trained, the only weights that need saving. Without
+    `text`, embeddings come from elsewhere. `augmentation` are names out of `AUGMENTATIONS`, in the order in which they
+    are applied, `crop` is one out of `CROPS`, `min_crop_area` a share of the image's area, for the crop "resized".
     """
 
     def __init__(
@@ -65,11 +55,8 @@ class Discriminator(nn.Module):
         min_crop_area: float = MIN_IMAGE_AREA,
     ):
         super().__init__()
-        self.augmentation = tuple(augmentation)
-        self.crop, self.min_crop_area = crop, min_crop_area
-        self.features = features
-        self.heads = heads
-        self.text = text
+        self.augmentation, self.crop, self.min_crop_area = tuple(augmentation), crop, min_crop_area
+        self.features, self.heads, self.text = features, heads, text
 
     @classmethod
     def with_fresh_heads(
@@ -106,10 +93,8 @@ class Discriminator(nn.Module):
     ) -> DiscriminatorOutput:
         """All of the discriminator's own step in one call, as a data-parallel wrapper wants it.
 
-        Args:
-            fake, fake_text: generated images as `generator_logits` saw them, and their text `(N, D)`.
-            real, real_text: real images and their text `(N, D)`; it may be the generated images'.
-            weights: `(N,)` interpolation draws for the gradient penalty, which is left out without them.
+        Generated images are as `generator_logits` saw them; texts are `(N, D)`, and `weights` `(N,)` the interpolation
+        draws for the gradient penalty, which is left out without them.
         """
         fake, real = fake.detach(), real.detach()
         penalty = None
@@ -121,7 +106,3 @@ class Discriminator(nn.Module):
                 blocks = self.features(pixels)
             penalty = gradient_penalty(self.heads, blocks, text)
         return DiscriminatorOutput(self.heads(fake.blocks, fake_text), self.heads(real.blocks, real_text), penalty)
-
-    def update_spectral_norm(self) -> None:
-        """Move every spectral norm on by one power iteration; to be called once after each optimiser step."""
-        self.heads.update_spectral_norm()

@@ -1,6 +1,7 @@
 """The discriminator's gradient penalty, in the WGAN-GP form, on the features of interpolated images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,18 +10,17 @@ GROWTH_THRESHOLD = 100.0  # a mean penalty from which on its weight grows
 GROWTH_INTERVAL = 500  # steps for which a weight is kept before it may grow again
 
 
+@dataclass
 class PenaltyWeight:
     """The penalty's weight in the loss: once in a while, where the penalty is large, it grows for the rest of the run.
 
-    Args:
-        initial: the weight of the first step, 0 or more.
-        growth: what it is multiplied by where the mean penalty is `GROWTH_THRESHOLD` or more, at most once in
-            `GROWTH_INTERVAL` steps; 1 keeps it as it is.
+    It is multiplied by `growth` where the mean penalty is `GROWTH_THRESHOLD` or more, at most once in
+    `GROWTH_INTERVAL` steps; a growth of 1 keeps it as it is.
     """
 
-    def __init__(self, initial: float, growth: float):
-        self.value, self.growth = initial, growth
-        self.grown_at: int | None = None
+    value: float
+    growth: float
+    grown_at: int | None = None
 
     def follow(self, penalty: float, step: int) -> None:
         """After step `step`: take note of its mean penalty, over all images of all processes and micro-batches."""

@@ -1,12 +1,8 @@
 import pytest
 import torch
 
-from diffusers_mcm.distillation.discriminator import (
-    AugmentationDraws,
-    Discriminator,
-    crop_and_resize,
-    draw_augmentation,
-)
+from diffusers_mcm.distillation.discriminator import Discriminator
+from diffusers_mcm.distillation.discriminator.augment import AugmentationDraws, crop_and_resize, draw_augmentation
 from diffusers_mcm.features import PatchFeatures, TextFeatures
 from tests.distillation.discriminator.tiny import (
     BLOCKS,
@@ -148,7 +144,7 @@ def test_training_the_heads_tells_two_kinds_of_images_apart():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        discriminator.update_spectral_norm()
+        discriminator.heads.update_spectral_norm()
     assert output.real_logits.mean() > 0.3 and output.fake_logits.mean() < -0.3
 
 

@@ -3,7 +3,8 @@
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
-from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads, PatchFeatures, TextFeatures
+from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads
+from diffusers_mcm.features import PatchFeatures, TextFeatures
 from tests.tiny import TEXT_LENGTH, tiny_tokenizer
 
 BLOCKS = (0, 2, 3)
