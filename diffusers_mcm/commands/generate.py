@@ -70,7 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
     add("-v", "--verbose", action="store_true", help="show the libraries' notices and their bars of loading as well")
+    _add_model(parser)
+    _add_sampling_and_machine(parser)
+    return parser
 
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
     model(
         "--model",
@@ -87,8 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: 1)")
-    _add_sampling_and_machine(parser)
-    return parser
 
 
 def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:

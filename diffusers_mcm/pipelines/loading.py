@@ -35,13 +35,19 @@ def read_model_index(location: Location) -> dict[str, Any] | None:
     return location.json(INDEX_NAME)
 
 
-def require_lora(location: Location) -> None:
-    """`ValueError` if what is no pipeline is no LoRA either; a file that is named is looked for later."""
-    if not location.is_file and not location.weight_name and location.find_lora_file() is None:
+def check_alone(location: Location, lora: Any, is_lora: bool) -> None:
+    """`ValueError` if what is no pipeline, and motion modules unless `is_lora`, is no LoRA either, or is given one.
+
+    A file that is named is looked for later.
+    """
+    if is_lora and not location.is_file and not location.weight_name and location.find_lora_file() is None:
         raise ValueError(
             f"{location} holds neither a pipeline ({INDEX_NAME}) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
             + location.elsewhere()
         )
+    if lora is not None:
+        what = "a LoRA" if is_lora else "motion modules"
+        raise ValueError(f"`lora` goes with a base model, but {location.name} is itself {what}.")
 
 
 def read_base_index(location: Location) -> dict[str, Any]:

@@ -130,11 +130,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
                 components by name, and whatever else diffusers takes.
         """
-        given = [kind for name in ("dtype", "torch_dtype") if (kind := kwargs.pop(name, None)) is not None]
-        kwargs["dtype"] = dtype = given[0] if given else torch.float32
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # diffusers would load in float32
-            what = "a floating-point type such as torch.float16"
-            raise ValueError(f"`dtype` must be {what}, got {checks.shown(dtype)}.")
+        kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
@@ -152,11 +148,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
         motion = find_motion_model(location, kwargs.get("num_inference_steps"))
-        if motion is None:
-            loading.require_lora(location)
-        if lora is not None:
-            what = "a LoRA" if motion is None else "motion modules"
-            raise ValueError(f"`lora` goes with a base model, but {location.name} is itself {what}.")
+        loading.check_alone(location, lora, is_lora=motion is None)
         if motion is not None:
             return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
         read = read_lora(location)
