@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from diffusers.utils import logging
 
-from .consistency import check_beta_schedule, get_prediction_type
+from .consistency import BETA_SCHEDULES, PREDICTION_TYPES, check_known, working
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -58,9 +58,9 @@ class MCMScheduler(LCMScheduler):
         timestep_scaling: float = 4.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        get_prediction_type(prediction_type)
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
         if trained_betas is None:
-            check_beta_schedule(beta_schedule)
+            check_known("beta_schedule", beta_schedule, BETA_SCHEDULES)
         super().__init__(**self.config)
         # `LCMScheduler.from_config(self.config)` replaces arguments that were left at their default by its own, which
         # for this one is 10. Listed as if it had been passed, it stays.
@@ -166,8 +166,7 @@ class MCMScheduler(LCMScheduler):
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
         timestep = self._check_step(model_output, timestep, sample, generator)
-        working = torch.promote_types(sample.dtype, torch.float32)
-        stepped = super().step(model_output.to(working), timestep, sample.to(working), generator, return_dict=False)
+        stepped = super().step(working(model_output), timestep, working(sample), generator, return_dict=False)
         prev_sample, denoised = (each.to(sample.dtype) for each in stepped)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
@@ -200,14 +199,11 @@ class MCMScheduler(LCMScheduler):
 
         `timesteps` is (B,) or (1,).
         """
-        working = torch.promote_types(original_samples.dtype, torch.float32)
-        noisy = super().add_noise(original_samples.to(working), noise.to(working), timesteps)
-        return noisy.to(original_samples.dtype)
+        return super().add_noise(working(original_samples), working(noise), timesteps).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = α_t ε − σ_t x_0, computed in float32 for half types, returned in the type of `sample`."""
-        working = torch.promote_types(sample.dtype, torch.float32)
-        return super().get_velocity(sample.to(working), noise.to(working), timesteps).to(sample.dtype)
+        return super().get_velocity(working(sample), working(noise), timesteps).to(sample.dtype)
 
 
 def _is_positive_integer(value: object) -> TypeGuard[int]:

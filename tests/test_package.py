@@ -17,8 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The units from the bottom to the top, each with those it may import; "" is the package itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
-    **{unit: set() for unit in ("moved", "text_files")},
+    **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub", "text_files")},
     "location": {"hub"},
     "settings": {"files", "hub", "location"},
     "tables": {"files"},
@@ -30,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lora": {"files", "hub", "location", "settings"},
     "data": {"text_files"},
     "evaluation": {"data", "features", "files", "hub", "location", "tables", "video_io"},
-    "base_models": {"conditioning", "consistency", "hub", "location", "lora", "moved", "scheduler", "settings"},
+    "base_models": {"conditioning", "consistency", "hub", "location", "lora", "scheduler", "settings"},
     "publish": {
         *("base_models", "cards", "files", "hub", "location", "lora", "settings", "text_files", "video_io"),
     },

@@ -22,7 +22,6 @@ from .. import hub
 from ..conditioning import Conditioning
 from ..location import Location
 from ..lora import open_safetensors
-from ..moved import moved
 from .base import component_class
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
@@ -183,8 +182,3 @@ def _config(weights: Mapping[str, torch.Tensor]) -> dict:
         "motion_layers_per_block": tuple(layers[block] for block in sorted(layers)),
         "use_motion_mid_block": any(key.startswith("mid_block.") for key in weights),
     }
-
-
-def __getattr__(name: str):
-    """Names that this module once held are found where they are now."""
-    return moved(__name__, name, {"AnimateDiffMCMPipeline": "diffusers_mcm.pipelines"})

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..conditioning import Conditioning
-from ..moved import moved
 from .precision import float32_ends
 from .stable_diffusion import StableDiffusionModel
 
@@ -36,8 +35,3 @@ class ModelScope(StableDiffusionModel):
     ) -> torch.Tensor:
         with float32_ends(denoiser):
             return denoiser(latents, timesteps, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[0]
-
-
-def __getattr__(name: str):
-    """Names that this module once held are found where they are now."""
-    return moved(__name__, name, {"ModelScopeMCMPipeline": "diffusers_mcm.pipelines"})

@@ -6,9 +6,9 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..text_files import decode_text, find_name, read_table, read_text
 
@@ -17,8 +17,7 @@ _LONGEST_NAME = 220  # bytes; a file system takes 255, the ending and what a fil
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What to show, and what is particular to it; `None` leaves it to the flags."""
 
     prompt: str
@@ -26,8 +25,7 @@ class Prompt:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One video."""
 
     prompt: str
@@ -38,11 +36,8 @@ class Job:
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[Prompt]:
     """Prompts of the command line, then those of a file; `-` is stdin for either."""
-    prompts = []
-    for argument in arguments:
-        prompts += read_list("-") if argument == "-" else [Prompt(argument)]
-    if file is not None:
-        prompts += read_list(file)
+    lists = [read_list("-") if argument == "-" else [Prompt(argument)] for argument in arguments]
+    prompts = list(chain(*lists, read_list(file) if file is not None else ()))
     if not prompts:
         raise ValueError("expected a prompt: as an argument, in a file (--prompts FILE) or from stdin (--prompts -)")
     return prompts
@@ -53,10 +48,7 @@ def read_list(file: str) -> list[Prompt]:
 
     `.csv` and `.tsv` have a header and one of the usual separators, `.json` is an array of texts or objects (or an
     object with such an array as its `prompts`), `.jsonl` has an object a line, and anything else a prompt a line,
-    unless it begins as JSON does.
-
-    Raises:
-        ValueError: names the file, and the line or the number of the prompt that is wrong.
+    unless it begins as JSON does. A `ValueError` names the file, and the line or number of the prompt that is wrong.
     """
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
@@ -111,8 +103,7 @@ def _json_rows(text: str, name: str) -> list[Any]:
     if isinstance(content, dict):
         content = content["prompts"] if set(content) == {"prompts"} else [content]
     if not isinstance(content, list):
-        got = json.dumps(content, ensure_ascii=False)[:80]
-        raise ValueError(f"expected an array of prompts in {name}, got {got}")
+        raise ValueError(f"expected an array of prompts in {name}, got {content!r:.80}")
     return [{"prompt": row} if isinstance(row, str) else row for row in content]
 
 
@@ -156,14 +147,13 @@ def plan(
     So a video depends on its prompt and its seed, and never on its place in the list. `layout`, a key of `LAYOUTS`,
     names the videos of a folder.
     """
-    wanted = [(prompt, video) for prompt in prompts for video in range(num_videos)]
     if suffix is None:
-        paths = numbered(output, len(wanted))
+        paths = numbered(output, len(prompts) * num_videos)
     else:
         names = LAYOUTS[layout]([prompt.prompt for prompt in prompts], num_videos)
         paths = [output / f"{name}{suffix}" for name in names]
-    jobs = []
-    for (prompt, video), path in zip(wanted, paths):
+    jobs: list[Job] = []
+    for (prompt, video), path in zip(product(prompts, range(num_videos)), paths):
         own = (seed if prompt.seed is None else prompt.seed) + video
         if not 0 <= own < 2**63:
             raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
@@ -212,6 +202,6 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{index:0{digits}d}{path.suffix}") for index in range(1, count + 1)]
 
 
-def slug(prompt: str, length: int = 40) -> str:
+def slug(prompt: str) -> str:
     """A prompt as part of a file name: letters and digits of any script, lower case, joined by dashes."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "video"
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "video"

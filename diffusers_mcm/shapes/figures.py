@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +33,12 @@ class Study:
     """
 
     def __init__(self, networks: Networks, folder: Path, batch_size: int = 16):
-        self.networks = networks
-        self.folder = folder
-        self.batch_size = batch_size
+        self.networks, self.folder, self.batch_size = networks, folder, batch_size
         self._digests: dict[str, str] = {}
 
     def readings(self, method: Method, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
         """Per caption and seed what the oracle reads off the method's video."""
-
-        def sample(prompts: Sequence[Caption], prompt_seeds: Sequence[int]) -> np.ndarray:
-            return self.networks.sample(method, prompts, prompt_seeds)
-
-        name = f"{method.name}-guidance-{method.guidance:g}"
+        name, sample = f"{method.name}-guidance-{method.guidance:g}", partial(self.networks.sample, method)
         return self._kept(name, [*method[3:], self._digest(method.network)], sample, captions, seeds)
 
     def truth(self, name: str, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
@@ -108,13 +103,11 @@ def time_methods(
     prompts = [captions[index % len(captions)] for index in range(runs + batch_size - 1)]
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     for method in methods:
-        networks.timed_batch(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
+        networks.sample(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
     for turn in range(runs):
         for method in methods:
-            these = slice(turn, turn + batch_size)
-            seconds[method.name].append(
-                networks.timed_batch(method, prompts[these], range(these.start, these.stop))[1]
-            )
+            seeds = range(turn, turn + batch_size)
+            seconds[method.name].append(networks.timed(method, prompts[turn : seeds.stop], seeds)[1])
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -205,12 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of `diffusers-mcm shapes figures`."""
     parser = argparse.ArgumentParser(prog="diffusers-mcm shapes figures", description=__doc__)
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        default=Path("figures"),
-        help="folder for figures.json, figures.md, scores.json and the readings",
-    )
+    add("--output", type=Path, default=Path("figures"), help="folder for figures, scores.json and the readings")
     add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
     add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
     add("--lcm", help="plain LCM LoRA of the same data and steps, the control")
@@ -230,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`diffusers-mcm shapes figures`."""
     from ..devices import choose_device
 
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     for name in ("captions", "seeds", "search_captions", "batch_size", "timing_runs"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

@@ -32,6 +32,6 @@ def test_a_lora_is_fused(tiny_base, tmp_path):
 def test_batches_and_single_videos_agree(tiny_base):
     networks = Networks({"mcm": tiny_base})
     both = networks.sample(MCM_METHODS[1], ["a red ring", "a blue circle"], [3, 4])
-    alone, seconds = networks.timed_sample(MCM_METHODS[1], "a blue circle", 4)
+    (alone,), seconds = networks.timed(MCM_METHODS[1], ["a blue circle"], [4])
     assert both.dtype == np.uint8 and both.shape[0] == 2 and seconds > 0
     assert np.abs(both[1].astype(int) - alone).max() <= 1
