@@ -14,11 +14,18 @@ _EXPORTS = {
     "ModelScopeMCMPipeline": ".pipelines",
     "BASE_MODELS": ".base_models",
     "get_base_model": ".base_models",
+    "make_scheduler": ".pipelines",
 }
 
 if TYPE_CHECKING:
     from .base_models import BASE_MODELS, get_base_model
-    from .pipelines import AnimateDiffMCMPipeline, MCMPipeline, MCMPipelineOutput, ModelScopeMCMPipeline
+    from .pipelines import (
+        AnimateDiffMCMPipeline,
+        MCMPipeline,
+        MCMPipelineOutput,
+        ModelScopeMCMPipeline,
+        make_scheduler,
+    )
     from .scheduler import MCMScheduler
 
 __all__ = ["__version__", *_EXPORTS]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from ..text_files import decode_text, find_name, read_table, read_text
 
 COLUMNS = ("prompt", "negative_prompt", "seed")
+_LONGEST_NAME = 220  # bytes; a file system takes 255, the ending and what a file is called until it is whole included
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
@@ -138,21 +140,58 @@ def plan(
     seed: int,
     negative_prompt: str | None = None,
     num_videos: int = 1,
+    layout: str = "plain",
 ) -> list[Job]:
     """One job for every video. Every prompt starts from `seed` or its own; its k-th video from k − 1 above that.
 
-    So a video depends on its prompt and its seed, and never on its place in the list.
+    So a video depends on its prompt and its seed, and never on its place in the list. `layout`, a key of `LAYOUTS`,
+    names the videos of a folder.
     """
+    if suffix is None:
+        paths = numbered(output, len(prompts) * num_videos)
+    else:
+        names = LAYOUTS[layout]([prompt.prompt for prompt in prompts], num_videos)
+        paths = [output / f"{name}{suffix}" for name in names]
     jobs: list[Job] = []
-    files = numbered(output, len(prompts) * num_videos) if suffix is None else []
-    for (number, prompt), video in product(enumerate(prompts, 1), range(num_videos)):
-        which = f"-{video + 1}" if num_videos > 1 else ""
-        path = files[len(jobs)] if files else output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
+    for (prompt, video), path in zip(product(prompts, range(num_videos)), paths):
         own = (seed if prompt.seed is None else prompt.seed) + video
         if not 0 <= own < 2**63:
             raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
         jobs.append(Job(prompt.prompt, prompt.negative_prompt or negative_prompt, own, path))
     return jobs
+
+
+def plain_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`0001-a-cat`, or `0001-a-cat-1` and so on for several videos of a prompt."""
+    ends = [f"-{index}" for index in range(1, num_videos + 1)] if num_videos > 1 else [""]
+    return [f"{number:04d}-{slug(prompt)}{end}" for number, prompt in enumerate(prompts, 1) for end in ends]
+
+
+def vbench_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`a cat-0` and so on, as VBench finds the videos of a prompt: by the prompt itself, letter for letter.
+
+    Raises:
+        ValueError: for a prompt that no file can be called by, and for one that comes twice.
+    """
+    for prompt in prompts:
+        longest = len(f"{prompt}-{num_videos - 1}".encode())
+        wrong = "it holds a '/'" if "/" in prompt else "it begins with a dot" if prompt.startswith(".") else None
+        if not prompt.isprintable():
+            wrong = "it holds characters that are not printed, such as the end of a line"
+        elif longest > _LONGEST_NAME:
+            wrong = f"it is {longest} bytes long with its number, and a name has {_LONGEST_NAME} at most"
+        if wrong:
+            raise ValueError(f"expected prompts that files can be called by, for --layout vbench; {prompt!r}: {wrong}")
+    twice = [prompt for prompt, count in Counter(prompts).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"expected every prompt once for --layout vbench, which names files by them, got {twice[0]!r}"
+            f" {prompts.count(twice[0])} times; --num_videos makes several videos of each"
+        )
+    return [f"{prompt}-{index}" for prompt in prompts for index in range(num_videos)]
+
+
+LAYOUTS = {"plain": plain_names, "vbench": vbench_names}
 
 
 def numbered(path: Path, count: int) -> list[Path]:

@@ -3,5 +3,6 @@
 from .animatediff import AnimateDiffMCMPipeline
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .modelscope import ModelScopeMCMPipeline
+from .samplers import make_scheduler
 
-__all__ = ["AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline"]
+__all__ = ["AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline", "make_scheduler"]

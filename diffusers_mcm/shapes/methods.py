@@ -63,6 +63,7 @@ class Networks:
         """One video per prompt and seed -> uint8 (N, T, H, W, 3). A seed means the same start for every method."""
         import torch
 
+        from .. import make_scheduler
         from ..video_io import to_uint8
 
         pipeline = self.pipeline(method.network)
@@ -84,26 +85,6 @@ class Networks:
         start = time.perf_counter()
         videos = self.sample(method, prompts, seeds)
         return videos, (time.perf_counter() - start) / len(videos)
-
-
-def make_scheduler(sampler: str, pipeline):
-    """The scheduler of a sampler on the noise schedule and prediction type of the pipeline's own.
-
-    Both of the teacher's samplers space their steps backwards from the last timestep ("trailing"): they start where
-    the noise is pure, on the grid that the distillation uses.
-    """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    own = pipeline.scheduler
-    noise = {name: own.config[name] for name in pipeline.base_model.noise_schedule_keys if name in own.config}
-    samplers = {
-        "mcm": lambda: own,
-        "ddim": lambda: DDIMScheduler(**noise, timestep_spacing="trailing", clip_sample=False),
-        "dpm++": lambda: DPMSolverMultistepScheduler(**noise, timestep_spacing="trailing"),
-    }
-    if sampler not in samplers:
-        raise ValueError(f"expected a sampler out of {', '.join(samplers)}, got {sampler!r}")
-    return samplers[sampler]()
 
 
 def machine(device: str) -> str:

@@ -18,10 +18,9 @@ from transformers import (
     VideoMAEModel,
 )
 
-from diffusers_mcm import MCMPipeline, MCMScheduler
+from diffusers_mcm import MCMPipeline, MCMScheduler, make_scheduler
 from diffusers_mcm.hub import PACKAGED_FOLDER, PACKAGED_MODELS, resolve
 from diffusers_mcm.shapes.captions import held_out_captions
-from diffusers_mcm.shapes.methods import make_scheduler
 from diffusers_mcm.shapes.oracle import read_video
 from diffusers_mcm.shapes.render import render_video
 from diffusers_mcm.video_io import to_uint8
