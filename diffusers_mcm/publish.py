@@ -198,9 +198,11 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
     card, unless somebody has edited that."""
     location = Location.of(folder)
-    with open_safetensors(location.lora_file()) as file:
-        settings = read_beside(location, file.metadata() or {})[0]
-    repository = _card_made_for(folder, settings)
+    weights, settings = location.lora_file(), Settings.read(location)
+    repository = None if settings is None else _card_made_for(folder, settings)
+    if settings is None:
+        with open_safetensors(weights) as file:
+            settings = read_beside(location, file.metadata() or {})[0]
     with atomic_files(folder, CONFIG_NAME) as temporary:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
