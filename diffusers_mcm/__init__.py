@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 # Imported when first used, so that `import diffusers_mcm` costs nothing.
 _EXPORTS = {
     "AnimateDiffMCMPipeline": ".pipelines",
+    "MCMFlowScheduler": ".scheduler",
     "MCMPipeline": ".pipelines",
     "MCMPipelineOutput": ".pipelines",
     "MCMScheduler": ".scheduler",
@@ -19,7 +20,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from .base_models import BASE_MODELS, get_base_model
     from .pipelines import AnimateDiffMCMPipeline, MCMPipeline, MCMPipelineOutput, ModelScopeMCMPipeline
-    from .scheduler import MCMScheduler
+    from .scheduler import MCMFlowScheduler, MCMScheduler
 
 __all__ = ["__version__", *_EXPORTS]
 
