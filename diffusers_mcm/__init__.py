@@ -13,13 +13,22 @@ _EXPORTS = {
     "MCMPipelineOutput": ".pipelines",
     "MCMScheduler": ".scheduler",
     "ModelScopeMCMPipeline": ".pipelines",
+    "WanMCMPipeline": ".pipelines",
+    "WanTI2VMCMPipeline": ".pipelines",
     "BASE_MODELS": ".base_models",
     "get_base_model": ".base_models",
 }
 
 if TYPE_CHECKING:
     from .base_models import BASE_MODELS, get_base_model
-    from .pipelines import AnimateDiffMCMPipeline, MCMPipeline, MCMPipelineOutput, ModelScopeMCMPipeline
+    from .pipelines import (
+        AnimateDiffMCMPipeline,
+        MCMPipeline,
+        MCMPipelineOutput,
+        ModelScopeMCMPipeline,
+        WanMCMPipeline,
+        WanTI2VMCMPipeline,
+    )
     from .scheduler import MCMFlowScheduler, MCMScheduler
 
 __all__ = ["__version__", *_EXPORTS]

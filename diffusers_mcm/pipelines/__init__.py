@@ -3,5 +3,9 @@
 from .animatediff import AnimateDiffMCMPipeline
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .modelscope import ModelScopeMCMPipeline
+from .wan import WanMCMPipeline, WanTI2VMCMPipeline
 
-__all__ = ["AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline"]
+__all__ = [
+    *("AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline"),
+    *("WanMCMPipeline", "WanTI2VMCMPipeline"),
+]
