@@ -77,8 +77,8 @@ class WanMCMPipeline(MCMPipeline):
 def check_embeddings(text_encoder: UMT5EncoderModel) -> None:
     """`ValueError` if the encoder reads other embeddings of tokens than its file holds: some releases of transformers
     leave those empty that it reads, and every prompt then means the same."""
-    stored, read = (getattr(each, "weight", None) for each in (text_encoder.shared, text_encoder.encoder.embed_tokens))
-    if stored is None or stored is read or stored.is_meta or stored.device != read.device or torch.equal(stored, read):
+    stored, read = text_encoder.shared.weight, text_encoder.encoder.embed_tokens.weight
+    if stored is read or stored.is_meta or stored.device != read.device or torch.equal(stored, read):
         return
     raise ValueError(
         "Expected a text encoder whose `encoder.embed_tokens` are its `shared` embeddings; got others. This"

@@ -213,6 +213,7 @@ def test_a_saved_pipeline_knows_which_wan_it_is(bases, tmp_path):
 def test_what_a_file_says_of_itself(lora):
     about = describe(lora)
     assert (about["base_model"], about["layout"], about["targets"]) == ("wan", "diffusers", 20)
+    assert (about["modules"]["to_q"], about["modules"]["ffn.net.0.proj"], about["modules"]["ffn.net.2"]) == (4, 2, 2)
     settings = dict(num_inference_steps=4, num_frames=5, height=SIZE, width=SIZE, fps=5, guidance_scale=1.0)
     assert about["settings"] == settings | dict(shift=3.0, original_inference_steps=48)
 
