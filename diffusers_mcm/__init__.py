@@ -17,6 +17,7 @@ _EXPORTS = {
     "WanTI2VMCMPipeline": ".pipelines",
     "BASE_MODELS": ".base_models",
     "get_base_model": ".base_models",
+    "make_scheduler": ".pipelines",
 }
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         ModelScopeMCMPipeline,
         WanMCMPipeline,
         WanTI2VMCMPipeline,
+        make_scheduler,
     )
     from .scheduler import MCMFlowScheduler, MCMScheduler
 

@@ -12,7 +12,9 @@ from .location import Location
 from .settings import CONFIG_NAME, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-CARD_NAME, SAMPLE_NAME, SCORES_NAME = "README.md", "sample.mp4", "scores.json"
+CARD_NAME, SAMPLE_NAME = "README.md", "sample.mp4"
+# What `diffusers-mcm evaluate` writes, whose `table` the card shows, and a table that anything else wrote.
+SCORES_NAMES = ("evaluation.json", "scores.json")
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -97,7 +99,7 @@ def render_card(
     title: str,
     place: Location,
     layout: str = "diffusers",
-    scores: Mapping[str, Any] | None = None,
+    scores: Sequence[Mapping[str, Any]] = (),
     about: str = "",
     training_note: str = "From the configuration that was saved with the weights.",
     **more: Any,
@@ -105,8 +107,8 @@ def render_card(
     """The card's text. A sample in the settings lies beside the card and is shown.
 
     `place` is the repository, and the subfolder in it, where the LoRA will be, `layout` that of its keys
-    (`"diffusers"` or `"peft"`). `scores` is what `scores.json` holds: `about`, `columns` and `rows` (each a label and
-    then the cells). `about` is a paragraph on this LoRA, `training_note` says where the training's settings are known
+    (`"diffusers"` or `"peft"`). `scores` are tables: `about`, `columns` and `rows` (each a label and then
+    the cells). `about` is a paragraph on this LoRA, `training_note` says where the training's settings are known
     from, and `more` are fields of the card's YAML, such as `license_link`.
     """
     prompt = settings.prompt or DEFAULT_PROMPT
@@ -144,7 +146,7 @@ def render_card(
         stock=Template(stock).substitute(values),
         comfyui=Template(_COMFYUI.get(kind, "Not known for this base model.")).substitute(values),
         training=_training_section(settings, training_note),
-        scores=_scores_section(scores),
+        scores="\n\n".join(map(_scores_table, scores)) or "None were measured, or none are recorded with the weights.",
     )
 
 
@@ -157,7 +159,8 @@ def render_folder_card(folder: Path, repository: str, settings: Settings | None 
     if settings.sample and not (folder / settings.sample.file).is_file():
         settings = replace(settings, sample=None)
     title, there = repository.rpartition("/")[2], Location(repository, remote=True)
-    return render_card(settings, title=title, place=there, scores=here.json(SCORES_NAME), **more)
+    scores = [found.get("table", found) for name in SCORES_NAMES if (found := here.json(name))]
+    return render_card(settings, title=title, place=there, scores=scores, **more)
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:
@@ -201,8 +204,6 @@ def _text(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _scores_section(scores: Mapping[str, Any] | None) -> str:
-    if scores is None:
-        return "None were measured, or none are recorded with the weights."
+def _scores_table(scores: Mapping[str, Any]) -> str:
     lines = [["", *scores["columns"]], ["---"] * (len(scores["columns"]) + 1), *scores["rows"]]
     return "\n".join([scores["about"], "", *(f"| {' | '.join(map(str, line))} |" for line in lines)])

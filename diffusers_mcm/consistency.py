@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,20 +51,13 @@ PREDICTION_TYPES: dict[str, PredictionType] = {
 }
 
 
-def get_prediction_type(name: str) -> PredictionType:
-    """The row of `PREDICTION_TYPES` called `name`."""
-    if name not in PREDICTION_TYPES:
-        raise ValueError(f"Unknown prediction_type {name!r}; valid values are {sorted(PREDICTION_TYPES)}.")
-    return PREDICTION_TYPES[name]
-
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-def check_beta_schedule(name: str) -> None:
-    """`ValueError` unless `name` is one of `BETA_SCHEDULES`."""
-    if name not in BETA_SCHEDULES:
-        raise ValueError(f"Unknown beta_schedule {name!r}; valid values are {sorted(BETA_SCHEDULES)}.")
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """`ValueError` unless `name` is one of the known ones, which it lists."""
+    if name not in known:
+        raise ValueError(f"Unknown {what} {name!r}; valid values are {sorted(known)}.")
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -72,7 +65,7 @@ def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _working(x: torch.Tensor) -> torch.Tensor:
+def working(x: torch.Tensor) -> torch.Tensor:
     """float32, or wider if `x` is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -114,7 +107,7 @@ class NoisePath(ABC):
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x_0 + σ_t ε, in the type of `x0`."""
         alpha, sigma = self._coefficients_like(x0, t)
-        return (alpha * _working(x0) + sigma * _working(noise)).to(x0.dtype)
+        return (alpha * working(x0) + sigma * working(noise)).to(x0.dtype)
 
     def step(self, x0: torch.Tensor, noise: torch.Tensor, t_prev: torch.Tensor) -> torch.Tensor:
         """The deterministic (DDIM, η = 0) transfer of an estimate (x̂_0, ε̂) to `t_prev`."""
@@ -126,14 +119,13 @@ class NoisePath(ABC):
                 f"The network's output must have the latents' shape {tuple(x_t.shape)}; got {tuple(output.shape)}."
             )
         alpha, sigma = self._coefficients_like(x_t, t)
-        return formula(_working(output), _working(x_t), alpha, sigma).to(x_t.dtype)
+        return formula(working(output), working(x_t), alpha, sigma).to(x_t.dtype)
 
     def _coefficients_like(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t shaped to multiply `x`, after checking that there is one timestep per sample."""
         if t.shape != x.shape[:1]:
             raise ValueError(
-                f"Timesteps must be of shape ({x.shape[0]},), one for each sample of the latents; got"
-                f" {tuple(t.shape)}."
+                f"Timesteps must be of shape ({len(x)},), one for each sample of the latents; got {tuple(t.shape)}."
             )
         alpha, sigma = self.coefficients(t)
         return expand_like(alpha, x), expand_like(sigma, x)
@@ -162,7 +154,8 @@ class VariancePreservingPath(NoisePath):
             raise ValueError(
                 f"timestep_scaling and sigma_data must be positive; got {timestep_scaling} and {sigma_data}."
             )
-        self.prediction = get_prediction_type(prediction_type)
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.prediction = PREDICTION_TYPES[prediction_type]
         if prediction_type == "epsilon" and not torch.all(alphas_cumprod > 0):
             raise ValueError(
                 "A noise schedule with zero terminal signal cannot be used with prediction_type 'epsilon', which then"
@@ -188,10 +181,8 @@ class VariancePreservingPath(NoisePath):
         settings = {**config, **overrides}
         if settings.get("trained_betas") is None:
             if missing := [key for key in _BETAS if key not in settings]:
-                raise ValueError(
-                    f"The scheduler configuration does not describe a noise schedule: it lacks {missing}."
-                )
-            check_beta_schedule(settings["beta_schedule"])
+                raise ValueError(f"The scheduler configuration describes no noise schedule: it lacks {missing}.")
+            check_known("beta_schedule", settings["beta_schedule"], BETA_SCHEDULES)
         scheduler = LCMScheduler(**{key: settings[key] for key in _SCHEDULE if key in settings})
         if len(scheduler.betas) != len(scheduler):
             raise ValueError(
@@ -231,10 +222,10 @@ class VariancePreservingPath(NoisePath):
 
     def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """f(x_t, t) = c_skip(t) x_t + c_out(t) x̂_0 (eq. 1), in the type of `x_t`."""
-        x_t_working = _working(x_t)
-        x0 = self.predict_x0(output, x_t_working, t)
-        c_skip, c_out = boundary_scalings(t.to(x_t_working.dtype), self.timestep_scaling, self.sigma_data)
-        return (expand_like(c_skip, x_t) * x_t_working + expand_like(c_out, x_t) * x0).to(x_t.dtype)
+        x_wide = working(x_t)
+        x0 = self.predict_x0(output, x_wide, t)
+        c_skip, c_out = boundary_scalings(t.to(x_wide.dtype), self.timestep_scaling, self.sigma_data)
+        return (expand_like(c_skip, x_t) * x_wide + expand_like(c_out, x_t) * x0).to(x_t.dtype)
 
 
 FLOW_SHIFT = 5.0  # of a student's grid, where nothing else is said: 4 of 48 steps visit 1000, 937.5, 833.33 and 625
@@ -267,7 +258,7 @@ class FlowPath(NoisePath):
         # Reading values off an accelerator would make it wait, so only timesteps already at hand are checked.
         if t.device.type == "cpu" and t.numel() and not 0 <= t.min() <= t.max() <= self.num_train_timesteps:
             raise ValueError(f"Timesteps must lie in 0..{self.num_train_timesteps}; got {t.tolist()}.")
-        sigma = _working(t) / self.num_train_timesteps
+        sigma = working(t) / self.num_train_timesteps
         return 1 - sigma, sigma
 
     def solver_timesteps(self, num_solver_steps: int = FLOW_STEPS) -> torch.Tensor:
@@ -279,7 +270,7 @@ class FlowPath(NoisePath):
 
         It is looked up, so that steps one after the other end at 0 exactly.
         """
-        sigma = _working(t) / self.num_train_timesteps
+        sigma = working(t) / self.num_train_timesteps
         u = sigma / (self.shift - (self.shift - 1) * sigma)
         index = (num_solver_steps * u).round().long()
         return self._grid(num_solver_steps).to(t.device)[(index - 1).clamp(min=0)]

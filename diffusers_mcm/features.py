@@ -89,12 +89,9 @@ class TextFeatures(_Frozen):
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
         location = Location.of(name)
-        name = location.name
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in ("clip", "clip_text_model"):
-            raise ValueError(
-                f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {config.model_type!r}."
-            )
+        name, config = location.name, AutoConfig.from_pretrained(location.name)
+        if (kind := config.model_type) not in ("clip", "clip_text_model"):
+            raise ValueError(f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {kind!r}.")
         if config.model_type == "clip":
             # The text half of many CLIP configurations keeps the default width, not the model's.
             config.text_config.projection_dim = config.projection_dim

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 PACKAGED_FOLDER = Path(__file__).parent / "shapes" / "weights"
-PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "mcm-shapes-clip")
+PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "mcm-shapes-clip", "mcm-shapes-video")
 
 
 def resolve(name: str | os.PathLike) -> str:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,9 +95,8 @@ class Location:
             cached = try_to_load_from_cache(self.name, inside, self.options.get("cache_dir"), self.revision)
             if cached is _CACHED_NO_EXIST or self.options.get("local_files_only"):
                 return None
-            raise OSError(
-                f"{inside} of {self.name} is not in the cache, and the Hub cannot be asked: {error}"
-            ) from error
+            told = f"{inside} of {self.name} is not in the cache, and the Hub cannot be asked: {error}"
+            raise OSError(told) from error
         except EntryNotFoundError:
             return None
         except HfHubHTTPError as error:
@@ -238,19 +237,14 @@ class Location:
             if "safetensors" not in str(error) or self.is_file:
                 raise
             files = self.files()
-            variants = _variants(files)
+            # `fp16` for `unet/diffusion_pytorch_model.fp16.safetensors`, whole or in parts
+            pattern = re.compile(r"(?:^|/)(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
+            variants = sorted({match[1] for match in map(pattern.search, files) if match})
             if variants:
                 raise OSError(
                     f"{self.name} has no plain weights ({error}), but those of a variant: give"
                     f" `variant={variants[0]!r}` (--variant {variants[0]})"
                     + (f", or one of {', '.join(variants)}." if variants[1:] else ".")
                 ) from error
-            found = next((name for name in files if hub.is_pickled(name)), "pytorch_model.bin")
-            advice = self._how_to_convert(Path(found))
+            advice = self._how_to_convert(Path(next(filter(hub.is_pickled, files), "pytorch_model.bin")))
             raise OSError(f"{self.name} has no safetensors weights ({error}), and {advice}") from error
-
-
-def _variants(files: Iterable[str]) -> list[str]:
-    """`fp16` for `unet/diffusion_pytorch_model.fp16.safetensors`, whole or in parts."""
-    pattern = re.compile(r"(?:^|/)(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
-    return sorted({match[1] for match in map(pattern.search, files) if match})

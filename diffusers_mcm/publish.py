@@ -14,9 +14,8 @@ from typing import Any
 
 from . import hub
 from .base_models import base_model_of
-from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAME, check_card, metadata, render_folder_card
+from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
 from .files import atomic_files, disk_full_told, write_text
-from .hub import check_repository_name
 from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
 from .lora import LoRA, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
 from .settings import CONFIG_NAME, Sample, Settings
@@ -55,7 +54,7 @@ def publish_lora(
     `base_model` is the base model's repository, where the folder names one that only this machine has, and `lora` what
     the folder holds, where that is in memory and need not be read. Returns the address of the commit.
     """
-    check_repository_name(destination.repo_id)
+    hub.check_repository_name(destination.repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
         with disk_full_told(staged):
@@ -173,22 +172,16 @@ def stage_lora(
         public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
     write_lora_weights(target / WEIGHTS_NAME, {kind.denoiser_name: public})
     write_settings(target, public)
-    card = _card(folder, repo_id, lora.settings, settings)
-    check_card(card, str(folder / CARD_NAME))
+    path = folder / CARD_NAME  # as its owner left it; one that nobody has edited is made anew for the repository
+    edited = path.is_file() and _card_made_for(folder, lora.settings) is None
+    card = read_text(path) if edited else render_folder_card(folder, repo_id, settings)
+    check_card(card, str(path))
     write_text(target / CARD_NAME, card)
     for name in Location.of(folder).files():
         copy = target / name
-        if (name in card or name in (MOTION_HEAD_NAME, SCORES_NAME, sample.file)) and not copy.exists():
+        if (name in card or name in (MOTION_HEAD_NAME, *SCORES_NAMES, sample.file)) and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy)
-
-
-def _card(folder: Path, repo_id: str, settings: Settings, public: Settings) -> str:
-    """The folder's card as its owner left it; one that nobody has edited is made anew for the repository."""
-    path = folder / CARD_NAME
-    if path.is_file() and _card_made_for(folder, settings) is None:
-        return read_text(path)
-    return render_folder_card(folder, repo_id, public)
 
 
 def _card_made_for(folder: Path, settings: Settings) -> str | None:
@@ -205,15 +198,18 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
     card, unless somebody has edited that."""
     location = Location.of(folder)
-    with open_safetensors(location.lora_file()) as file:
-        settings = read_beside(location, file.metadata() or {})[0]
-    repository = _card_made_for(folder, settings)
+    weights, settings = location.lora_file(), Settings.read(location)
+    repository = None if settings is None else _card_made_for(folder, settings)
+    if settings is None:
+        with open_safetensors(weights) as file:
+            settings = read_beside(location, file.metadata() or {})[0]
     with atomic_files(folder, CONFIG_NAME) as temporary:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
         if repository is not None:
-            if (folder / SCORES_NAME).is_file():
-                shutil.copyfile(folder / SCORES_NAME, temporary / SCORES_NAME)  # the card shows them
+            for name in SCORES_NAMES:  # the card shows them
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, temporary / name)
             write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
 
 

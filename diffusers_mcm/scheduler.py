@@ -19,7 +19,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath, check_beta_schedule, get_prediction_type
+from .consistency import (
+    BETA_SCHEDULES,
+    FLOW_SHIFT,
+    FLOW_STEPS,
+    PREDICTION_TYPES,
+    FlowPath,
+    check_known,
+    working,
+)
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -59,9 +67,9 @@ class MCMScheduler(LCMScheduler):
         timestep_scaling: float = 4.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        get_prediction_type(prediction_type)
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
         if trained_betas is None:
-            check_beta_schedule(beta_schedule)
+            check_known("beta_schedule", beta_schedule, BETA_SCHEDULES)
         super().__init__(**self.config)
         # `LCMScheduler.from_config(self.config)` replaces arguments that were left at their default by its own, which
         # for this one is 10. Listed as if it had been passed, it stays.
@@ -167,8 +175,7 @@ class MCMScheduler(LCMScheduler):
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
         timestep = self._check_step(model_output, timestep, sample, generator)
-        working = torch.promote_types(sample.dtype, torch.float32)
-        stepped = super().step(model_output.to(working), timestep, sample.to(working), generator, return_dict=False)
+        stepped = super().step(working(model_output), timestep, working(sample), generator, return_dict=False)
         prev_sample, denoised = (each.to(sample.dtype) for each in stepped)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
@@ -201,14 +208,11 @@ class MCMScheduler(LCMScheduler):
 
         `timesteps` is (B,) or (1,).
         """
-        working = torch.promote_types(original_samples.dtype, torch.float32)
-        noisy = super().add_noise(original_samples.to(working), noise.to(working), timesteps)
-        return noisy.to(original_samples.dtype)
+        return super().add_noise(working(original_samples), working(noise), timesteps).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = α_t ε − σ_t x_0, computed in float32 for half types, returned in the type of `sample`."""
-        working = torch.promote_types(sample.dtype, torch.float32)
-        return super().get_velocity(sample.to(working), noise.to(working), timesteps).to(sample.dtype)
+        return super().get_velocity(working(sample), working(noise), timesteps).to(sample.dtype)
 
 
 class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -360,14 +364,13 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
                 f" {tuple(model_output.shape)}."
             )
         index = self._next_index(timestep)
-        working = torch.promote_types(sample.dtype, torch.float32)
-        x, v = sample.to(working), model_output.to(working)
+        x, v = working(sample), working(model_output)
         sigma, sigma_next = (float(each) for each in self.sigmas[index : index + 2])
         denoised = x - sigma * v
         if not sigma_next:
             prev_sample = denoised
         elif self.config.stochastic:
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=working)
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             prev_sample = (1 - sigma_next) * denoised + sigma_next * noise
         else:
             prev_sample = x + (sigma_next - sigma) * v

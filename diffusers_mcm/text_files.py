@@ -77,11 +77,12 @@ def read_text(path: str | os.PathLike) -> str:
 
 def _decode(data: bytes, encoding: str) -> Text:
     try:
-        return Text(_with_unix_lines(data.decode(encoding)), encoding)
+        content, known = data.decode(encoding), True
     except UnicodeDecodeError:
-        content = _with_unix_lines(data.decode(encoding, "replace"))
-        broken = (number for number, line in enumerate(content.split("\n"), 1) if "\ufffd" in line)
-        return Text(content, encoding, tuple(broken))
+        content, known = data.decode(encoding, "replace"), False
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    broken = (number for number, line in enumerate(content.split("\n"), 1) if not known and "\ufffd" in line)
+    return Text(content, encoding, tuple(broken))
 
 
 def _decode_western(data: bytes) -> Text | None:
@@ -96,10 +97,6 @@ def _decode_western(data: bytes) -> Text | None:
         for number, line in enumerate(lines, 1)
     )
     return Text(content, "cp1252", tuple(sorted(broken)))
-
-
-def _with_unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _may_be_western(line: bytes) -> bool:
@@ -140,18 +137,15 @@ def find_name(names: Collection[str], wanted: str) -> str | None:
 def read_table(text: str, suffix: str, known: Collection[str]) -> Table:
     """The rows of a table in csv (`.csv`, `.tsv`, any of `DELIMITERS`), JSON lines (`.jsonl`) or JSON (`.json`).
 
-    Of csv the delimiter is the one with which the header has most of the `known` names of columns.
-
-    Raises:
-        ValueError: if the whole is not JSON, with line and column. A bad row is a `Row` with its problem.
+    Of csv the delimiter is the one with which the header has most of the `known` names of columns. A bad row is a
+    `Row` with its problem; `ValueError`, with line and column, if the whole is not JSON.
     """
     if suffix in (".csv", ".tsv"):
         return _read_csv(text, known)
-    whole, error = None, None
     try:
-        whole = parse_json(text)
+        whole, error = parse_json(text), None
     except ValueError as reason:
-        error = reason
+        whole, error = None, reason
     if suffix == ".json" and isinstance(whole, dict):
         whole = [whole]
     unit = "row" if isinstance(whole, list) else "line"  # of JSON lines, which some people call .json

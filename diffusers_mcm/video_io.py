@@ -1,6 +1,7 @@
 """Videos as H.264, GIF, WebP, frames or pictures, whole or not at all; how they were made is read back from them.
 
-The name is public: the README and people's scripts import `write_video` from here. Films are read in `data/`.
+The name is public: the README and people's scripts import `write_video` from here. Films are read in `data/`. What is
+known of a video is written as JSON in plain ASCII, which every one of the formats can hold.
 """
 
 import io
@@ -20,7 +21,6 @@ from PIL.PngImagePlugin import PngInfo
 from .files import atomic_file, atomic_folder
 
 _HALF_A_LEVEL = 0.5 / 255
-_to_json = json.dumps  # to plain ASCII, which every one of the formats can hold
 _MARGIN = 4
 _LABEL_WIDTH = 190
 _EXIF_DESCRIPTION = 0x010E
@@ -87,7 +87,7 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mappi
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         if metadata:
-            container.metadata["comment"] = _to_json(metadata)
+            container.metadata["comment"] = json.dumps(metadata)
         # one thread alone leaves x264's macroblock tree to rounding that differs from run to run; this does not
         options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
@@ -99,12 +99,10 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mappi
     return buffer.getvalue()
 
 
-def write_mp4(
-    path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None
-) -> None:
+def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
     """Write frames (T, H, W, 3) as H.264; the metadata become its comment."""
     with atomic_file(path) as temporary:
-        temporary.write_bytes(encode_mp4(video, fps, crf, metadata))
+        temporary.write_bytes(encode_mp4(video, fps, metadata=metadata))
 
 
 def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
@@ -117,7 +115,7 @@ def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Map
     if check_fps(fps) > (fastest := 1 / (unit * shortest)):
         slower = f"asked for {fps:g}, it lasts {float(fps / fastest):.3g} times as long"
         warnings.warn(f"a GIF plays {fastest} frames per second at most: {slower}", stacklevel=2)
-    comment = {"comment": _to_json(metadata).encode()} if metadata else {}
+    comment = {"comment": json.dumps(metadata)} if metadata else {}
     _write_animation(path, video, fps, _GIF_DELAYS, format="GIF", **comment)
 
 
@@ -128,7 +126,7 @@ def write_webp(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Ma
     """
     exif = Image.Exif()
     if metadata:
-        exif[_EXIF_DESCRIPTION] = _to_json(metadata)
+        exif[_EXIF_DESCRIPTION] = json.dumps(metadata)
     _write_animation(path, video, fps, _WEBP_DELAYS, format="WEBP", quality=90, exif=exif)
 
 
@@ -154,7 +152,7 @@ def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None =
         raise ValueError(f"expected a PIL image, got {type(image).__name__}; of a video contact_sheet() makes one")
     text = PngInfo()
     if metadata:
-        text.add_text("Comment", _to_json(metadata))
+        text.add_text("Comment", json.dumps(metadata))
     with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 
@@ -169,7 +167,7 @@ def write_frames(path: str | Path, video: np.ndarray, fps: float = 8, metadata: 
         for number, frame in enumerate(video, start=1):
             Image.fromarray(frame).save(temporary / f"{number:04d}.png")
         if metadata:
-            (temporary / _METADATA_FILE).write_text(_to_json(metadata) + "\n", encoding="utf-8")
+            (temporary / _METADATA_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
 
 
 WRITERS: dict[str, Callable] = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp, ".png": write_png}

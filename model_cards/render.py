@@ -62,7 +62,7 @@ def released_card(name: str, data: dict[str, Any]) -> str:
         title=f"{RELEASED}, {name}",
         place=Location(RELEASED, subfolder=name, remote=True),
         layout="peft",
-        scores=scores,
+        scores=[scores] if scores else (),
         about=_ABOUT.format(name=name, repository=RELEASED),
         training_note=_NOTE,
         **LICENCE,

@@ -21,11 +21,17 @@ NOT_RUN = {
     "make demo": "installs",
     "make test": "installs, and runs these tests",
     "pip install -c constraints.txt -e .[train]": "installs",
+    "pip install -c constraints.txt -e .[eval]": "installs",
     "hf auth login": "asks for a token",
 }
 # What is added to a command, so that it takes a moment and not a day.
 SHORTER = {
     "shapes build": ["--videos", "4", "--images", "4", "--num_frames", "4"],
+    "evaluate --reference": ["--num_videos", "2"],
+    "evaluate out/mcm4": shlex.split(
+        "--num_videos 2 --num_frames 4 --metrics clipsim fid --clip mcm-shapes-clip --frame_network"
+        " dinov2=mcm-shapes-features"
+    ),
     "train_mcm_distill": shlex.split(
         "--max_train_steps 1 --lr_warmup_steps 0 --train_batch_size 1 --num_frames 4 --frame_interval 1 --lora_rank 2"
         " --checkpointing_steps 0 --report_to none --mixed_precision no --gradient_accumulation_steps 1"

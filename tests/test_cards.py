@@ -128,6 +128,10 @@ def test_a_folder_speaks_for_itself(tmp_path):
     text = render_folder_card(tmp_path, "me/mcm")
     assert metadata(text)["widget"][0] == {"text": "a blue ring", "output": {"url": "sample.mp4"}}
     assert "On two prompts.\n\n|  | right, % |\n| --- | --- |\n| MCM, 4 steps | 75.0 |" in text
+    evaluation = {"about": "Of 500 videos.", "columns": ["FVD (i3d)"], "rows": [["mcm4", "501.3"]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"protocol": {}, "table": evaluation}))
+    both = render_folder_card(tmp_path, "me/mcm")
+    assert "Of 500 videos.\n\n|  | FVD (i3d) |\n| --- | --- |\n| mcm4 | 501.3 |\n\nOn two prompts." in both
     (tmp_path / "sample.mp4").unlink()
     assert "output" not in metadata(render_folder_card(tmp_path, "me/mcm"))["widget"][0]
     assert ModelCard(text).data.base_model == "owner/base"

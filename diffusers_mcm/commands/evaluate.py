@@ -1,11 +1,13 @@
 """Measures folders of videos against real ones: FVD, KVD, CLIPSIM, FID, KID, CMMD and motion."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .startup import quick_imports, quiet_libraries
 
+_NAME = re.compile(r"[^\W_][\w .,+=@%()-]*")
 EPILOG = """
   diffusers-mcm evaluate --reference DATA --num_videos 500 --write_prompts prompts.jsonl
   diffusers-mcm generate --prompts prompts.jsonl --model M --steps 4 -o out/mcm4
@@ -44,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the reference's captions, a seed each, and stop there",
     )
 
+    data = parser.add_argument_group("reference").add_argument
+    data("--split", default="train", help="of a data set on the Hub, or a subfolder (default: train, or the folder)")
+    data("--revision", help="of a data set on the Hub")
+    data("--video_column", help="column of the videos, if not found by itself")
+    data("--caption_column", help="column of the captions, if not found by itself")
+
     protocol = parser.add_argument_group("protocol").add_argument
     protocol(
         "--metrics", nargs="+", help="out of fvd kvd clipsim fid kid cmmd motion (default: fvd clipsim fid motion)"
@@ -81,8 +89,16 @@ def _write_prompts(arguments: argparse.Namespace) -> None:
 
     if arguments.folders:
         raise ValueError(f"expected no folders with --write_prompts, got {arguments.folders[0]!r}")
-    count = write_prompts(arguments.write_prompts, arguments.reference, arguments.num_videos, arguments.seed)
+    count = write_prompts(
+        arguments.write_prompts, arguments.reference, arguments.num_videos, arguments.seed, **_data(arguments)
+    )
     print(f"{arguments.write_prompts}: {count} prompts")
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """How the reference is opened."""
+    columns = {"media_column": arguments.video_column, "caption_column": arguments.caption_column}
+    return {"split": arguments.split, "revision": arguments.revision, **columns}
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, str]:
@@ -92,9 +108,10 @@ def named_folders(texts: Sequence[str]) -> dict[str, str]:
         name, separator, folder = text.partition("=")
         if not separator or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
-        if not name or "/" in name or name in folders:
+        if not _NAME.fullmatch(name) or name in folders:
             raise ValueError(
-                f"expected a name of its own for each folder, got {name!r} for {folder}: write NAME={folder}"
+                f"expected a name of its own for each folder, of letters, digits and common signs, got {name!r} for"
+                f" {folder}: write NAME={folder}"
             )
         folders[name] = folder
     return folders
@@ -131,22 +148,22 @@ def _measure(arguments: argparse.Namespace) -> None:
         **given, size=None if size is None else (size[0], size[-1]), batch_size=arguments.batch_size, device=device
     )
 
-    def progress(shards, name):
-        return tqdm(shards, desc=name, unit="shard", disable=not state.is_main_process or not shards)
+    def progress(items, name):
+        return tqdm(items, desc=name, disable=not state.is_main_process or not items)
 
     with quiet_libraries():
-        processes = Processes(state.process_index, state.num_processes, state.wait_for_everyone)
         found = evaluate(
             folders,
             arguments.reference,
             arguments.output,
             options,
-            arguments.images,
-            processes,
-            progress,
-            {"diffusers_mcm": __version__},
+            images=arguments.images,
+            data=_data(arguments),
+            processes=Processes(state.process_index, state.num_processes, state.wait_for_everyone),
+            progress=progress,
+            versions={"diffusers_mcm": __version__},
         )
     if state.is_main_process:
-        print(found.summary(options.chosen()[2]))
+        print(found.summary())
         print(f"\n{arguments.output / 'evaluation.md'}")
     state.destroy_process_group()

@@ -15,7 +15,7 @@ from ..hub import public_name
 from ..location import Location
 from ..settings import SAMPLING_KEYS
 from .grammar import notice
-from .prompts import Job, plan, read_prompts
+from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
+# The names of `pipelines.samplers`, which is not imported for the flags' sake: it takes torch along.
+SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler")
+SPACINGS = ("trailing", "leading", "linspace")
 # --format -> how the names in a folder end
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "png": ".png", "frames": ""}
+VBENCH_FORMATS = ("mp4", "gif")  # that VBench reads
 EPILOG = """
 lists of prompts (--prompts FILE, or - for stdin):
   .txt, stdin   a prompt a line; blank lines and lines that start with # are skipped
@@ -58,20 +62,36 @@ def build_parser() -> argparse.ArgumentParser:
         " folder (default: out.mp4)",
     )
     add("--format", choices=FORMATS, help="of the videos in a folder; frames: each a folder of .png (default: mp4)")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="plain",
+        help="of a folder; vbench: {prompt}-{index}.mp4, the prompts as they are, indices from 0 (default: plain)",
+    )
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
     add("-v", "--verbose", action="store_true", help="show the libraries' notices and their bars of loading as well")
+    _add_model(parser)
+    _add_sampling_and_machine(parser)
+    return parser
 
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
-    model("--model", help="packaged model, folder or Hub id: an MCM LoRA or a base model (default: mcm-shapes)")
+    model(
+        "--model",
+        help="packaged model, folder or Hub id: an MCM LoRA, a base model, or motion modules as wangfuyun/AnimateLCM"
+        " and ByteDance/AnimateDiff-Lightning (default: mcm-shapes)",
+    )
     model("--lora", help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model")
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--weight_name", help="the LoRA's file there, where there are several")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
-    model("--base_model", help="put the LoRA in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)")
+    model(
+        "--base_model",
+        help="put the LoRA or the motion modules in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)",
+    )
     model("--variant", help="which files of the base model's weights to read, as fp16, where there are no others")
     model("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: 1)")
-    _add_sampling_and_machine(parser)
-    return parser
 
 
 def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
@@ -83,13 +103,23 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)",
     )
+    sampling("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's own, as a rule mcm)")
+    sampling(
+        "--timestep_spacing",
+        choices=SPACINGS,
+        help="of ddim, dpm++ and euler: where their steps lie (default: trailing)",
+    )
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
     sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
     sampling("--frames", type=int, dest="num_frames", metavar="FRAMES", help="number of frames (default: the model's)")
     sampling("--height", type=int, help="in pixels (default: the model's)")
     sampling("--width", type=int, help="in pixels (default: the model's)")
     sampling("--fps", type=float, help="frames per second of the file (default: the model's)")
-    sampling("--guidance_scale", type=float, default=1.0, help="above 1 doubles the network's work (default: off)")
+    sampling(
+        "--guidance_scale",
+        type=float,
+        help="above 1 doubles the network's work (default: the model's, as a rule 1: off)",
+    )
     sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
 
     machine = parser.add_argument_group("machine").add_argument
@@ -173,13 +203,20 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if names_folder(output) or not path.suffix:
         if path.exists() and not path.is_dir():
             raise ValueError(f"expected a folder as --output, got {output!r}, which is a file")
+        if arguments.layout == "vbench" and arguments.format not in (None, *VBENCH_FORMATS):
+            known = " or ".join(VBENCH_FORMATS)
+            raise ValueError(
+                f"expected --format {known} with --layout vbench, for VBench reads no other, got {arguments.format}"
+            )
         suffix = FORMATS[arguments.format or "mp4"]
     else:
         writer_for(output)
+        if arguments.layout != "plain":
+            raise ValueError(f"expected a folder as --output with --layout {arguments.layout}, got {output!r}")
         if arguments.format is not None:
             raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
         suffix = None
-    options = {name: getattr(arguments, name) for name in ("seed", "negative_prompt", "num_videos")}
+    options = {name: getattr(arguments, name) for name in ("seed", "negative_prompt", "num_videos", "layout")}
     return plan(read_prompts(arguments.prompt, arguments.prompts), path, suffix, **options)
 
 
@@ -203,11 +240,15 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     """The pipeline on its device, set up to use as little memory or time as the flags say."""
     import torch
 
-    from .. import MCMPipeline
+    from .. import MCMPipeline, make_scheduler
+    from ..pipelines.samplers import check_spacing
 
-    names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant")
+    check_spacing(arguments.sampler, arguments.timestep_spacing)
+    names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant", "num_inference_steps")
     given = {name: value for name in names if (value := getattr(arguments, name))}
     pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **given)
+    if arguments.sampler is not None:
+        pipeline.scheduler = make_scheduler(arguments.sampler, pipeline, arguments.timestep_spacing)
     if arguments.fuse_lora:
         pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     if arguments.vae_slicing:
@@ -223,21 +264,27 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
 
 def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
     """What all videos of a run have in common and what decides how they look."""
+    from ..pipelines.samplers import sampler_settings
+
     given = vars(arguments)
     settings = {name: public_name(given[name], given=True) for name in ("model", "lora", "base_model")}
     settings |= {name: given[name] for name in ("subfolder", "revision", "lora_scale", "guidance_scale", "dtype")}
     settings |= {"variant": arguments.variant} if arguments.variant else {}
+    if arguments.guidance_scale is None:
+        settings["guidance_scale"] = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
     for name in SAMPLING_KEYS:
         settings[name] = pipeline.sampling_default(name) if given[name] is None else given[name]
-    return settings | {"lora_sha256": lora_sha256(arguments)}
+    return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
 
 
-def lora_sha256(arguments: argparse.Namespace) -> str | None:
+def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | None:
     """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
     revision = None if arguments.lora else arguments.revision
-    place = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
+    where = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
     # what has just been loaded is in the cache
-    path = Location.of(arguments.lora or arguments.model, **place, local_files_only=True).find_lora_file()
+    named = Location.of(arguments.lora or arguments.model, **where, local_files_only=True)
+    place = named if pipeline.motion_model is None else pipeline.motion_model.lora
+    path = None if place is None else place.find_lora_file()
     return None if path is None else sha256(path)
 
 
@@ -273,7 +320,7 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
         generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
         decode_chunk_size=arguments.decode_chunk_size,
         lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
-        guidance_scale=arguments.guidance_scale,
+        guidance_scale=settings["guidance_scale"],
         output_type="np",
         **{name: settings[name] for name in SAMPLING_KEYS if name != "fps"},
     ).frames[0]

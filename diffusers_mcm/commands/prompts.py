@@ -4,19 +4,20 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..text_files import decode_text, find_name, read_table, read_text
 
 COLUMNS = ("prompt", "negative_prompt", "seed")
+_LONGEST_NAME = 220  # bytes; a file system takes 255, the ending and what a file is called until it is whole included
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*["{]|\{\s*")')
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What to show, and what is particular to it; `None` leaves it to the flags."""
 
     prompt: str
@@ -24,8 +25,7 @@ class Prompt:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One video."""
 
     prompt: str
@@ -36,11 +36,8 @@ class Job:
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[Prompt]:
     """Prompts of the command line, then those of a file; `-` is stdin for either."""
-    prompts = []
-    for argument in arguments:
-        prompts += read_list("-") if argument == "-" else [Prompt(argument)]
-    if file is not None:
-        prompts += read_list(file)
+    lists = [read_list("-") if argument == "-" else [Prompt(argument)] for argument in arguments]
+    prompts = list(chain(*lists, read_list(file) if file is not None else ()))
     if not prompts:
         raise ValueError("expected a prompt: as an argument, in a file (--prompts FILE) or from stdin (--prompts -)")
     return prompts
@@ -51,10 +48,7 @@ def read_list(file: str) -> list[Prompt]:
 
     `.csv` and `.tsv` have a header and one of the usual separators, `.json` is an array of texts or objects (or an
     object with such an array as its `prompts`), `.jsonl` has an object a line, and anything else a prompt a line,
-    unless it begins as JSON does.
-
-    Raises:
-        ValueError: names the file, and the line or the number of the prompt that is wrong.
+    unless it begins as JSON does. A `ValueError` names the file, and the line or number of the prompt that is wrong.
     """
     if file == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("expected the prompts in a file: of several processes each would read a part of stdin")
@@ -109,8 +103,7 @@ def _json_rows(text: str, name: str) -> list[Any]:
     if isinstance(content, dict):
         content = content["prompts"] if set(content) == {"prompts"} else [content]
     if not isinstance(content, list):
-        got = json.dumps(content, ensure_ascii=False)[:80]
-        raise ValueError(f"expected an array of prompts in {name}, got {got}")
+        raise ValueError(f"expected an array of prompts in {name}, got {content!r:.80}")
     return [{"prompt": row} if isinstance(row, str) else row for row in content]
 
 
@@ -147,23 +140,58 @@ def plan(
     seed: int,
     negative_prompt: str | None = None,
     num_videos: int = 1,
+    layout: str = "plain",
 ) -> list[Job]:
     """One job for every video. Every prompt starts from `seed` or its own; its k-th video from k − 1 above that.
 
-    So a video depends on its prompt and its seed, and never on its place in the list.
+    So a video depends on its prompt and its seed, and never on its place in the list. `layout`, a key of `LAYOUTS`,
+    names the videos of a folder.
     """
-    wanted = [(number, prompt, video) for number, prompt in enumerate(prompts, 1) for video in range(num_videos)]
-    paths = numbered(output, len(wanted)) if suffix is None else [output] * len(wanted)
-    jobs = []
-    for (number, prompt, video), path in zip(wanted, paths):
-        if suffix is not None:
-            which = f"-{video + 1}" if num_videos > 1 else ""
-            path = output / f"{number:04d}-{slug(prompt.prompt)}{which}{suffix}"
+    if suffix is None:
+        paths = numbered(output, len(prompts) * num_videos)
+    else:
+        names = LAYOUTS[layout]([prompt.prompt for prompt in prompts], num_videos)
+        paths = [output / f"{name}{suffix}" for name in names]
+    jobs: list[Job] = []
+    for (prompt, video), path in zip(product(prompts, range(num_videos)), paths):
         own = (seed if prompt.seed is None else prompt.seed) + video
         if not 0 <= own < 2**63:
             raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {own}")
         jobs.append(Job(prompt.prompt, prompt.negative_prompt or negative_prompt, own, path))
     return jobs
+
+
+def plain_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`0001-a-cat`, or `0001-a-cat-1` and so on for several videos of a prompt."""
+    ends = [f"-{index}" for index in range(1, num_videos + 1)] if num_videos > 1 else [""]
+    return [f"{number:04d}-{slug(prompt)}{end}" for number, prompt in enumerate(prompts, 1) for end in ends]
+
+
+def vbench_names(prompts: Sequence[str], num_videos: int) -> list[str]:
+    """`a cat-0` and so on, as VBench finds the videos of a prompt: by the prompt itself, letter for letter.
+
+    Raises:
+        ValueError: for a prompt that no file can be called by, and for one that comes twice.
+    """
+    for prompt in prompts:
+        longest = len(f"{prompt}-{num_videos - 1}".encode())
+        wrong = "it holds a '/'" if "/" in prompt else "it begins with a dot" if prompt.startswith(".") else None
+        if not prompt.isprintable():
+            wrong = "it holds characters that are not printed, such as the end of a line"
+        elif longest > _LONGEST_NAME:
+            wrong = f"it is {longest} bytes long with its number, and a name has {_LONGEST_NAME} at most"
+        if wrong:
+            raise ValueError(f"expected prompts that files can be called by, for --layout vbench; {prompt!r}: {wrong}")
+    twice = [prompt for prompt, count in Counter(prompts).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"expected every prompt once for --layout vbench, which names files by them, got {twice[0]!r}"
+            f" {prompts.count(twice[0])} times; --num_videos makes several videos of each"
+        )
+    return [f"{prompt}-{index}" for prompt in prompts for index in range(num_videos)]
+
+
+LAYOUTS = {"plain": plain_names, "vbench": vbench_names}
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -174,6 +202,6 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{index:0{digits}d}{path.suffix}") for index in range(1, count + 1)]
 
 
-def slug(prompt: str, length: int = 40) -> str:
+def slug(prompt: str) -> str:
     """A prompt as part of a file name: letters and digits of any script, lower case, joined by dashes."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:length].strip("-") or "video"
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "video"

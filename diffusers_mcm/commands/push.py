@@ -14,22 +14,15 @@ from .startup import quiet_libraries
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `diffusers-mcm push`."""
     parser = argparse.ArgumentParser(
-        prog="diffusers-mcm push",
-        description=__doc__,
-        epilog="After a failure the same command finishes the job.",
+        prog="diffusers-mcm push", description=__doc__, epilog="After a failure the same command finishes the job."
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="LoRA folder, as training writes it")
     add("repo_id", metavar="REPO", help="owner/name, or a name in your own namespace; created if it is not there")
     visibility = parser.add_mutually_exclusive_group()
-    for name, value in (("private", True), ("public", False)):
-        visibility.add_argument(
-            f"--{name}",
-            dest="private",
-            action="store_const",
-            const=value,
-            help=f"make a new repository {name} (default: as your account does; an existing one stays what it is)",
-        )
+    for name, action in (("private", "store_true"), ("public", "store_false")):
+        text = f"make a new repository {name} (default: as your account does; an existing one stays what it is)"
+        visibility.add_argument(f"--{name}", dest="private", action=action, default=None, help=text)
     add("--message", dest="commit_message", metavar="MESSAGE", help="commit message")
     add("--revision", help="branch to commit to, created if it is not there (default: main)")
     add("--create_pr", action="store_true", help="open a pull request instead of committing")

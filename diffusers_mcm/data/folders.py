@@ -28,9 +28,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     """The rows of the metadata in a folder; without metadata its images.
 
     `files` are the paths in it, as `walk` gives them, and `metadata` those of tables; by default those named so.
-
-    Raises:
-        ValueError: if nothing there can be used; the message names the file, and the row if it is one.
+    `ValueError` if nothing there can be used; the message names the file, and the row if it is one.
     """
     metadata = [path for path in files if is_metadata(path)] if metadata is None else metadata
     media = [path for path in files if path.lower().endswith(request.kind.extensions)]

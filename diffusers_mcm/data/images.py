@@ -94,8 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_image(media: dict, height: int, width: int) -> np.ndarray:
     """Decode one image with PIL, upright and fitted: uint8 (H, W, 3). Of an animation it is the first picture.
 
-    Raises:
-        UnusableItem: if the file is missing or broken, or holds numbers of which nobody can say how bright they are.
+    `UnusableItem` if the file is missing or broken, or holds numbers of which nobody can say how bright they are.
     """
     try:  # PIL's code only, whose complaints are about the file
         with Image.open(media_file(media)) as image:

@@ -30,6 +30,15 @@ def digest(chunks: Iterable) -> str:
     return state.hexdigest()
 
 
+def file_stamp(path: str | os.PathLike) -> list[int] | None:
+    """Size and time of change of a file; None for an address."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
 class MediaRows:
     """The rows of a data set, kept as columns of a `pyarrow.Table` or `datasets.Dataset` and not as objects.
 
@@ -69,6 +78,10 @@ class MediaRows:
             raise UnusableItem(NO_CAPTION if texts is not None else NO_TEXT)
         return ""
 
+    def stamp(self, item: Mapping) -> Any:
+        """What changes with the bytes of the item's file, as plain data; None if that cannot be told."""
+        return None
+
     def order(self) -> str | None:
         """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
@@ -103,6 +116,9 @@ class FolderRows(MediaRows):
     def captions(self, item: Mapping) -> list[str]:
         return item["captions"] or []
 
+    def stamp(self, item: Mapping) -> list[int] | None:
+        return file_stamp(self.media(item)["path"])
+
     def name(self, row: int, item: Mapping) -> str:
         return self.media(item)["path"]
 
@@ -120,6 +136,9 @@ class HubRows(MediaRows):
 
     def media(self, item: Mapping) -> dict:
         return item[self.media_column]
+
+    def stamp(self, item: Mapping) -> str | None:
+        return getattr(self.table, "_fingerprint", None)
 
     def captions(self, item: Mapping) -> list[str] | None:
         value = item if self.caption_path is not None else None

@@ -34,8 +34,7 @@ class Sample(NamedTuple):
 def read_headers(path: str) -> tuple[list[Member], str | None]:
     """The files of a tar by their headers, and what is wrong with it; of a broken tar those that are whole.
 
-    Raises:
-        MachineError: if it is the machine that cannot read it: without a shard all samples would be others.
+    `MachineError` if it is the machine that cannot read it: without a shard all samples would be others.
     """
     members: dict[str, Member] = {}
     problem = None

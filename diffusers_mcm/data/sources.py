@@ -19,7 +19,7 @@ def _import_datasets() -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
-        needed = "Reading training data needs the package `datasets`: pip install 'diffusers-mcm[train]'"
+        needed = "Reading data needs the package `datasets`: pip install 'diffusers-mcm[train]', or [eval] to measure"
         raise ImportError(needed) from error
 
 

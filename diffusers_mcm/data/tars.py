@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
 from .faults import UnusableItem, unusable
-from .rows import NO_CAPTION, MediaRows, digest, examples
+from .rows import NO_CAPTION, MediaRows, digest, examples, file_stamp
 from .shards import field_of, group, read_headers
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,9 @@ class TarRows(MediaRows):
     def media(self, item: Mapping) -> dict:
         return {"path": item["name"], "bytes": self._read(item, "media")}
 
+    def stamp(self, item: Mapping) -> list[int] | None:
+        return file_stamp(self.paths[item["shard"]])
+
     def captions(self, item: Mapping) -> list[str] | None:
         texts: list[str] | None = []
         for name, key in self.caption_places:
@@ -146,17 +149,12 @@ def _find_captions(index: TarIndex, request: DataRequest) -> _Places:
 
 
 class _JsonKeys:
-    """The keys under which the samples' json of one field has text.
-
-    Attributes:
-        keys: those that were found so far, in the order in which they were.
-        broken: json that cannot be read, by the name of its sample; it is skipped and counted when its turn comes.
-    """
+    """The keys under which the samples' json of one field has text."""
 
     def __init__(self, index: TarIndex, name: str):
         self.index, self.name = index, name
-        self.keys: dict[str, None] = {}
-        self.broken: dict[str, str] = {}
+        self.keys: dict[str, None] = {}  # those that were found so far, in the order in which they were
+        self.broken: dict[str, str] = {}  # unreadable json, by sample; it is skipped and counted when its turn comes
         self._places = np.asarray(index.places[name]).reshape(-1, 3)
         self._first = np.unique(np.linspace(0, len(self._places) - 1, _LOOKED_AT).astype(int)).tolist()
         for at in self._first:

@@ -35,16 +35,21 @@ def clip_positions(num_available: int, num_frames: int, frame_interval: int, uni
 
 
 def timed_clip_positions(
-    seconds: Sequence[float], num_frames: int, fps: float, uniform: float, end: float | None = None
+    seconds: Sequence[float],
+    num_frames: int,
+    fps: float,
+    uniform: float,
+    end: float | None = None,
+    strict: bool = False,
 ) -> list[int]:
     """Positions of the frames that are shown every 1/fps seconds, from a start chosen by `uniform` in [0, 1).
 
     The clip begins with the frame shown at a time that is uniform over the film. A moment shows the last frame whose
     time is not after it, times being met to within half a frame: containers round them. So a frame that stays for
     longer than 1/fps comes more than once, the last one too. Where the film is shorter than the clip, the clip's
-    frames lie closer together, from the first frame of the film to its last. `seconds` are the ascending times of all
-    its frames; the last one is shown until `end`, or by default as long as most frames are. `UnusableItem` if the
-    film has fewer frames than asked for.
+    frames lie closer together, from the first frame of the film to its last, or if `strict` the film is refused.
+    `seconds` are the ascending times of all its frames; the last one is shown until `end`, or by default as long as
+    most frames are. `UnusableItem` if the film has fewer frames than asked for.
     """
     _check_enough(len(seconds), num_frames)
     since = np.asarray(seconds, dtype=np.float64) - float(seconds[0])
@@ -53,7 +58,10 @@ def timed_clip_positions(
     stays = gap if end is None else min(max(float(end) - float(seconds[-1]), 0.0), since[-1])
     length, reach = since[-1] + stays, since[-1] + max(stays - gap, 0.0)
     steps = num_frames - 1
-    step = 0.0 if not steps else 1 / fps if steps / fps < reach + gap / 2 else reach / steps
+    fits = steps / fps < reach + gap / 2
+    if strict and not fits:
+        raise UnusableItem(f"it lasts {length:.3g} s, too short for {num_frames} frames at {fps:g} per second")
+    step = 0.0 if not steps else 1 / fps if fits else reach / steps
     slack = min(gap, step) / 2
     # The last start lasts for a frame, as others do; rounded times are not to make one more of it.
     start_time = max(min(uniform * (length - step * steps), reach - step * steps + slack), 0.0)
@@ -71,15 +79,17 @@ class ClipChoice:
     fps: float | None  # the rate, by the times at which frames are shown; None takes every n-th frame
     uniform: float  # number in [0, 1) that chooses the start
     min_frames: int = 1  # a film of fewer frames is refused even where T are fewer still
+    strict: bool = False  # refuse a film that is too short for the clip at that interval or rate
 
     def positions(self, times: Sequence[Time], time_base: Fraction, end: int | None = None) -> list[int]:
         """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
-        _check_enough(len(times), self.min_frames)
+        span = (self.num_frames - 1) * self.frame_interval + 1 if self.strict and self.fps is None else 1
+        _check_enough(len(times), max(self.min_frames, span))
         if self.fps is None:
             return clip_positions(len(times), self.num_frames, self.frame_interval, self.uniform)
         seconds = [float(time * time_base) for time in times]
         until = None if end is None else float(end * time_base)
-        return timed_clip_positions(seconds, self.num_frames, self.fps, self.uniform, until)
+        return timed_clip_positions(seconds, self.num_frames, self.fps, self.uniform, until, self.strict)
 
 
 def times_in_output_order(pts: Sequence[int | None], time_base: Fraction, rate: Fraction | None) -> Sequence[Time]:

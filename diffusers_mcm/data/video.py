@@ -139,12 +139,13 @@ def read_clip(
     uniform: float,
     fps: float | None = None,
     min_frames: int = 1,
+    strict: bool = False,
 ) -> np.ndarray:
     """Decode one clip of a video as players show it: in order, upright, with square pixels, HDR as an SDR screen does.
 
     Args:
         media: `{"path": str | None, "bytes": bytes | None}`, as `datasets.Video(decode=False)` gives it.
-        num_frames, frame_interval, uniform, fps, min_frames: which frames, see `ClipChoice`.
+        num_frames, frame_interval, uniform, fps, min_frames, strict: which frames, see `ClipChoice`.
         height, width: size of the frames returned (shortest side scaled, then the centre).
 
     Returns:
@@ -154,7 +155,7 @@ def read_clip(
         UnusableItem: if the video is missing, broken or has too few frames, or if its colours cannot be converted.
         MachineError: if the machine cannot read it, whose files are not to blame.
     """
-    choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames)
+    choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames, strict)
     try:
         return _read_pictures(media, choice, (height, width)).clip()
     except (FFmpegError, OSError, MemoryError) as error:

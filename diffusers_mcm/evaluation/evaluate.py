@@ -1,34 +1,37 @@
 """Measures folders of videos against a reference: the call behind `diffusers-mcm evaluate`."""
 
-import itertools
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data.columns import IMAGES
 from ..files import write_text
 from ..hub import public_name
-from .distances import COVARIANCES, resampled
+from .distances import COVARIANCES
 from .measuring import (
     Measure,
     Measured,
     Processes,
     clipsim_measure,
+    content_measure,
     frame_measure,
     measure,
     motion_measure,
     video_measure,
 )
-from .metrics import DEFAULT, Column, Score, columns_of, difference, draws_of, mean_score
+from .metrics import DEFAULT, Column, Score, columns_of, mean_score
 from .motion import MEASURES
 from .networks import CLIP_SOURCE, FRAME_NETWORKS, VIDEO_NETWORKS, Choice, ClipFeatures, load_clip
-from .results import Difference, Evaluation, Method, check_protocols
-from .videos import WINDOWS, VideoSet, Window, open_reference, open_samples, size_of
+from .pairing import Progress, check_alike, common, differences_of, warn_of_other_captions
+from .results import Evaluation, Method, check_protocols
+from .videos import RESIZE, WINDOWS, VideoSet, Window, open_reference, open_samples, size_of
 
 STEPS = "num_inference_steps"
 
@@ -83,6 +86,10 @@ class Options:
         """The networks of videos and of frames that the metrics need, and the columns of the results."""
         videos = [Choice.parse(text, VIDEO_NETWORKS) for text in self.video_networks]
         frames = [Choice.parse(text, FRAME_NETWORKS) for text in self.frame_networks]
+        for choices, flag in ((videos, "video_network"), (frames, "frame_network")):
+            twice = [row for row, count in Counter(choice.row for choice in choices).items() if count > 1]
+            if twice:
+                raise ValueError(f"expected each network once in --{flag}, got {twice[0]} several times")
         columns = columns_of(self.metrics, [c.row for c in videos], [c.row for c in frames])
         used = {(column.metric.features, column.network) for column in columns}
         return (
@@ -97,15 +104,17 @@ def evaluate(
     reference: str,
     output: str | os.PathLike,
     options: Options | None = None,
+    *,
     images: str | None = None,
+    data: Mapping[str, Any] | None = None,
     processes: Processes | None = None,
-    progress: Callable[[Sequence[int], str], Any] = lambda shards, name: shards,
+    progress: Progress = lambda items, name: items,
     versions: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Measure folders of videos, and write `evaluation.json`, `evaluation.md` and a picture into `output`.
 
     Features are kept in `output/features`, so that a run that was stopped goes on. Results that are there already by
-    the same protocol stay beside the new ones.
+    the same protocol stay beside the new ones; differences are those between the folders of one call.
 
     Args:
         folders: name -> a folder of samples, see `videos.open_samples`.
@@ -113,78 +122,121 @@ def evaluate(
         output: a folder.
         options: how it is done.
         images: real images that frames are compared with, instead of the reference's own frames.
-        processes: for several; only the first one writes results.
-        progress: as in `measuring.measure`.
+        data: how the reference is opened, as fields of `data.columns.DataRequest`: split, columns, revision.
+        processes: for several; only the first one computes and writes results.
+        progress: wraps what takes time, with the name of it.
         versions: of further packages, for the record beside those that compute the numbers.
 
     Raises:
-        ValueError: for folders that hold no videos, captions or numbers of videos that differ between the methods,
-            and results of another protocol in `output`.
+        ValueError: for folders that hold no videos, or other captions than the first one, and for results of another
+            protocol in `output`.
     """
     options, processes = options or Options(), processes or Processes()
     before = Evaluation.read(output)
+    plan = _plan(folders, reference, images, options, data or {})
+    if before is not None:  # before the work, not after it
+        known = {key: value for key, value in before.protocol.items() if key not in _KNOWN_AFTERWARDS}
+        check_protocols(known, plan.protocol, str(output))
+
+    def measured(videos: VideoSet, window: Window, names: Iterable[str]) -> Measured:
+        chosen = {name: plan.measures[name] for name in names} | {"content": content_measure()}
+        return measure(
+            videos, window, options.seed, chosen, Path(output, "features", videos.name), processes, progress
+        )
+
+    truth = measured(plan.real, plan.window, plan.names(of_frames=None if plan.pictures is None else False))
+    shown = None if plan.pictures is None else measured(plan.pictures, plan.window, plan.names(of_frames=True))
+    as_written = plan.window._replace(frame_interval=1, fps=None, place="start")
+    results = {videos.name: measured(videos, as_written, plan.measures) for videos in plan.samples}
+    if processes.index == 0:
+        found = _scored(plan, truth, shown, results, options, progress)
+        found = replace(found, versions={**(versions or {}), **found.versions})
+        found.with_others(before, str(output)).write(output)
+    processes.wait()
+    written = Evaluation.read(output)
+    if written is None:
+        raise OSError(f"the first process wrote no results into {output}: see what it said")
+    return written
+
+
+_KNOWN_AFTERWARDS = ("samples", "contents")  # of the protocol, when all has been read
+
+
+class _Plan(NamedTuple):
+    """What an evaluation is going to do, with everything checked that can be checked before it reads a video."""
+
+    samples: list[VideoSet]
+    real: VideoSet
+    pictures: VideoSet | None
+    window: Window
+    columns: list[Column]
+    measures: dict[str, Measure]
+    protocol: dict[str, Any]
+    weights: dict[str, str]  # where those of each network came from
+
+    def names(self, of_frames: bool | None) -> list[str]:
+        """The measures, all of them or those of frames or the others alone."""
+        return [name for name in self.measures if of_frames is None or name.startswith("frame.") is of_frames]
+
+
+def _plan(
+    folders: Mapping[str, str | os.PathLike],
+    reference: str,
+    images: str | None,
+    options: Options,
+    data: Mapping[str, Any],
+) -> _Plan:
     video_choices, frame_choices, columns = options.chosen()
     samples = [open_samples(folder, name) for name, folder in folders.items()]
     check_alike(samples)
-    size = options.size or size_of(samples[0].videos)
+    size = options.size or size_of(samples)
     window = Window(options.num_frames, options.frame_interval, options.fps, options.window, *size)
-    real = open_reference(reference, options.num_videos, options.seed)
-    pictures = open_reference(images, None, options.seed, IMAGES, "images") if images else None
-
+    real = open_reference(reference, options.num_videos, options.seed, **data)
+    pictures = open_reference(images, None, options.seed, IMAGES, "(images)") if images else None
+    warn_of_other_captions(samples[0], real)
     measures, networks = load_measures(video_choices, frame_choices, columns, options)
     protocol = {
         "reference": real.described(),
         "images": pictures.described() if pictures else None,
-        "samples": {"num_videos": len(samples[0].videos), "captions": samples[0].captions_digest()},
-        "window": window._asdict(),
+        "window": {**window._asdict(), "resize": RESIZE},
         "seed": options.seed,
         "networks": networks,
         "covariance": options.covariance,
     }
-    if before is not None:
-        check_protocols(before.protocol, protocol, str(output))  # before the work, not after it
-
-    def measured(videos: VideoSet, how: Window, names: Sequence[str]) -> Measured:
-        folder = Path(output, "features", videos.name)
-        chosen = {name: measures[name] for name in names}
-        return measure(videos, how, options.seed, chosen, folder, processes, progress)
-
-    of_frames = [name for name in measures if name.startswith("frame.")]
-    truth = measured(real, window, [name for name in measures if not (images and name in of_frames)])
-    targets = dict(truth.values)
-    if pictures:
-        targets |= measured(pictures, window, of_frames).values
-    as_written = window._replace(frame_interval=1, fps=None, place="start")
-    results = {videos.name: measured(videos, as_written, list(measures)) for videos in samples}
-
-    scores = {name: scores_of(result, targets, columns, options.covariance) for name, result in results.items()}
-    methods = {videos.name: _method(videos, results[videos.name], scores[videos.name]) for videos in samples}
-    differences = differences_of(results, scores, options.resamples, options.seed)
-    alone = [column for column in columns if column.metric.against is None]
-    described = _method(real, truth, scores_of(truth, {}, alone, options.covariance))
-    found = Evaluation(protocol, {**(versions or {}), **computed_by()}, described, methods, differences)
-    found = found.with_others(before, str(output))
-    if processes.index == 0:
-        found.write(output, columns)
-    return found
+    weights = {choice.row: public_name(choice.source, given=True) for choice in (*video_choices, *frame_choices)}
+    if "clipsim" in networks:
+        weights["CLIPSIM"] = public_name(options.clip, given=True)
+    return _Plan(samples, real, pictures, window, columns, measures, protocol, weights)
 
 
-def check_alike(samples: Sequence[VideoSet]) -> None:
-    """`ValueError` unless there are samples, and all folders show the same captions, each as often."""
-    if not samples:
-        raise ValueError("expected at least one folder of samples, got none")
-    first = samples[0]
-    for other in samples[1:]:
-        if len(other.videos) != len(first.videos):
-            raise ValueError(
-                f"expected as many videos in every folder, got {len(first.videos)} in {first.source} and "
-                f"{len(other.videos)} in {other.source}: a Fréchet distance grows as the number falls"
-            )
-        if other.captions_digest() != first.captions_digest():
-            raise ValueError(
-                f"expected the same captions in every folder, but {other.source} shows others than {first.source}: "
-                "make both from one list of prompts"
-            )
+def _scored(
+    plan: _Plan,
+    truth: Measured,
+    shown: Measured | None,
+    results: Mapping[str, Measured],
+    options: Options,
+    progress: Progress,
+) -> Evaluation:
+    """The results of one call."""
+    shared, left_out = common(results)
+    captions = sorted(video.caption for video in next(iter(shared.values())).videos)
+    read = [each.contents() for each in (truth, shown) if each is not None]
+    samples = {"num_videos": len(captions), "captions": _sha256(captions)}
+    protocol = plan.protocol | {"samples": samples, "contents": read}
+    targets = truth.values if shown is None else {**truth.values, **shown.values}
+    scores = {name: scores_of(found, targets, plan.columns, options.covariance) for name, found in shared.items()}
+    alone = [column for column in plan.columns if column.metric.against is None]
+    described = _method(plan.real, truth, scores_of(truth, {}, alone, options.covariance))
+    if shown is not None and plan.pictures is not None:
+        described = replace(described, skipped={**described.skipped, **_public(plan.pictures.source, shown.skipped)})
+    return Evaluation(
+        protocol,
+        {**computed_by(), **plan.weights},
+        described,
+        {videos.name: _method(videos, shared[videos.name], scores[videos.name]) for videos in plan.samples},
+        differences_of(shared, scores, options.resamples, options.seed, progress),
+        [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else [],
+    )
 
 
 def load_measures(
@@ -204,11 +256,11 @@ def load_measures(
                 network.check_frames(options.num_frames, choice.row)
                 make = video_measure
             measures[f"{kind}.{choice.row}"] = make(network, options.batch_size)
-            networks[choice.row] = {"weights": public_name(choice.source), **network.described()}
+            networks[choice.row] = network.described()
     if any(column.metric.features == "clip" for column in columns):
         clip: ClipFeatures = load_clip(options.clip).to(options.device)
         measures["clipsim"] = clipsim_measure(clip, options.batch_size)
-        networks["clipsim"] = {"weights": public_name(options.clip), **clip.described()}
+        networks["clipsim"] = clip.described()
     measures["motion"] = motion_measure()
     return measures, networks
 
@@ -237,46 +289,21 @@ def _method(videos: VideoSet, measured: Measured, scores: Mapping[str, Score]) -
         source=public_name(videos.source, given=True),
         num_videos=len(measured.videos),
         num_captions=len({video.caption for video in measured.videos}),
-        skipped=dict(measured.skipped),
+        skipped=_public(videos.source, measured.skipped),
         steps=steps if isinstance(steps, int) else None,
         settings=dict(videos.settings),
         values={key: float(score(everything)) for key, score in scores.items()},
     )
 
 
-def differences_of(
-    results: Mapping[str, Measured], scores: Mapping[str, Mapping[str, Score]], resamples: int, seed: int
-) -> list[Difference]:
-    """Between all pairs of methods, each with its paired interval over captions; none without `resamples`.
-
-    Where a caption is lost to one of the methods, because none of its videos could be read, it is lost to all.
-    """
-    if len(results) < 2 or resamples < 2:
-        return []
-    by_caption = {name: _by_caption(measured) for name, measured in results.items()}
-    common = sorted(set.intersection(*(set(groups) for groups in by_caption.values())))
-    if len(common) < 2:
-        return []
-    drawn = resampled(len(common), resamples, seed)
-    groups = {name: [found[caption] for caption in common] for name, found in by_caption.items()}
-    whole = {
-        (name, key): float(score(np.concatenate(groups[name])))
-        for name in results
-        for key, score in scores[name].items()
-    }
-    draws = {(name, key): draws_of(scores[name][key], groups[name], drawn) for name, key in whole}
-    return [
-        Difference(b, a, key, difference(whole[b, key], whole[a, key], draws[b, key], draws[a, key]))
-        for a, b in itertools.combinations(results, 2)
-        for key in scores[a]
-    ]
+def _public(source: str, skipped: Mapping[str, str]) -> dict[str, str]:
+    """Names within the source, which say nothing of the machine."""
+    folder = os.path.join(source, "")
+    return {name.removeprefix(folder): reason.replace(folder, "") for name, reason in skipped.items()}
 
 
-def _by_caption(measured: Measured) -> dict[str, np.ndarray]:
-    numbers: dict[str, list[int]] = {}
-    for number, video in enumerate(measured.videos):
-        numbers.setdefault(video.caption, []).append(number)
-    return {caption: np.array(rows) for caption, rows in numbers.items()}
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def computed_by() -> dict[str, str]:
@@ -289,15 +316,13 @@ def computed_by() -> dict[str, str]:
     return {name: module.__version__ for name, module in modules.items()}
 
 
-def write_prompts(path: str | Path, reference: str, num_videos: int | None, seed: int) -> int:
+def write_prompts(path: str | Path, reference: str, num_videos: int | None, seed: int, **data: Any) -> int:
     """Write a list for `generate --prompts`: the captions of the reference's videos that `evaluate` would read.
 
-    Each has a seed of its own: with one seed for all, all videos would begin with the same noise.
-
-    Returns:
-        How many prompts were written.
+    Each has a seed of its own: with one seed for all, all videos would begin with the same noise. `data` is as in
+    `evaluate`. Returns how many prompts were written.
     """
-    videos = open_reference(reference, num_videos, seed).videos
+    videos = open_reference(reference, num_videos, seed, **data).videos
     drawn = np.random.default_rng([seed, 3]).choice(2**31, len(videos), replace=False).tolist()
     lines = [
         json.dumps({"prompt": video.caption, "seed": number}, ensure_ascii=False) + "\n"

@@ -105,7 +105,9 @@ class InceptionI3d(nn.Module):
         """
         from safetensors.torch import load_file
 
-        path = Location.of(name).lora_file()
+        path = Location.of(name).find_lora_file()
+        if path is None:
+            raise ValueError(f"expected a .safetensors file of the Inception-I3D, got {name!r}, where there is none")
         model, state = cls(eps), load_file(path)
         wanted = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
         found = {key for key in state if not key.endswith("num_batches_tracked")}

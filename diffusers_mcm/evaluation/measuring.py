@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +66,16 @@ def motion_measure() -> Measure:
     return Measure(lambda frames, captions: np.stack([motion_of(video) for video in frames]), "1")
 
 
+def content_measure() -> Measure:
+    """A number (N,) for each video that other pixels would not have."""
+
+    def compute(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        digests = (hashlib.blake2b(video.tobytes(), digest_size=8).digest() for video in frames)
+        return np.array([int.from_bytes(digest, "big", signed=True) for digest in digests])
+
+    return Measure(compute, "1")
+
+
 @dataclass(frozen=True)
 class Measured:
     """What was computed of a set.
@@ -80,6 +89,16 @@ class Measured:
     videos: Sequence[Video]
     skipped: Mapping[str, str]
     values: Mapping[str, np.ndarray]
+
+    def only(self, places: Sequence[int]) -> "Measured":
+        """The same of some of the videos, in this order."""
+        values = {name: found[list(places)] for name, found in self.values.items()}
+        return Measured([self.videos[place] for place in places], self.skipped, values)
+
+    def contents(self) -> dict[str, Any]:
+        """How many were read, and a SHA-256 that other pixels under the same names would not have."""
+        state = hashlib.sha256(np.sort(self.values["content"]).tobytes())
+        return {"num_videos": len(self.videos), "sha256": state.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ def measure(
     measures: Mapping[str, Measure],
     folder: Path,
     processes: Processes | None = None,
-    progress: Callable[[Sequence[int], str], Any] = lambda shards, name: shards,
+    progress: Callable[[Sequence[int], str], Iterable[int]] = lambda shards, name: shards,
 ) -> Measured:
     """Compute what is not in `folder` yet, each process its share, then read all of it.
 
@@ -125,18 +144,9 @@ def measure(
 
 
 def _file_name(name: str, number: int, shard: Sequence[Video], window: Window, seed: int, key: Any) -> str:
-    recipe = [window, seed, key, [(v.name, v.caption, _stamp(v.name)) for v in shard]]
+    recipe = [window, seed, key, [(video.name, video.caption, video.stamp) for video in shard]]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return f"{name}-{number:05d}-{digest[:16]}.safetensors"
-
-
-def _stamp(name: str) -> list[int] | None:
-    """Size and time of change of a file or folder, so that another of its name is measured anew."""
-    try:
-        found = os.stat(name)
-    except (OSError, ValueError):
-        return None  # an address, or within a tar
-    return [found.st_size, found.st_mtime_ns]
 
 
 def _measure_shard(
@@ -177,7 +187,10 @@ def _gathered(
                 reasons = json.loads(file.metadata()["skipped"])
         used += [shard[place] for place in places]
         skipped |= {shard[int(place)].name: reason for place, reason in reasons.items()}
-    if not used:
-        name, reason = next(iter(skipped.items()), ("", "there are none"))
-        raise ValueError(f"no video of {videos.source} can be used, for example {name}: {reason}")
+    if len(used) < 2:
+        name, reason = next(iter(skipped.items()), ("", "there are no others"))
+        raise ValueError(
+            f"expected at least 2 videos of {videos.source} that can be used, got {len(used)}; for example {name}:"
+            f" {reason}"
+        )
     return Measured(used, skipped, {name: np.concatenate(found) for name, found in values.items()})

@@ -19,6 +19,10 @@ from .i3d import INPUT_SIZE, MIN_FRAMES, InceptionI3d
 PREPROCESSOR_NAME = "preprocessor_config.json"
 
 
+# What a configuration says of where it was read, and by what.
+_NOT_OF_THE_NETWORK = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+
+
 class Features(nn.Module):
     """A frozen network and how pixels go into it.
 
@@ -51,8 +55,10 @@ class Features(nn.Module):
         self.num_frames, self.least = num_frames, least
 
     def digest(self) -> str:
-        """SHA-256 over the names and values of the weights, as they are in memory."""
-        state = hashlib.sha256()
+        """SHA-256 over the configuration of the network, and the names and values of its weights in memory."""
+        config = self.model.config.to_dict() if hasattr(self.model, "config") else {}
+        kept = {key: value for key, value in config.items() if key not in _NOT_OF_THE_NETWORK}
+        state = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             state.update(name.encode())
             state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -170,7 +176,14 @@ class ClipFeatures(Features):
         kept = ("size", "crop_size", "resample", "image_mean", "image_std", "do_resize", "do_center_crop")
         said = json.loads(json.dumps(self.processor.to_dict(), default=str))
         how = {key: said[key] for key in kept if key in said}
-        return {"sha256": self.digest(), "layer": self.layer, "resize": f"Pillow, {json.dumps(how, sort_keys=True)}"}
+        length = self.model.config.text_config.max_position_embeddings
+        words = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        return {
+            "sha256": self.digest(),
+            "layer": self.layer,
+            "resize": f"Pillow, {json.dumps(how, sort_keys=True)}",
+            "text": f"{length} tokens, vocabulary {words[:16]}",
+        }
 
     @torch.no_grad()
     def forward(self, frames: np.ndarray) -> np.ndarray:

@@ -12,11 +12,12 @@ from typing import Any
 from ..files import write_text
 from ..tables import table
 from .distances import Interval
-from .metrics import Column
+from .metrics import METRICS, Column, column_of
 from .picture import draw
 
+FORMAT = 1  # of evaluation.json
 JSON_NAME, PAGE_NAME, PICTURE_NAME = "evaluation.json", "evaluation.md", "evaluation.png"
-_TRAILING_STEPS = re.compile(r"[-_ ]?(\d+)([-_ ]?steps?)?$")
+_TRAILING_STEPS = re.compile(r"[-_ ]?(\d+)(?:[-_ ]?steps?)?$")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Evaluation:
         versions: of the packages that computed them, for the record.
         reference: what was found of the reference itself, where no reference is needed to say it.
         methods: by name, in the order in which they were given.
-        differences: between all pairs of methods on the same captions.
+        differences: between all pairs of methods that were measured in one call.
+        notes: what a reader of the table has to know.
     """
 
     protocol: Mapping[str, Any]
@@ -73,6 +75,7 @@ class Evaluation:
     reference: Method
     methods: Mapping[str, Method]
     differences: Sequence[Difference] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Evaluation | None":
@@ -88,9 +91,13 @@ class Evaluation:
                 for each in found["differences"]
             ]
             reference = Method(**found["reference"])
-            return cls(found["protocol"], found["versions"], reference, methods, differences)
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']}")
+            return cls(found["protocol"], found["versions"], reference, methods, differences, found["notes"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no result of an evaluation ({error!r}): choose another folder") from error
+            raise ValueError(
+                f"{path} is no result of an evaluation that this version wrote ({error!r}): choose another folder"
+            ) from error
 
     def with_others(self, before: "Evaluation | None", where: str) -> "Evaluation":
         """These results beside those of before; of a method that was measured again the new ones.
@@ -103,42 +110,58 @@ class Evaluation:
         check_protocols(before.protocol, self.protocol, where)
         anew = set(self.methods)
         kept = [each for each in before.differences if not {each.method, each.less} & anew]
-        return replace(self, methods={**before.methods, **self.methods}, differences=[*kept, *self.differences])
+        notes = list(dict.fromkeys([*before.notes, *self.notes]))
+        together = {**before.methods, **self.methods}
+        return replace(self, methods=together, differences=[*kept, *self.differences], notes=notes)
 
-    def write(self, folder: str | os.PathLike, columns: Sequence[Column]) -> None:
+    def columns(self) -> list[Column]:
+        """All columns in which anything has a score, in the order of the table of metrics."""
+        keys = dict.fromkeys(key for each in (*self.methods.values(), self.reference) for key in each.values)
+        order = list(METRICS)
+        return [column_of(key) for key in sorted(keys, key=lambda key: order.index(key.partition(".")[0]))]
+
+    def write(self, folder: str | os.PathLike) -> None:
         """Write the three files, each whole or not at all."""
-        about = json.loads(json.dumps(asdict(self))) | {"table": self.card_table(columns)}
-        write_text(Path(folder, PAGE_NAME), self.page(columns))
-        draw(Path(folder, PICTURE_NAME), self.series(), self.reference.values, columns)
+        about = {"format": FORMAT} | json.loads(json.dumps(asdict(self))) | {"table": self.card_table()}
+        write_text(Path(folder, PAGE_NAME), self.page().encode("utf-8", "backslashreplace").decode())
+        draw(Path(folder, PICTURE_NAME), self.series(), self.reference.values, self.columns())
         write_text(Path(folder, JSON_NAME), json.dumps(about, indent=2) + "\n")
 
     def series(self) -> dict[str, list[tuple[int, Mapping[str, float | None]]]]:
         """The scores of the methods whose steps are known, under their names without the steps: `mcm` for `mcm4`."""
         found: dict[str, list] = {}
         for name, method in self.methods.items():
-            if method.steps is not None:
-                found.setdefault(_TRAILING_STEPS.sub("", name) or name, []).append((method.steps, method.values))
+            if method.steps is None:
+                continue
+            ending = _TRAILING_STEPS.search(name)
+            own = ending is not None and int(ending[1]) == method.steps and ending.start() > 0
+            found.setdefault(name[: ending.start()] if ending and own else name, []).append(
+                (method.steps, method.values)
+            )
         return found
 
-    def rows(self, columns: Sequence[Column]) -> list[tuple[str, dict[str, str]]]:
+    def rows(self) -> list[tuple[str, dict[str, str]]]:
         """The table of methods, the reference first: each name with its cells by column."""
         rows = []
         for name, method in {"(reference)": self.reference, **self.methods}.items():
             cells = {"steps": str(method.steps or "–"), "videos": str(method.num_videos)}
-            for column in columns:
+            for column in self.columns():
                 value = method.values.get(column.key)
                 cells[column.title] = "–" if value is None else column.format(value)
             rows.append((name, cells))
         return rows
 
-    def summary(self, columns: Sequence[Column]) -> str:
+    def summary(self) -> str:
         """The table of methods, in markdown."""
-        return table(self.rows(columns), _titles(columns))
+        return "\n\n".join([table(self.rows(), self._titles()), *self.notes])
 
-    def card_table(self, columns: Sequence[Column]) -> dict[str, Any]:
+    def _titles(self) -> list[str]:
+        return ["steps", "videos", *(column.title for column in self.columns())]
+
+    def card_table(self) -> dict[str, Any]:
         """What a model card shows: a sentence, the columns, and a row for each method."""
-        titles = _titles(columns)
-        rows = [[name, *(cells[title] for title in titles)] for name, cells in self.rows(columns)]
+        titles = self._titles()
+        rows = [[name, *(cells[title] for title in titles)] for name, cells in self.rows()]
         about = (
             f"Measured against {self.reference.num_videos} videos of the reference, "
             f"{self.protocol['window']['num_frames']} frames each, by `diffusers-mcm evaluate`. Numbers of another "
@@ -146,16 +169,14 @@ class Evaluation:
         )
         return {"about": about, "columns": titles, "rows": rows}
 
-    def page(self, columns: Sequence[Column]) -> str:
+    def page(self) -> str:
         """The results in markdown: protocol, methods, differences, what was skipped."""
-        better = {c.title: c.metric.better for c in columns if c.metric.better}
-        parts = ["# Evaluation", _head(self.protocol, self.versions), "## Methods", self.summary(columns)]
-        parts.append(
-            "; ".join(f"{title}: {way} is better" for title, way in better.items())
-            + ". A still video raises CLIPSIM and every measure of consistency: read them beside the motion."
-        )
+        parts = ["# Evaluation", _head(self.protocol, self.versions), "## Methods", self.summary()]
+        better = [f"{c.title}: {c.metric.better} is better" for c in self.columns() if c.metric.better]
+        still = "A still video raises CLIPSIM and every measure of consistency: read them beside the motion."
+        parts.append(". ".join([*(["; ".join(better)] if better else []), still]))
         if self.differences:
-            parts += ["## Differences", _differences(self, columns)]
+            parts += ["## Differences", _differences(self, self.columns())]
         skipped = [
             f"- {name}: {file}: {reason}"
             for name, method in {"the reference": self.reference, **self.methods}.items()
@@ -164,10 +185,6 @@ class Evaluation:
         if skipped:
             parts += ["## Skipped", "\n".join(skipped)]
         return "\n\n".join(parts) + "\n"
-
-
-def _titles(columns: Sequence[Column]) -> list[str]:
-    return ["steps", "videos", *(column.title for column in columns)]
 
 
 def check_protocols(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

@@ -47,6 +47,14 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return int(found)
 
 
+def only_dtype(*given: Any) -> torch.dtype:
+    """The first type that is given, which must be a floating-point one; float32 if none is."""
+    dtype = next((kind for kind in given if kind is not None), torch.float32)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point type such as torch.float16, got {shown(dtype)}.")
+    return dtype
+
+
 def attention_options(scale: Any, cross_attention_kwargs: Any) -> tuple[float, dict[str, Any]]:
     """The strength of the LoRAs that either of the two arguments gives, and the other options of attention layers."""
     if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, Mapping):

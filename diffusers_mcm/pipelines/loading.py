@@ -28,18 +28,26 @@ _UNPACK = (
 
 
 def read_model_index(location: Location) -> dict[str, Any] | None:
-    """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` for a LoRA (of which
-    a file that is named is looked for later); an error if there is neither."""
+    """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` for anything else."""
     if location.is_file:
         whole = not hub.is_pickled(location.name) and is_checkpoint(location.name)
         return dict(CHECKPOINT_INDEX) if whole else None
-    index = location.json(INDEX_NAME)
-    if index is None and not location.weight_name and location.find_lora_file() is None:
+    return location.json(INDEX_NAME)
+
+
+def check_alone(location: Location, lora: Any, is_lora: bool) -> None:
+    """`ValueError` if what is no pipeline, and motion modules unless `is_lora`, is no LoRA either, or is given one.
+
+    A file that is named is looked for later.
+    """
+    if is_lora and not location.is_file and not location.weight_name and location.find_lora_file() is None:
         raise ValueError(
             f"{location} holds neither a pipeline ({INDEX_NAME}) nor a LoRA ({WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME})."
             + location.elsewhere()
         )
-    return index
+    if lora is not None:
+        what = "a LoRA" if is_lora else "motion modules"
+        raise ValueError(f"`lora` goes with a base model, but {location.name} is itself {what}.")
 
 
 def read_base_index(location: Location) -> dict[str, Any]:

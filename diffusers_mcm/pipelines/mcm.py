@@ -24,6 +24,7 @@ from ..settings import SAMPLING_KEYS
 from . import checks, loading
 from .callbacks import TENSORS, step_callback
 from .fusing import require_unfused
+from .motion_models import MotionModel, find_motion_model
 from .publishing import HubVerbs
 from .request import arguments
 from .sampling import Sampling
@@ -60,6 +61,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     """
 
     base_model: BaseModel
+    motion_model: MotionModel | None = None  # what `from_pretrained` was given, where that was motion modules
     _callback_tensor_inputs = list(TENSORS)
     _of_base_models: dict[str, type[MCMPipeline]] = {}
 
@@ -108,7 +110,10 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                     - an MCM LoRA, as a folder or a `.safetensors` file;
                     - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
                       a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
-                    - a pipeline saved with [`~MCMPipeline.save_pretrained`].
+                    - a pipeline saved with [`~MCMPipeline.save_pretrained`];
+                    - motion modules for a Stable Diffusion 1.5: AnimateLCM, AnimateDiff-Lightning (of which
+                      `num_inference_steps` chooses the file) or plain ones; sampled as their makers say, but for the
+                      guidance, which a call is given: 2 for AnimateLCM.
             lora: An MCM LoRA to put in a text-to-video model.
             adapter_name: What the LoRA verbs will call it.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
@@ -125,11 +130,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
                 components by name, and whatever else diffusers takes.
         """
-        given = [kind for name in ("dtype", "torch_dtype") if (kind := kwargs.pop(name, None)) is not None]
-        kwargs["dtype"] = dtype = given[0] if given else torch.float32
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:  # diffusers would load in float32
-            what = "a floating-point type such as torch.float16"
-            raise ValueError(f"`dtype` must be {what}, got {checks.shown(dtype)}.")
+        kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
@@ -146,8 +147,10 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
-        if lora is not None:
-            raise ValueError(f"`lora` goes with a base model, but {location.name} is itself a LoRA.")
+        motion = find_motion_model(location, kwargs.get("num_inference_steps"))
+        loading.check_alone(location, lora, is_lora=motion is None)
+        if motion is not None:
+            return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
         read = read_lora(location)
         base = loading.base_location(read, base_model, options)
         base = replace(base, revision=base_model_revision or base.revision)
@@ -183,6 +186,19 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         pipeline.scheduler = pipeline.base_model.few_step_scheduler(pipeline.scheduler)
         if lora is None and saved:
             pipeline._load_adapters(location)
+        return pipeline
+
+    @classmethod
+    def _load_with_motion(
+        cls, motion: MotionModel, base_model: str | os.PathLike | None, revision: str | None, kwargs: dict[str, Any]
+    ) -> MCMPipeline:
+        """A base model with motion modules, and sampled as those are."""
+        options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        base = Location.of(base_model or motion.default_base, revision=revision, **options)
+        index = loading.read_base_index(base)
+        pipeline = cls._load_pipeline(base, index, kwargs | motion.components(base, index, kwargs))
+        motion.set_up(pipeline)
+        pipeline.motion_model = motion
         return pipeline
 
     @classmethod

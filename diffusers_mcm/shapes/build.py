@@ -9,7 +9,6 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,16 +25,12 @@ IMAGE_DOMAINS = tuple(domain for domain in DOMAINS if domain != "video")
 SPLITS: dict[str, Callable[[], list[Caption]]] = {"train": training_captions, "held_out": held_out_captions}
 
 
-class Sample(NamedTuple):
-    """One item of a data set: its caption, and its file as bytes."""
-
-    caption: str
-    data: bytes
+Sample = tuple[str, bytes]  # one item of a data set: its caption, and its file
 
 
 def encode(frames: np.ndarray, crf: int = CRF) -> bytes:
     """An H.264 mp4 of uint8 frames (T, H, W, 3), H and W even; the same frames always give the same bytes."""
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
+    if any(side % 2 for side in frames.shape[1:3]):
         raise ValueError(f"expected frames (T, H, W, 3) of even height and width, got {frames.shape}")
     return encode_mp4(frames, FPS, crf)
 
@@ -56,7 +51,7 @@ def compress(frames: np.ndarray, crf: int = CRF) -> np.ndarray:
 def videos(count: int, split: str = "train", seed: int = 0, size: int = 64, num_frames: int = 16) -> Iterator[Sample]:
     """`count` poor videos as mp4; every caption of the split comes once before any comes again."""
     for caption, number in _schedule(count, split, seed, "video"):
-        yield Sample(str(caption), encode(render_video(caption, number, "video", size, num_frames)))
+        yield str(caption), encode(render_video(caption, number, "video", size, num_frames))
 
 
 def images(count: int, domain: str, split: str = "train", seed: int = 0, size: int = 64) -> Iterator[Sample]:
@@ -64,7 +59,7 @@ def images(count: int, domain: str, split: str = "train", seed: int = 0, size: i
     for caption, number in _schedule(count, split, seed, domain):
         buffer = io.BytesIO()
         Image.fromarray(render_image(caption, number, domain, size)).save(buffer, format="PNG")
-        yield Sample(str(caption), buffer.getvalue())
+        yield str(caption), buffer.getvalue()
 
 
 def build(
@@ -79,22 +74,14 @@ def build(
     size: int = 64,
     num_frames: int = 16,
 ) -> Path:
-    """Write `videos` and `images/<domain>` below a directory, completely or not at all.
+    """Write `videos` and `images/<domain>` below a directory, completely or not at all; the directory.
 
-    Args:
-        directory: must not exist, or be empty.
-        num_videos: number of videos; 0 for none.
-        num_images: number of images of each domain; 0 for none.
-        image_domains: some of `clean`, `cartoon` and `pastel`.
-        split: `train` uses the 516 captions that training may read and no other, `held_out` the other 60.
-        format: `folder` (files and `metadata.csv`, as `datasets` reads them) or `tars` (WebDataset).
-        seed: the same seed gives the same bytes; a larger number of videos begins with the same ones.
-        size: width and height in pixels, even.
-        num_frames: length of a video.
-
-    Returns:
-        The directory.
+    It must not exist, or be empty. `num_images` are of each domain, some of `clean`, `cartoon` and `pastel`; 0 is for
+    none. Of the splits `train` uses the 516 captions that training may read and no other, `held_out` the other 60. As
+    `folder` they are files and `metadata.csv`, as `datasets` reads them, as `tars` WebDataset. The same seed gives the
+    same bytes; a larger number of videos begins with the same ones. `size`, even, is width and height in pixels.
     """
+    record = {name: value for name, value in locals().items() if name != "directory"}
     directory = Path(directory)
     _check("split", split, SPLITS)
     _check("format", format, WRITERS)
@@ -105,22 +92,13 @@ def build(
             raise ValueError(f"the number of {name} must be at least {least}, got {value}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
-    _check_free(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
     with atomic_folder(directory) as temporary:
         if num_videos:
             WRITERS[format](temporary / "videos", videos(num_videos, split, seed, size, num_frames), "mp4")
         for domain in image_domains if num_images else ():
             WRITERS[format](temporary / "images" / domain, images(num_images, domain, split, seed, size), "png")
-        record = dict(
-            num_videos=num_videos,
-            num_images=num_images,
-            image_domains=list(image_domains),
-            format=format,
-            num_frames=num_frames,
-            split=split,
-            seed=seed,
-            size=size,
-        )
         (temporary / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return directory
 
@@ -169,10 +147,10 @@ def _write_folder(directory: Path, samples: Iterator[Sample], extension: str) ->
     with open(directory / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["file_name", "caption"])
-        for number, sample in enumerate(samples):
+        for number, (caption, data) in enumerate(samples):
             name = f"{number:06d}.{extension}"
-            (directory / name).write_bytes(sample.data)
-            rows.writerow([name, sample.caption])
+            (directory / name).write_bytes(data)
+            rows.writerow([name, caption])
 
 
 def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> None:
@@ -180,20 +158,14 @@ def _write_tars(directory: Path, samples: Iterator[Sample], extension: str) -> N
     numbered = enumerate(samples)
     for shard, first in enumerate(iter(lambda: next(numbered, None), None)):
         with tarfile.open(directory / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, sample in chain([first], islice(numbered, SHARD - 1)):
-                label = json.dumps({"caption": sample.caption}).encode()
-                for suffix, data in ((extension, sample.data), ("json", label)):
+            for number, (caption, data) in chain([first], islice(numbered, SHARD - 1)):
+                for suffix, content in ((extension, data), ("json", json.dumps({"caption": caption}).encode())):
                     entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[Sample], str], None]] = {"folder": _write_folder, "tars": _write_tars}
-
-
-def _check_free(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
 
 
 def _check(what: str, value: str, known: Sequence[str] | dict) -> None:

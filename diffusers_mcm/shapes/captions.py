@@ -27,9 +27,8 @@ MOTIONS = {
     "shrinking": (0, 0),
 }
 BACKGROUNDS = {"black": (13, 13, 13), "white": (242, 242, 242), "gray": (128, 128, 128), "cyan": (100, 215, 230)}
-
-
 TEMPLATE = "a {colour} {shape} {motion} on a {background} background"
+_WORDS: dict[str, Iterable[str]] = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
 
 
 class Caption(NamedTuple):
@@ -46,23 +45,15 @@ class Caption(NamedTuple):
 
 def grammar() -> dict[str, str | dict[str, list[str]]]:
     """The grammar as a model's `grammar.json` holds it, for `diffusers-mcm generate` to tell what the model draws."""
-    words: tuple[Iterable[str], ...] = (COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
-    return {"template": TEMPLATE, "words": {name: list(choices) for name, choices in zip(Caption._fields, words)}}
+    return {"template": TEMPLATE, "words": {name: list(words) for name, words in _WORDS.items()}}
 
 
 def parse(caption: "str | Caption") -> Caption:
-    """Read a caption of the grammar.
-
-    Raises:
-        ValueError: if the sentence is not one of the grammar's 576.
-    """
-    try:
-        return _BY_SENTENCE[str(caption)]
-    except KeyError:
-        raise ValueError(
-            f"expected a caption of the form 'a {{{'|'.join(COLOURS)}}} {{{'|'.join(SHAPES)}}} "
-            f"{{{'|'.join(MOTIONS)}}} on a {{{'|'.join(BACKGROUNDS)}}} background', got {str(caption)!r}"
-        ) from None
+    """Read a caption of the grammar; `ValueError` if the sentence is not one of its 576."""
+    if (sentence := str(caption)) not in _BY_SENTENCE:
+        form = TEMPLATE.format(**{name: f"{{{'|'.join(words)}}}" for name, words in _WORDS.items()})
+        raise ValueError(f"expected a caption of the form {form!r}, got {sentence!r}")
+    return _BY_SENTENCE[sentence]
 
 
 def all_captions() -> list[Caption]:
@@ -90,4 +81,4 @@ def held_out_captions() -> list[Caption]:
     return [caption for caption in all_captions() if held_out(caption)]
 
 
-_BY_SENTENCE = {str(c): c for c in (Caption(*words) for words in product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS))}
+_BY_SENTENCE = {str(caption): caption for caption in map(Caption._make, product(*_WORDS.values()))}

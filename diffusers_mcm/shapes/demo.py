@@ -22,14 +22,6 @@ SHOWN = 3  # prompts in the picture
 COLUMNS = ("all_right", "colour", "shape", "motion", "background", "watermark_seen", "sharpness")
 
 
-def choose_prompts(count: int) -> list[Caption]:
-    """So many of the held-out captions, evenly spaced."""
-    captions = held_out_captions()
-    if not 1 <= count <= len(captions):
-        raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {count}")
-    return spaced(captions, count)
-
-
 def sample_all(
     networks: Networks, methods: Sequence[Method], prompts: Sequence[Caption], seed: int
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
@@ -39,9 +31,9 @@ def sample_all(
     """
     videos, seconds = {}, {}
     for method in methods:
-        networks.timed_sample(method._replace(steps=1), prompts[0], seed)  # the first call of all is slower
-        timed = [networks.timed_sample(method, prompt, seed + index) for index, prompt in enumerate(prompts)]
-        videos[method.name] = [video for video, _ in timed]
+        networks.sample(method._replace(steps=1), prompts[:1], [seed])  # the first call of all is slower
+        timed = [networks.timed(method, [prompt], [seed + index]) for index, prompt in enumerate(prompts)]
+        videos[method.name] = [video for (video,), _ in timed]
         seconds[method.name] = statistics.median(spent for _, spent in timed)
         print(f"{method.label}: {len(prompts)} videos, {seconds[method.name]:.2f} s each", flush=True)
     return videos, seconds
@@ -79,11 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
     add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
     add("--device", default=None, help="cpu, cuda … (default: the best there is)")
-    add(
-        "--readme",
-        type=Path,
-        help="file whose <!-- demo --> section takes table and picture (docs/demo.png beside it)",
-    )
+    add("--readme", type=Path, help="file whose <!-- demo --> section takes the table and docs/demo.png beside it")
     return parser
 
 
@@ -92,18 +80,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..devices import choose_device
 
     arguments = build_parser().parse_args(argv)
-    prompts = choose_prompts(arguments.prompts)
+    captions = held_out_captions()
+    if not 1 <= arguments.prompts <= len(captions):
+        raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {arguments.prompts}")
+    prompts = spaced(captions, arguments.prompts)
     device = choose_device(arguments.device)
     methods = [*TEACHER_METHODS, *MCM_METHODS]
-
     networks = Networks({"teacher": arguments.teacher, "mcm": arguments.mcm}, device)
     videos, seconds = sample_all(networks, methods, prompts, arguments.seed)
     scores = {method.name: score(videos[method.name], prompts) for method in methods}
 
     text = tabulate(methods, scores, seconds)
-    where = f"seconds per video, one at a time, on {machine(device)}"
-    seeds = f"seeds {arguments.seed} to {arguments.seed + len(prompts) - 1}"
-    note = f"{len(prompts)} held-out prompts, {seeds}; {where}."
+    note = (
+        f"{len(prompts)} held-out prompts, seeds {arguments.seed} to {arguments.seed + len(prompts) - 1}; seconds per "
+        f"video, one at a time, on {machine(device)}."
+    )
     picture = comparison(
         {f"{method.label} · {seconds[method.name]:.2f} s": videos[method.name][:SHOWN] for method in methods},
         [str(prompt) for prompt in prompts[:SHOWN]],
@@ -126,11 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         replace_section(arguments.readme, "demo", f"{image}\n\n{note}\n\n{text}")
 
     print(f"\n{note}\n\n{text}\n")
-    tell_where(output)
-
-
-def tell_where(output: Path) -> None:
-    """Say what lies where, and the command for more."""
     print(f"Videos:  {output}/<method>/*.mp4")
     print(f"Picture: {output / 'comparison.png'}")
     print(f"Table:   {output / 'table.md'} and table.json")

@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,30 +16,14 @@ from ..tables import replace_section, table
 from .captions import Caption, held_out_captions, spaced, training_captions
 from .methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
 from .render import render_video
-from .scores import (
-    ATTRIBUTES,
-    METRICS,
-    Metric,
-    estimates,
-    interval,
-    outcomes,
-    read,
-    resampled_captions,
-)
+from .scores import ATTRIBUTES, METRICS, estimates, interval, outcomes, read, resampled_captions
+from .targets import checks
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 SEARCH_SEED = 1000  # none of the seeds that are measured
 TRUTH = {"truth-video": "video", "truth-clean": "clean"}
-_WITH_INTERVAL = ("all_right", "watermark_seen", "sharpness", "displacement", "spread")
-
-
-class Check(NamedTuple):
-    """A target beside what was measured; `reached` is None where nothing was."""
-
-    name: str
-    target: str
-    measured: str
-    reached: bool | None
+READERS = ("oracle", "steadiness")  # the modules on which depends what is read off a video
+_WITH_INTERVAL = ("all_right", "identity_kept", "wobble", "watermark_seen", "sharpness", "displacement", "spread")
 
 
 class Study:
@@ -49,18 +33,12 @@ class Study:
     """
 
     def __init__(self, networks: Networks, folder: Path, batch_size: int = 16):
-        self.networks = networks
-        self.folder = folder
-        self.batch_size = batch_size
+        self.networks, self.folder, self.batch_size = networks, folder, batch_size
         self._digests: dict[str, str] = {}
 
     def readings(self, method: Method, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
         """Per caption and seed what the oracle reads off the method's video."""
-
-        def sample(prompts: Sequence[Caption], prompt_seeds: Sequence[int]) -> np.ndarray:
-            return self.networks.sample(method, prompts, prompt_seeds)
-
-        name = f"{method.name}-guidance-{method.guidance:g}"
+        name, sample = f"{method.name}-guidance-{method.guidance:g}", partial(self.networks.sample, method)
         return self._kept(name, [*method[3:], self._digest(method.network)], sample, captions, seeds)
 
     def truth(self, name: str, captions: Sequence[Caption], seeds: Sequence[int]) -> list[list[dict]]:
@@ -87,7 +65,7 @@ class Study:
         self, name: str, recipe: list, make: Callable, captions: Sequence[Caption], seeds: Sequence[int]
     ) -> list[list[dict]]:
         pairs = [(caption, seed) for caption in captions for seed in seeds]
-        recipe = [*recipe, _source_digest("oracle"), [[str(caption), seed] for caption, seed in pairs]]
+        recipe = [*recipe, *map(_source_digest, READERS), [[str(caption), seed] for caption, seed in pairs]]
         key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         path = self.folder / f"{name}-{key[:12]}.json"
         if path.exists():
@@ -125,82 +103,12 @@ def time_methods(
     prompts = [captions[index % len(captions)] for index in range(runs + batch_size - 1)]
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     for method in methods:
-        networks.timed_batch(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
+        networks.sample(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
     for turn in range(runs):
         for method in methods:
-            these = slice(turn, turn + batch_size)
-            seconds[method.name].append(
-                networks.timed_batch(method, prompts[these], range(these.start, these.stop))[1]
-            )
+            seeds = range(turn, turn + batch_size)
+            seconds[method.name].append(networks.timed(method, prompts[turn : seeds.stop], seeds)[1])
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def checks(
-    draws: Callable[[str, str], np.ndarray], seconds: Mapping[int, Mapping[str, float]], with_lcm: bool
-) -> list[Check]:
-    """Every target of the project beside what was measured; ratios and differences are taken within each resample.
-
-    Args:
-        draws: (method, metric) -> `estimates`.
-        seconds: how many videos are made at once -> method -> seconds per video.
-    """
-    teacher, worst = "teacher-ddim-50", "worst of 1, 2, 4, 8 steps"
-
-    def mcm(metric: str, reference: str | None = None) -> np.ndarray:
-        """(4, 1 + resamples): one row per number of steps, divided by the reference's if there is one."""
-        values = np.stack([draws(method.name, metric) for method in MCM_METHODS])
-        return values if reference is None else values / draws(reference, metric)
-
-    of_teacher = draws(teacher, "all_right")
-    few = 1 - np.maximum(draws("teacher-ddim-4", "all_right"), draws("teacher-dpm-4", "all_right"))
-    failures = 1 - draws("mcm-4", "all_right")
-    off_clean = np.abs(mcm("sharpness", "truth-clean") - 1).max(0)
-    slowest, narrowest = mcm("displacement", teacher).min(0), mcm("spread", teacher).min(0)
-    percent, ratio, row = Metric("", percent=True), Metric(""), _row
-
-    def less_teacher(steps: int) -> np.ndarray:
-        return draws(f"mcm-{steps}", "all_right") - of_teacher
-
-    return [
-        row("teacher, DDIM 50: all right, %", "≥ 85", lambda x: x >= 0.85, of_teacher, percent),
-        row("MCM 4 less teacher: all right, points", "≥ −5", lambda x: x >= -0.05, less_teacher(4), percent),
-        Check(
-            "MCM 4: failures against the better of DDIM 4 and DPM++ 4, %",
-            "at most half",
-            f"{100 * failures[0]:.1f} against {100 * few[0]:.1f}",
-            bool(round(failures[0] - few[0] / 2, 9) <= 0),
-        ),
-        row("MCM 1 less teacher: all right, points", "≥ −15", lambda x: x >= -0.15, less_teacher(1), percent),
-        *(_against_lcm(method.steps, draws if with_lcm else None) for method in LCM_METHODS),
-        row("teacher: watermark seen, %", "≥ 80", lambda x: x >= 0.8, draws(teacher, "watermark_seen"), percent),
-        row(f"MCM: watermark seen, %, {worst}", "≤ 10", lambda x: x <= 0.1, mcm("watermark_seen").max(0), percent),
-        row(f"MCM: sharpness / teacher's, {worst}", "> 1", lambda x: x > 1, mcm("sharpness", teacher).min(0), ratio),
-        row(f"MCM: sharpness off clean frames', %, {worst}", "≤ 20", lambda x: x <= 0.2, off_clean, percent),
-        row(f"MCM: flicker / teacher's, {worst}", "≤ 1", lambda x: x <= 1, mcm("flicker", teacher).max(0), ratio),
-        row(f"MCM: displacement per frame / teacher's, {worst}", "≥ 0.8", lambda x: x >= 0.8, slowest, ratio),
-        row(f"MCM: spread of positions / teacher's, {worst}", "≥ 0.7", lambda x: x >= 0.7, narrowest, ratio),
-        *(_faster(size, times[teacher] / times["mcm-4"]) for size, times in seconds.items()),
-    ]
-
-
-def _row(name: str, target: str, reached: Callable[[float], bool], values: np.ndarray, metric: Metric) -> Check:
-    """The check of an estimate, measured with its interval."""
-    estimate, low, high = interval(values)
-    text = f"{metric.format(estimate)} ({metric.format(low)} to {metric.format(high)})"
-    return Check(name, target, text, None if math.isnan(estimate) else bool(reached(round(estimate, 9))))
-
-
-def _against_lcm(steps: int, draws: Callable[[str, str], np.ndarray] | None) -> Check:
-    name, target = f"MCM {steps} less LCM {steps}: all right, points", "≥ 0"
-    if draws is None:
-        return Check(name, target, "not measured (no --lcm)", None)
-    difference = draws(f"mcm-{steps}", "all_right") - draws(f"lcm-{steps}", "all_right")
-    return _row(name, target, lambda x: x >= 0, difference, Metric("", percent=True))
-
-
-def _faster(batch_size: int, ratio: float) -> Check:
-    how = "one video at a time" if batch_size == 1 else f"{batch_size} videos at once"
-    return Check(f"MCM 4 against teacher DDIM 50, {how}: times faster", "≥ 12", f"{ratio:.1f}", ratio >= 12)
 
 
 def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
@@ -290,12 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of `diffusers-mcm shapes figures`."""
     parser = argparse.ArgumentParser(prog="diffusers-mcm shapes figures", description=__doc__)
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        default=Path("figures"),
-        help="folder for figures.json, figures.md, scores.json and the readings",
-    )
+    add("--output", type=Path, default=Path("figures"), help="folder for figures, scores.json and the readings")
     add("--teacher", default="mcm-shapes-teacher", help="base model: packaged, folder or Hub id")
     add("--mcm", default="mcm-shapes", help="MCM LoRA: packaged, folder or Hub id")
     add("--lcm", help="plain LCM LoRA of the same data and steps, the control")
@@ -315,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`diffusers-mcm shapes figures`."""
     from ..devices import choose_device
 
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     for name in ("captions", "seeds", "search_captions", "batch_size", "timing_runs"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

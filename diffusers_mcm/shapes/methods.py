@@ -39,35 +39,31 @@ LCM_METHODS = tuple(
 class Networks:
     """The pipelines of the methods, each loaded when first asked for, with its LoRA fused.
 
-    Args:
-        sources: network ("teacher", "mcm", "lcm") -> what `MCMPipeline.from_pretrained` takes.
-        device: where they run.
+    `sources` are what `MCMPipeline.from_pretrained` takes, by network ("teacher", "mcm", "lcm").
     """
 
     def __init__(self, sources: Mapping[str, str], device: str = "cpu"):
-        self.sources = dict(sources)
-        self.device = device
-        self._pipelines: dict[str, Any] = {}
-        self._schedulers: dict[str, Any] = {}
+        self.sources, self.device = sources, device
+        self._loaded: dict[str, tuple[Any, Any]] = {}
 
     def pipeline(self, network: str):
         """The pipeline with the scheduler it came with."""
-        if network not in self._pipelines:
+        if network not in self._loaded:
             from .. import MCMPipeline
 
             pipeline = MCMPipeline.from_pretrained(self.sources[network]).to(self.device)
             pipeline.set_progress_bar_config(disable=True)
             if pipeline.get_active_adapters():
                 pipeline.fuse_lora()  # as anyone would who makes more than one video
-            self._pipelines[network] = pipeline
-            self._schedulers[network] = pipeline.scheduler
-        self._pipelines[network].scheduler = self._schedulers[network]
-        return self._pipelines[network]
+            self._loaded[network] = pipeline, pipeline.scheduler
+        pipeline, pipeline.scheduler = self._loaded[network]
+        return pipeline
 
     def sample(self, method: Method, prompts: Sequence[Caption | str], seeds: Sequence[int]) -> np.ndarray:
         """One video per prompt and seed -> uint8 (N, T, H, W, 3). A seed means the same start for every method."""
         import torch
 
+        from .. import make_scheduler
         from ..video_io import to_uint8
 
         pipeline = self.pipeline(method.network)
@@ -81,41 +77,14 @@ class Networks:
         ).frames
         return np.stack([to_uint8(video) for video in videos])
 
-    def timed_sample(self, method: Method, prompt: Caption | str, seed: int) -> tuple[np.ndarray, float]:
-        """One video uint8 (T, H, W, 3), and the seconds from prompt to pixels."""
-        videos, seconds = self.timed_batch(method, [prompt], [seed])
-        return videos[0], seconds
-
-    def timed_batch(
+    def timed(
         self, method: Method, prompts: Sequence[Caption | str], seeds: Sequence[int]
     ) -> tuple[np.ndarray, float]:
-        """What `sample` makes, and the seconds per video where all are made at once."""
+        """What `sample` makes, and the seconds per video from prompt to pixels, where all are made at once."""
         self.pipeline(method.network)  # loading is not sampling
         start = time.perf_counter()
         videos = self.sample(method, prompts, seeds)
         return videos, (time.perf_counter() - start) / len(videos)
-
-
-def make_scheduler(sampler: str, pipeline):
-    """The scheduler of a sampler on the noise schedule and prediction type of the pipeline's own.
-
-    Both of the teacher's samplers space their steps backwards from the last timestep ("trailing"): they start where
-    the noise is pure, on the grid that the distillation uses.
-    """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    own = pipeline.scheduler
-    noise = {name: own.config[name] for name in pipeline.base_model.noise_schedule_keys if name in own.config}
-    samplers = {
-        "mcm": lambda: own,
-        "ddim": lambda: DDIMScheduler(**noise, timestep_spacing="trailing", clip_sample=False),
-        "dpm++": lambda: DPMSolverMultistepScheduler(
-            **noise, timestep_spacing="trailing", algorithm_type="dpmsolver++"
-        ),
-    }
-    if sampler not in samplers:
-        raise ValueError(f"expected a sampler out of {', '.join(samplers)}, got {sampler!r}")
-    return samplers[sampler]()
 
 
 def machine(device: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .captions import BACKGROUNDS, COLOURS, MOTIONS, Caption, parse
 from .render import WATERMARK_LEVEL, colours, signed_distance, watermark
+from .steadiness import identity_kept, wobble
 
 WATERMARK_SEEN = 0.25  # strength from which a watermark counts as seen; 1 is that of the video domain
 MIN_CHROMA = 30.0  # a pixel this far from the background in chroma belongs to a shape, grey levels
@@ -38,6 +39,9 @@ class Reading(NamedTuple):
         sharpness: mean slope of the edges over their contrast, per pixel; higher is sharper, NaN without a shape.
         flicker: mean change from frame to frame that motion does not explain, as a share of the full range.
         fit: mean intersection over union of the shape and its ideal, 0 to 1.
+        identity_kept: whether every frame reads as the same shape.
+        wobble: how much the outline changes from frame to frame, 0 to 1, without the watermark's zone where one is
+            seen; NaN where it cannot be told.
     """
 
     colour: str | None
@@ -52,6 +56,8 @@ class Reading(NamedTuple):
     sharpness: float
     flicker: float
     fit: float
+    identity_kept: bool
+    wobble: float
 
 
 def all_right(reading: Reading, caption: Caption | str) -> bool:
@@ -81,7 +87,7 @@ def read_video(frames: np.ndarray) -> Reading:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.shape[1] != frames.shape[2]:
         raise ValueError(f"expected square uint8 frames (T, H, W, 3), got {frames.dtype} {frames.shape}")
     frames = frames.astype(np.float32)
-    size = frames.shape[1]
+    zone = _watermark_zone(frames.shape[1])
     background = _border_colour(frames)
     difference = frames - background[:, None, None]
     foreground, present = _foreground_colour(frames, difference)
@@ -91,7 +97,7 @@ def read_video(frames: np.ndarray) -> Reading:
     # any difference counts as shape, but chroma alone where a watermark would be taken for one
     deviation = _norm(difference) / np.maximum(_norm(contrast), 1)[:, None, None]
     if strength >= WATERMARK_SEEN:
-        deviation = np.where(_watermark_zone(size), coverage, deviation)
+        deviation = np.where(zone, coverage, deviation)
     mask = (deviation > 0.5) & present[:, None, None]
     shapes, fits, centres, radii = _fit_shapes(mask)
     own = present & (_stray_share(frames, background, foreground, mask, strength) <= MAX_STRAY)
@@ -110,6 +116,8 @@ def read_video(frames: np.ndarray) -> Reading:
         sharpness=_sharpness(frames, mask),
         flicker=_flicker(frames, foreground, mask, deviation),
         fit=float(fits.mean()),
+        identity_kept=identity_kept(shapes),
+        wobble=wobble(frames, zone if strength >= WATERMARK_SEEN else None),
     )
 
 

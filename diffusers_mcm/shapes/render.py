@@ -48,21 +48,24 @@ def watermark(size: int = 64) -> np.ndarray:
     return pattern
 
 
-def draw_trajectory(caption: Caption, rng: np.random.Generator, num_frames: int) -> Trajectory:
-    """Place, size and speed of one clip: radius 0.16-0.24, path 0.3-0.6 of the width, area ratio at least 2."""
+def trajectory(caption: Caption | str, seed: int, num_frames: int = 16) -> Trajectory:
+    """The truth behind `render_video`: where the shape is in each frame.
+
+    The radius is 0.16 to 0.24 of the width and the path 0.3 to 0.6; areas that grow or shrink do so at least twofold.
+    """
+    caption = parse(caption)
+    rng = np.random.default_rng([seed, *map(ord, str(caption))])
     radius = rng.uniform(0.16, 0.24)
     progress = np.linspace(0, 1, num_frames) if num_frames > 1 else np.array([0.5])
     direction = np.array(MOTIONS[caption.motion], dtype=np.float64)
     if direction.any():
         length = rng.uniform(0.3, min(0.6, 1 - 2 * radius))
         middle = np.where(
-            direction != 0,
-            rng.uniform(radius + length / 2, 1 - radius - length / 2),
-            rng.uniform(radius, 1 - radius),
+            direction != 0, rng.uniform(radius + length / 2, 1 - radius - length / 2), rng.uniform(radius, 1 - radius)
         )
         centre = middle + (progress[:, None] - 0.5) * length * direction
         return Trajectory(centre, np.full(num_frames, radius))
-    ratio = rng.uniform(1.45, 1.8)  # of radii, so the area at least doubles
+    ratio = rng.uniform(1.45, 1.8)  # of radii
     exponent = (progress - 0.5) * (1 if caption.motion == "growing" else -1)
     radii = radius * ratio**exponent
     place = rng.uniform(radii.max(), 1 - radii.max(), size=2)
@@ -86,40 +89,20 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
 def render_video(
     caption: Caption | str, seed: int, domain: str = "video", size: int = 64, num_frames: int = 16
 ) -> np.ndarray:
-    """One clip of a caption.
+    """One clip of a caption: uint8 (num_frames, size, size, 3), RGB.
 
-    Args:
-        caption: a caption of the grammar.
-        seed: decides place, size and speed; the same seed gives the same trajectory in every domain.
-        domain: `video` is poor (blurred, with a watermark); `clean`, `cartoon` and `pastel` are good.
-        size: width and height in pixels.
-        num_frames: length of the clip.
-
-    Returns:
-        uint8 array (num_frames, size, size, 3), RGB.
+    The seed decides place, size and speed; the same one gives the same trajectory in every domain. `video` is poor
+    (blurred, with a watermark); `clean`, `cartoon` and `pastel` are good.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
-    caption = parse(caption)
-    return _paint(caption, trajectory(caption, seed, num_frames), domain, size)
+    return _paint(parse(caption), trajectory(caption, seed, num_frames), domain, size)
 
 
 def render_image(caption: Caption | str, seed: int, domain: str = "clean", size: int = 64) -> np.ndarray:
     """One frame of a caption's clip, drawn at a random moment of it: uint8 (size, size, 3), RGB."""
-    caption = parse(caption)
     whole = trajectory(caption, seed, 16)
     moment = np.random.default_rng([seed, 1]).integers(16)
     frame = Trajectory(whole.centre[moment : moment + 1], whole.radius[moment : moment + 1])
-    if domain not in DOMAINS:
-        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
-    return _paint(caption, frame, domain, size)[0]
-
-
-def trajectory(caption: Caption | str, seed: int, num_frames: int = 16) -> Trajectory:
-    """The truth behind `render_video`: where the shape is in each frame."""
-    caption = parse(caption)
-    key = [seed, *(ord(letter) for letter in str(caption))]
-    return draw_trajectory(caption, np.random.default_rng(key), num_frames)
+    return _paint(parse(caption), frame, domain, size)[0]
 
 
 def colours(caption: Caption, domain: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +117,8 @@ def colours(caption: Caption, domain: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _paint(caption: Caption, path: Trajectory, domain: str, size: int) -> np.ndarray:
+    if domain not in DOMAINS:
+        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
     grid = (np.arange(size) + 0.5) / size
     x = grid[None, None, :] - path.centre[:, 0, None, None]
     y = grid[None, :, None] - path.centre[:, 1, None, None]
@@ -146,13 +131,9 @@ def _paint(caption: Caption, path: Trajectory, domain: str, size: int) -> np.nda
     frames = background + coverage(0) * (colour - background)
     if domain == "cartoon":
         # a ring has a thin band: leave half of it to the colour
-        width = np.full(len(path.radius), OUTLINE_WIDTH)
-        if caption.shape == "ring":
-            width = np.minimum(width, 0.13 * path.radius)
-        inside = coverage(width[:, None, None])
-        outline = np.array(OUTLINE, dtype=np.float32)
-        frames = background + coverage(0) * (outline - background)
-        frames = frames + inside * (colour - frames)
+        width = np.minimum(OUTLINE_WIDTH, (0.13 if caption.shape == "ring" else np.inf) * path.radius)
+        frames = background + coverage(0) * (np.array(OUTLINE, dtype=np.float32) - background)
+        frames = frames + coverage(width[:, None, None]) * (colour - frames)
     if domain == "video":
         frames = _blur(frames, BLUR * size)
         frames = frames + WATERMARK_LEVEL * watermark(size)[None, :, :, None]
@@ -165,9 +146,7 @@ def _blur(frames: np.ndarray, deviation: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2).astype(np.float32)
     kernel /= kernel.sum()
     for axis in (1, 2):
-        padding = [(0, 0)] * 4
-        padding[axis] = (reach, reach)
-        padded = np.pad(frames, padding, mode="edge")
-        length = frames.shape[axis]
-        frames = sum(k * np.take(padded, range(i, i + length), axis) for i, k in enumerate(kernel))
+        near = np.arange(frames.shape[axis])[:, None] + np.arange(-reach, reach + 1)  # (length, kernel)
+        near = near.clip(0, frames.shape[axis] - 1)
+        frames = sum(k * np.take(frames, places, axis) for k, places in zip(kernel, near.T))
     return frames

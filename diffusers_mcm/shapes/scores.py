@@ -10,6 +10,8 @@ from .captions import Caption
 from .oracle import read_video
 
 ATTRIBUTES = ("colour", "shape", "motion", "background")
+SEEN = ("identity_kept", "watermark_seen")  # yes or no of each video
+MEASURED = ("wobble", "sharpness", "flicker", "displacement")
 RESAMPLES = 10_000
 
 
@@ -32,6 +34,8 @@ METRICS = {
     "shape": Metric("shape, %", percent=True),
     "motion": Metric("motion, %", percent=True),
     "background": Metric("background, %", percent=True),
+    "identity_kept": Metric("identity kept, %", percent=True),
+    "wobble": Metric("wobble", digits=3),
     "watermark_seen": Metric("watermark seen, %", percent=True),
     "sharpness": Metric("sharpness", digits=3),
     "flicker": Metric("flicker", digits=4),
@@ -56,7 +60,7 @@ def outcomes(readings: Sequence[Sequence[Mapping]], captions: Sequence[Caption])
         for attribute in ATTRIBUTES
     }
     values["all_right"] = np.prod([values[attribute] for attribute in ATTRIBUTES], axis=0)
-    for name in ("watermark_seen", "sharpness", "flicker", "displacement"):
+    for name in (*SEEN, *MEASURED):
         values[name] = np.array([[float(r[name]) for r in row] for row in readings])
     # only a shape that is asked to travel says anything about motion kept
     travels = np.array([caption.motion.startswith("moving") for caption in captions])
@@ -71,8 +75,8 @@ def read(video: np.ndarray) -> dict:
     reading = read_video(video)
     return {
         **{attribute: getattr(reading, attribute) for attribute in ATTRIBUTES},
-        "watermark_seen": bool(reading.watermark_seen),
-        **{name: float(getattr(reading, name)) for name in ("sharpness", "flicker", "displacement")},
+        **{name: bool(getattr(reading, name)) for name in SEEN},
+        **{name: float(getattr(reading, name)) for name in MEASURED},
         "position": _mean(np.asarray(reading.positions, dtype=float), 0).tolist(),
     }
 

@@ -16,10 +16,11 @@ from torch import nn
 from diffusers_mcm.files import atomic_file
 
 
-def parser(description: str, *, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
-    """The flags that every script here has."""
+def parser(description: str, *, steps: int, batch: int, lr: float, data: bool = True) -> argparse.ArgumentParser:
+    """The flags that every script here has; `--data` only where `data` says that one is read."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
+    if data:
+        p.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
     p.add_argument("--output", type=Path, required=True, help="folder for the trained component")
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     p.add_argument("--steps", type=int, default=steps)

@@ -1,4 +1,4 @@
-"""Lays what was trained out as the package carries it: teacher, feature network, CLIP and LoRA, all in float16.
+"""Lays what was trained out as the package carries it: teacher, feature networks, CLIP and LoRA, all in float16.
 
 The teacher becomes a pipeline folder as its kind has on the Hub (vae, text_encoder, tokenizer, unet, scheduler). What
 is not among the models stays as it is packaged.
@@ -14,7 +14,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from prepare import rows
 from train_teacher import SCHEDULE
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Model
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Dinov2Model,
+    VideoMAEImageProcessorPil,
+    VideoMAEModel,
+)
 
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.hub import PACKAGED_FOLDER
@@ -22,6 +30,13 @@ from diffusers_mcm.publish import record_sample
 from diffusers_mcm.shapes.captions import grammar
 
 CARDS = Path(__file__).parents[2] / "model_cards"
+# what turns frames into pixels in [-1, 1], as `common.to_pixels` does in training
+PIXELS = {
+    "size": {"shortest_edge": 64},
+    "crop_size": {"height": 64, "width": 64},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 PROMPT = "a red circle moving left on a black background"
 
 
@@ -69,6 +84,12 @@ def package_features(models: Path, target: Path) -> None:
 def package_clip(models: Path, target: Path) -> None:
     CLIPModel.from_pretrained(models / "clip", dtype=torch.float16).save_pretrained(target)
     CLIPTokenizer.from_pretrained(models / "clip").save_pretrained(target)
+    CLIPImageProcessorPil(**PIXELS).save_pretrained(target)
+
+
+def package_video(models: Path, target: Path) -> None:
+    VideoMAEModel.from_pretrained(models / "video", dtype=torch.float16).save_pretrained(target)
+    VideoMAEImageProcessorPil(**PIXELS).save_pretrained(target)
 
 
 # what is made, from which models, and the names of their logs
@@ -76,6 +97,7 @@ COMPONENTS = {
     "mcm-shapes-teacher": (package_teacher, ("vae", "clip", "unet"), ("vae", "decoder", "teacher")),
     "mcm-shapes-features": (package_features, ("features",), ("features",)),
     "mcm-shapes-clip": (package_clip, ("clip",), ("clip",)),
+    "mcm-shapes-video": (package_video, ("video",), ("video",)),
 }
 
 
@@ -99,7 +121,7 @@ def first_stage(models: Path) -> Path:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument(
-        "--models", type=Path, required=True, help="folder with some of vae, clip, features, unet, mcm-shapes"
+        "--models", type=Path, required=True, help="folder with some of vae, clip, features, video, unet, mcm-shapes"
     )
     p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
     p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")

@@ -119,23 +119,29 @@ class Results:
         spread = f" ± {np.nanstd(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.nanmean(values):.{digits}f}{spread}"
 
-    def difference(self, ordering: Ordering, steps: str) -> tuple[Interval, str] | None:
-        """The worse line less the better one over captions, and in how many trainings it is so; None without both.
+    def difference(self, ordering: Ordering, steps: str) -> tuple[Interval, int, int] | None:
+        """The worse line less the better one over captions, in how many of how many trainings it is so; None without.
 
-        The draws are averaged over the trainings of a line, of which the teacher has one.
+        Trainings are compared by their seeds, the teacher, of which there is one, with each of them.
         """
         sign = -1 if ordering.measure == "clipsim" else 1  # there more is better
-        draws, values = [], []
-        for row in (ordering.worse, ordering.better):
-            seeds = self.rows.get(row)
-            if not seeds:
-                return None
-            draws.append(np.mean([seed[steps]["draws"][ordering.measure] for seed in seeds.values()], axis=0))
-            values.append(sign * self.values(row, steps, ordering.measure))
-        found = paired_interval(values[0].mean() - values[1].mean(), sign * (draws[0] - draws[1]))
-        count = min(len(each) for each in values if len(each) > 1) if max(map(len, values)) > 1 else 1
-        apart = (values[0] if len(values[0]) == 1 else values[0][:count]) - values[1][:count]
-        return found, f"{int((apart > 0).sum())} of {count}"
+        worse, better = (self.rows.get(row, {}) for row in (ordering.worse, ordering.better))
+        if not worse or not better:
+            return None
+        if ordering.worse in SAMPLERS.values():
+            worse = dict.fromkeys(better, worse[0])
+        seeds = sorted(worse.keys() & better.keys())
+        if not seeds:
+            return None
+        apart = [
+            sign * (worse[seed][steps]["values"][ordering.measure] - better[seed][steps]["values"][ordering.measure])
+            for seed in seeds
+        ]
+        draws = [
+            np.mean([of[seed][steps]["draws"][ordering.measure] for seed in seeds], axis=0) for of in (worse, better)
+        ]
+        found = paired_interval(float(np.mean(apart)), sign * (draws[0] - draws[1]))
+        return found, sum(value > 0 for value in apart), len(seeds)
 
 
 def paper_table(said: Mapping[str, Any]) -> str:
@@ -181,24 +187,24 @@ def verdicts(which: Table, results: Results) -> str:
     """Which of the paper's orderings hold here, step by step."""
     rows = []
     for ordering in which.orderings:
-        # the teacher is one, however often a row was trained
-        trained = min(results.seeds(row) for row in ordering[1:] if row in ROWS)
-        cells = {"trainings": str(trained) if trained > 1 else f"{trained}: not ranked"}
+        cells = {}
         for steps in STEPS:
             if (found := results.difference(ordering, steps)) is None:
                 continue
-            interval, agreeing = found
+            interval, agreeing, trained = found
             estimate, low, high = (f"{value:.{DIGITS[ordering.measure]}f}" for value in interval)
-            word = f"{_verdict(interval)}, {agreeing}: " if trained > 1 else ""
+            word = f"{_verdict(interval, agreeing, trained)}, {agreeing} of {trained}: " if trained > 1 else ""
             cells[f"@{steps}"] = f"{word}{estimate} ({low} to {high})"
+            cells["trainings"] = str(trained) if trained > 1 else "1: not ranked"
         rows.append((f"{TITLES[ordering.measure]}: {ordering.better} better than {ordering.worse}", cells))
     return table(rows, [*(f"@{steps}" for steps in STEPS), "trainings"])
 
 
-def _verdict(found: Interval) -> str:
-    if found.low > 0:
+def _verdict(found: Interval, agreeing: int, trained: int) -> str:
+    """Ranked only where the captions decide and no training says otherwise."""
+    if found.low > 0 and agreeing == trained:
         return "holds"
-    return "**does not hold**" if found.high < 0 else "unclear"
+    return "**does not hold**" if found.high < 0 and not agreeing else "unclear"
 
 
 HEAD = """# The paper's tables in miniature

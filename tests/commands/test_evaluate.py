@@ -8,7 +8,7 @@ import pytest
 
 from diffusers_mcm.cli import main
 from diffusers_mcm.commands.evaluate import named_folders
-from tests.evaluation.conftest import samples, videomae, world  # noqa: F401
+from tests.evaluation.conftest import CAPTIONS, samples, videomae, world, write_samples  # noqa: F401
 
 
 @pytest.fixture
@@ -40,8 +40,10 @@ def test_prompts_are_written_for_generate(world, tmp_path, capsys):  # noqa: F81
         (["a"], "expected folders of videos and --output"),
         (["a", "--write_prompts", "p.jsonl"], "expected no folders with --write_prompts, got 'a'"),
         (["a", "-o", "results", "--size", "1", "2", "3"], "--size as one number, or height and width, got 1 2 3"),
-        (["a", "b/a", "-o", "results"], "a name of its own for each folder, got 'a' for b/a: write NAME=b/a"),
+        (["a", "b/a", "-o", "results"], "got 'a' for b/a: write NAME=b/a"),
         (["missing", "-o", "results"], "expected a folder of videos, got 'missing', which is not there"),
+        (["..=a", "-o", "results"], "of letters, digits and common signs, got '..'"),
+        (["a|b=a", "-o", "results"], "of letters, digits and common signs, got 'a|b'"),
         (["a", "-o", "results", "--metrics", "lpips"], "expected metrics out of fvd"),
         (["a", "-o", "results", "--video_network", "i3d"], "give a file, i3d=FILE"),
     ],
@@ -59,20 +61,33 @@ def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch):
     assert named_folders(["cfg=7", "mcm=out/4"]) == {"cfg=7": "cfg=7", "mcm": "out/4"}
 
 
-def test_two_processes_find_what_one_does(samples, flags, tmp_path):  # noqa: F811
-    command = ["-m", "diffusers_mcm", "evaluate", str(samples / "mcm4"), *flags]
+def test_two_processes_find_what_one_does(flags, tmp_path, samples):  # noqa: F811
+    write_samples(tmp_path / "many", captions=CAPTIONS * 6, seeds=range(36))  # three shards
+    command = ["-m", "diffusers_mcm", "evaluate", str(tmp_path / "many"), *flags]
     subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, capture_output=True)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *command, "-o", str(tmp_path / "two")]
-    subprocess.run(launch, check=True, capture_output=True, timeout=500)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    run = subprocess.run(
+        [*launch, str(script), *command[2:], "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sorted(path.read_text() for path in tmp_path.glob("computed-*")) == ["1", "2"]
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one == two
+
+
+# Says how many shards of the samples each process has computed.
+LAUNCHED = """
+import os, sys
+from pathlib import Path
+from diffusers_mcm.cli import main
+from diffusers_mcm.evaluation import measuring
+
+computed, real = [], measuring._measure_shard
+measuring._measure_shard = lambda shard, *rest: (computed.append(shard[0].name), real(shard, *rest))
+status = main(sys.argv[1:])
+folder = Path(sys.argv[-1]).parent
+(folder / f"computed-{os.environ['RANK']}").write_text(str(sum("many" in name for name in computed)))
+sys.exit(status)
+"""

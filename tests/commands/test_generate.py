@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.cli import main
+from diffusers_mcm.evaluation.videos import open_samples
 from diffusers_mcm.video_io import read_metadata
+from tests.hub_server import hub_server
+from tests.motion_models import FINE_TUNE, LCM, LCM_LORA, LIGHTNING, save_motion_models
 from tests.tiny import NUM_FRAMES, SIZE, save_tiny_base, save_tiny_lora
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +143,8 @@ def test_the_file_says_how_it_was_made_and_nothing_about_this_machine(base, lora
         "lora_sha256": hashlib.sha256((lora / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest(),
         "lora_scale": 0.5,
         "guidance_scale": 2.0,
+        "sampler": "mcm",
+        "timestep_spacing": None,
         "dtype": "float32",
         "num_inference_steps": 1,
         "num_frames": NUM_FRAMES,
@@ -176,6 +181,135 @@ def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
         and read["g"]["lora_sha256"] is None
     )
     assert (read["d"]["model"], read["d"]["lora"], read["d"]["subfolder"]) == ("base", lora.parent.name, "lora")
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
+def test_the_flags_are_the_tables():
+    from diffusers_mcm.commands import generate as command
+    from diffusers_mcm.pipelines import samplers
+
+    assert command.SAMPLERS == (samplers.OWN, *samplers.SAMPLERS) and command.SPACINGS == samplers.SPACINGS
+
+
+def test_a_sampler_decides_the_video_and_is_written_down(base, tmp_path, calls):
+    run = [PROMPT, "-o", tmp_path / "videos", "--format", "frames", "--steps", 2]
+    pictures, recipes = {}, {}
+    for name in ("", "mcm", "lcm", "ddim", "ddim leading", "dpm++ linspace", "euler trailing"):
+        flag, spacing = (*name.split(), None, None)[:2]
+        sampler = [] if flag is None else ["--sampler", flag]
+        assert generate(base, *run, *sampler, *(["--timestep_spacing", spacing] if spacing else [])) == 0
+        video = tmp_path / "videos" / f"0001-{video_slug()}"
+        pictures[name], found = (video / "0002.png").read_bytes(), read_metadata(video)
+        recipes[name] = found["sampler"], found["timestep_spacing"]
+    assert recipes == {
+        "": ("mcm", None),
+        "mcm": ("mcm", None),
+        "lcm": ("lcm", None),
+        "ddim": ("ddim", "trailing"),
+        "ddim leading": ("ddim", "leading"),
+        "dpm++ linspace": ("dpm++", "linspace"),
+        "euler trailing": ("euler", "trailing"),
+    }
+    assert len(calls) == 6  # the second was made already, and every other is another recipe
+    assert pictures[""] == pictures["mcm"] and len(set(pictures.values())) >= 5
+    assert pictures["ddim"] != pictures["ddim leading"]
+
+
+@pytest.mark.parametrize(
+    "arguments, got",
+    [
+        (["--timestep_spacing", "leading"], "'leading', got none"),
+        (["--sampler", "lcm", "--timestep_spacing", "trailing"], "'trailing', got lcm"),
+        (["--sampler", "mcm", "--timestep_spacing", "linspace"], "'linspace', got mcm"),
+    ],
+)
+def test_a_spacing_needs_a_sampler_that_has_one(tmp_path, capsys, arguments, got):
+    assert generate(tmp_path / "no model is looked for", PROMPT, *arguments, "-o", tmp_path / "v.mp4") == 2
+    error = capsys.readouterr().err
+    assert f"expected a sampler out of ddim, dpm++, euler with the timestep_spacing {got}: a consistency" in error
+
+
+# --- the motion modules of others ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def motion_root(tmp_path_factory):
+    return save_motion_models(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def motion_hub(motion_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server(motion_root) as server:
+        yield server
+
+
+def test_animate_lcm_is_one_line(motion_root, motion_hub, tmp_path):
+    """Without `--steps`, which `generate` of these tests gives."""
+    line = ["generate", PROMPT, "--model", LCM, "--base_model", FINE_TUNE, "--frames", "2", "--device", "cpu"]
+    assert main([*line, "-o", str(tmp_path / "v.gif")]) == 0
+    found = read_metadata(tmp_path / "v.gif")
+    assert {key: found[key] for key in ("model", "base_model", "sampler", "timestep_spacing")} == {
+        **{"model": LCM, "base_model": FINE_TUNE, "sampler": "lcm", "timestep_spacing": None}
+    }
+    assert (found["num_inference_steps"], found["guidance_scale"], found["lora_scale"]) == (6, 2.0, 1.0)
+    assert found["lora_sha256"] == hashlib.sha256((motion_root / LCM / LCM_LORA).read_bytes()).hexdigest()
+    assert main([*line, "-o", str(tmp_path / "w.gif"), "--guidance_scale", "1", "--sampler", "ddim"]) == 0
+    found = read_metadata(tmp_path / "w.gif")
+    assert (found["guidance_scale"], found["sampler"], found["timestep_spacing"]) == (1.0, "ddim", "trailing")
+
+
+def test_lightning_is_one_line(motion_hub, tmp_path, capsys):
+    line = [
+        "generate",
+        PROMPT,
+        "--model",
+        LIGHTNING,
+        "--frames",
+        "2",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "v.gif"),
+    ]
+    assert main([*line, "--steps", "2"]) == 0
+    found = read_metadata(tmp_path / "v.gif")
+    assert (found["sampler"], found["timestep_spacing"], found["lora_sha256"]) == ("euler", "trailing", None)
+    assert (found["num_inference_steps"], found["guidance_scale"]) == (2, 1.0)
+    assert main(line) == 0
+    assert read_metadata(tmp_path / "v.gif")["num_inference_steps"] == 4
+    capsys.readouterr()
+    assert main([*line, "--steps", "3"]) == 2
+    assert f"error: {LIGHTNING} has motion modules for 1, 2, 4, 8 steps, none for 3" in capsys.readouterr().err
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+def test_the_layout_of_vbench_is_read_by_evaluate(base, tmp_path, calls):
+    run = ["A cat (close up), wet", "a dog.", "-o", tmp_path / "videos", "--layout", "vbench", "--num_videos", 2]
+    assert generate(base, *run) == 0
+    names = [f"{prompt}-{index}.mp4" for prompt in ("A cat (close up), wet", "a dog.") for index in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == sorted(names)
+    found = open_samples(tmp_path / "videos")
+    assert [(video.caption, video.seed) for video in found.videos] == [
+        *(("A cat (close up), wet", 0), ("A cat (close up), wet", 1), ("a dog.", 0), ("a dog.", 1))
+    ]
+    assert found.settings["sampler"] == "mcm" and found.settings["num_inference_steps"] == 1
+    assert generate(base, *run, "--format", "gif") == 0
+    assert {path.suffix for path in (tmp_path / "videos").iterdir()} == {".mp4", ".gif"}
+    assert generate(base, *run) == 0 and len(calls) == 8  # nothing is made again
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        (
+            [PROMPT, PROMPT],
+            f"expected every prompt once for --layout vbench, which names files by them, got {PROMPT!r}",
+        ),
+        (["open 24/7"], "expected prompts that files can be called by, for --layout vbench; 'open 24/7': it holds a"),
+    ],
+)
+def test_what_vbench_cannot_name_is_refused_before_a_model_is_looked_for(tmp_path, capsys, prompts, message):
+    assert generate(tmp_path / "none", *prompts, "-o", tmp_path / "videos", "--layout", "vbench") == 2
+    assert message in capsys.readouterr().err
 
 
 def video_slug():
@@ -365,6 +499,11 @@ def test_offloading_reaches_the_pipeline_with_its_device(base, monkeypatch, offl
             "ending in .* a folder is written with a slash at its end: 'run_0.5/'",
         ),
         (["-o", f"{__file__}/"], "expected a folder as --output, got '.*py/', which is a file"),
+        (["--layout", "vbench"], "expected a folder as --output with --layout vbench, got 'out.mp4'"),
+        (
+            ["-o", "videos", "--layout", "vbench", "--format", "webp"],
+            "expected --format mp4 or gif with --layout vbench, for VBench reads no other, got webp",
+        ),
         (["--num_videos", "0"], "expected --num_videos of at least 1, got 0"),
         (["--device", "abacus"], "expected a device out of .*cpu.* got 'abacus'"),
         (["--offload", "model"], r"expected an accelerator .* for --offload model, got the cpu"),

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug
+from diffusers_mcm.commands.prompts import Job, Prompt, numbered, plan, read_list, read_prompts, slug, vbench_names
+from diffusers_mcm.files import atomic_file
 from diffusers_mcm.text_files import _told
 
 
@@ -156,6 +157,40 @@ def test_videos_of_one_prompt_count_their_seeds_up():
     ]
     jobs = plan([Prompt("a")] * 2, Path("."), ".gif", seed=3)
     assert [str(job.path) for job in jobs] == ["0001-a.gif", "0002-a.gif"]
+
+
+def test_vbench_names_videos_by_their_prompts():
+    options = dict(seed=3, num_videos=2, layout="vbench")
+    jobs = plan([Prompt("A cat, (wet)"), Prompt("Ein Hund „bellt“", seed=9)], Path("d"), ".mp4", **options)
+    assert [(job.seed, str(job.path)) for job in jobs] == [
+        (3, "d/A cat, (wet)-0.mp4"),
+        (4, "d/A cat, (wet)-1.mp4"),
+        (9, "d/Ein Hund „bellt“-0.mp4"),
+        (10, "d/Ein Hund „bellt“-1.mp4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        (["a", "input/output"], "files can be called by, for --layout vbench; 'input/output': it holds a '/'"),
+        (["."], r"vbench; '\.': it begins with a dot"),
+        (["a\nb"], r"vbench; 'a\\nb': it holds characters that are not printed"),
+        (["é" * 110], "it is 222 bytes long with its number, and a name has 220 at most"),
+        (["a", "b", "a"], "every prompt once for --layout vbench, which names files by them, got 'a' 2 times"),
+    ],
+)
+def test_prompts_that_no_file_can_be_called_by(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        vbench_names(prompts, 1)
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    """Beside what a file is called until it is whole; VBench's longest prompt has 210 characters."""
+    (name,) = vbench_names(["a" * 218], 1)
+    with atomic_file(tmp_path / f"{name}.mp4") as temporary:
+        temporary.write_bytes(b"video")
+    assert (tmp_path / f"{name}.mp4").is_file()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

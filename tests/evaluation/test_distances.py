@@ -146,7 +146,7 @@ def test_an_interval_needs_draws():
 
 def test_the_interval_of_a_frechet_difference_covers_it():
     """Two methods on the same captions, 40 worlds: their true difference lies within nearly all intervals."""
-    rng, hits = np.random.default_rng(8), 0
+    rng, hits, widths, estimates = np.random.default_rng(8), 0, [], []
     reference = rng.normal(size=(2000, 4))
     truth = 0.5**2 * 4 - 0  # the second method's mean is off by 0.5 in each dimension
     for world in range(40):
@@ -158,4 +158,8 @@ def test_the_interval_of_a_frechet_difference_covers_it():
         whole = [of(np.arange(150)) for of in score]
         interval = paired_interval(whole[1] - whole[0], draws[1] - draws[0])
         hits += interval.low <= truth <= interval.high
+        widths.append(interval.high - interval.low)
+        estimates.append(interval.estimate)
     assert hits >= 34  # of 38 expected; 33 or fewer come once in a hundred times
+    # and it is not so wide that it would contain anything: conservative by no more than a factor of two
+    assert np.mean(widths) < 2 * 3.92 * np.std(estimates)

@@ -1,6 +1,7 @@
 """A whole evaluation on tiny networks, and what is refused before any of its work."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tm
     again = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
     assert list(again.methods) == ["mcm4", "mcm1"] and again.differences == []
     written = json.loads((output / "evaluation.json").read_text())
-    assert written["protocol"]["networks"]["clipsim"]["weights"] == "mcm-shapes-clip"
+    assert written["versions"]["CLIPSIM"] == "mcm-shapes-clip"
     assert [row[0] for row in written["table"]["rows"]] == ["(reference)", "mcm4", "mcm1"]
     assert Image.open(output / "evaluation.png").size[1] > 100
     assert "| mcm1 | 1 | 6 |" in (output / "evaluation.md").read_text()
@@ -93,29 +94,62 @@ def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path,
     fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
     assert fid[1] > 1.2 * fid[0]
     assert own.protocol["images"] is None and other.protocol["images"]["num_videos"] == 6
+    (folder / "4.png").write_bytes(b"no picture")
+    fewer = evaluate(one, str(world), tmp_path / "fewer", Options(**options), images=str(folder))
+    assert list(fewer.reference.skipped) == ["4.png"] and fewer.protocol["contents"][1]["num_videos"] == 5
 
 
 def test_a_reference_of_broken_videos_is_counted(samples, world, tmp_path, options):
-    import shutil
-
     shutil.copytree(world, tmp_path / "world")
     (tmp_path / "world" / "3.mp4").write_bytes(b"no video")
     found = evaluate({"mcm4": samples / "mcm4"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
     assert found.reference.num_videos == 5
-    assert [name.rpartition("/")[2] for name in found.reference.skipped] == ["3.mp4"]
-    assert "- the reference: " in (tmp_path / "results" / "evaluation.md").read_text()
+    assert list(found.reference.skipped) == ["3.mp4"]
+    assert "- the reference: 3.mp4: " in (tmp_path / "results" / "evaluation.md").read_text()
 
 
-def test_folders_of_other_numbers_or_captions_are_refused(tmp_path, world, samples):
+def test_folders_of_other_numbers_are_refused_before_the_work(tmp_path, world, samples):
     few = write_samples(tmp_path / "few", captions=CAPTIONS[:5])
     with pytest.raises(ValueError, match=r"as many videos in every folder, got 6 in .*mcm4 and 5 in .*few"):
         evaluate({"mcm4": samples / "mcm4", "few": few}, str(world), tmp_path / "results")
-    other = write_samples(tmp_path / "other", captions=[*CAPTIONS[:5], CAPTIONS[0]])
-    with pytest.raises(ValueError, match="the same captions in every folder"):
-        evaluate({"mcm4": samples / "mcm4", "other": other}, str(world), tmp_path / "results")
     with pytest.raises(ValueError, match="at least one folder of samples"):
         evaluate({}, str(world), tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_video_that_one_method_lacks_counts_for_none(samples, world, tmp_path, options):
+    shutil.copytree(samples / "mcm4", tmp_path / "broken")
+    (tmp_path / "broken" / "0002-clip.mp4").write_bytes(b"no video")
+    both = {"mcm4": samples / "mcm4", "broken": tmp_path / "broken"}
+    found = evaluate(both, str(world), tmp_path / "results", Options(**options))
+    assert [method.num_videos for method in found.methods.values()] == [5, 5]
+    assert found.methods["mcm4"].values == found.methods["broken"].values
+    assert list(found.methods["broken"].skipped) == ["0002-clip.mp4"]  # and no path of this machine
+    assert "1 videos count for no method" in (tmp_path / "results" / "evaluation.md").read_text()
+    with pytest.raises(ValueError, match="samples.num_videos: 5 there, 6 now"):
+        evaluate({"mcm1": samples / "mcm1"}, str(world), tmp_path / "results", Options(**options))
+
+
+def test_other_pixels_under_the_same_names_are_another_reference(samples, world, tmp_path, options):
+    shutil.copytree(world, tmp_path / "world")
+    evaluate({"mcm4": samples / "mcm4"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
+    shutil.copy(tmp_path / "world" / "1.mp4", tmp_path / "world" / "0.mp4")
+    with pytest.raises(ValueError, match="contents: "):
+        evaluate({"mcm1": samples / "mcm1"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
+
+
+def test_a_moved_reference_is_the_same(samples, world, tmp_path, options):
+    evaluate({"mcm4": samples / "mcm4"}, str(world), tmp_path / "results", Options(**options))
+    shutil.copytree(world, tmp_path / "moved")
+    every = Options(**options, num_videos=6)  # all that there are, in an order of the seed's
+    found = evaluate({"mcm1": samples / "mcm1"}, str(tmp_path / "moved"), tmp_path / "results", every)
+    assert list(found.methods) == ["mcm4", "mcm1"]
+
+
+def test_one_network_twice(options, videomae):
+    twice = Options(**options | dict(video_networks=(f"videomae={videomae}", "videomae")))
+    with pytest.raises(ValueError, match="each network once in --video_network, got videomae several times"):
+        twice.chosen()
 
 
 def test_the_number_of_frames_is_checked_before_the_work(samples, world, tmp_path, options):

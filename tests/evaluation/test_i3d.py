@@ -92,3 +92,8 @@ def test_a_pickled_file_is_refused_with_what_to_do(tmp_path):
     torch.save(InceptionI3d().state_dict(), tmp_path / "i3d_pretrained_400.pt")
     with pytest.raises(ValueError, match="Convert them: python -c"):
         InceptionI3d.from_pretrained(str(tmp_path / "i3d_pretrained_400.pt"))
+
+
+def test_a_folder_without_the_weights(tmp_path):
+    with pytest.raises(ValueError, match="a .safetensors file of the Inception-I3D, got .* where there is none"):
+        InceptionI3d.from_pretrained(str(tmp_path))

@@ -1,23 +1,29 @@
 """Features by shards: kept, taken up again, shared among processes, and nothing that is skipped goes unnamed."""
 
+import io
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusers_mcm.evaluation import measuring
 from diffusers_mcm.evaluation.measuring import (
     Measure,
+    Measured,
     Processes,
     clipsim_measure,
+    content_measure,
     frame_measure,
     measure,
     motion_measure,
     video_measure,
 )
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
-from diffusers_mcm.evaluation.videos import Window, open_samples
+from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples
+from diffusers_mcm.video_io import encode_mp4, write_video
 from tests.evaluation.conftest import CAPTIONS, write_samples
 
 WINDOW = Window(8, 1, None, "start", 64, 64)
@@ -75,6 +81,7 @@ def test_what_decides_the_features_makes_them_anew(six, tmp_path, change):
     counting, window = Counting(), WINDOW._replace(num_frames=4) if change == "window" else WINDOW
     if change == "file":
         write_samples(tmp_path / "mcm4", change=lambda video: 255 - video)
+        six = open_samples(tmp_path / "mcm4")
     key = "2" if change == "network" else "1"
     measures = {"brightness": Measure(counting, key)}
     measure(six, window, 1 if change == "seed" else 0, measures, tmp_path / "features")
@@ -108,7 +115,9 @@ def test_a_broken_video_is_named_and_the_others_measured(six, tmp_path):
 def test_a_set_of_which_nothing_can_be_used(six, tmp_path):
     for path in (tmp_path / "mcm4").glob("*.mp4"):
         path.write_bytes(b"no video")
-    with pytest.raises(ValueError, match="no video of .*mcm4 can be used, for example .*0001-clip.mp4: "):
+    with pytest.raises(
+        ValueError, match="at least 2 videos of .*mcm4 that can be used, got 0; for example .*0001-clip.mp4: "
+    ):
         measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
 
 
@@ -134,3 +143,48 @@ def test_shapes_of_features(six, tmp_path, videomae):
     frames = np.stack([six.videos[0].read(WINDOW, 0.0), six.videos[1].read(WINDOW, 0.0)])
     # a batch of one adds up in another order: float32 has 7 digits
     np.testing.assert_allclose(per_video(frames, []), values["video.videomae"][:2], rtol=1e-3, atol=1e-4)
+
+
+def test_frames_that_are_replaced_in_their_folder_are_measured_anew(tmp_path):
+    for index in range(2):
+        write_video(tmp_path / "clips" / f"{'ab'[index]}-0", np.full((8, 8, 8, 3), 50, np.uint8))
+
+    def found():
+        measures = brightness(Counting())
+        return measure(open_samples(tmp_path / "clips"), WINDOW, 0, measures, tmp_path / "f").values["brightness"]
+
+    assert found()[0] == 50
+    for path in (tmp_path / "clips" / "a-0").glob("*.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    assert found().tolist() == [[0], [50]]
+
+
+def test_a_tar_that_is_replaced_is_measured_anew(tmp_path):
+    def write(level):
+        with tarfile.open(tmp_path / "world.tar", "w") as tar:
+            for number in range(2):
+                video = encode_mp4(np.full((8, 16, 16, 3), level, np.uint8))
+                for name, data in ((f"{number}.mp4", video), (f"{number}.json", b'{"caption": "c"}')):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+
+    def found():
+        real = open_reference(str(tmp_path / "world.tar"), None, 0)
+        return measure(real, WINDOW, 0, brightness(Counting()), tmp_path / "f").values["brightness"]
+
+    write(40)
+    assert found()[0] == pytest.approx(40, abs=2)
+    write(200)
+    assert found()[0] == pytest.approx(200, abs=2)
+
+
+def test_contents_are_those_of_the_pixels():
+    black, white = (np.full((2, 4, 8, 8, 3), level, np.uint8) for level in (0, 255))
+
+    def contents(frames):
+        values = {"content": content_measure().compute(frames, [])}
+        return Measured([None] * len(frames), {}, values).contents()
+
+    assert contents(black) == contents(black.copy()) != contents(white)
+    assert contents(np.concatenate([black, white])) == contents(np.concatenate([white, black]))

@@ -12,7 +12,7 @@ ALL = np.arange(20)
 
 
 def flat(features):
-    return features.reshape(-1, 5)
+    return features.reshape(-1, features.shape[-1])
 
 
 def score(name):
@@ -34,10 +34,33 @@ def test_the_covariance_is_handed_on():
 @pytest.mark.parametrize(
     "name, distance", [("kid", lambda x, y: 1000 * kernel_distance(x, y)), ("cmmd", cmmd)], ids=["kid", "cmmd"]
 )
-def test_a_kernel_score_is_the_distance_of_all_frames(name, distance):
-    assert score(name)(ALL) == pytest.approx(distance(flat(METHOD), flat(REFERENCE)), rel=1e-9)
+def test_a_kernel_score_of_one_feature_a_video_is_the_distance(name, distance):
+    x, y = METHOD[:, :1], REFERENCE[:, :1]
+    of = METRICS[name].against(y, "sample")(x)
+    assert of(ALL) == pytest.approx(distance(flat(x), flat(y)), rel=1e-9)
     rows = np.array([3, 7, 11, 12])
-    assert score(name)(rows) == pytest.approx(distance(flat(METHOD[rows]), flat(REFERENCE)), rel=1e-9)
+    assert of(rows) == pytest.approx(distance(flat(x[rows]), flat(y)), rel=1e-9)
+
+
+def test_frames_of_one_video_are_no_independent_witnesses():
+    """Of one distribution, whose frames are alike within a video, the mean over many samples is 0."""
+    rng, found = np.random.default_rng(3), []
+    for _ in range(200):
+        x, y = (rng.normal(size=(12, 1, 3)) + 0.1 * rng.normal(size=(12, 6, 3)) for _ in range(2))
+        found.append(METRICS["kid"].against(y, "sample")(x)(np.arange(12)))
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found)) < 4 * error
+    # with pairs of frames of one video among them it would be as far off as a video is like itself
+    assert 1000 * kernel_distance(flat(x), flat(y)) > np.mean(found) + 4 * error
+
+
+@pytest.mark.parametrize("covariance", ["sample", "population"])
+@pytest.mark.parametrize("rows", [ALL, np.array([0, 0, 3, 3, 3, 9]), np.arange(3)], ids=["all", "twice", "few"])
+def test_the_fast_way_of_resampled_sets_gives_the_same(covariance, rows):
+    fid = METRICS["fid"].against(REFERENCE, covariance)(METHOD)
+    assert fid.draw(rows) == pytest.approx(fid(rows), rel=1e-6)
+    wide = METRICS["fvd"].against(RNG.normal(size=(30, 50)), covariance)(RNG.normal(size=(20, 50)))
+    assert wide.draw(rows) == pytest.approx(wide(rows), rel=1e-6)  # fewer rows than dimensions
 
 
 def test_columns_are_a_metric_on_a_network_each_and_motion_always():

@@ -86,6 +86,18 @@ def test_a_network_is_described_by_its_weights(videomae, tmp_path):
     assert first.digest() != again.digest()
 
 
+def test_the_same_weights_in_another_configuration_are_another_network(videomae, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(videomae, tmp_path / "heads")
+    config = json.loads((tmp_path / "heads" / "config.json").read_text()) | {"num_attention_heads": 4}
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(videomae, tmp_path / "moved")
+    assert load_videomae(str(tmp_path / "heads")).digest() != load_videomae(videomae).digest()
+    assert load_videomae(str(tmp_path / "moved")).digest() == load_videomae(videomae).digest()
+
+
 def test_clip_measures_a_picture_against_its_caption():
     """The packaged CLIP: 74.83 for a true caption (the mean over frames of 100 × cosine), about 0 for a false one."""
     caption = "a red circle moving left on a black background"

@@ -5,10 +5,8 @@ import json
 import pytest
 
 from diffusers_mcm.evaluation.distances import Interval
-from diffusers_mcm.evaluation.metrics import columns_of
 from diffusers_mcm.evaluation.results import Difference, Evaluation, Method, check_protocols
 
-COLUMNS = columns_of(["fvd"], ["i3d"], [])
 PROTOCOL = {"reference": {"sha256": "ab", "num_videos": 500}, "window": {"num_frames": 16}, "networks": {"i3d": {}}}
 
 
@@ -18,15 +16,15 @@ def method(fvd=500.0, steps=4, **changes):
     return Method(**fields | changes)
 
 
-def evaluation(protocol=PROTOCOL, differences=(), **methods):
+def evaluation(protocol=PROTOCOL, differences=(), notes=(), **methods):
     truth = method(values={"motion.change": 4.5})
-    return Evaluation(protocol, {"torch": "2.13"}, truth, methods, differences)
+    return Evaluation(protocol, {"torch": "2.13"}, truth, methods, list(differences), list(notes))
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
     difference = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
     written = evaluation(differences=[difference], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "broken"}))
-    written.write(tmp_path, COLUMNS)
+    written.write(tmp_path)
     assert Evaluation.read(tmp_path) == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
 
@@ -36,7 +34,7 @@ def test_the_page_shows_protocol_methods_differences_and_what_was_skipped():
     unclear = Difference("lcm4", "mcm4", "motion.change", Interval(0.1, -0.2, 0.3))
     page = evaluation(
         differences=[clear, unclear], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "it is broken"})
-    ).page(COLUMNS)
+    ).page()
     assert "| `reference.num_videos` | 500 |" in page and "| `window.num_frames` | 16 |" in page
     assert "| (reference) | 4 | 500 | – | 4.500 |" in page
     assert "| mcm4 | 4 | 500 | 500.0 | 4.000 |" in page
@@ -49,7 +47,7 @@ def test_a_difference_is_turned_so_that_it_is_less_the_first():
         differences=[Difference("mcm4", "lcm4", "fvd.i3d", Interval(-200.0, -240.0, -150.0))],
         mcm4=method(),
         lcm4=method(700.0),
-    ).page(COLUMNS)
+    ).page()
     assert "| lcm4 | **200.0 (150.0 to 240.0)** |" in page
 
 
@@ -75,13 +73,13 @@ def test_methods_of_before_stay_and_those_measured_again_are_replaced():
 
 def test_a_file_that_is_no_result(tmp_path):
     (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(ValueError, match="evaluation.json is no result of an evaluation"):
+    with pytest.raises(ValueError, match="evaluation.json is no result of an evaluation that this version wrote"):
         Evaluation.read(tmp_path)
     assert Evaluation.read(tmp_path / "nothing") is None
 
 
 def test_the_card_gets_a_sentence_columns_and_rows():
-    found = evaluation(mcm4=method()).card_table(COLUMNS)
+    found = evaluation(mcm4=method()).card_table()
     assert found["columns"] == ["steps", "videos", "FVD (i3d)", "change", "near still", "flicker"]
     assert found["rows"][1] == ["mcm4", "4", "500", "500.0", "4.000", "0.000", "0.500"]
     assert found["about"].startswith("Measured against 500 videos of the reference, 16 frames each")
@@ -89,6 +87,30 @@ def test_the_card_gets_a_sentence_columns_and_rows():
 
 def test_results_at_several_steps_belong_together():
     methods = {"mcm4": method(1, 4), "mcm-8-steps": method(2, 8), "lcm": method(3, 1), "theirs": method(4, None)}
+    methods |= {"lora-r32": method(5, 4), "lora-r64": method(6, 4), "8": method(7, 8)}
     found = evaluation(**methods).series()
     scores = {name: [(steps, values["fvd.i3d"]) for steps, values in line] for name, line in found.items()}
-    assert scores == {"mcm": [(4, 1), (8, 2)], "lcm": [(1, 3)]}
+    assert scores.pop("mcm") == [(4, 1), (8, 2)]
+    assert scores == {"lcm": [(1, 3)], "lora-r32": [(4, 5)], "lora-r64": [(4, 6)], "8": [(8, 7)]}
+
+
+def test_columns_of_before_stay():
+    before = evaluation(mcm4=method())
+    later = evaluation(lcm4=method(values={"clipsim": 29.8, "motion.change": 4.0})).with_others(before, "results")
+    assert [column.title for column in later.columns()] == ["FVD (i3d)", "CLIPSIM", "change", "near still", "flicker"]
+    assert "| lcm4 | 4 | 500 | – | 29.80 | 4.000 | – | – |" in later.page()
+
+
+def test_notes_stand_below_the_table():
+    page = evaluation(notes=["2 videos count for no method."], mcm4=method()).page()
+    assert "| 0.500 |\n\n2 videos count for no method." in page
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    evaluation(mcm4=method(skipped={"caf\udce9.mp4": "broken"})).write(tmp_path)
+    assert "caf\\udce9.mp4" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_motion_alone():
+    page = evaluation(mcm4=method(values={"motion.change": 4.0})).page()
+    assert "\n\nA still video raises CLIPSIM" in page

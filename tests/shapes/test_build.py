@@ -64,7 +64,7 @@ def test_tars_hold_what_the_folder_holds(tmp_path, monkeypatch):
 def test_a_split_has_all_of_its_captions_and_none_of_the_others(monkeypatch, split, expected, size):
     monkeypatch.setattr(build_module, "render_video", lambda *args: None)
     monkeypatch.setattr(build_module, "encode", lambda frames: b"")
-    captions = [sample.caption for sample in videos(size + 5, split)]
+    captions = [caption for caption, _ in videos(size + 5, split)]
     assert len(set(captions[:size])) == len(set(captions)) == size
     assert all(held_out(parse(caption)) == expected for caption in captions)
 

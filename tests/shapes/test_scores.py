@@ -21,8 +21,8 @@ GROWING = parse("a blue square growing on a white background")
 
 def reading(caption, position=(0.5, 0.5), **changes):
     words = caption._asdict()
-    numbers = {"watermark_seen": False, "sharpness": 0.4, "flicker": 0.01, "displacement": 0.02}
-    return words | numbers | {"position": list(position)} | changes
+    numbers = {"sharpness": 0.4, "flicker": 0.01, "displacement": 0.02, "wobble": 0.04}
+    return words | numbers | {"identity_kept": True, "watermark_seen": False} | {"position": list(position)} | changes
 
 
 def test_rendered_truth_scores_full_marks():
@@ -35,6 +35,7 @@ def test_rendered_truth_scores_full_marks():
         assert list(scores) == list(METRICS)
         assert scores["all_right"].shape == (3, 2) and scores["all_right"].all(), domain
         assert scores["spread"].shape == (3, 1) and (scores["spread"] > 0).all()
+        assert scores["identity_kept"].all() and np.nanmax(scores["wobble"]) < 0.15
     assert not found["clean"]["watermark_seen"].any() and found["video"]["watermark_seen"].all()
     assert found["clean"]["sharpness"].min() > found["video"]["sharpness"].max()
 
@@ -45,6 +46,13 @@ def test_all_right_needs_every_attribute():
     np.testing.assert_array_equal(found["all_right"], [[1, 0], [0, 1]])
     np.testing.assert_array_equal(found["colour"], [[1, 0], [1, 1]])
     np.testing.assert_array_equal(found["motion"], [[1, 1], [0, 1]])
+
+
+def test_identity_and_wobble_are_taken_as_they_were_read():
+    rows = [[reading(MOVING, identity_kept=False, wobble=0.2), reading(MOVING, wobble=math.nan)]]
+    found = outcomes(rows, [MOVING])
+    np.testing.assert_array_equal(found["identity_kept"], [[0, 1]])
+    np.testing.assert_array_equal(found["wobble"], [[0.2, math.nan]])
 
 
 def test_only_moving_shapes_count_for_displacement():

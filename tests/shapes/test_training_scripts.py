@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import VideoMAEModel
 
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.shapes.build import build
@@ -42,6 +43,7 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     run("train_vae", **common, output=models / "vae", init=models / "vae", decoder_only=True)
     run("train_clip", **common, output=models / "clip")
     run("train_features", **common, output=models / "features")
+    run("train_video", work=work, steps=2, batch=4, output=models / "video")
     run("probe_features", data=data, features=models / "features", text=models / "clip", steps=1)
     assert re.findall(r"^(\w+): [\d.]+ % of 480$", capsys.readouterr().out, re.M) == ["colour", "shape", "background"]
     run("encode", data=data, vae=models / "vae", blocks=2)
@@ -49,11 +51,13 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     run("package", models=models, work=work, world=built, output=tmp_path / "weights")
 
     logs = {file.stem: [json.loads(line) for line in file.open()] for file in work.glob("*.jsonl")}
-    assert {"vae", "decoder", "clip", "features", "teacher_frames", "teacher"} == set(logs)
+    assert {"vae", "decoder", "clip", "features", "video", "teacher_frames", "teacher"} == set(logs)
     assert all(np.isfinite(log[-1]["loss"]) for log in logs.values())
     teacher = MCMPipeline.from_pretrained(tmp_path / "weights" / "mcm-shapes-teacher")
     frames = teacher("a red circle growing on a white background", num_inference_steps=1, output_type="np").frames
     assert frames.shape == (1, 16, 64, 64, 3)
+    video = VideoMAEModel.from_pretrained(tmp_path / "weights" / "mcm-shapes-video", dtype=torch.float32)
+    assert video(torch.zeros(1, 16, 3, 64, 64)).last_hidden_state.mean(1).shape == (1, 96)
     texts = [file.read_text() for file in (tmp_path / "weights").rglob("*.json")]
     assert not any(os.fspath(tmp_path) in text for text in texts)
 

@@ -4,7 +4,6 @@ Every decision is taken from uniform numbers drawn beforehand, one row per image
 however it is split. The numbers do not depend on the image's size.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -100,21 +99,21 @@ def cut_out(images: torch.Tensor, draws: AugmentationDraws) -> torch.Tensor:
     return images * (~box).to(images)[:, None]
 
 
-AUGMENTATIONS = {"colour": adjust_colour, "translation": translate, "cutout": cut_out}
-
-
-def check_augmentable(images: torch.Tensor, draws: AugmentationDraws) -> None:
+def _check(images: torch.Tensor, draws: AugmentationDraws) -> None:
     """`ValueError` unless these are images `(N, 3, H, W)` with a row of draws for each."""
     check_images(images)
     if len(draws) != len(images):
         raise ValueError(f"Expected one row of augmentation draws per image: {len(images)} images, {len(draws)} rows.")
 
 
+AUGMENTATIONS = {"colour": adjust_colour, "translation": translate, "cutout": cut_out}
+
+
 def augment(
     images: torch.Tensor, draws: AugmentationDraws, policy: Sequence[str] = tuple(AUGMENTATIONS)
 ) -> torch.Tensor:
     """Images `(N, 3, H, W)` in [-1, 1] → the same shape in float32, differentiable; colour may leave [-1, 1]."""
-    check_augmentable(images, draws)
+    _check(images, draws)
     images = images.float()
     for name in policy:
         if name not in AUGMENTATIONS:
@@ -150,8 +149,7 @@ def crop_boxes(draws: AugmentationDraws, height: int, width: int, min_area: floa
     narrowest, widest = CROP_RATIOS
     area, shape = draws.crop_size.double().unbind(-1)  # (N, attempts)
     area = height * width * (min_area + (1 - min_area) * area)
-    log_ratio = math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * shape
-    ratio = log_ratio.exp()
+    ratio = narrowest * (widest / narrowest) ** shape
     heights, widths = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     boxes = []
@@ -185,7 +183,7 @@ def crop_and_resize(
     images: torch.Tensor, draws: AugmentationDraws, size: int, crop: str = "random", min_area: float = MIN_IMAGE_AREA
 ) -> torch.Tensor:
     """`(N, 3, H, W)` → `(N, 3, size, size)`, differentiable; `crop` is out of `CROPS`, `min_area` for "resized"."""
-    check_augmentable(images, draws)
+    _check(images, draws)
     if crop not in CROPS:
         raise ValueError(f"Unknown crop {crop!r}; choose from {', '.join(CROPS)}.")
     return CROPS[crop](images, draws, size, min_area)

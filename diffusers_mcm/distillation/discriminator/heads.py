@@ -112,9 +112,7 @@ class DiscriminatorHeads(nn.Module):
         for tokens in features:
             if tokens.ndim != 3 or tokens.shape[2] != self.feature_dim:
                 raise ValueError(f"Expected tokens of shape (N, P, {self.feature_dim}), got {tuple(tokens.shape)}.")
-            if tokens.shape[0] != text.shape[0]:
-                raise ValueError(
-                    f"Expected one text embedding per image: {tokens.shape[0]} images, {len(text)} texts."
-                )
+            if len(tokens) != len(text):
+                raise ValueError(f"Expected one text embedding per image: {len(tokens)} images, {len(text)} texts.")
             if tokens.shape[1] < RESIDUAL_KERNEL // 2:
                 raise ValueError(f"Expected at least {RESIDUAL_KERNEL // 2} patches per image, got {tokens.shape[1]}.")

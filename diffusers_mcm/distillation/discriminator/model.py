@@ -40,16 +40,16 @@ class Discriminator(nn.Module):
     `extract` gives the features of images, `generator_logits` the student's loss, and a call the discriminator's own,
     of which gradients reach the heads only; `heads.update_spectral_norm()` follows each step of the optimiser.
 
-    The networks for images and text are frozen; the heads are trained, the only weights that need saving. Without
-    `text`, embeddings come from elsewhere. `augmentation` are names out of `AUGMENTATIONS`, in the order in which they
-    are applied, `crop` is one out of `CROPS`, `min_crop_area` a share of the image's area, for the crop "resized".
+    The networks for images and text are frozen; the heads are trained, the only weights that need saving.
+    `augmentation` are names out of `AUGMENTATIONS`, in the order in which they are applied, `crop` is one out of
+    `CROPS`, `min_crop_area` a share of the image's area, for the crop "resized".
     """
 
     def __init__(
         self,
         features: PatchFeatures,
         heads: DiscriminatorHeads,
-        text: TextFeatures | None = None,
+        text: TextFeatures,
         augmentation: Sequence[str] = tuple(AUGMENTATIONS),
         crop: str = "random",
         min_crop_area: float = MIN_IMAGE_AREA,
@@ -68,8 +68,6 @@ class Discriminator(nn.Module):
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts → `(N, D)` float32."""
-        if self.text is None:
-            raise ValueError("This discriminator has no text encoder; pass `text` when making it.")
         return self.text(prompts)
 
     def extract(self, images: torch.Tensor, draws: AugmentationDraws) -> ImageFeatures:

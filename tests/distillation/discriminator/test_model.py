@@ -173,5 +173,3 @@ def test_errors(frames, images):
     real = discriminator.extract(images[:2], augmentation(2)[:2])
     with pytest.raises(ValueError, match="real and generated tensors of one shape"):
         discriminator(fake, text, real, text[:2], WEIGHTS)
-    with pytest.raises(ValueError, match="no text encoder"):
-        Discriminator(discriminator.features, discriminator.heads).encode_text(PROMPTS)

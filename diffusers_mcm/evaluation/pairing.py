@@ -1,0 +1,100 @@
+"""Which videos of several methods are compared with each other, and the differences between them."""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .distances import resampled
+from .measuring import Measured
+from .metrics import Score, difference, draws_of
+from .results import Difference
+from .videos import Video, VideoSet
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def check_alike(samples: Sequence[VideoSet]) -> None:
+    """`ValueError` unless there are samples, and all folders show the same captions, but for what cannot be opened."""
+    if not samples:
+        raise ValueError("expected at least one folder of samples, got none")
+    first = samples[0]
+    for other in samples[1:]:
+        counts = [len(each.videos) + len(each.skipped) for each in (first, other)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"expected as many videos in every folder, got {counts[0]} in {first.source} and {counts[1]} in "
+                f"{other.source}: a Fréchet distance grows as the number falls"
+            )
+        for a, b in ((first, other), (other, first)):
+            missing = a.captions() - b.captions()
+            if missing.total() > len(b.skipped):
+                raise ValueError(
+                    f"expected the same captions in every folder, but {b.source} does not show "
+                    f"{next(iter(missing))!r}, as {a.source} does: make both from one list of prompts"
+                )
+
+
+def warn_of_other_captions(samples: VideoSet, real: VideoSet) -> None:
+    """Say so if the samples show what the reference does not."""
+    others = samples.captions().keys() - real.captions().keys()
+    if others or len(samples.videos) != len(real.videos):
+        logger.warning(
+            "%s holds %d videos, of which %d captions are not the reference's, and the reference %d videos: with "
+            "--write_prompts, --num_videos and --seed both are made of the same rows.",
+            *(samples.source, len(samples.videos), len(others), len(real.videos)),
+        )
+
+
+def common(results: Mapping[str, Measured]) -> tuple[dict[str, Measured], int]:
+    """All methods' results on the videos that every one of them has, in one order; and how many are left out for that.
+
+    The k-th video of a caption, by its seed and then its name, is compared with the k-th of another method.
+    """
+    places = {name: _places(measured.videos) for name, measured in results.items()}
+    shared = sorted(set.intersection(*(set(place) for place in places.values())))
+    everything = set.union(*(set(place) for place in places.values()))
+    alike = {name: results[name].only([place[key] for key in shared]) for name, place in places.items()}
+    return alike, len(everything) - len(shared)
+
+
+def _places(videos: Sequence[Video]) -> dict[tuple[str, int], int]:
+    """(caption, how many of it came before) -> the video's number."""
+    order = sorted(range(len(videos)), key=lambda n: (videos[n].caption, videos[n].seed or 0, videos[n].name))
+    seen: Counter[str] = Counter()
+    found = {}
+    for number in order:
+        caption = videos[number].caption
+        found[caption, seen[caption]] = number
+        seen[caption] += 1
+    return found
+
+
+def differences_of(
+    results: Mapping[str, Measured],
+    scores: Mapping[str, Mapping[str, Score]],
+    resamples: int,
+    seed: int,
+    progress: Progress = lambda items, name: items,
+) -> list[Difference]:
+    """Between all pairs of methods on the same videos, each with its paired interval over captions."""
+    measured = next(iter(results.values()))
+    groups: dict[str, list[int]] = {}
+    for number, video in enumerate(measured.videos):
+        groups.setdefault(video.caption, []).append(number)
+    if len(results) < 2 or resamples < 2 or len(groups) < 2:
+        return []
+    everything, numbers = np.arange(len(measured.videos)), [np.array(group) for group in groups.values()]
+    drawn = resampled(len(groups), resamples, seed)
+    wanted = [(name, key) for name in results for key in scores[name]]
+    draws = {(n, key): draws_of(scores[n][key], numbers, drawn) for n, key in progress(wanted, "intervals")}
+    whole = {(name, key): float(scores[name][key](everything)) for name, key in wanted}
+    return [
+        Difference(b, a, key, difference(whole[b, key], whole[a, key], draws[b, key], draws[a, key]))
+        for a, b in itertools.combinations(results, 2)
+        for key in scores[a]
+    ]
