@@ -8,10 +8,13 @@ __version__ = "0.1.0.dev0"
 # Imported when first used, so that `import diffusers_mcm` costs nothing.
 _EXPORTS = {
     "AnimateDiffMCMPipeline": ".pipelines",
+    "MCMFlowScheduler": ".scheduler",
     "MCMPipeline": ".pipelines",
     "MCMPipelineOutput": ".pipelines",
     "MCMScheduler": ".scheduler",
     "ModelScopeMCMPipeline": ".pipelines",
+    "WanMCMPipeline": ".pipelines",
+    "WanTI2VMCMPipeline": ".pipelines",
     "BASE_MODELS": ".base_models",
     "get_base_model": ".base_models",
     "make_scheduler": ".pipelines",
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
         MCMPipeline,
         MCMPipelineOutput,
         ModelScopeMCMPipeline,
+        WanMCMPipeline,
+        WanTI2VMCMPipeline,
         make_scheduler,
     )
-    from .scheduler import MCMScheduler
+    from .scheduler import MCMFlowScheduler, MCMScheduler
 
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,24 +1,33 @@
-"""`MCMScheduler`: multistep consistency sampling as a diffusers scheduler.
+"""Multistep consistency sampling as diffusers schedulers: `MCMScheduler`, and `MCMFlowScheduler` for the flow path.
 
-The module path and the class name are stored in saved pipelines, and diffusers finds the class again only in a module
-that itself holds `SchedulerMixin`: neither may be moved.
+The module path and the class names are stored in saved pipelines, and diffusers finds a class again only in a module
+that itself holds `SchedulerMixin`: none of them may be moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from diffusers import LCMScheduler
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
 
-from .consistency import BETA_SCHEDULES, PREDICTION_TYPES, check_known, working
+from .consistency import (
+    BETA_SCHEDULES,
+    FLOW_SHIFT,
+    FLOW_STEPS,
+    PREDICTION_TYPES,
+    FlowPath,
+    check_known,
+    working,
+)
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -204,6 +213,186 @@ class MCMScheduler(LCMScheduler):
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = α_t ε − σ_t x_0, computed in float32 for half types, returned in the type of `sample`."""
         return super().get_velocity(working(sample), working(noise), timesteps).to(sample.dtype)
+
+
+class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Multistep consistency sampling on the path of flow-matching models, x_t = (1 − σ) x_0 + σ ε with t = 1000 σ:
+    predict the clean sample, x̂_0 = x_t − σ v, and add noise again for the next timestep. A drop-in in diffusers'
+    `WanPipeline`, which however gives it no generator: the noise it adds is then torch's global one.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000): t where σ is 1.
+        shift (`float`, defaults to 5.0): Of the grid that the student was distilled on, σ = s u / (1 + (s − 1) u). It
+            is the student's own; what its teacher is sampled with, `flow_shift` or `shift` of other schedulers, is
+            not taken over.
+        original_inference_steps (`int`, defaults to 48): Points of that grid, u = 1/48, …, 1, of which sampling visits
+            some, evenly spaced: 1000, 937.5, 833.33 and 625 in four steps.
+        stochastic (`bool`, defaults to `True`): `False` takes Euler steps instead of adding fresh noise.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = FLOW_SHIFT,
+        original_inference_steps: int = FLOW_STEPS,
+        stochastic: bool = True,
+    ):
+        if not _is_positive_integer(original_inference_steps):
+            raise ValueError(f"`original_inference_steps` must be a positive integer; got {original_inference_steps}.")
+        self.path = FlowPath(shift, num_train_timesteps)
+        self.num_inference_steps: int | None = None
+        self._take(self._grid())
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs):
+        """As every scheduler's; of a scheduler of another class only `num_train_timesteps` is taken over."""
+        if isinstance(config, Mapping):
+            own = cls._get_init_keys(cls)
+            foreign = any(not key.startswith("_") and key not in own for key in config)
+            taken = ("num_train_timesteps",) if foreign else own
+            config = {key: value for key, value in config.items() if key in taken}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # --- the timesteps -----------------------------------------------------------------------------------------------
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the timesteps to sample at. To be called before sampling.
+
+        Exactly one of them is needed: `num_inference_steps`, at most those of the distillation grid, or the points
+        themselves, descending, as `timesteps`, above 0 and at most `num_train_timesteps`, or as `sigmas`, which are
+        those divided by it. They are visited as they are given: nothing is shifted a second time.
+        """
+        given = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        if sum(each is not None for each in given.values()) != 1:
+            named = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`; got {named}.")
+        if num_inference_steps is not None:
+            chosen = self._spread(num_inference_steps)
+        elif timesteps is not None:
+            chosen = self._given("timesteps", timesteps, self.config.num_train_timesteps)
+        else:
+            chosen = self._given("sigmas", sigmas, 1)
+        self.num_inference_steps = len(chosen)
+        self._take(chosen, device)
+
+    def _take(self, chosen: torch.Tensor, device: str | torch.device | None = None) -> None:
+        """Visit these timesteps; `sigmas` are those divided by `num_train_timesteps`, and 0, on the CPU."""
+        self.timesteps = chosen.to(device)
+        self.sigmas = torch.cat([chosen / self.config.num_train_timesteps, torch.zeros(1)])
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _grid(self) -> torch.Tensor:
+        """The timesteps of distillation, descending."""
+        return self.path.solver_timesteps(self.config.original_inference_steps).flip(0)
+
+    def _spread(self, num_inference_steps: int) -> torch.Tensor:
+        grid = self._grid()
+        if not _is_positive_integer(num_inference_steps) or num_inference_steps > len(grid):
+            raise ValueError(
+                f"`num_inference_steps` must be an integer from 1 to the {len(grid)} steps of the distillation grid"
+                f" (`original_inference_steps`); got {num_inference_steps}. MCM is made for 1 to 8."
+            )
+        return grid[torch.arange(num_inference_steps) * len(grid) // num_inference_steps]
+
+    def _given(self, name: str, values: Any, largest: int) -> torch.Tensor:
+        points = torch.as_tensor(values, dtype=torch.float64).cpu()
+        if points.ndim != 1 or not len(points) or points.min() <= 0 or points.max() > largest:
+            raise ValueError(f"`{name}` must be numbers above 0 and at most {largest}; got {values}.")
+        if (points.diff() >= 0).any():
+            raise ValueError(f"`{name}` must be descending; got {values}.")
+        chosen = points * (self.config.num_train_timesteps / largest)
+        off_grid = [t for t in chosen.tolist() if (self._grid() - t).abs().min() > 1e-2]
+        if off_grid:
+            logger.warning(f"The timesteps {off_grid} are not on the grid of distillation; no student learnt them.")
+        return chosen.to(torch.float32)
+
+    # --- diffusers' interface ----------------------------------------------------------------------------------------
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next step; `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where sampling begins, if a pipeline has said so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin with this step of the schedule."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample as it is."""
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = (1 − σ) x_0 + σ ε in the type of `original_samples`; `timesteps` is (B,) or (1,)."""
+        return self.path.add_noise(original_samples, noise, timesteps.expand(len(original_samples)))
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> LCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Predict the clean sample and go on to the next timestep, with fresh noise or, if not `stochastic`, without.
+
+        Computed in float32 for half types, and returned in the type of `sample`, which is `(B, C, T, H, W)` or any
+        other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
+        each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got"
+                f" {tuple(model_output.shape)}."
+            )
+        index = self._next_index(timestep)
+        x, v = working(sample), working(model_output)
+        sigma, sigma_next = (float(each) for each in self.sigmas[index : index + 2])
+        denoised = x - sigma * v
+        if not sigma_next:
+            prev_sample = denoised
+        elif self.config.stochastic:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            prev_sample = (1 - sigma_next) * denoised + sigma_next * noise
+        else:
+            prev_sample = x + (sigma_next - sigma) * v
+        self._step_index = index + 1
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def _next_index(self, timestep: float | torch.Tensor) -> int:
+        """The index of the step that is due; the first is where `set_begin_index` or the timestep says."""
+        if self.num_inference_steps is None:
+            raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            found = (self.timesteps == timestep).nonzero()
+            if not len(found):
+                raise ValueError(f"Timestep {timestep} is not one of the schedule's: {self.timesteps.tolist()}.")
+            index = int(found[0])
+        if index >= len(self.timesteps):
+            raise ValueError(
+                f"All {len(self.timesteps)} steps of the schedule have been taken; call `set_timesteps` to start over."
+            )
+        return index
 
 
 def _is_positive_integer(value: object) -> TypeGuard[int]:

@@ -34,6 +34,7 @@ _TRAINING_ROWS = {
     "lambda_real, lambda_adv": ("lambda_real", "lambda_adv"),
     "teacher's guidance, w": ("guidance_min", "guidance_max"),
     "solver steps": ("num_solver_steps",),
+    "shift of their grid": ("shift",),
     "weight of the gradient penalty": ("gradient_penalty_weight",),
     "LoRA rank, alpha": ("lora_rank", "lora_alpha"),
     "optimiser steps": ("steps",),

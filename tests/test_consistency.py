@@ -7,13 +7,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers_mcm.consistency import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
+    FlowPath,
     NoisePath,
     VariancePreservingPath,
     boundary_scalings,
 )
 from diffusers_mcm.distillation.teacher import teacher_step
 from diffusers_mcm.distillation.trajectory import noisy_start, one_step_sample
-from tests.base_models.flow_model.base_model import FlowPath
 
 SHAPE = (4, 2, 3, 5, 5)
 TIMESTEPS = torch.tensor([0, 19, 500, 999])

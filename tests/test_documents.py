@@ -115,6 +115,13 @@ def test_the_page_on_publishing(reader, tmp_path):
 
 
 # --- what the README says --------------------------------------------------------------------------------------------
+def noise(schedule) -> str:
+    if "shift" in schedule:
+        return f"flow, shift {schedule.shift:g}"
+    betas = f"{schedule.beta_start:g} to {schedule.beta_end:g}, {schedule.beta_schedule}"
+    return f"betas {betas}; `timestep_scaling` {schedule.timestep_scaling:g}"
+
+
 def base_model_table() -> str:
     """A column for each base model, from what the package and `model_cards/released.json` say of it."""
     released = json.loads((ROOT / "model_cards/released.json").read_text(encoding="utf-8"))["loras"]
@@ -129,12 +136,11 @@ def base_model_table() -> str:
                 "": type(model).__name__,
                 "base model": f"`{model.default_repository}`",
                 "motion adapter": f"`{model.extra_repositories[ADAPTER]}`" if model.extra_repositories else "–",
-                "LoRAs in `yhzhai/mcm`": loras,
+                "LoRAs in `yhzhai/mcm`": loras or "–",
                 "size": f"{model.num_frames} frames of {model.width}×{model.height}, {model.fps} fps",
                 "steps": f"1 to 8, {steps} by default",
                 "guidance": f"off: scale {guidance:g}",
-                "betas": f"{schedule.beta_start:g} to {schedule.beta_end:g}, {schedule.beta_schedule}",
-                "`timestep_scaling`": f"{schedule.timestep_scaling:g}",
+                "noise": noise(schedule),
                 "teacher's guidance w, when distilling": "{:g} to {:g}".format(*model.guidance_range),
             }
         )

@@ -9,8 +9,9 @@ from ..lora import LoRA
 from .animatediff import AnimateDiff
 from .base import BaseModel
 from .modelscope import ModelScope
+from .wan import Wan, WanTI2V
 
-BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(), AnimateDiff())}
+BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(), AnimateDiff(), Wan(), WanTI2V())}
 
 
 def get_base_model(name: str) -> BaseModel:
@@ -26,6 +27,7 @@ def infer_base_model(
     if model_index is not None:
         for model in BASE_MODELS.values():
             if model.matches(model_index):
+                model.check_repository(model_index)
                 return model
         found = {name: value[1] for name, value in model_index.items() if name in ("unet", "transformer")}
         expected = ", ".join(

@@ -43,6 +43,10 @@ class BaseModel(ABC):
     num_frames: int
     fps: int = 8
     num_inference_steps: int = DEFAULT_STEPS
+    num_solver_steps: int = 50  # of the teacher's grid, in training
+    # How frames are taken in training where no one says: by so many a second, or else every so many.
+    data_fps: float | None = None
+    frame_interval: int = 8  # the authors' code, for WebVid
     negative_prompt: str = ""  # what guidance leads away from, in training too, where no one names anything
     scheduler_class: Any  # the class that samples what is distilled from this model
     scheduler_defaults: Mapping[str, Any] = {}
@@ -50,6 +54,8 @@ class BaseModel(ABC):
     # those by which a LoRA's description says how it is sampled.
     noise_schedule_keys: tuple[str, ...]
     described_scheduler_keys: tuple[str, ...]
+    student_settings: Mapping[str, float] = {}  # what of a training decides path and sampler of the student: defaults
+    frame_decoders: tuple[str, ...] = ("exact",)  # the ways that `decode_frames` knows
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -57,17 +63,18 @@ class BaseModel(ABC):
         return {**self.scheduler_defaults, **(config or {})}
 
     @abstractmethod
-    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: float) -> NoisePath:
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **student: float) -> NoisePath:
         """x_t as a function of x_0, noise and t, as the repository's scheduler configuration defines it.
 
-        `boundary` is `timestep_scaling` and `sigma_data` of eq. 1, for a path that has boundary scalings.
+        `student` are `student_settings`: `timestep_scaling` and `sigma_data` of eq. 1 for a path that has boundary
+        scalings, the `shift` of the grid for one that has none.
         """
 
     @abstractmethod
     def student_scheduler(
-        self, config: Mapping[str, Any], *, num_solver_steps: int, timestep_scaling: float, sigma_data: float
+        self, config: Mapping[str, Any], *, num_solver_steps: int, **student: float
     ) -> SchedulerMixin:
-        """The sampler that fits a training: the teacher's noise schedule, the student's grid and boundary."""
+        """The sampler that fits a training: the teacher's noise schedule, the student's grid and settings."""
 
     def few_step_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The sampler on the noise schedule that the network was trained with: this one, or one in its place."""
@@ -85,6 +92,9 @@ class BaseModel(ABC):
     def matches(self, model_index: Mapping[str, Any]) -> bool:
         """Whether a repository with this `model_index.json` holds this model."""
         return component_class(model_index, self.denoiser_name) in self.denoiser_classes
+
+    def check_repository(self, model_index: Mapping[str, Any]) -> None:  # noqa: B027, as a rule there is nothing
+        """`ValueError` if a repository that `matches` is one of a kind that cannot be sampled."""
 
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:
@@ -134,9 +144,11 @@ class BaseModel(ABC):
         """Scaled latents to pixels, at most `chunk_size` frames at a time."""
 
     @abstractmethod
-    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor:
+    def decode_frames(
+        self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor, decoder: str = "exact"
+    ) -> torch.Tensor:
         """The clip's frames `frame_indices (B, l)`, counted as in `decode_video`, as `(B * l, 3, H, W)`, sample by
-        sample; differentiable."""
+        sample; differentiable. `decoder` is one of `frame_decoders`."""
 
     @abstractmethod
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Conditioning:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from numbers import Integral
@@ -13,13 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import Conditioning
-from ..consistency import SIGMA_DATA, VariancePreservingPath
+from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, VariancePreservingPath
 from ..lora import base_layer
 from ..scheduler import MCMScheduler
 from .base import BaseModel
 from .precision import at_least_float32, find_ends
-
-logger = logging.getLogger(__name__)
+from .tokens import tokenize
 
 # Suffixes of the modules that carry a LoRA. ModelScope's temporal convolutions (Conv3d, in `temp_convs`) and the
 # entrance, exit and time embedding of the network do not.
@@ -43,6 +41,7 @@ class StableDiffusionModel(BaseModel):
     described_scheduler_keys = (
         *("timestep_scaling", "beta_schedule", "beta_start", "beta_end", "original_inference_steps"),
     )
+    student_settings = {"timestep_scaling": TIMESTEP_SCALING, "sigma_data": SIGMA_DATA}
     scheduler_defaults = {
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",
@@ -60,16 +59,14 @@ class StableDiffusionModel(BaseModel):
                 " model of the same name."
             )
 
-    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **boundary: Any) -> VariancePreservingPath:
-        return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **boundary)
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **student: Any) -> VariancePreservingPath:
+        return VariancePreservingPath.from_scheduler_config(self.scheduler_config(scheduler_config), **student)
 
-    def student_scheduler(
-        self, config: Mapping[str, Any], *, num_solver_steps: int, timestep_scaling: float, sigma_data: float
-    ) -> MCMScheduler:
+    def student_scheduler(self, config: Mapping[str, Any], *, num_solver_steps: int, **student: float) -> MCMScheduler:
         return self.scheduler_class.from_config(
             config,
             # Schedulers have σ_d = 0.5 for good; eq. 1 depends on timestep_scaling / σ_d only.
-            timestep_scaling=timestep_scaling * SIGMA_DATA / sigma_data,
+            timestep_scaling=student["timestep_scaling"] * SIGMA_DATA / student["sigma_data"],
             original_inference_steps=num_solver_steps,
             clip_sample=False,
             thresholding=False,
@@ -124,7 +121,9 @@ class StableDiffusionModel(BaseModel):
         chunks = frames.split(chunk_size or len(frames))
         return _videos(torch.cat([self._decode(vae, chunk) for chunk in chunks]), latents.shape[0])
 
-    def decode_frames(self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor) -> torch.Tensor:
+    def decode_frames(
+        self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor, decoder: str = "exact"
+    ) -> torch.Tensor:
         indices = frame_indices.to(latents.device)
         samples = torch.arange(len(latents), device=latents.device)[:, None]
         chosen = latents.transpose(1, 2)[samples, indices]  # (B, l, C, H, W)
@@ -141,15 +140,8 @@ class StableDiffusionModel(BaseModel):
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str], clip_skip: int = 0) -> Conditioning:
         """`prompt_embeds (B, length, features)`: the encoder's output, or that of `clip_skip` layers before its last,
         normalised like the last."""
-        limit = tokenizer.model_max_length
-        tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        for prompt, full in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
-            if len(full) > limit:
-                lost = tokenizer.decode(full[limit - 1 : -1])
-                logger.warning("The text encoder reads %d tokens; of %r it will not see %r.", limit, prompt, lost)
-        # Where weights are offloaded one by one the encoder is nowhere, and accelerate's hook moves what it is given.
-        device = torch.device("cpu") if text_encoder.device.type == "meta" else text_encoder.device
-        output = text_encoder(tokens.input_ids.to(device), output_hidden_states=bool(clip_skip))
+        tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length, text_encoder)
+        output = text_encoder(tokens.input_ids, output_hidden_states=bool(clip_skip))
         if not clip_skip:
             return {"prompt_embeds": output[0]}
         normalise = getattr(text_encoder, "text_model", text_encoder).final_layer_norm

@@ -9,7 +9,7 @@ from .discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
 from .image_text import ALIKE, IMAGE_TEXTS
 from .losses import DISCRIMINATOR_LOSSES
 from .motion import MOTION_REPRESENTATIONS
-from .trajectory import TIMESTEPS, VISITING_STEPS
+from .trajectory import FRAME_DECODERS, TIMESTEPS, VISITING_STEPS
 
 COINS = ("sample", "batch")
 # A run with another method is another run.
@@ -75,6 +75,12 @@ class MethodConfig(FlagConfig):
         choices=IMAGE_TEXTS,
         before="own",
     )
+    frame_decoder: str = _ours(
+        "exact",
+        help="How those frames are decoded, where the autoencoder is one of whole videos: 'exact', the frames of the "
+        "clip, or 'image', each latent as a picture of its own: cheap, but exact for the clip's first frame only.",
+        choices=FRAME_DECODERS,
+    )
     num_adversarial_frames: int = _method(
         2, help="Frames per clip that the discriminator sees, one from each of as many equal segments.", above=0
     )
@@ -100,7 +106,19 @@ class MethodConfig(FlagConfig):
         f"sampling in {', '.join(map(str, VISITING_STEPS))} steps visits counts once more for each visit.",
         choices=tuple(TIMESTEPS),
     )
-    num_solver_steps: int = _method(50, help="DDIM steps of the teacher's solver grid.", above=0)
+    negative_prompt: str | None = _ours(
+        None,
+        help="What the teacher's guidance leads away from. Default: the base model's, for Wan the text of its "
+        "authors, which names a still picture among others; for the paper's models the empty text.",
+    )
+    num_solver_steps: int = _method(50, help="Steps of the teacher's solver grid.", above=0)
+    shift: float | None = _ours(
+        None,
+        help="Shift of the solver's grid towards noise, for a teacher that was trained by matching flows. It is the "
+        "student's, saved with the LoRA and sampled with, whatever the teacher is sampled with. Default: the base "
+        "model's.",
+        above=0,
+    )
     timestep_scaling: float = _method(4.0, help="Timestep scaling s in the boundary scalings (eq. 1).", above=0)
     sigma_data: float = _method(0.5, help="Data deviation in the boundary scalings (eq. 1).", above=0)
     huber_c: float = _method(0.001, help="c of the pseudo-Huber distance (eq. 3).", above=0)

@@ -92,5 +92,6 @@ class Student(nn.Module):
         if adversary is None:
             return StudentLosses(distance, distance)
         frames = pick_frames(pixels.shape[2], draws.frames)  # (B, l)
-        generator = adversary.generator_loss(self.base.decode_frames(self.vae, prediction, frames))
+        images = self.base.decode_frames(self.vae, prediction, frames, config.frame_decoder)
+        generator = adversary.generator_loss(images)
         return StudentLosses(distance + config.lambda_adv * generator.loss, distance, generator)

@@ -10,6 +10,7 @@ from ..conditioning import Conditioning, select
 from ..consistency import NoisePath, expand_like
 from .teacher import Denoise
 
+FRAME_DECODERS = ("exact", "image")  # ways to decode them; a base model may know but the first
 VISITING_STEPS = (1, 2, 4, 8)  # the numbers of sampling steps that the paper reports
 
 

@@ -81,7 +81,8 @@ def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tup
 def _last_part(module: str) -> str:
     """`a.b.to_out.0` to `to_out.0`, `a.ff.net.0.proj` to `ff.net.0.proj`; for kohya's underscores likewise."""
     names = (
-        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+        *("ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2"),
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"),
     )
     found = next((name for name in names if module.endswith((name, name.replace(".", "_")))), None)

@@ -4,5 +4,9 @@ from .animatediff import AnimateDiffMCMPipeline
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .modelscope import ModelScopeMCMPipeline
 from .samplers import make_scheduler
+from .wan import WanMCMPipeline, WanTI2VMCMPipeline
 
-__all__ = ["AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline", "make_scheduler"]
+__all__ = [
+    *("AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline"),
+    *("WanMCMPipeline", "WanTI2VMCMPipeline", "make_scheduler"),
+]

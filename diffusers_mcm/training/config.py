@@ -21,8 +21,8 @@ TRACKERS = (
     "none",
 )
 _RECORD_THE_COMMAND_LINE = ("wandb", "comet_ml", "clearml", "swanlab")  # and a secret in it
-FRAME_INTERVAL = 8  # the authors' code, for WebVid
 
+_method = partial(flag, group="method", resume=FIXED)
 _model, _data = partial(flag, group="models"), partial(flag, group="data")
 _source: dict[str, Any] = {"resume": TOLD, "source": True}
 _column = partial(_data, None, resume=TOLD)
@@ -87,6 +87,11 @@ class TrainingConfig(MethodConfig):
         beyond_paper=True,
     )
 
+    # -- method: where a base model has a default of its own
+    num_solver_steps: int | None = _method(  # type: ignore[assignment]  # `method` has the number
+        None, help="Steps of the teacher's solver grid. Default: the base model's, 50 or, for Wan, 48.", above=0
+    )
+
     # -- data
     video_data: str = _data(
         help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
@@ -107,14 +112,16 @@ class TrainingConfig(MethodConfig):
     num_frames: int | None = _data(None, help="Frames per clip. Default: the base model's.", above=0)
     frame_interval: int | None = _data(
         None,
-        help=f"Take every n-th frame; shrinks to fit a short clip. Default: {FRAME_INTERVAL}, without --data_fps.",
+        help="Take every n-th frame; shrinks to fit a short clip. Default, without --data_fps: 8, but for Wan its own "
+        "frame rate.",
         above=0,
         resume=FIXED,
     )
     data_fps: float | None = _data(
         None,
         help="Take so many frames per second, by the times at which they are shown, instead of every n-th frame: for "
-        "videos of several or of varying frame rates. A short clip is read faster; a slower one repeats frames.",
+        "videos of several or of varying frame rates. A short clip is read faster; a slower one repeats frames. "
+        "Default, without --frame_interval: 16 for Wan 2.1, 24 for Wan 2.2 TI2V.",
         above=0,
         resume=FIXED,
         beyond_paper=True,
@@ -202,7 +209,7 @@ class TrainingConfig(MethodConfig):
     num_inference_steps: int = _output(
         4, help="Sampling steps for validation clips, and the default saved with the LoRA.", above=0
     )
-    fps: int = _output(8, help="Frame rate of the validation clips.", above=0)
+    fps: int | None = _output(None, help="Frame rate of the validation clips. Default: the base model's.", above=0)
     license: str | None = _output(None, help="License named in the model card. Default: none is named.")
     push_to_hub: bool = _unrecorded(False, help="Upload the output folder to the Hub when training ends.")
     hub_model_id: str | None = _unrecorded(
@@ -214,8 +221,6 @@ class TrainingConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frame_interval is None and self.data_fps is None:
-            object.__setattr__(self, "frame_interval", FRAME_INTERVAL)
         _check_method(self)
         _check_speed(self)
         _check_output(self)
@@ -238,7 +243,8 @@ class TrainingConfig(MethodConfig):
     @property
     def method(self) -> MethodConfig:
         """The method's own settings, all that a training step takes."""
-        return MethodConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MethodConfig)})
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(MethodConfig)}
+        return MethodConfig(**{name: value for name, value in values.items() if value is not None})
 
     def learning_rates(self, total_batch: int) -> tuple[float, float]:
         """Rates of student and discriminator, scaled by the batch unless that is switched off."""
@@ -267,7 +273,7 @@ def _check_method(config: TrainingConfig) -> None:
         )
     if config.pretrained_lora_subfolder and not config.pretrained_lora:
         raise ValueError("--pretrained_lora_subfolder has no effect without --pretrained_lora.")
-    if config.num_inference_steps > config.num_solver_steps:
+    if config.num_solver_steps is not None and config.num_inference_steps > config.num_solver_steps:
         raise ValueError(
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
             f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."

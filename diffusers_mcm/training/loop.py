@@ -23,8 +23,9 @@ from .acceleration import build_accelerator, told_by_one, with_accelerate_settin
 from .batches import Batch, Batches, build_batches, open_data, told_skipped
 from .checkpoint import RunRecord, find_checkpoint, go_on, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
+from .defaults import with_base_defaults
 from .disk import room_for, size_of
-from .networks import build_networks
+from .networks import build_networks, teacher_index
 from .output import prepare_push, push_to_hub, unusable, write_lora_folder
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
@@ -45,6 +46,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
         if config.push_to_hub and self.accelerator.is_main_process:
             prepare_push(config)
+        self.config = config = with_base_defaults(config, teacher_index(config)[0])
         with room_for("the tracker's log", self.output_dir):
             plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.to_dict().items()}
             self.accelerator.init_trackers("mcm", config=plain)
@@ -57,7 +59,7 @@ class Trainer:
         if self.networks.discriminator is not None:
             self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
         self.trained = [module for module in (self.student, self.discriminator) if module is not None]
-        grid = self.networks.student.path.solver_timesteps(config.num_solver_steps)
+        grid = self.networks.student.path.solver_timesteps(config.method.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
         with told_by_one(self.accelerator):
             self.data = open_data(config, self.networks.clip_size)
@@ -100,7 +102,7 @@ class Trainer:
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
         networks, pixels = self.networks, batch.pixels.to(self.device)
-        negative = [networks.base_model.negative_prompt] * len(batch.captions)
+        negative = [self.config.negative_prompt or ""] * len(batch.captions)
         text, negative_text = networks.text(batch.captions), networks.text(negative)
         adversary = self.adversary(batch)
         losses = self.student.module(pixels, text, negative_text, self.draw(batch), adversary)
@@ -235,7 +237,7 @@ class Trainer:
             clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
             if any(clip is not None for clip in clips.values()):
                 folder = self.output_dir / "validation" / f"step-{self.step:06d}"
-                picture = write_validation(folder, clips, self.config.fps)
+                picture = write_validation(folder, clips, self.config.fps or self.networks.base_model.fps)
                 with room_for("the tracker's pictures", self.output_dir):
                     self.pictures.write("validation", picture, self.step)
         self.accelerator.wait_for_everyone()

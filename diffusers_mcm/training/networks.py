@@ -36,6 +36,7 @@ from ..lora import (
 from ..pipelines import MCMPipeline
 from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
 from .config import TrainingConfig
+from .defaults import student_settings, with_base_defaults
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -101,6 +102,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     """The teacher as a pipeline, the student that shares its networks, and the discriminator if there is one."""
     pipeline, extra_repositories = load_teacher(config)
     base = pipeline.base_model
+    config = with_base_defaults(config, base)
     num_frames, height, width = (
         getattr(config, name) or pipeline.sampling_default(name) for name in ("num_frames", "height", "width")
     )
@@ -109,9 +111,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     pipeline.to(device)
     pipeline.scheduler = base.student_scheduler(
         pipeline.scheduler.config,
-        num_solver_steps=config.num_solver_steps,
-        timestep_scaling=config.timestep_scaling,
-        sigma_data=config.sigma_data,
+        num_solver_steps=config.method.num_solver_steps,
+        **student_settings(config, base),
     )
     discriminator = discriminator_text = None
     if config.adversarial:
@@ -131,8 +132,8 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     )
 
 
-def components_elsewhere(config: TrainingConfig) -> dict[str, str]:
-    """Where components of the teacher lie that are not in its own repository; `ValueError` if there is no teacher."""
+def teacher_index(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
+    """The base model that the teacher is of, and its `model_index.json`; `ValueError` if there is no teacher."""
     location = Location.of(config.pretrained_teacher_model, revision=config.revision)
     if location.is_file:
         raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_instead_of(location.name)}")
@@ -142,6 +143,12 @@ def components_elsewhere(config: TrainingConfig) -> dict[str, str]:
         raise ValueError(
             f"--base_model is {config.base_model}, but {config.pretrained_teacher_model!r} holds a {base.name}."
         )
+    return base, index
+
+
+def components_elsewhere(config: TrainingConfig) -> dict[str, str]:
+    """Where components of the teacher lie that are not in its own repository."""
+    base, index = teacher_index(config)
     for name, repository in config.extra_places.items():
         if name not in base.extra_repositories or not repository:
             known = ", ".join(base.extra_repositories) or "none"
@@ -199,8 +206,7 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
-    boundary = dict(timestep_scaling=config.timestep_scaling, sigma_data=config.sigma_data)
-    path = base.noise_path(pipeline.scheduler.config, **boundary)
+    path = base.noise_path(pipeline.scheduler.config, **student_settings(config, base))
     fuse = partial(fused, denoiser) if config.fuse_lora else None
     teacher = partial(lora_disabled, denoiser)
     student = Student(base, denoiser, pipeline.vae, path, motion, config.method, teacher, fuse)

@@ -37,7 +37,7 @@ def write_lora_folder(
     """
     names = ("num_frames", "height", "width", "guidance_min", "guidance_max", "base_model")
     found = dict(zip(names, (*networks.clip_size, *networks.guidance_range, networks.base_model.name)))
-    values = config.to_dict()
+    values, fps = config.to_dict(), config.fps or networks.base_model.fps
     recorded = {name: values[name] for name in config.names(recorded=True)}
     lora = extract_lora(networks.student.denoiser).cast(_SAVE_DTYPES[config.save_dtype])
     lora.settings = Settings(
@@ -45,13 +45,13 @@ def write_lora_folder(
         base_model_repository=config.pretrained_teacher_model,
         base_model_revision=config.revision,
         extra_repositories=networks.extra_repositories,
-        sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, config.fps),
+        sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, fps),
     ).trained(recorded | found | progress, relative_to or folder)
     lora.scheduler_config = json.loads(networks.pipeline.scheduler.to_json_string())
     lora.folder = relative_to or folder
     if sample is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        lora.settings = put_sample(folder, lora.settings, sample[1], sample[0], config.fps)
+        lora.settings = put_sample(folder, lora.settings, sample[1], sample[0], fps)
     write_lora_files(folder, lora, networks.base_model.denoiser_name)
     write_safetensors(folder / MOTION_HEAD_NAME, motion_head(networks), {"format": "pt", "motion": config.motion})
     name = Path(config.output_dir).resolve().name

@@ -33,7 +33,7 @@ def make_student(**overrides) -> Student:
         vae,
         BASE.noise_path(SCHEDULER),
         build_motion(config.motion, 4),
-        config,
+        config.method,
         teacher=partial(lora_disabled, denoiser),
         fused=partial(fused, denoiser) if config.fuse_lora else None,
     ).eval()

@@ -11,11 +11,15 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_mcm import AnimateDiffMCMPipeline, MCMScheduler, ModelScopeMCMPipeline, make_scheduler
+from diffusers_mcm import (
+    AnimateDiffMCMPipeline,
+    MCMFlowScheduler,
+    MCMScheduler,
+    ModelScopeMCMPipeline,
+    WanMCMPipeline,
+    make_scheduler,
+)
 from diffusers_mcm.pipelines.samplers import SAMPLERS, SPACINGS, sampler_settings
-from tests.base_models.flow_model.base_model import FlowModel
-from tests.base_models.flow_model.pipeline import FlowMCMPipeline
-from tests.base_models.flow_model.tiny import flow_components
 from tests.formats.world import sample
 from tests.tiny import (
     ANIMATEDIFF_SCHEDULER,
@@ -25,6 +29,7 @@ from tests.tiny import (
     tiny_components,
     tiny_motion_adapter,
 )
+from tests.tiny_wan import wan_components
 
 # What somebody writes who samples with diffusers alone; the offset is that of the base models' repositories.
 BY_HAND = {
@@ -124,8 +129,8 @@ def test_what_does_not_go_together(both, arguments, message):
 
 
 def test_a_model_without_betas_has_its_own_sampler_alone():
-    components = flow_components()
-    pipe = FlowMCMPipeline(**components | {"scheduler": FlowModel().few_step_scheduler(components["scheduler"])})
+    components = wan_components()
+    pipe = WanMCMPipeline(**components | {"scheduler": MCMFlowScheduler()})
     assert make_scheduler("mcm", pipe) is pipe.scheduler
     with pytest.raises(ValueError, match="expected the sampler mcm for a .*, got 'ddim': DDIMScheduler samples noise"):
         make_scheduler("ddim", pipe)

@@ -6,10 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_mcm.base_models import BASE_MODELS
 from diffusers_mcm.training.loop import Trainer, train
-from tests.base_models.flow_model.pipeline import FlowMCMPipeline
-from tests.base_models.flow_model.tiny import save_flow_base
+from tests.tiny_wan import save_wan_base
 
 from .world import flatten, stop_in_step_two, tiny_config
 
@@ -77,8 +75,7 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_modules="all")))
 
 
-def test_a_model_whose_modules_see_both_at_once(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(BASE_MODELS, "flow", FlowMCMPipeline.base_model)
-    flow = world | dict(pretrained_teacher_model=str(save_flow_base(tmp_path / "flow")), num_solver_steps=48)
-    with pytest.raises(ValueError, match=r"of a flow see space and time at once.*all of them \(--lora_modules all\)"):
+def test_a_model_whose_modules_see_both_at_once(world, tmp_path):
+    flow = world | dict(pretrained_teacher_model=str(save_wan_base(tmp_path / "wan")))
+    with pytest.raises(ValueError, match=r"of a wan see space and time at once.*all of them \(--lora_modules all\)"):
         Trainer(tiny_config(flow, tmp_path / "lora", num_frames=5, lora_modules="spatial", **PLAIN))

@@ -21,14 +21,14 @@ def test_sampling_has_the_boundary_of_training(sigma_data):
     config = TrainingConfig(pretrained_teacher_model="teacher", video_data="videos", sigma_data=sigma_data)
     scheduler = get_base_model("modelscope").student_scheduler(
         SCHEDULER,
-        num_solver_steps=config.num_solver_steps,
+        num_solver_steps=config.method.num_solver_steps,
         timestep_scaling=config.timestep_scaling,
         sigma_data=config.sigma_data,
     )
     t = torch.arange(0, 1000, 37)
     expected = boundary_scalings(t, config.timestep_scaling, config.sigma_data)
     torch.testing.assert_close(scheduler.get_scalings_for_boundary_condition_discrete(t), expected)
-    assert scheduler.config.original_inference_steps == config.num_solver_steps
+    assert scheduler.config.original_inference_steps == config.method.num_solver_steps == 50
 
 
 def test_the_teacher_is_the_base_model_of_a_saved_pipeline(world, tmp_path):
@@ -47,8 +47,8 @@ def test_the_teacher_is_the_base_model_of_a_saved_pipeline(world, tmp_path):
 def test_a_base_model_that_the_files_are_not_of(world, tmp_path):
     with pytest.raises(ValueError, match="--base_model is animatediff, but .* holds a modelscope"):
         load_teacher(tiny_config(world, tmp_path, base_model="animatediff"))
-    with pytest.raises(ValueError, match="Unknown base model 'wan'"):
-        load_teacher(tiny_config(world, tmp_path, base_model="wan"))
+    with pytest.raises(ValueError, match="Unknown base model 'ltx'"):
+        load_teacher(tiny_config(world, tmp_path, base_model="ltx"))
 
 
 def test_where_components_lie(animatediff, tmp_path):

@@ -46,7 +46,7 @@ def test_each_base_model_has_a_whole_recipe(name, gpus, tmp_path, monkeypatch):
 def test_a_batch_that_cannot_be_made_is_refused(tmp_path):
     for words, message in (
         (["modelscope"], "GPUS × BATCH must divide"),
-        (["wan"], "must be modelscope or animatediff"),
+        (["ltx"], "must be modelscope, animatediff, wan or wan-ti2v, not ltx"),
     ):
         environment = {"PATH": "/usr/bin:/bin"} | ({"GPUS": "3"} if words == ["modelscope"] else {})
         done = subprocess.run(["sh", RECIPE, *words, "v", "i", "o"], env=environment, capture_output=True, text=True)

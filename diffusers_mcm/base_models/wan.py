@@ -1,0 +1,252 @@
+"""Wan 2.1 and Wan 2.2 TI2V-5B: a transformer on the flow path, over the latents of a video autoencoder that is causal.
+
+This file is everything the package knows about the networks of those models; `pipelines.wan` samples them. Wan 2.2
+A14B, which has two transformers, is not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from torch import nn
+
+from ..conditioning import Conditioning
+from ..consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath
+from ..lora import base_layer
+from ..scheduler import MCMFlowScheduler
+from .base import BaseModel, component_class
+from .precision import at_least_float32
+from .tokens import tokenize
+
+LORA_SUFFIXES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ffn.net.0.proj", ".ffn.net.2")  # within a block
+TEXT_LENGTH = 512  # tokens, zeros after the text; the transformer has no mask for them
+# What guidance leads away from, by Wan's authors (`sample_neg_prompt` in their wan/configs/shared_config.py): garish,
+# overexposed, *static*, blurred details, subtitles, …, *motionless picture*, …, many people behind, walking backwards.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+_ONE_EXPERT = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers and Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+
+
+class Wan(BaseModel):
+    """Wan 2.1, text to video: 1.3B and 14B, which differ in nothing but their size."""
+
+    name = "wan"
+    default_repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    denoiser_name = "transformer"
+    denoiser_classes = ("WanTransformer3DModel",)
+    guidance_range = (2.0, 6.0)
+    height = 480
+    width = 832
+    num_frames = 81
+    fps = 16
+    data_fps = 16.0
+    num_solver_steps = FLOW_STEPS
+    negative_prompt = NEGATIVE_PROMPT
+    expand_timesteps = False  # whether diffusers gives each token a timestep; in text to video they are all the same
+    scheduler_class = MCMFlowScheduler
+    scheduler_defaults = {"num_train_timesteps": 1000, "shift": FLOW_SHIFT}
+    noise_schedule_keys = ("num_train_timesteps",)  # a shift is a way of sampling the teacher; the student has its own
+    described_scheduler_keys = ("shift", "original_inference_steps")
+    student_settings = {"shift": FLOW_SHIFT}
+    frame_decoders = ("exact", "image")
+
+    # --- what a repository holds -------------------------------------------------------------------------------------
+    def matches(self, model_index: Mapping[str, Any]) -> bool:
+        return super().matches(model_index) and bool(model_index.get("expand_timesteps")) == self.expand_timesteps
+
+    def check_repository(self, model_index: Mapping[str, Any]) -> None:
+        if component_class(model_index, "transformer_2") is not None:
+            raise ValueError(
+                "This Wan has two experts (transformer and transformer_2), as Wan 2.2 A14B, and each would have to be"
+                f" distilled by itself, which is not possible yet. Those with one are {_ONE_EXPERT}."
+            )
+        if component_class(model_index, "image_encoder") is not None:
+            raise ValueError(
+                "This Wan has an image encoder: it makes a picture move. Text to video needs one without,"
+                f" {_ONE_EXPERT}."
+            )
+
+    def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:
+        channels, latents = denoiser.config.in_channels, vae.config.z_dim
+        if channels != latents:
+            raise ValueError(
+                f"This {type(denoiser).__name__} takes {channels} channels, the latents have {latents}: it is one for"
+                f" making a picture or a video into another. Text to video needs {_ONE_EXPERT}."
+            )
+
+    def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **student: Any) -> FlowPath:
+        config = self.scheduler_config(scheduler_config)
+        return FlowPath(student.get("shift", config["shift"]), config["num_train_timesteps"])
+
+    def student_scheduler(self, config: Mapping[str, Any], *, num_solver_steps: int, **student: Any) -> Any:
+        return self.scheduler_class.from_config(
+            config, original_inference_steps=num_solver_steps, stochastic=True, **student
+        )
+
+    def recognises(self, module_names: Iterable[str]) -> bool:
+        return any(name.startswith("blocks.") and ".attn1." in name for name in module_names)
+
+    def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
+        return sorted(
+            name
+            for name, module in denoiser.named_modules()
+            if isinstance(base_layer(module), nn.Linear)
+            and name.startswith("blocks.")
+            and name.endswith(LORA_SUFFIXES)
+        )
+
+    # --- the tensors -------------------------------------------------------------------------------------------------
+    def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
+        factor = vae.config.scale_factor_spatial
+        for side, size, patch in zip(("height", "width"), (height, width), denoiser.config.patch_size[1:]):
+            if not isinstance(size, Integral) or size < 1 or size % (factor * patch):
+                raise ValueError(
+                    f"`{side}` must be a positive multiple of {factor * patch}, {factor} pixels of the VAE times"
+                    f" {patch} of the transformer's patches; got {size!r}."
+                )
+        frames = count_latent_frames(vae, num_frames)
+        return denoiser.config.in_channels, frames, height // factor, width // factor
+
+    def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        count_latent_frames(vae, pixels.shape[2])  # the VAE would leave out without a word what is too much
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        latents = at_least_float32(posterior.mean)
+        if noise is not None:
+            latents = latents + at_least_float32(posterior.std) * noise
+        mean, std = latent_statistics(vae, latents)
+        return (latents - mean) / std
+
+    def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
+        """As the VAE does it, in tiles where those are enabled; it always decodes four frames at a time."""
+        mean, std = latent_statistics(vae, latents)
+        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+
+    def decode_frames(
+        self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor, decoder: str = "exact"
+    ) -> torch.Tensor:
+        """`decoder` is a row of `FRAME_DECODERS`. Nothing is clamped: a clamped pixel would have no gradient."""
+        mean, std = latent_statistics(vae, latents)
+        picks = [[place_in_latents(vae, frame) for frame in row] for row in frame_indices.tolist()]
+        return FRAME_DECODERS[decoder](vae, (latents * std + mean).to(vae.dtype), picks)
+
+    @torch.no_grad()
+    def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Conditioning:
+        """`prompt_embeds (B, 512, features)`, cleaned as diffusers cleans prompts, and zeros after the text."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # it imports every loader
+
+        tokens = tokenize(tokenizer, [prompt_clean(prompt) for prompt in prompts], TEXT_LENGTH, text_encoder)
+        embeds = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        padding = tokens.attention_mask[..., None].to(embeds.device) == 0
+        return {"prompt_embeds": embeds.masked_fill(padding, 0)}
+
+    def embeds_condition(self, prompt_embeds: torch.Tensor) -> Conditioning:
+        """Shorter ones get zeros after them, on which the transformer was trained."""
+        missing = TEXT_LENGTH - prompt_embeds.shape[1]
+        return {"prompt_embeds": nn.functional.pad(prompt_embeds, (0, 0, 0, max(missing, 0)))}
+
+    def text_features(self, denoiser: nn.Module) -> int:
+        return denoiser.config.text_dim
+
+    def denoise(
+        self, denoiser: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning
+    ) -> torch.Tensor:
+        """The network computes in its own type, whose three inputs must all have it; the time stays float32."""
+        kind = getattr(denoiser, "dtype", latents.dtype)  # a function that stands for the network has none
+        embeds = text["prompt_embeds"].to(kind)
+        output = denoiser(latents.to(kind), timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+        return output.to(latents.dtype)
+
+
+class WanTI2V(Wan):
+    """Wan 2.2 TI2V-5B, as text to video: the same transformer over the latents of another VAE."""
+
+    name = "wan-ti2v"
+    default_repository = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    height = 704
+    width = 1280
+    num_frames = 121
+    fps = 24
+    data_fps = 24.0
+    expand_timesteps = True
+
+
+# --- latents and frames: the first latent stands for one frame, each other for four ----------------------------------
+def count_latent_frames(vae: nn.Module, num_frames: int) -> int:
+    """How many latents a clip of so many frames has; `ValueError` if there is none of that length."""
+    stride = vae.config.scale_factor_temporal
+    if not isinstance(num_frames, Integral) or num_frames < 1 or num_frames % stride != 1:
+        nearest = ""
+        if isinstance(num_frames, Integral):
+            below = max((num_frames - 1) // stride, 0) * stride + 1
+            nearest = f", such as {below} or {below + stride}"
+        raise ValueError(f"`num_frames` must be one more than a multiple of {stride}{nearest}; got {num_frames!r}.")
+    return (num_frames - 1) // stride + 1
+
+
+def place_in_latents(vae: nn.Module, frame: int) -> tuple[int, int]:
+    """The latent that a frame belongs to, and which of that latent's frames it is."""
+    stride = vae.config.scale_factor_temporal
+    return (0, 0) if frame == 0 else ((frame - 1) // stride + 1, (frame - 1) % stride)
+
+
+def latent_statistics(vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the VAE's latents, for each channel."""
+    mean, std = (torch.tensor(getattr(vae.config, f"latents_{name}")).to(like) for name in ("mean", "std"))
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+class _FrameByFrame:
+    """The VAE's decoder, one latent frame after the other, which keeps what it needs of those before."""
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae
+        self.left: list[Any] = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
+        self.is_first = True
+
+    def __call__(self, latent: torch.Tensor) -> torch.Tensor:
+        """The next latent `(B, C, 1, h, w)` to its frames `(B, 3, 1 or 4, H, W)`; gradients reach this one only."""
+        self.left = [each.detach() if isinstance(each, torch.Tensor) else each for each in self.left]
+        latent = self.vae.post_quant_conv(latent)
+        pixels = self.vae.decoder(latent, feat_cache=self.left, feat_idx=[0], first_chunk=self.is_first)
+        self.is_first = False
+        patch = self.vae.config.patch_size
+        return pixels if patch is None else unpatchify(pixels, patch_size=patch)
+
+
+Picks = list[list[tuple[int, int]]]  # for each sample its frames, as `place_in_latents` says
+
+
+def _exact_frames(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
+    """The frames of the whole clip: all latents up to the last that is picked are decoded, those between without
+    gradients, so that a picked one costs the memory of one."""
+    frames = []
+    for clip, row in zip(latents.split(1), picks):
+        decode, picked, wanted = _FrameByFrame(vae), {}, {latent for latent, _ in row}
+        for number, latent in enumerate(clip[:, :, : max(wanted) + 1].split(1, dim=2)):
+            with torch.set_grad_enabled(number in wanted and torch.is_grad_enabled()):
+                pixels = decode(latent)
+            if number in wanted:
+                picked[number] = pixels[0]
+        frames += [picked[latent][:, place] for latent, place in row]
+    return torch.stack(frames)
+
+
+def _frames_as_images(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
+    """Each picked latent decoded as if the clip began with it: that is cheap, for nothing before it is decoded, but of
+    any latent but the first it is no frame of the clip."""
+    chosen = [clip[:, latent] for clip, row in zip(latents, picks) for latent, _ in row]
+    return _FrameByFrame(vae)(torch.stack(chosen)[:, :, None])[:, :, 0]
+
+
+# --frame_decoder: `f(vae, latents in the VAE's own scale (B, C, T, h, w), picks)` to frames (B * l, 3, H, W).
+FRAME_DECODERS: dict[str, Callable[[nn.Module, torch.Tensor, Picks], torch.Tensor]] = {
+    "exact": _exact_frames,
+    "image": _frames_as_images,
+}

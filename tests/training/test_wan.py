@@ -1,0 +1,162 @@
+"""Distilling Wan: another path, another autoencoder, another text encoder than the paper's models have."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_mcm import MCMFlowScheduler, MCMPipeline, WanMCMPipeline
+from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT
+from diffusers_mcm.training.arguments import parse_config
+from diffusers_mcm.training.checkpoint import STATE_FILE
+from diffusers_mcm.training.loop import Trainer, train
+from tests.tiny_wan import save_wan_base
+
+from .test_distributed import DOUBLE, train_in_two_processes
+from .world import (
+    CAPTIONS,
+    SPLIT,
+    assert_same_training,
+    double_precision,
+    flags_of,
+    flatten,
+    stop_in_step_two,
+    tiny_config,
+)
+
+NUM_FRAMES = 5  # two of the latents
+SIZES = {"wan": 16, "wan-ti2v": 32}  # pixels, one token to a latent frame
+PLAIN = dict(motion="raw", lambda_real=1.0, lambda_adv=0.0, image_data=None)
+
+
+@pytest.fixture(scope="module")
+def bases(world, tmp_path_factory):
+    """The flags of a tiny world with each kind of Wan as the teacher."""
+    folder = tmp_path_factory.mktemp("wan")
+    return {kind: world | dict(pretrained_teacher_model=str(save_wan_base(folder / kind, kind))) for kind in SIZES}
+
+
+@pytest.fixture
+def wan(bases):
+    return bases["wan"]
+
+
+def wan_config(flags, output_dir, **options):
+    size = SIZES[Path(flags["pretrained_teacher_model"]).name]
+    sizes = dict(num_frames=NUM_FRAMES, height=size, width=size, train_batch_size=2)
+    return tiny_config(flags, output_dir, **sizes | options)
+
+
+def test_from_videos_to_a_lora_that_samples(wan, tmp_path):
+    options = dict(gradient_checkpointing=True, validation_prompts=(CAPTIONS[0],), shift=8.0, frame_interval=None)
+    out = train(parse_config(flags_of(wan_config(wan, tmp_path / "lora", **options))))
+    weights = load_file(out / "pytorch_lora_weights.safetensors")
+    assert all(tensor.any() for key, tensor in weights.items() if ".lora_B." in key)
+    assert str(tmp_path) not in (out / "mcm_config.json").read_text()
+    config = json.loads((out / "mcm_config.json").read_text())
+    training = config["training"]
+    assert config["base_model"] == training["base_model"] == "wan" and config["sampling"]["fps"] == 16
+    assert [training[f"guidance_{end}"] for end in ("min", "max")] == [2.0, 6.0]
+    assert (training["negative_prompt"], training["num_solver_steps"]) == (NEGATIVE_PROMPT, 48)
+    assert (training["data_fps"], training["frame_interval"], training["shift"]) == (16.0, None, 8.0)
+    assert (out / "validation" / "step-000002" / "00.mp4").is_file() and (out / "README.md").is_file()
+    pipe = MCMPipeline.from_pretrained(out)
+    assert type(pipe) is WanMCMPipeline and type(pipe.scheduler) is MCMFlowScheduler
+    scheduler = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True)
+    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    for found in (saved, pipe.scheduler.config):
+        assert {key: value for key, value in found.items() if key[0] != "_"} == scheduler
+    pipe.set_progress_bar_config(disable=True)
+    with_lora, without = (
+        pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), lora_scale=scale).frames for scale in (1.0, 0.0)
+    )
+    assert with_lora.shape == (1, NUM_FRAMES, 16, 16, 3) and (with_lora != without).any()
+
+
+@pytest.mark.parametrize(("given", "read"), [(None, NEGATIVE_PROMPT), ("", ""), ("a blur", "a blur")])
+def test_what_guidance_leads_away_from(wan, tmp_path, given, read):
+    trainer = Trainer(wan_config(wan, tmp_path, **PLAIN | dict(negative_prompt=given, max_train_steps=1)))
+    encoded, encode = [], trainer.networks.text.row
+    trainer.networks.text.row = lambda caption: (encoded.append(caption), encode(caption))[1]
+    trainer.train()
+    assert set(encoded) - set(CAPTIONS) == {read}
+
+
+def test_the_shift_is_the_grids_that_is_trained(wan, tmp_path):
+    trainer = Trainer(wan_config(wan, tmp_path, **PLAIN, shift=3.0, num_solver_steps=20))
+    u = torch.arange(1, 21) / 20
+    torch.testing.assert_close(trainer.timesteps, 3000 * u / (1 + 2 * u))
+    assert trainer.networks.student.path.shift == trainer.networks.pipeline.scheduler.config.shift == 3.0
+    assert trainer.networks.pipeline.scheduler.config.original_inference_steps == 20
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan-ti2v"])
+@pytest.mark.parametrize("decoder", ["exact", "image"])
+def test_the_judge_sees_frames_by_either_decoder(bases, tmp_path, kind, decoder, monkeypatch):
+    trainer = Trainer(wan_config(bases[kind], tmp_path, max_train_steps=1, frame_decoder=decoder))
+    asked, decode_frames = [], type(trainer.networks.base_model).decode_frames
+
+    def decode(self, vae, latents, frame_indices, decoder):
+        asked.append((latents.dtype, decoder))
+        return decode_frames(self, vae, latents, frame_indices, decoder)
+
+    monkeypatch.setattr(type(trainer.networks.base_model), "decode_frames", decode)
+    trainer.train()
+    assert asked == [(torch.float32, decoder)]
+
+
+def test_checkpointing_gives_the_same_training(wan, tmp_path):
+    states = []
+    for checkpointing in (False, True):
+        options = PLAIN | dict(gradient_checkpointing=checkpointing)
+        trainer = Trainer(wan_config(wan, tmp_path / str(checkpointing), **options))
+        trainer.train()
+        states.append(flatten(trainer.state()))
+    one, other = states
+    assert one.keys() == other.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_resumed_run_is_bit_identical(wan, tmp_path, precision):
+    options = dict(max_train_steps=2, mixed_precision=precision)
+    trainer = Trainer(wan_config(wan, tmp_path / "whole", **options))
+    trainer.train()
+
+    parts = tmp_path / "parts"
+    stop_in_step_two(wan_config(wan, parts, checkpointing_steps=1, **options))
+    resumed = Trainer(wan_config(wan, parts, resume_from_checkpoint="latest", **options))
+    resumed.train()
+    whole, again = flatten(trainer.state()), flatten(resumed.state())
+    assert whole.keys() == again.keys() and [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    with pytest.raises(ValueError, match=r"cannot be gone on with other settings: shift was 5.0, is 3.0"):
+        Trainer(wan_config(wan, parts, resume_from_checkpoint="latest", **options, shift=3.0))
+
+
+def test_a_half_precision_network_trains_on_float32_latents_at_exact_times(wan, tmp_path, monkeypatch):
+    trainer, given = Trainer(wan_config(wan, tmp_path, max_train_steps=1, mixed_precision="bf16")), []
+    base = type(trainer.networks.base_model)
+    denoise = base.denoise
+
+    def watched(self, denoiser, latents, timesteps, text):
+        output = denoise(self, denoiser, latents, timesteps, text)
+        given.append((denoiser.dtype, latents.dtype, output.dtype, timesteps.dtype))
+        return output
+
+    monkeypatch.setattr(base, "denoise", watched)
+    trainer.train()
+    assert set(given) == {(torch.bfloat16, torch.float32, torch.float32, torch.float32)}
+
+
+def test_two_processes_equal_one_big_batch(wan, tmp_path):
+    wan = wan | dict(video_data=str(shutil.copytree(wan["video_data"], tmp_path / "videos")))
+    with double_precision():
+        one = Trainer(wan_config(wan, tmp_path / "one", **SPLIT))
+        start = flatten(one.state())
+        one.train()
+    two = wan_config(wan, tmp_path / "two", train_batch_size=1, checkpointing_steps=2, **SPLIT)
+    train_in_two_processes(two, tmp_path, DOUBLE)
+    state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
+    assert_same_training(start, flatten(one.state()), flatten(state), double=True)
