@@ -51,7 +51,7 @@ def test_a_wrong_caption_scores_lower_than_the_right_one():
         hinge(*logits, 1).backward()
         optimizer.step()
         optimizer.zero_grad()
-        discriminator.update_spectral_norm()
+        discriminator.heads.update_spectral_norm()
 
     held_out = held_out_captions()
     text, unseen = discriminator.encode_text([str(caption) for caption in held_out]), features(held_out, 1000)

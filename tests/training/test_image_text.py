@@ -121,7 +121,7 @@ class Experiment:
             loss, _ = adversary.discriminator_loss(trainer.discriminator.module, features)
             loss.backward()
             trainer.discriminator.update(None)
-            discriminator.update_spectral_norm()
+            discriminator.heads.update_spectral_norm()
             losses.append(loss.item())
             if len(losses) == 20 and np.mean(losses) < until:
                 break
