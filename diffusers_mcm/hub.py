@@ -75,6 +75,8 @@ def recordable(name: str | os.PathLike, folder: str | os.PathLike) -> str:
         return packaged.name
     if not os.path.exists(name) and not os.path.isabs(name):
         return name
+    if not os.path.exists(name) and any(sign in name for sign in "*?["):  # a glob of data, written as it was given
+        return Path(os.path.relpath(name, Path(folder).resolve())).as_posix()
     relative = Path(os.path.relpath(packaged, Path(folder).resolve())).as_posix()
     return relative if relative.startswith("../") else f"./{relative}"
 

@@ -173,7 +173,8 @@ def stage_lora(
     write_lora_weights(target / WEIGHTS_NAME, {kind.denoiser_name: public})
     write_settings(target, public)
     path = folder / CARD_NAME  # as its owner left it; one that nobody has edited is made anew for the repository
-    edited = path.is_file() and _card_made_for(folder, lora.settings) is None
+    ours = path.is_file() and (folder / CONFIG_NAME).is_file()  # and no other tool's
+    edited = ours and _card_made_for(folder, lora.settings) is None
     card = read_text(path) if edited else render_folder_card(folder, repo_id, settings)
     check_card(card, str(path))
     write_text(target / CARD_NAME, card)

@@ -99,10 +99,12 @@ def encode_mp4(video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mappi
     return buffer.getvalue()
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
+def write_mp4(
+    path: str | Path, video: np.ndarray, fps: float = 8, crf: int = 16, metadata: Mapping | None = None
+) -> None:
     """Write frames (T, H, W, 3) as H.264; the metadata become its comment."""
     with atomic_file(path) as temporary:
-        temporary.write_bytes(encode_mp4(video, fps, metadata=metadata))
+        temporary.write_bytes(encode_mp4(video, fps, crf, metadata))
 
 
 def write_gif(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:

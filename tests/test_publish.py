@@ -14,7 +14,7 @@ import torch
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.cards import render_folder_card
 from diffusers_mcm.cli import main
-from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora
+from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora, write_lora_weights
 from diffusers_mcm.publish import Destination, publish_lora, record_sample
 from tests import publishing
 from tests.publishing import FILES, PROMPT, SECRET, STAGES, edited_on_the_hub, make_lora, push, sample
@@ -239,6 +239,15 @@ def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     push(lora)
     files = server.repositories["me/mcm"].files
     assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
+
+
+def test_a_card_of_another_tool_is_not_published(server, lora):
+    """Beside weights that say their settings themselves, and no configuration of ours."""
+    write_lora_weights(lora / WEIGHTS_NAME, {"unet": read_lora(lora)})
+    (lora / CONFIG_NAME).unlink()
+    (lora / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model Card for Model ID\n")
+    assert push(lora) == 0
+    assert "Model Card for Model ID" not in server.repositories["me/mcm"].files["README.md"].decode()
 
 
 def test_a_card_that_was_edited_on_the_hub_stays(server, lora, caplog):

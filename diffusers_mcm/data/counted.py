@@ -39,7 +39,7 @@ def film_key(media: dict) -> tuple | None:
     """A key that tells a film from others, and from what it was before it was written anew; None if nothing does."""
     path, data = open_path(media), (media or {}).get("bytes")
     if data is not None:
-        return hash(data), len(data)
+        return hash(bytes(data)), len(data)
     try:
         status = os.stat(path or "")
     except OSError:

@@ -252,7 +252,6 @@ class LoRAVerbs(FusingVerbs):
     def _scaled(self, scale: float) -> Iterator[None]:
         """Scale the weights of all adapters; those that a callback gives them meanwhile, too."""
         self._call_scale = scale = number("lora_scale", scale)
-        weights = dict(self._adapters.weights)
         before = {layer: dict(layer.scaling) for layer in self._layers.values()}
         for layer, scaling in before.items():
             layer.scaling.update({name: value * scale for name, value in scaling.items()})
@@ -262,7 +261,8 @@ class LoRAVerbs(FusingVerbs):
             self._call_scale = 1.0
             for layer, scaling in before.items():
                 layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
-            self._set_scales({name: new for name, new in self._adapters.weights.items() if weights.get(name) != new})
+            # of all adapters: one may have come under the name of another meanwhile
+            self._set_scales(self._adapters.weights)
 
     def _set_scales(self, weights: Mapping[str, Weight]) -> None:
         """Have the layers of these adapters act as strongly as their weights and the call's scale say."""

@@ -91,12 +91,14 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
     def _load_components(cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options):
         complete = isinstance(options.get("unet"), UNetMotionModel) or has_motion(index)
         adapter = options.pop(ADAPTER, None) or (None if complete else elsewhere.get(ADAPTER))
+        found: dict[str, Any] = {}
+        if location.is_file:  # first, for a file that is none is refused before anything is downloaded for it
+            name = os.fspath(options.pop("config", None) or cls.base_model.default_repository)
+            found = load_checkpoint(location.name, name, options["dtype"], **location.options)
         if adapter is not None:
             where = dict(location.options, variant=options.get("variant"))
             adapter = load_motion_adapter(adapter, options["dtype"], **where)
         if location.is_file:
-            name = os.fspath(options.pop("config", None) or cls.base_model.default_repository)
-            found = load_checkpoint(location.name, name, options["dtype"], **location.options)
             found["scheduler"] = cls.base_model.image_models_scheduler(found["scheduler"].config)
             found |= {key: given for key, given in options.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
             pipeline = cls(**found, motion_adapter=adapter)

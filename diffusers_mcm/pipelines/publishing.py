@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -120,8 +119,6 @@ class HubVerbs(LoRAVerbs):
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
         with self._alone(name):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
-        options: dict[str, Any] = dict(private=private, token=token, commit_message=commit_message, revision=revision)
-        options |= dict(create_pr=create_pr, base_model=base_model, overwrite_card=overwrite_card)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             lora = self._to_save(name, folder)

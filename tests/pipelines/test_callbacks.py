@@ -240,6 +240,20 @@ def test_a_verb_in_a_callback_acts_from_then_on(adapted, change, lora_scale):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_an_adapter_that_comes_in_a_call_under_an_old_name_does_not_keep_its_scale(adapted):
+    adapted.delete_adapters("b")
+    lora = adapted._extract("a")["unet"]
+    plain = sample(adapted, PROMPTS[0])
+
+    def callback(pipeline, step, timestep, tensors):
+        if step == 0:
+            pipeline.delete_adapters("a")
+            pipeline.load_lora_weights(lora, "a")
+
+    sample(adapted, PROMPTS[0], callback, lora_scale=0.5)
+    assert torch.equal(sample(adapted, PROMPTS[0]), plain)
+
+
 def test_a_callback_cannot_bring_another_schedule(adapted):
     lora = fresh_lora(adapted.unet, FEW_MODULES, rank=2, alpha=2.0)
     before = adapted.scheduler
