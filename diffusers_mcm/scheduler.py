@@ -156,8 +156,7 @@ class MCMScheduler(LCMScheduler):
     def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
         """The index of `timestep` in the schedule."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        if not (schedule == timestep).any():
-            raise ValueError(f"Timestep {timestep} is not one of the schedule's: {schedule.tolist()}.")
+        _check_in_schedule(timestep, schedule)
         return super().index_for_timestep(timestep, schedule)
 
     def step(
@@ -174,34 +173,10 @@ class MCMScheduler(LCMScheduler):
         other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
-        timestep = self._check_step(model_output, timestep, sample, generator)
+        timestep = _check_step(self, model_output, timestep, sample, generator)
         stepped = super().step(working(model_output), timestep, working(sample), generator, return_dict=False)
         prev_sample, denoised = (each.to(sample.dtype) for each in stepped)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
-
-    def _check_step(self, model_output, timestep, sample, generator) -> int | torch.Tensor:
-        """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
-        if self.num_inference_steps is None:
-            raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
-        index = self._begin_index if self._step_index is None else self._step_index
-        if (index or 0) >= len(self.timesteps):
-            raise ValueError(
-                f"All {len(self.timesteps)} steps of the schedule have been taken; call `set_timesteps` to start over."
-            )
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got"
-                f" {tuple(model_output.shape)}."
-            )
-        if isinstance(generator, (list, tuple)) and len(generator) not in (1, sample.shape[0]):
-            raise ValueError(
-                f"A list of generators must have one for each of the {sample.shape[0]} samples; got {len(generator)}."
-            )
-        if not isinstance(timestep, torch.Tensor):
-            return timestep
-        if timestep.numel() != 1:
-            raise ValueError(f"`timestep` must be one for the whole batch; got shape {tuple(timestep.shape)}.")
-        return timestep.reshape(())
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x_0 + σ_t ε, computed in float32 for half types, returned in the type of `original_samples`.
@@ -358,12 +333,7 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got"
-                f" {tuple(model_output.shape)}."
-            )
-        index = self._next_index(timestep)
+        index = self._next_index(_check_step(self, model_output, timestep, sample, generator))
         x, v = working(sample), working(model_output)
         sigma, sigma_next = (float(each) for each in self.sigmas[index : index + 2])
         denoised = x - sigma * v
@@ -380,19 +350,40 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _next_index(self, timestep: float | torch.Tensor) -> int:
         """The index of the step that is due; the first is where `set_begin_index` or the timestep says."""
-        if self.num_inference_steps is None:
-            raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
         index = self._begin_index if self._step_index is None else self._step_index
         if index is None:
-            found = (self.timesteps == timestep).nonzero()
-            if not len(found):
-                raise ValueError(f"Timestep {timestep} is not one of the schedule's: {self.timesteps.tolist()}.")
-            index = int(found[0])
-        if index >= len(self.timesteps):
-            raise ValueError(
-                f"All {len(self.timesteps)} steps of the schedule have been taken; call `set_timesteps` to start over."
-            )
+            _check_in_schedule(timestep, self.timesteps)
+            index = int((self.timesteps == timestep).nonzero()[0])
         return index
+
+
+def _check_in_schedule(timestep: float | torch.Tensor, schedule: torch.Tensor) -> None:
+    if not (schedule == timestep).any():
+        raise ValueError(f"Timestep {timestep} is not one of the schedule's: {schedule.tolist()}.")
+
+
+def _check_step(
+    scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any
+) -> Any:
+    """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
+    index = scheduler._begin_index if scheduler._step_index is None else scheduler._step_index
+    if (index or 0) >= (length := len(scheduler.timesteps)):
+        raise ValueError(f"All {length} steps of the schedule have been taken; call `set_timesteps` to start over.")
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got {tuple(model_output.shape)}."
+        )
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, sample.shape[0]):
+        raise ValueError(
+            f"A list of generators must have one for each of the {sample.shape[0]} samples; got {len(generator)}."
+        )
+    if not isinstance(timestep, torch.Tensor):
+        return timestep
+    if timestep.numel() != 1:
+        raise ValueError(f"`timestep` must be one for the whole batch; got shape {tuple(timestep.shape)}.")
+    return timestep.reshape(())
 
 
 def _is_positive_integer(value: object) -> TypeGuard[int]:
