@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
+from tests.pipelines.hooks import record_calls
 from tests.tiny import NUM_FRAMES, SCHEDULER, tiny_components
 
 PROMPT = "a red circle moving left on a black background"
@@ -77,19 +78,7 @@ def test_offloading_needs_an_accelerator(pipe, verb, monkeypatch):
 
 def test_hooks_run_for_every_component_in_the_order_of_the_offload(pipe):
     """Decoding and encoding go through the entrances that accelerate's hooks guard."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    class Recorder(ModelHook):
-        def __init__(self, name):
-            self.name = name
-
-        def pre_forward(self, module, *args, **kwargs):
-            order.append(self.name)
-            return args, kwargs
-
-    order = []
-    for name in ("text_encoder", "unet", "vae"):
-        add_hook_to_module(getattr(pipe, name), Recorder(name))
+    order = record_calls(pipe, "text_encoder", "unet", "vae")
     sample(pipe, num_inference_steps=2)
     assert order == pipe.model_cpu_offload_seq.replace("unet", "unet->unet").split("->")
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from diffusers_mcm import MCMFlowScheduler, MCMPipeline, WanMCMPipeline, WanTI2VMCMPipeline, get_base_model
 from diffusers_mcm.formats.description import describe
 from diffusers_mcm.lora import WEIGHTS_NAME, add_lora
+from tests.pipelines.hooks import record_calls
 from tests.tiny import randomise_lora, save_lora
 from tests.tiny_wan import CHANNELS, NUM_FRAMES, SIZE, save_wan_base, tiny_wan_transformer, wan_components
 
@@ -255,19 +256,7 @@ def test_the_vae_decodes_in_tiles(pipe, monkeypatch):
 
 def test_hooks_run_for_every_component_in_the_order_of_the_offload(pipe):
     """Encoding and decoding go through the entrances that accelerate's hooks guard."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    class Recorder(ModelHook):
-        def __init__(self, name):
-            self.name = name
-
-        def pre_forward(self, module, *args, **kwargs):
-            order.append(self.name)
-            return args, kwargs
-
-    order = []
-    for name in ("text_encoder", "transformer", "vae"):
-        add_hook_to_module(getattr(pipe, name), Recorder(name))
+    order = record_calls(pipe, "text_encoder", "transformer", "vae")
     sample(pipe, output_type="pt")
     assert order == ["text_encoder", "transformer", "transformer", "vae"]
     assert list(dict.fromkeys(order)) == pipe.model_cpu_offload_seq.split("->")
