@@ -10,7 +10,6 @@ Several calls may work on one folder at the same time: a run that another one is
 
 import argparse
 import fcntl
-import hashlib
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers_mcm.files import atomic_file
+from diffusers_mcm.files import sha256, write_text
 from diffusers_mcm.location import WEIGHTS_NAME
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_mcm_distill.py"
@@ -165,9 +164,7 @@ class Run:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(self.folder / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def finished(self) -> bool:
         """Whether the LoRA is there."""
@@ -246,7 +243,7 @@ def results(run: Run) -> dict[str, Any]:
         steps=len(log),
         seconds=round(sum(row["seconds"] for row in ends), 1),
         losses=losses,
-        sha256=hashlib.sha256((run.folder / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        sha256=sha256(run.folder / WEIGHTS_NAME),
         versions={name: version(name) for name in ("torch", "diffusers", "peft")},
     )
 

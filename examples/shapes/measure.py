@@ -20,7 +20,7 @@ from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, m
 from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, mean_score
 from diffusers_mcm.evaluation.motion import MEASURES
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
-from diffusers_mcm.files import atomic_file
+from diffusers_mcm.files import write_text
 from diffusers_mcm.shapes.build import compress
 from diffusers_mcm.shapes.captions import Caption, held_out_captions
 from diffusers_mcm.shapes.methods import Method, Networks
@@ -127,8 +127,7 @@ def measure_one(ruler: Ruler, networks: Networks, network: str, sampler: str, gu
 
 def write(path: Path, content: Any) -> None:
     """JSON, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def check_protocol(folder: Path, protocol: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from common import to_pixels
 from transformers import VideoMAEModel
 
+from diffusers_mcm.evaluation.distances import frechet_distance
 from diffusers_mcm.hub import resolve
 from diffusers_mcm.shapes.captions import held_out_captions
 from diffusers_mcm.shapes.render import render_video
@@ -46,23 +47,12 @@ def features(network: VideoMAEModel, clips: np.ndarray) -> np.ndarray:
     return torch.cat([network(part).last_hidden_state.mean(1) for part in parts]).double().numpy()
 
 
-def frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """The Fréchet distance of features (N, C) and (M, C).
-
-    With a = (x - mean) / sqrt(N - 1) and b likewise, the trace of the root of both covariances' product is the sum of
-    the singular values of a b^T.
-    """
-    a, b = ((values - values.mean(0)) / np.sqrt(len(values) - 1) for values in (x, y))
-    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum() - 2 * root)
-
-
 def distances(network: VideoMAEModel, seeds: int, reference_seeds: int) -> dict[str, float]:
     """What the network says of `damaged`, and of clean clips, with so many seeds of each caption."""
     reference = features(network, render(range(REFERENCE_SEED, REFERENCE_SEED + reference_seeds)))
     sets = damaged(render(range(seeds))) | {"clean: sharp, no watermark": render(range(seeds), "clean")}
     unit = reference.var(0, ddof=1).mean()
-    return {name: frechet(features(network, clips), reference) / unit for name, clips in sets.items()}
+    return {name: frechet_distance(features(network, clips), reference) / unit for name, clips in sets.items()}
 
 
 def main() -> None:
