@@ -1,6 +1,7 @@
 """Measures folders of videos against real ones: FVD, KVD, CLIPSIM, FID, KID, CMMD and motion."""
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
     protocol("--fps", type=float, help="of the reference: so many frames per second, instead of every n-th")
     protocol("--window", default="centre", help="of the reference: centre, start or random (default: centre)")
     protocol("--size", type=int, nargs="+", metavar="PX", help="height and width of all clips (default: the samples')")
-    protocol("--video_network", nargs="+", help="i3d=FILE, vjepa2, videomae, each with =weights (default: videomae)")
-    protocol("--frame_network", nargs="+", help="dinov2, clip, inception, each with =weights (default: dinov2)")
+    protocol(
+        "--video_network",
+        nargs="+",
+        dest="video_networks",
+        metavar="ROW",
+        help="i3d=FILE, vjepa2, videomae, each with =weights (default: videomae)",
+    )
+    protocol(
+        "--frame_network",
+        nargs="+",
+        dest="frame_networks",
+        metavar="ROW",
+        help="dinov2, clip, inception, each with =weights (default: dinov2)",
+    )
     protocol("--clip", help="the CLIP of CLIPSIM (default: openai/clip-vit-base-patch16)")
     protocol("--covariance", default="sample", help="sample (N - 1) or population (N, as cd-fvd) (default: sample)")
     protocol("--resamples", type=int, default=200, help="of captions, for the intervals; 0: none (default: 200)")
@@ -133,20 +146,13 @@ def _measure(arguments: argparse.Namespace) -> None:
         from ..evaluation.evaluate import Options, evaluate
         from ..evaluation.measuring import Processes
 
-    names = ("metrics", "clip")
+    names = {entry.name for entry in dataclasses.fields(Options)} - {"size", "device"}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    for name in ("video_network", "frame_network"):
-        if getattr(arguments, name):
-            given[f"{name}s"] = getattr(arguments, name)
-    for name in ("num_videos", "seed", "num_frames", "frame_interval", "fps", "window", "covariance", "resamples"):
-        given[name] = getattr(arguments, name)
     device = choose_device(arguments.device)
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
         device = str(state.device)
-    options = Options(
-        **given, size=None if size is None else (size[0], size[-1]), batch_size=arguments.batch_size, device=device
-    )
+    options = Options(**given, size=None if size is None else (size[0], size[-1]), device=device)
 
     def progress(items, name):
         return tqdm(items, desc=name, disable=not state.is_main_process or not items)

@@ -1,6 +1,5 @@
 """Measures folders of videos against a reference: the call behind `diffusers-mcm evaluate`."""
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -26,12 +25,12 @@ from .measuring import (
     motion_measure,
     video_measure,
 )
-from .metrics import DEFAULT, Column, Score, columns_of, mean_score
+from .metrics import DEFAULT, Against, Column, Score, columns_of, mean_score
 from .motion import MEASURES
 from .networks import CLIP_SOURCE, FRAME_NETWORKS, VIDEO_NETWORKS, Choice, ClipFeatures, load_clip
 from .pairing import Progress, check_alike, common, differences_of, warn_of_other_captions
 from .results import Evaluation, Method, check_protocols
-from .videos import RESIZE, WINDOWS, VideoSet, Window, open_reference, open_samples, size_of
+from .videos import RESIZE, WINDOWS, VideoSet, Window, digest_of, open_reference, open_samples, size_of
 
 STEPS = "num_inference_steps"
 
@@ -221,20 +220,26 @@ def _scored(
     shared, left_out = common(results)
     captions = sorted(video.caption for video in next(iter(shared.values())).videos)
     read = [each.contents() for each in (truth, shown) if each is not None]
-    samples = {"num_videos": len(captions), "captions": _sha256(captions)}
+    samples = {"num_videos": len(captions), "captions": digest_of(captions)}
     protocol = plan.protocol | {"samples": samples, "contents": read}
     targets = truth.values if shown is None else {**truth.values, **shown.values}
-    scores = {name: scores_of(found, targets, plan.columns, options.covariance) for name, found in shared.items()}
+    against = {  # made once for all methods: it takes the reference's moments, or sums its kernel
+        column.key: column.metric.against(targets[f"{column.metric.features}.{column.network}"], options.covariance)
+        for column in plan.columns
+        if column.metric.against is not None
+    }
+    scores = {name: scores_of(found, against, plan.columns) for name, found in shared.items()}
+    values = {name: values_of(shared[name], scores[name]) for name in shared}
     alone = [column for column in plan.columns if column.metric.against is None]
-    described = _method(plan.real, truth, scores_of(truth, {}, alone, options.covariance))
+    described = _method(plan.real, truth, values_of(truth, scores_of(truth, {}, alone)))
     if shown is not None and plan.pictures is not None:
         described = replace(described, skipped={**described.skipped, **_public(plan.pictures.source, shown.skipped)})
     return Evaluation(
         protocol,
         {**computed_by(), **plan.weights},
         described,
-        {videos.name: _method(videos, shared[videos.name], scores[videos.name]) for videos in plan.samples},
-        differences_of(shared, scores, options.resamples, options.seed, progress),
+        {videos.name: _method(videos, shared[videos.name], values[videos.name]) for videos in plan.samples},
+        differences_of(shared, scores, values, options.resamples, options.seed, progress),
         [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else [],
     )
 
@@ -256,24 +261,25 @@ def load_measures(
                 network.check_frames(options.num_frames, choice.row)
                 make = video_measure
             measures[f"{kind}.{choice.row}"] = make(network, options.batch_size)
-            networks[choice.row] = network.described()
+            networks[choice.row] = measures[f"{kind}.{choice.row}"].key
     if any(column.metric.features == "clip" for column in columns):
         clip: ClipFeatures = load_clip(options.clip).to(options.device)
         measures["clipsim"] = clipsim_measure(clip, options.batch_size)
-        networks["clipsim"] = clip.described()
+        networks["clipsim"] = measures["clipsim"].key
     measures["motion"] = motion_measure()
     return measures, networks
 
 
-def scores_of(
-    measured: Measured, targets: Mapping[str, np.ndarray], columns: Sequence[Column], covariance: str
-) -> dict[str, Score]:
-    """Column's key -> the score of a method, as a function of the videos that count."""
+def scores_of(measured: Measured, against: Mapping[str, Against], columns: Sequence[Column]) -> dict[str, Score]:
+    """Column's key -> the score of a method, as a function of the videos that count.
+
+    `against` has what a column's metric makes of the reference, where it needs one.
+    """
     scores = dict[str, Score]()
     for column in columns:
         if column.metric.against is not None:
-            name = f"{column.metric.features}.{column.network}"
-            scores[column.key] = column.metric.against(targets[name], covariance)(measured.values[name])
+            features = measured.values[f"{column.metric.features}.{column.network}"]
+            scores[column.key] = against[column.key](features)
         elif column.metric.features == "clip":
             scores[column.key] = mean_score(measured.values["clipsim"])
         else:
@@ -282,8 +288,13 @@ def scores_of(
     return scores
 
 
-def _method(videos: VideoSet, measured: Measured, scores: Mapping[str, Score]) -> Method:
+def values_of(measured: Measured, scores: Mapping[str, Score]) -> dict[str, float]:
+    """The scores on all videos."""
     everything = np.arange(len(measured.videos))
+    return {key: float(score(everything)) for key, score in scores.items()}
+
+
+def _method(videos: VideoSet, measured: Measured, values: Mapping[str, float]) -> Method:
     steps = videos.settings.get(STEPS)
     return Method(
         source=public_name(videos.source, given=True),
@@ -292,7 +303,7 @@ def _method(videos: VideoSet, measured: Measured, scores: Mapping[str, Score]) -
         skipped=_public(videos.source, measured.skipped),
         steps=steps if isinstance(steps, int) else None,
         settings=dict(videos.settings),
-        values={key: float(score(everything)) for key, score in scores.items()},
+        values=dict(values),
     )
 
 
@@ -300,10 +311,6 @@ def _public(source: str, skipped: Mapping[str, str]) -> dict[str, str]:
     """Names within the source, which say nothing of the machine."""
     folder = os.path.join(source, "")
     return {name.removeprefix(folder): reason.replace(folder, "") for name, reason in skipped.items()}
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def computed_by() -> dict[str, str]:

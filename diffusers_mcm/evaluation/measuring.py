@@ -40,22 +40,22 @@ def video_measure(network: Features, batch_size: int) -> Measure:
     return Measure(lambda frames, captions: _in_batches(network, frames, batch_size), network.described())
 
 
+def _of_frames(network: Features, frames: np.ndarray, batch_size: int) -> np.ndarray:
+    """Features (N, T, d) of each frame."""
+    found = _in_batches(network, frames.reshape(-1, *frames.shape[2:]), 8 * batch_size)
+    return found.reshape(*frames.shape[:2], -1)
+
+
 def frame_measure(network: Features, batch_size: int) -> Measure:
     """Features (N, T, d) of each frame."""
-
-    def compute(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        found = _in_batches(network, frames.reshape(-1, *frames.shape[2:]), 8 * batch_size)
-        return found.reshape(*frames.shape[:2], -1)
-
-    return Measure(compute, network.described())
+    return Measure(lambda frames, captions: _of_frames(network, frames, batch_size), network.described())
 
 
 def clipsim_measure(network: ClipFeatures, batch_size: int) -> Measure:
     """CLIPSIM (N,): 100 × the cosine of a frame's and the caption's embeddings, mean over frames (Wu et al. 2021)."""
-    frames_of = frame_measure(network, batch_size).compute
 
     def compute(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        images, texts = unit(frames_of(frames, captions)), unit(network.text(captions))
+        images, texts = unit(_of_frames(network, frames, batch_size)), unit(network.text(captions))
         return 100 * np.einsum("ntd,nd->n", images.astype(np.float64), texts.astype(np.float64)) / frames.shape[1]
 
     return Measure(compute, network.described())

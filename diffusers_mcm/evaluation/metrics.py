@@ -21,6 +21,7 @@ from .motion import MEASURES
 
 Rows = np.ndarray  # numbers of videos, some of them more than once
 Score = Callable[[Rows], float]  # of one method
+Against = Callable[[np.ndarray], Score]  # a reference: a method's features -> its score
 KID_SCALE = 1000.0
 
 
@@ -57,13 +58,13 @@ class FrechetScore:
         return float(((mean - self.target.mean) ** 2).sum() + spread)
 
 
-def frechet_scores(reference: np.ndarray, covariance: str) -> Callable[[np.ndarray], Score]:
+def frechet_scores(reference: np.ndarray, covariance: str) -> Against:
     """The Fréchet distance to a reference."""
     target = moments(_items(reference), covariance)
     return lambda features: FrechetScore(target, features, covariance)
 
 
-def kernel_scores(reference: np.ndarray, kernel: Kernel, scale: float) -> Callable[[np.ndarray], Score]:
+def kernel_scores(reference: np.ndarray, kernel: Kernel, scale: float) -> Against:
     """The unbiased kernel distance to a reference, of videos (N, d) or of their frames (N, T, d).
 
     Only pairs of frames of two different videos count: frames of one video are alike, and no independent witnesses.
@@ -100,11 +101,11 @@ def _between_videos(products: np.ndarray) -> float:
     return float((products.sum() - np.trace(products)) / (count * (count - 1)))
 
 
-def _kid(reference: np.ndarray, covariance: str) -> Callable[[np.ndarray], Score]:
+def _kid(reference: np.ndarray, covariance: str) -> Against:
     return kernel_scores(reference, polynomial_kernel, KID_SCALE)
 
 
-def _cmmd(reference: np.ndarray, covariance: str) -> Callable[[np.ndarray], Score]:
+def _cmmd(reference: np.ndarray, covariance: str) -> Against:
     scores = kernel_scores(unit(reference), gaussian_kernel, CMMD_SCALE)
     return lambda features: scores(unit(features))
 
@@ -129,7 +130,7 @@ class Metric(NamedTuple):
 
     title: str
     features: str | None
-    against: Callable[[np.ndarray, str], Callable[[np.ndarray], Score]] | None
+    against: Callable[[np.ndarray, str], Against] | None
     better: str
     digits: int
     frame_network: str | None = None

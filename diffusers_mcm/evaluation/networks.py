@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..features import IMAGENET_MEAN, IMAGENET_STD
+from ..features import IMAGENET_MEAN, IMAGENET_STD, MAX_INPUT_SIZE
 from ..hub import how_to_convert
 from ..location import Location
 from .i3d import INPUT_SIZE, MIN_FRAMES, InceptionI3d
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
-
-
+CLIP_SOURCE = "openai/clip-vit-base-patch16"
 # What a configuration says of where it was read, and by what.
 _NOT_OF_THE_NETWORK = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
@@ -96,7 +95,6 @@ class Network(NamedTuple):
 
     load: Callable[[str], Features]
     source: str | None  # where its weights come from if nothing is said; None: they must be given
-    about: str
 
 
 def _loaded(cls, name: str, **options) -> nn.Module:
@@ -153,7 +151,7 @@ def load_dinov2(name: str) -> Features:
     from transformers import Dinov2Model
 
     model = _loaded(Dinov2Model, name)
-    size = min(model.config.image_size, 224)
+    size = min(model.config.image_size, MAX_INPUT_SIZE)
     return Features(
         model, lambda model, x: model(x).pooler_output, layer="class token", size=size,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
@@ -248,16 +246,15 @@ def load_inception(name: str) -> Features:
 
 
 VIDEO_NETWORKS = {
-    "i3d": Network(load_i3d, None, "FVD's own: a .safetensors file of i3d_pretrained_400"),
-    "vjepa2": Network(load_vjepa2, "facebook/vjepa2-vitl-fpc64-256", "V-JEPA 2, which sees motion"),
-    "videomae": Network(load_videomae, "MCG-NJU/videomae-base-ssv2", "VideoMAE, which sees motion; CC-BY-NC-4.0"),
+    "i3d": Network(load_i3d, None),  # FVD's own
+    "vjepa2": Network(load_vjepa2, "facebook/vjepa2-vitl-fpc64-256"),
+    "videomae": Network(load_videomae, "MCG-NJU/videomae-base-ssv2"),
 }
 FRAME_NETWORKS = {
-    "dinov2": Network(load_dinov2, "facebook/dinov2-base", "class tokens"),
-    "clip": Network(load_clip, "openai/clip-vit-base-patch16", "image embeddings, which CMMD is defined on"),
-    "inception": Network(load_inception, "nikhilr01/sen-bridge-weights", "FID's own; needs torch-fidelity"),
+    "dinov2": Network(load_dinov2, "facebook/dinov2-base"),
+    "clip": Network(load_clip, CLIP_SOURCE),  # what CMMD is defined on
+    "inception": Network(load_inception, "nikhilr01/sen-bridge-weights"),  # FID's own
 }
-CLIP_SOURCE = "openai/clip-vit-base-patch16"
 
 
 @dataclass(frozen=True)

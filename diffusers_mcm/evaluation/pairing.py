@@ -77,24 +77,27 @@ def _places(videos: Sequence[Video]) -> dict[tuple[str, int], int]:
 def differences_of(
     results: Mapping[str, Measured],
     scores: Mapping[str, Mapping[str, Score]],
+    values: Mapping[str, Mapping[str, float]],
     resamples: int,
     seed: int,
     progress: Progress = lambda items, name: items,
 ) -> list[Difference]:
-    """Between all pairs of methods on the same videos, each with its paired interval over captions."""
+    """Between all pairs of methods on the same videos, each with its paired interval over captions.
+
+    `values` are the scores on all videos.
+    """
     measured = next(iter(results.values()))
     groups: dict[str, list[int]] = {}
     for number, video in enumerate(measured.videos):
         groups.setdefault(video.caption, []).append(number)
     if len(results) < 2 or resamples < 2 or len(groups) < 2:
         return []
-    everything, numbers = np.arange(len(measured.videos)), [np.array(group) for group in groups.values()]
+    numbers = [np.array(group) for group in groups.values()]
     drawn = resampled(len(groups), resamples, seed)
     wanted = [(name, key) for name in results for key in scores[name]]
     draws = {(n, key): draws_of(scores[n][key], numbers, drawn) for n, key in progress(wanted, "intervals")}
-    whole = {(name, key): float(scores[name][key](everything)) for name, key in wanted}
     return [
-        Difference(b, a, key, difference(whole[b, key], whole[a, key], draws[b, key], draws[a, key]))
+        Difference(b, a, key, difference(values[b][key], values[a][key], draws[b, key], draws[a, key]))
         for a, b in itertools.combinations(results, 2)
         for key in scores[a]
     ]

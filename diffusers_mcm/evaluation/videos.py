@@ -77,9 +77,13 @@ class VideoSet:
 
     def described(self) -> dict[str, Any]:
         """What a protocol says of a reference: which videos these are, wherever they lie and in whatever order."""
-        listed = repr(sorted((os.path.basename(video.name), video.caption) for video in self.videos))
-        digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-        return {"num_videos": len(self.videos), "sha256": digest}
+        listed = sorted((os.path.basename(video.name), video.caption) for video in self.videos)
+        return {"num_videos": len(self.videos), "sha256": digest_of(listed)}
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, names of any bytes in it."""
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_reference(

@@ -61,7 +61,8 @@ def test_differences_are_of_pairs_over_captions():
     noise = np.random.default_rng(0).normal(size=40)
     results = {"a": measured(found, noise), "b": measured(found, noise + 1)}
     scores = {name: {"clipsim": mean_score(each.values["clipsim"])} for name, each in results.items()}
-    (difference,) = differences_of(results, scores, resamples=50, seed=0)
+    values = {name: {"clipsim": each.values["clipsim"].mean()} for name, each in results.items()}
+    (difference,) = differences_of(results, scores, values, resamples=50, seed=0)
     assert (difference.method, difference.less, difference.column) == ("b", "a", "clipsim")
     # the noise is common to both
     assert difference.interval.estimate == pytest.approx(1)
@@ -72,7 +73,7 @@ def test_differences_are_of_pairs_over_captions():
 def test_there_are_no_intervals_without_captions_to_draw(resamples, captions):
     results = {name: measured(videos(*captions), [1, 2]) for name in "ab"}
     scores = {name: {"clipsim": mean_score(each.values["clipsim"])} for name, each in results.items()}
-    assert differences_of(results, scores, resamples, seed=0) == []
+    assert differences_of(results, scores, {}, resamples, seed=0) == []
 
 
 def test_captions_that_are_not_the_references_are_told(caplog):
