@@ -2,6 +2,7 @@
 
 A *path* says how a clean latent becomes noise, x_t = α_t x_0 + σ_t ε, and how the network's output is read along it.
 Everything that depends on the kind of path is here; teacher, trajectory and losses only ask the path.
+The student of one of two experts learns a *phase* of a path alone: from where the phase starts to where it ends.
 Latents are (B, C, T, H, W), timesteps are (B,), integers or real numbers as the path says.
 Coefficients and arithmetic are float32 whatever the latents' type; results come back in the type of the latents.
 """
@@ -92,6 +93,40 @@ class NoisePath(ABC):
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t, float32, one of each per timestep (B,)."""
 
+    def visited_timesteps(self, num_inference_steps: int, num_solver_steps: int) -> torch.Tensor:
+        """What sampling in so many steps visits of the grid, descending, evenly spaced on it."""
+        grid = self.solver_timesteps(num_solver_steps).flip(0)
+        return grid[torch.arange(num_inference_steps) * len(grid) // num_inference_steps]
+
+    # --- a phase; as a rule it is the whole path ---------------------------------------------------------------------
+    @property
+    def starts_in_noise(self) -> bool:
+        """Whether the phase starts where there is nothing but noise."""
+        return True
+
+    @property
+    def ends_clean(self) -> bool:
+        """Whether it ends where there is none."""
+        return True
+
+    @property
+    def start_timestep(self) -> float:
+        """Where the student's own samples begin."""
+        return self.terminal_timestep
+
+    def at_start(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the student's own samples begin with: pure noise, or where a phase starts later, x_0 with some."""
+        return noise
+
+    def at_end(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_0 as the consistency function would give it: itself, or where a phase ends before, with noise left."""
+        return x0
+
+    def noise_again(self, x_end: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t from what the consistency function gave, with as much noise as it lacks; in the type of `x_end`."""
+        return self.add_noise(x_end, noise, t)
+
+    # --- what the network says ---------------------------------------------------------------------------------------
     def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x̂_0 from the network's output at (x_t, t), in the type of `x_t`."""
         return self._read(self.prediction.x0, output, x_t, t)
@@ -229,6 +264,7 @@ class VariancePreservingPath(NoisePath):
 
 
 FLOW_SHIFT = 5.0  # of a student's grid, where nothing else is said: 4 of 48 steps visit 1000, 937.5, 833.33 and 625
+SAME = 1e-6  # σ that differ by no more are one point: where phases meet there may be a point of the grid, or none
 FLOW_STEPS = 48  # of that grid: it holds all that sampling in 1, 2, 3, 4, 6 and 8 steps visits; 50 would not
 
 
@@ -238,6 +274,10 @@ class FlowPath(NoisePath):
     Timesteps are real numbers, t = `num_train_timesteps` · σ. The grid is shifted towards noise: its points are
     σ = s u / (1 + (s − 1) u) for u = 1/N, 2/N, …, 1, with the `shift` s. x̂_0 = x_t − σ v is the consistency function
     as it is, for it is x_t itself, bit for bit, where σ = 0.
+
+    Of a phase, from σ = `start` down to σ = `end`, the consistency function leads to the end, where it is the
+    identity: f(x_t, σ) = x_t + (σ_end − σ) v (phased consistency models, Wang et al. 2024). The grid is that of the
+    whole path between the ends, and they themselves.
     """
 
     prediction = PredictionType(
@@ -245,10 +285,24 @@ class FlowPath(NoisePath):
         noise=lambda output, x_t, alpha, sigma: x_t + alpha * output,
     )
 
-    def __init__(self, shift: float = FLOW_SHIFT, num_train_timesteps: int = 1000):
+    def __init__(
+        self, shift: float = FLOW_SHIFT, num_train_timesteps: int = 1000, start: float = 1.0, end: float = 0.0
+    ):
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift must be a positive number (1 leaves the grid even); got {shift}.")
+        if not 0 <= end < start <= 1:
+            raise ValueError(
+                f"A phase leads from a σ of at most 1 to a smaller one, at least 0; got {start} to {end}."
+            )
         self.shift, self.num_train_timesteps = float(shift), num_train_timesteps
+        self.start, self.end = float(start), float(end)
+
+    def split(self, boundary: float) -> tuple[FlowPath, FlowPath]:
+        """The phases of two experts that meet at σ = `boundary`, in 0..1: first that where there is more noise."""
+        if not 0 < boundary < 1:
+            raise ValueError(f"The boundary between two experts is a σ between 0 and 1; got {boundary}.")
+        path = (self.shift, self.num_train_timesteps)
+        return FlowPath(*path, end=boundary), FlowPath(*path, start=boundary)
 
     @property
     def terminal_timestep(self) -> float:
@@ -261,23 +315,83 @@ class FlowPath(NoisePath):
         sigma = working(t) / self.num_train_timesteps
         return 1 - sigma, sigma
 
+    # --- the grid ----------------------------------------------------------------------------------------------------
     def solver_timesteps(self, num_solver_steps: int = FLOW_STEPS) -> torch.Tensor:
-        """The teacher's grid, float32, without 0: for a shift of 5 and 48 steps 96.15…, 179.1…, …, 1000."""
+        """The teacher's grid, float32, without the end: for a shift of 5 and 48 steps 96.15…, 179.1…, …, 1000."""
         return self._grid(num_solver_steps)[1:]
 
     def previous_timestep(self, t: torch.Tensor, num_solver_steps: int = FLOW_STEPS) -> torch.Tensor:
-        """Where one step of the solver lands: the point of the grid before the one that is nearest to `t`, or 0.
+        """Where one step of the solver lands: the point of the grid before the one that is nearest to `t`, or the end.
 
-        It is looked up, so that steps one after the other end at 0 exactly.
+        It is looked up, so that steps one after the other arrive at the end exactly.
         """
-        sigma = working(t) / self.num_train_timesteps
-        u = sigma / (self.shift - (self.shift - 1) * sigma)
-        index = (num_solver_steps * u).round().long()
-        return self._grid(num_solver_steps).to(t.device)[(index - 1).clamp(min=0)]
+        grid = self._grid(num_solver_steps).to(t.device)
+        nearest = torch.bucketize(working(t), (grid[1:] + grid[:-1]) / 2)
+        return grid[(nearest - 1).clamp(min=0)]
+
+    def visited_timesteps(self, num_inference_steps: int, num_solver_steps: int = FLOW_STEPS) -> torch.Tensor:
+        """What sampling in so many steps, of both phases together, visits in this one.
+
+        They are evenly spaced on the grid of the whole path, but for the first of the second phase, which is at its
+        start: what the first one led to lies there. Of two steps or more it has at least one.
+        """
+        whole = FlowPath(self.shift, self.num_train_timesteps)
+        visited = super(FlowPath, whole).visited_timesteps(num_inference_steps, num_solver_steps)
+        start, end = (self._exactly(sigma) for sigma in (self.start, self.end))
+        if num_inference_steps > 1 and not (self.starts_in_noise and self.ends_clean):
+            visited[-1] = torch.minimum(visited[-1], start if self.ends_clean else end)
+        here = visited[(visited <= start * (1 + SAME)) & (visited > end * (1 + SAME))]
+        here[:1] = torch.where(visited[0] > start, start, here[:1])
+        return here
 
     def _grid(self, num_solver_steps: int) -> torch.Tensor:
-        """0 and the points of the grid, computed in float64."""
+        """The end and the points of the grid, computed in float64."""
         if num_solver_steps < 1:
             raise ValueError(f"num_solver_steps must be 1 or more; got {num_solver_steps}.")
         u = torch.arange(num_solver_steps + 1, dtype=torch.float64) / num_solver_steps
-        return (self.num_train_timesteps * self.shift * u / (1 + (self.shift - 1) * u)).to(torch.float32)
+        sigmas = self.shift * u / (1 + (self.shift - 1) * u)
+        between = sigmas[(sigmas > self.end + SAME) & (sigmas < self.start - SAME)]
+        ends = torch.tensor([self.end, self.start], dtype=torch.float64)
+        return (self.num_train_timesteps * torch.cat([ends[:1], between, ends[1:]])).to(torch.float32)
+
+    def _exactly(self, sigma: float) -> torch.Tensor:
+        """The timestep of a σ, as it is in the grid."""
+        return torch.tensor(self.num_train_timesteps * sigma, dtype=torch.float32)
+
+    # --- the phase ---------------------------------------------------------------------------------------------------
+    @property
+    def starts_in_noise(self) -> bool:
+        return self.start == 1
+
+    @property
+    def ends_clean(self) -> bool:
+        return self.end == 0
+
+    @property
+    def start_timestep(self) -> float:
+        return float(self._exactly(self.start))
+
+    def consistency_function(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """f(x_t, σ) = x_t + (σ_end − σ) v, in the type of `x_t`: x̂_0 where the phase is the whole path."""
+        return self._read(lambda output, x, alpha, sigma: x + (self.end - sigma) * output, output, x_t, t)
+
+    def at_start(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return noise if self.starts_in_noise else self._noised_to(self.start, x0, noise)
+
+    def at_end(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return x0 if self.ends_clean else self._noised_to(self.end, x0, noise)
+
+    def _noised_to(self, sigma: float, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return self.add_noise(x0, noise, self._exactly(sigma).to(x0.device).expand(len(x0)))
+
+    def noise_again(self, x_end: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.ends_clean:
+            return self.add_noise(x_end, noise, t)
+        keep, add = self.again_scalings(self._coefficients_like(x_end, t)[1])
+        return (keep * working(x_end) + add * working(noise)).to(x_end.dtype)
+
+    def again_scalings(self, sigma):
+        """a and b of x_t = a x_end + b ε: a = (1 − σ) / (1 − σ_end), b² = σ² − (a σ_end)². `sigma` is a number or a
+        tensor, from σ_end to 1; so are the results."""
+        keep = (1 - sigma) / (1 - self.end)
+        return keep, abs(sigma**2 - (keep * self.end) ** 2) ** 0.5  # at the end itself 0, but for rounding

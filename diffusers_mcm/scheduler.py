@@ -7,8 +7,7 @@ that itself holds `SchedulerMixin`: none of them may be moved.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,12 @@ from .consistency import (
     FLOW_SHIFT,
     FLOW_STEPS,
     PREDICTION_TYPES,
+    SAME,
     FlowPath,
     check_known,
     working,
 )
+from .schedules import check_in_schedule, check_step, is_positive_integer
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -116,7 +117,7 @@ class MCMScheduler(LCMScheduler):
         """The timesteps of distillation, descending: 999, 979, …, 19 for 50 steps."""
         steps = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
         total = self.config.num_train_timesteps
-        if not _is_positive_integer(steps) or steps > total:
+        if not is_positive_integer(steps) or steps > total:
             raise ValueError(
                 f"`original_inference_steps` must be an integer from 1 to the {total} training timesteps; got {steps}."
             )
@@ -124,7 +125,7 @@ class MCMScheduler(LCMScheduler):
 
     @staticmethod
     def _spread_over_grid(grid: np.ndarray, num_inference_steps: int | None) -> np.ndarray:
-        if not _is_positive_integer(num_inference_steps):
+        if not is_positive_integer(num_inference_steps):
             raise ValueError(f"`num_inference_steps` must be a positive integer; got {num_inference_steps}.")
         if num_inference_steps > len(grid):
             raise ValueError(
@@ -156,7 +157,7 @@ class MCMScheduler(LCMScheduler):
     def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
         """The index of `timestep` in the schedule."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        _check_in_schedule(timestep, schedule)
+        check_in_schedule(timestep, schedule)
         return super().index_for_timestep(timestep, schedule)
 
     def step(
@@ -173,7 +174,7 @@ class MCMScheduler(LCMScheduler):
         other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
-        timestep = _check_step(self, model_output, timestep, sample, generator)
+        timestep = check_step(self, model_output, timestep, sample, generator)
         stepped = super().step(working(model_output), timestep, working(sample), generator, return_dict=False)
         prev_sample, denoised = (each.to(sample.dtype) for each in stepped)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
@@ -204,6 +205,9 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         original_inference_steps (`int`, defaults to 48): Points of that grid, u = 1/48, …, 1, of which sampling visits
             some, evenly spaced: 1000, 937.5, 833.33 and 625 in four steps.
         stochastic (`bool`, defaults to `True`): `False` takes Euler steps instead of adding fresh noise.
+        boundary (`float`, *optional*): The σ where two experts meet, each a student of its own phase, as 0.875 of Wan
+            2.2 A14B. What the first one predicts lies there, and is what the second one starts from: of all steps that
+            are not above the boundary, the first is at it.
     """
 
     order = 1
@@ -216,10 +220,12 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float = FLOW_SHIFT,
         original_inference_steps: int = FLOW_STEPS,
         stochastic: bool = True,
+        boundary: float | None = None,
     ):
-        if not _is_positive_integer(original_inference_steps):
+        if not is_positive_integer(original_inference_steps):
             raise ValueError(f"`original_inference_steps` must be a positive integer; got {original_inference_steps}.")
         self.path = FlowPath(shift, num_train_timesteps)
+        self.phases = (self.path,) if boundary is None else self.path.split(boundary)
         self.num_inference_steps: int | None = None
         self._take(self._grid())
 
@@ -265,23 +271,40 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _take(self, chosen: torch.Tensor, device: str | torch.device | None = None) -> None:
         """Visit these timesteps; `sigmas` are those divided by `num_train_timesteps`, and 0, on the CPU."""
-        self.timesteps = chosen.to(device)
+        self._phase_of_step = [0] * len(chosen)
+        if len(self.phases) == 2:
+            start = chosen.new_tensor(self.phases[1].start_timestep)
+            is_start = (chosen - start).abs() <= start * SAME
+            chosen = torch.where(is_start, start, chosen)
+            self._phase_of_step = (chosen <= start).int().tolist()
         self.sigmas = torch.cat([chosen / self.config.num_train_timesteps, torch.zeros(1)])
+        if len(self.phases) == 2:  # `WanPipeline` asks the second expert below the boundary only
+            chosen = torch.where(is_start, torch.nextafter(start, torch.zeros(())), chosen)
+        self.timesteps = chosen.to(device)
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
     def _grid(self) -> torch.Tensor:
         """The timesteps of distillation, descending."""
-        return self.path.solver_timesteps(self.config.original_inference_steps).flip(0)
+        return torch.cat(
+            [phase.solver_timesteps(self.config.original_inference_steps).flip(0) for phase in self.phases]
+        )
 
     def _spread(self, num_inference_steps: int) -> torch.Tensor:
-        grid = self._grid()
-        if not _is_positive_integer(num_inference_steps) or num_inference_steps > len(grid):
+        most = self.config.original_inference_steps
+        if not is_positive_integer(num_inference_steps) or num_inference_steps > most:
             raise ValueError(
-                f"`num_inference_steps` must be an integer from 1 to the {len(grid)} steps of the distillation grid"
+                f"`num_inference_steps` must be an integer from 1 to the {most} steps of the distillation grid"
                 f" (`original_inference_steps`); got {num_inference_steps}. MCM is made for 1 to 8."
             )
-        return grid[torch.arange(num_inference_steps) * len(grid) // num_inference_steps]
+        steps = (num_inference_steps, self.config.original_inference_steps)
+        chosen = [phase.visited_timesteps(*steps) for phase in self.phases]
+        if not len(chosen[-1]):
+            logger.warning(
+                f"No step of {num_inference_steps} lies below the boundary {self.config.boundary}: the second expert,"
+                " which finishes what the first one begins, does nothing. Take 2 steps or more."
+            )
+        return torch.cat(chosen)
 
     def _given(self, name: str, values: Any, largest: int) -> torch.Tensor:
         points = torch.as_tensor(values, dtype=torch.float64).cpu()
@@ -293,7 +316,16 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         off_grid = [t for t in chosen.tolist() if (self._grid() - t).abs().min() > 1e-2]
         if off_grid:
             logger.warning(f"The timesteps {off_grid} are not on the grid of distillation; no student learnt them.")
+        if len(self.phases) == 2:
+            self._warn_of_a_step_over(self.phases[1].start_timestep, chosen)
         return chosen.to(torch.float32)
+
+    def _warn_of_a_step_over(self, start: float, chosen: torch.Tensor) -> None:
+        if chosen[0] > start > chosen[-1] and (chosen - start).abs().min() > start * SAME:
+            logger.warning(
+                f"A step goes past {start:g}, where the second expert starts, and beyond what the first one learnt;"
+                " give that timestep, too."
+            )
 
     # --- diffusers' interface ----------------------------------------------------------------------------------------
     @property
@@ -333,17 +365,18 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         other shape with the batch first. There is one `timestep` for the whole batch, and one generator, or one for
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
-        index = self._next_index(_check_step(self, model_output, timestep, sample, generator))
+        index = self._next_index(check_step(self, model_output, timestep, sample, generator))
         x, v = working(sample), working(model_output)
         sigma, sigma_next = (float(each) for each in self.sigmas[index : index + 2])
-        denoised = x - sigma * v
-        if not sigma_next:
-            prev_sample = denoised
-        elif self.config.stochastic:
+        denoised, (here, *later) = x - sigma * v, self._phase_of_step[index : index + 2]
+        if self.config.stochastic and later == [here]:
+            phase = self.phases[here]
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            prev_sample = (1 - sigma_next) * denoised + sigma_next * noise
-        else:
-            prev_sample = x + (sigma_next - sigma) * v
+            keep, add = phase.again_scalings(sigma_next)
+            landed = denoised if phase.ends_clean else x + (phase.end - sigma) * v
+            prev_sample = keep * landed + add * noise
+        else:  # to 0, or to where the next expert starts, which is where this one's predictions lie
+            prev_sample = denoised if not sigma_next else x + (sigma_next - sigma) * v
         self._step_index = index + 1
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
@@ -352,39 +385,6 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         """The index of the step that is due; the first is where `set_begin_index` or the timestep says."""
         index = self._begin_index if self._step_index is None else self._step_index
         if index is None:
-            _check_in_schedule(timestep, self.timesteps)
+            check_in_schedule(timestep, self.timesteps)
             index = int((self.timesteps == timestep).nonzero()[0])
         return index
-
-
-def _check_in_schedule(timestep: float | torch.Tensor, schedule: torch.Tensor) -> None:
-    if not (schedule == timestep).any():
-        raise ValueError(f"Timestep {timestep} is not one of the schedule's: {schedule.tolist()}.")
-
-
-def _check_step(
-    scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any
-) -> Any:
-    """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
-    if scheduler.num_inference_steps is None:
-        raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
-    index = scheduler._begin_index if scheduler._step_index is None else scheduler._step_index
-    if (index or 0) >= (length := len(scheduler.timesteps)):
-        raise ValueError(f"All {length} steps of the schedule have been taken; call `set_timesteps` to start over.")
-    if model_output.shape != sample.shape:
-        raise ValueError(
-            f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got {tuple(model_output.shape)}."
-        )
-    if isinstance(generator, (list, tuple)) and len(generator) not in (1, sample.shape[0]):
-        raise ValueError(
-            f"A list of generators must have one for each of the {sample.shape[0]} samples; got {len(generator)}."
-        )
-    if not isinstance(timestep, torch.Tensor):
-        return timestep
-    if timestep.numel() != 1:
-        raise ValueError(f"`timestep` must be one for the whole batch; got shape {tuple(timestep.shape)}.")
-    return timestep.reshape(())
-
-
-def _is_positive_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and int(value) > 0

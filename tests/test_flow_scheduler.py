@@ -151,7 +151,7 @@ def test_noise_is_added_along_the_path():
 def test_the_configuration_is_saved_and_read(tmp_path):
     MCMFlowScheduler(shift=8.0, original_inference_steps=40, stochastic=False).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
-    own = dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=40, stochastic=False)
+    own = dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=40, stochastic=False, boundary=None)
     assert {key: value for key, value in saved.items() if key[0] != "_"} == own
     again = MCMFlowScheduler.from_pretrained(tmp_path)
     assert {key: value for key, value in again.config.items() if key[0] != "_"} == own
@@ -169,7 +169,7 @@ def test_nothing_of_the_teachers_way_of_sampling_is_taken_over(teachers, tmp_pat
     for config in (teachers.config, type(teachers).load_config(tmp_path)):
         scheduler = MCMFlowScheduler.from_config(config)
         content = {key for key in json.loads(scheduler.to_json_string()) if key[0] != "_"}
-        assert content == {"num_train_timesteps", "shift", "original_inference_steps", "stochastic"}
+        assert content == {"num_train_timesteps", "shift", "original_inference_steps", "stochastic", "boundary"}
         assert scheduler.config.shift == 5.0
 
 

@@ -1,0 +1,41 @@
+"""What is wrong with the arguments of a scheduler, and of a step that it shall take."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, TypeGuard
+
+import torch
+
+
+def check_in_schedule(timestep: float | torch.Tensor, schedule: torch.Tensor) -> None:
+    """`ValueError` unless a schedule has this timestep."""
+    if not (schedule == timestep).any():
+        raise ValueError(f"Timestep {timestep} is not one of the schedule's: {schedule.tolist()}.")
+
+
+def check_step(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any) -> Any:
+    """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError("`step` needs a schedule: call `set_timesteps` first.")
+    index = scheduler._begin_index if scheduler._step_index is None else scheduler._step_index
+    if (index or 0) >= (length := len(scheduler.timesteps)):
+        raise ValueError(f"All {length} steps of the schedule have been taken; call `set_timesteps` to start over.")
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}; got {tuple(model_output.shape)}."
+        )
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, sample.shape[0]):
+        raise ValueError(
+            f"A list of generators must have one for each of the {sample.shape[0]} samples; got {len(generator)}."
+        )
+    if not isinstance(timestep, torch.Tensor):
+        return timestep
+    if timestep.numel() != 1:
+        raise ValueError(f"`timestep` must be one for the whole batch; got shape {tuple(timestep.shape)}.")
+    return timestep.reshape(())
+
+
+def is_positive_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number above 0."""
+    return isinstance(value, Integral) and int(value) > 0
