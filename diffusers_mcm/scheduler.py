@@ -28,7 +28,7 @@ from .consistency import (
     check_known,
     working,
 )
-from .schedules import check_in_schedule, check_step, is_positive_integer
+from .scheduler_common import check_in_schedule, check_step, is_positive_integer
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample

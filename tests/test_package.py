@@ -18,12 +18,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The units from the bottom to the top, each with those it may import; "" is the package itself.
 MAY_IMPORT: dict[str, set[str]] = {
     **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
-    **{unit: set() for unit in ("moved", "schedules", "text_files")},
+    **{unit: set() for unit in ("moved", "scheduler_common", "text_files")},
     "location": {"hub"},
     "settings": {"files", "hub", "location"},
     "tables": {"files"},
     "features": {"location"},
-    "scheduler": {"consistency", "schedules"},
+    "scheduler": {"consistency", "scheduler_common"},
     "distillation": {"conditioning", "consistency", "features", "flags"},
     "video_io": {"files"},
     "cards": {"hub", "location", "settings"},
