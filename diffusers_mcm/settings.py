@@ -15,6 +15,8 @@ from .files import write_text
 from .location import Location
 
 CONFIG_NAME = "mcm_config.json"
+EXPERTS = HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"  # of a base model that has two, the first to act first
+_WHERE_KNOWN = ("sample", "expert", "boundary")  # keys that are left out where there is nothing to say
 DEFAULT_STEPS = 4  # where nothing says in how many steps to sample
 # What of a recorded training may be the name of a model or a data set, or a path.
 SOURCES = (
@@ -24,6 +26,7 @@ SOURCES = (
 # What a reader wants to know of a training: label -> keys.
 _TRAINING_ROWS = {
     "teacher": ("pretrained_teacher_model",),
+    "expert": ("expert",),
     "begun from the LoRA": ("pretrained_lora",),
     "videos": ("video_data",),
     "images": ("image_data",),
@@ -104,6 +107,9 @@ class Settings(_Record):
     base_model_repository: str | None = None
     base_model_revision: str | None = None
     extra_repositories: Mapping[str, str] = field(default_factory=dict)  # of components that lie elsewhere
+    # Of a base model with two experts: for which of them the LoRA is (`EXPERTS`), and the σ where their phases meet.
+    expert: str | None = None
+    boundary: float | None = None
     sampling: SamplingDefaults = SamplingDefaults()
     training: Mapping[str, Any] = field(default_factory=dict)
     sample: Sample | None = None
@@ -118,12 +124,14 @@ class Settings(_Record):
             "training": content.get("training") or {},
             "sample": Sample.from_dict(sample) if sample else None,
         }
+        if content.get("expert") not in (None, *EXPERTS):
+            raise ValueError(f"`expert` in {CONFIG_NAME} must be {' or '.join(EXPERTS)}, not {content['expert']!r}.")
         return super().from_dict({**content, **parts})
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; nothing at all if nothing is known."""
         values = super().to_dict() if self else {}
-        return {name: value for name, value in values.items() if name != "sample" or value}
+        return {name: value for name, value in values.items() if name not in _WHERE_KNOWN or value}
 
     def __bool__(self) -> bool:
         return self != Settings()

@@ -86,3 +86,12 @@ def test_nothing_else_knows_the_keys():
         ]
         used = {node.value for node in subscripts + gets if isinstance(node, ast.Constant)}
         assert not used & keys, path
+
+
+def test_the_expert_and_the_boundary_of_a_model_with_two(tmp_path):
+    settings = Settings(base_model="wan-a14b", expert="low_noise", boundary=0.875)
+    settings.write(tmp_path)
+    assert Settings.read(Location.of(tmp_path)) == settings
+    assert not {"expert", "boundary"} & Settings(base_model="wan").to_dict().keys()
+    with pytest.raises(ValueError, match="`expert` in mcm_config.json must be high_noise or low_noise, not 'high'"):
+        Settings.from_dict({"expert": "high"})

@@ -8,12 +8,14 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 SIZE = 32  # pixels; latents are 4 x 4, or 2 x 2 of TI2V
 NUM_FRAMES = 9  # three of the latents
-CHANNELS = {"wan": 16, "wan-ti2v": 48}
+CHANNELS = {"wan": 16, "wan-ti2v": 48, "wan-a14b": 16}
+BOUNDARY = 0.875  # where the two experts of Wan 2.2 A14B meet
 TEXT_DIM = 32
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _VAE = dict(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
 _VAES = {
     "wan": _VAE | dict(z_dim=16),
+    "wan-a14b": _VAE | dict(z_dim=16),
     "wan-ti2v": _VAE
     | dict(z_dim=48, in_channels=12, out_channels=12, is_residual=True, patch_size=2, scale_factor_spatial=16),
 }
@@ -51,7 +53,8 @@ def wan_components(kind: str = "wan", seed: int = 0) -> dict:
         torch.manual_seed(seed)
         sizes = dict(d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
         text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes)).eval()
-    return dict(
+    second = dict(transformer_2=tiny_wan_transformer(kind, seed + 1)) if kind == "wan-a14b" else {}
+    return second | dict(
         transformer=tiny_wan_transformer(kind, seed),
         vae=tiny_wan_vae(kind, seed),
         text_encoder=text_encoder,
@@ -62,5 +65,6 @@ def wan_components(kind: str = "wan", seed: int = 0) -> dict:
 
 def save_wan_base(folder: Path, kind: str = "wan", seed: int = 0) -> Path:
     """The repository that `WanPipeline.save_pretrained` writes."""
-    WanPipeline(**wan_components(kind, seed), expand_timesteps=kind == "wan-ti2v").save_pretrained(folder)
+    settings = dict(expand_timesteps=kind == "wan-ti2v", boundary_ratio=BOUNDARY if kind == "wan-a14b" else None)
+    WanPipeline(**wan_components(kind, seed), **settings).save_pretrained(folder)
     return folder

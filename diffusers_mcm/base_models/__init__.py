@@ -9,9 +9,11 @@ from ..lora import LoRA
 from .animatediff import AnimateDiff
 from .base import BaseModel
 from .modelscope import ModelScope
-from .wan import Wan, WanTI2V
+from .wan import Wan, WanA14B, WanTI2V
 
-BASE_MODELS: dict[str, BaseModel] = {model.name: model for model in (ModelScope(), AnimateDiff(), Wan(), WanTI2V())}
+BASE_MODELS: dict[str, BaseModel] = {
+    model.name: model for model in (ModelScope(), AnimateDiff(), Wan(), WanTI2V(), WanA14B())
+}
 
 
 def get_base_model(name: str) -> BaseModel:
@@ -21,9 +23,15 @@ def get_base_model(name: str) -> BaseModel:
 
 
 def infer_base_model(
-    *, model_index: Mapping[str, Any] | None = None, lora_modules: Iterable[str] | None = None
+    *,
+    model_index: Mapping[str, Any] | None = None,
+    lora_modules: Iterable[str] | None = None,
+    for_an_expert: bool = False,
 ) -> BaseModel:
-    """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to."""
+    """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to.
+
+    Names do not tell the LoRA of a model's only denoiser from that of one of two experts; `for_an_expert` does.
+    """
     if model_index is not None:
         for model in BASE_MODELS.values():
             if model.matches(model_index):
@@ -39,7 +47,7 @@ def infer_base_model(
         )
     names = list(lora_modules or ())
     for model in BASE_MODELS.values():
-        if model.recognises(names):
+        if model.recognises(names) and bool(model.experts) == for_an_expert:
             return model
     raise ValueError(
         f"No supported base model ({', '.join(sorted(BASE_MODELS))}) has the modules this LoRA names, such as"
@@ -50,7 +58,9 @@ def infer_base_model(
 def base_model_of(lora: LoRA) -> BaseModel:
     """The base model that a LoRA is for: as its settings say, or else by the modules it names."""
     name = lora.settings.base_model
-    return get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
+    if name:
+        return get_base_model(name)
+    return infer_base_model(lora_modules=lora.modules, for_an_expert=lora.settings.expert is not None)
 
 
 __all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "get_base_model", "infer_base_model"]

@@ -35,6 +35,9 @@ class BaseModel(ABC):
     default_repository: str
     denoiser_name: str = "unet"  # the component's name in a repository, and the prefix of its LoRA keys
     denoiser_classes: tuple[str, ...]  # what `model_index.json` may call the class of that component
+    # Of a model with two denoisers, each for a phase of the path: what they are called, the one that begins first, and
+    # the components that they are.
+    experts: Mapping[str, str] = {}
     # Components that may lie in repositories of their own, by name: where they are if nothing says otherwise.
     extra_repositories: Mapping[str, str] = {}
     guidance_range: tuple[float, float]  # of the teacher, w ~ U[w_min, w_max]

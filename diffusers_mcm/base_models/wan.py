@@ -1,13 +1,13 @@
-"""Wan 2.1 and Wan 2.2 TI2V-5B: a transformer on the flow path, over the latents of a video autoencoder that is causal.
+"""Wan 2.1 and 2.2: a transformer on the flow path, over the latents of a video autoencoder that is causal.
 
-This file is everything the package knows about the networks of those models; `pipelines.wan` samples them. Wan 2.2
-A14B, which has two transformers, is not among them.
+This file is everything the package knows about the networks of those models; `pipelines.wan` samples them, and
+`pipelines.wan_a14b` the one that has two transformers, Wan 2.2 A14B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..conditioning import Conditioning
 from ..consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath
 from ..lora import base_layer
 from ..scheduler import MCMFlowScheduler
+from ..settings import HIGH_NOISE, LOW_NOISE
 from .base import BaseModel, component_class
 from .precision import at_least_float32
 from .tokens import tokenize
@@ -31,7 +32,10 @@ NEGATIVE_PROMPT = (
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
     "三条腿，背景人很多，倒着走"
 )
-_ONE_EXPERT = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers and Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+_TEXT_TO_VIDEO = (
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers or"
+    " Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+)
 
 
 class Wan(BaseModel):
@@ -59,18 +63,15 @@ class Wan(BaseModel):
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def matches(self, model_index: Mapping[str, Any]) -> bool:
-        return super().matches(model_index) and bool(model_index.get("expand_timesteps")) == self.expand_timesteps
+        has_two = component_class(model_index, "transformer_2") is not None
+        expands = bool(model_index.get("expand_timesteps"))
+        return super().matches(model_index) and (has_two, expands) == (bool(self.experts), self.expand_timesteps)
 
     def check_repository(self, model_index: Mapping[str, Any]) -> None:
-        if component_class(model_index, "transformer_2") is not None:
-            raise ValueError(
-                "This Wan has two experts (transformer and transformer_2), as Wan 2.2 A14B, and each would have to be"
-                f" distilled by itself, which is not possible yet. Those with one are {_ONE_EXPERT}."
-            )
         if component_class(model_index, "image_encoder") is not None:
             raise ValueError(
-                "This Wan has an image encoder: it makes a picture move. Text to video needs one without,"
-                f" {_ONE_EXPERT}."
+                "This Wan has an image encoder: it makes a picture move. Text to video needs one without, such as"
+                f" {_TEXT_TO_VIDEO}."
             )
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:
@@ -78,7 +79,7 @@ class Wan(BaseModel):
         if channels != latents:
             raise ValueError(
                 f"This {type(denoiser).__name__} takes {channels} channels, the latents have {latents}: it is one for"
-                f" making a picture or a video into another. Text to video needs {_ONE_EXPERT}."
+                f" making a picture or a video into another. Text to video needs one such as {_TEXT_TO_VIDEO}."
             )
 
     def noise_path(self, scheduler_config: Mapping[str, Any] | None = None, **student: Any) -> FlowPath:
@@ -175,6 +176,29 @@ class WanTI2V(Wan):
     fps = 24
     data_fps = 24.0
     expand_timesteps = True
+
+
+class WanA14B(Wan):
+    """Wan 2.2 A14B, text to video: two transformers of the size of Wan 2.1's 14B, each for a part of the path."""
+
+    name = "wan-a14b"
+    default_repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    experts = {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
+    described_scheduler_keys = ("shift", "boundary", "original_inference_steps")
+
+    def check_repository(self, model_index: Mapping[str, Any]) -> None:
+        super().check_repository(model_index)
+        check_boundary(model_index.get("boundary_ratio"))
+
+
+def check_boundary(boundary: Any) -> float:
+    """The σ where the two experts of a Wan meet; `ValueError` if a pipeline does not say it."""
+    if isinstance(boundary, bool) or not isinstance(boundary, Real) or not 0 < boundary < 1:
+        raise ValueError(
+            "Expected a `boundary_ratio` between 0 and 1, where the two experts of this Wan meet (0.875 for"
+            f" {WanA14B.default_repository}); got {boundary!r}."
+        )
+    return float(boundary)
 
 
 # --- latents and frames: the first latent stands for one frame, each other for four ----------------------------------

@@ -14,6 +14,17 @@ from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..settings import CONFIG_NAME
 from .adapter import DEFAULT_ADAPTER, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
 from .components import read_components
+from .experts import (
+    PAIR_NAMES,
+    LoRAPair,
+    as_pair,
+    expert_of,
+    find_pair,
+    for_expert,
+    pair_of,
+    read_loras,
+    write_lora_pair,
+)
 from .files import (
     lora_header,
     open_safetensors,

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def read_beside(
     """Settings, and the configurations of scheduler and PEFT: from files beside the weights, or else their header."""
     place = location.around()
     config, scheduler_config, adapter_config = (json.loads(header.get(key, "null")) for key in HEADER_KEYS)
-    settings = Settings.read(place) or Settings.from_dict(config or {})
+    own = Settings.from_dict(config or {})
+    settings = Settings.read(place) or own
+    if own.expert:  # beside the two files of a pair there may be the settings of one of them
+        settings = replace(settings, expert=own.expert)
     return settings, place.json(SCHEDULER_NAME) or scheduler_config, place.json(PEFT_CONFIG_NAME) or adapter_config
 
 

@@ -5,8 +5,9 @@ from .mcm import MCMPipeline, MCMPipelineOutput
 from .modelscope import ModelScopeMCMPipeline
 from .samplers import make_scheduler
 from .wan import WanMCMPipeline, WanTI2VMCMPipeline
+from .wan_a14b import WanA14BMCMPipeline
 
 __all__ = [
     *("AnimateDiffMCMPipeline", "MCMPipeline", "MCMPipelineOutput", "ModelScopeMCMPipeline"),
-    *("WanMCMPipeline", "WanTI2VMCMPipeline", "make_scheduler"),
+    *("WanA14BMCMPipeline", "WanMCMPipeline", "WanTI2VMCMPipeline", "make_scheduler"),
 ]

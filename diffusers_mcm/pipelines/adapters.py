@@ -53,9 +53,15 @@ class LoRAVerbs(FusingVerbs):
         return denoiser._mcm_adapters
 
     @property
+    def _denoisers(self) -> dict[str, nn.Module]:
+        """The denoiser, or both experts that share its work, by their components."""
+        names = self.base_model.experts.values() or (self.base_model.denoiser_name,)
+        return {name: network for name in names if (network := getattr(self, name)) is not None}
+
+    @property
     def _networks(self) -> nn.ModuleDict:
         """The networks a LoRA may lie on, the denoiser first; their modules are named `component.module`."""
-        networks = {self.base_model.denoiser_name: self.denoiser, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
+        networks = {**self._denoisers, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
         return nn.ModuleDict({name: unwrapped(network) for name, network in networks.items() if network is not None})
 
     @property
@@ -138,7 +144,7 @@ class LoRAVerbs(FusingVerbs):
         """
         self._require_unfused("load a LoRA")
         own = self.base_model
-        loras = read_components(pretrained_model_name_or_path_or_dict, self._networks, **options)
+        loras = self._read_loras(pretrained_model_name_or_path_or_dict, **options)
         for lora in loras.values():
             # The base model whose modules it names; this one, if it names none that only some other has.
             named = (model.name for model in (own, *BASE_MODELS.values()) if model.recognises(lora.modules))
@@ -147,12 +153,20 @@ class LoRAVerbs(FusingVerbs):
                 raise ValueError(f"{lora.source} was made for base model {made_for!r}; this is {own.name!r}.")
         self._put_in(loras, adapter_name or self._free_name("default"))
 
+    def _read_loras(self, source: Any, **options: Any) -> dict[str, LoRA]:
+        """A LoRA for each network that it has layers for."""
+        if isinstance(source, (list, tuple)):
+            raise ValueError(
+                f"A {self.base_model.name} has one denoiser, and takes one LoRA at a time; got {len(source)} together."
+            )
+        return read_components(source, self._networks, **options)
+
     def _free_name(self, stem: str) -> str:
         names = (stem, *(f"{stem}_{i}" for i in range(1, len(self._loaded) + 1)))
         return next(name for name in names if name not in self._loaded)
 
     def _require_at_hand(self, what: str) -> None:
-        if any(parameter.is_meta for parameter in self.denoiser.parameters()):
+        if any(parameter.is_meta for network in self._denoisers.values() for parameter in network.parameters()):
             raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
 
     def _put_in(self, loras: Mapping[str, LoRA], adapter_name: str) -> None:
@@ -168,7 +182,8 @@ class LoRAVerbs(FusingVerbs):
         for component, lora in loras.items():
             load_lora_into(networks[component], lora, adapter_name)
             if lora.settings:
-                self._adapters.settings[adapter_name] = lora.settings.absolute(lora.folder).without_training_paths()
+                settings = lora.settings.absolute(lora.folder).without_training_paths()
+                self._adapters.settings.setdefault(adapter_name, {})[component] = settings
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -209,7 +224,8 @@ class LoRAVerbs(FusingVerbs):
     ) -> None:
         """Make these adapters, and no others, active at these weights (default: one).
 
-        A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`.
+        A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`, or where two experts
+        share the work `{"transformer": 1.0, "transformer_2": 0.8}`.
         """
         names = self._known(adapter_names)
         given: Any = 1.0 if adapter_weights is None else adapter_weights
@@ -237,7 +253,8 @@ class LoRAVerbs(FusingVerbs):
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
         """Scale the weights of all active adapters; an error if they, or `scale`, could have no effect."""
-        if not self._adapters.fused and fused_projections(unwrapped(self.denoiser)) and self.get_active_adapters():
+        denoisers = map(unwrapped, self._denoisers.values())
+        if not self._adapters.fused and any(map(fused_projections, denoisers)) and self.get_active_adapters():
             self._require_called("sample with a LoRA", self._layers)
         if scale == 1.0:
             yield
@@ -280,12 +297,14 @@ class LoRAVerbs(FusingVerbs):
         for name in self._loaded:
             target = folder / ADAPTERS_FOLDER / name
             target.mkdir(parents=True)
-            write_lora_weights(target / WEIGHTS_NAME, self._extract(name))
-            settings = self._settings(name)
-            if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this one is
-                here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
-                settings = dataclasses.replace(settings, **here, extra_repositories={})
-            settings.write(target)
+            loras = self._extract(name)
+            for component, lora in loras.items():
+                settings = self._settings(name, component)
+                if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this is
+                    here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
+                    settings = dataclasses.replace(settings, **here, extra_repositories={})
+                lora.settings = settings
+            self._write_adapter(target, loras)
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
             "active": self._switched_on,
@@ -294,9 +313,21 @@ class LoRAVerbs(FusingVerbs):
         }
         (folder / ADAPTERS_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-    def _settings(self, name: str) -> Settings:
-        """The settings that an adapter came with, and what the pipeline knows of it."""
-        settings = self._adapters.settings.get(name, Settings())
+    def _write_adapter(self, folder: Path, loras: Mapping[str, LoRA]) -> None:
+        """Write an adapter, by its components, so that `_read_loras` reads it."""
+        settings = next(iter(loras.values())).settings
+        bare = {component: dataclasses.replace(lora, settings=Settings()) for component, lora in loras.items()}
+        write_lora_weights(folder / WEIGHTS_NAME, bare)
+        settings.write(folder)
+
+    def _read_adapter(self, place: Location) -> dict[str, LoRA]:
+        """Undo `_write_adapter`."""
+        return self._read_loras(place)
+
+    def _settings(self, name: str, component: str | None = None) -> Settings:
+        """The settings that an adapter came with, on this component or any, and what the pipeline knows of it."""
+        known = self._adapters.settings.get(name, {})
+        settings = known.get(component or "") or next(iter(known.values()), Settings())
         return dataclasses.replace(settings, base_model=self.base_model.name)
 
     def _load_adapters(self, location: Location) -> None:
@@ -306,7 +337,7 @@ class LoRAVerbs(FusingVerbs):
             return
         for name in state["adapters"]:
             place = location.inside(f"{ADAPTERS_FOLDER}/{name}")
-            loras = read_components(place, self._networks)
+            loras = self._read_adapter(place)
             first = next(iter(loras.values()))
             if not first.settings:  # as of a LoRA with layers for the text encoder
                 first.settings, first.folder = Settings.read(place) or Settings(), None

@@ -21,7 +21,8 @@ class AdapterState:
     """The state that peft's layers do not keep; it is on the denoiser, so that pipelines which share it agree."""
 
     weights: dict[str, Weight] = field(default_factory=dict)  # as given, before the factor alpha / rank
-    settings: dict[str, Settings] = field(default_factory=dict)  # of each adapter that came with some
+    # Of each adapter that came with some, by the component that they are of.
+    settings: dict[str, dict[str, Settings]] = field(default_factory=dict)
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
@@ -110,12 +111,12 @@ class FusingVerbs(DiffusionPipeline):
 
     def _require_called(self, what: str, modules: Iterable[str]) -> None:
         """`ValueError` if fused projections leave out some of these modules, so that a LoRA there does nothing."""
-        name = self.base_model.denoiser_name
-        idle = sorted({f"{name}.{each}" for each in fused_projections(self._networks[name])}.intersection(modules))
+        fused = (f"{name}.{each}" for name in self._denoisers for each in fused_projections(self._networks[name]))
+        idle = sorted(set(fused).intersection(modules))
         if idle:
             raise ValueError(
                 f"Cannot {what} while the attention's projections are fused (`fuse_qkv_projections`): {len(idle)} of"
-                f" the modules with a LoRA are not called, such as {idle[0].removeprefix(f'{name}.')!r}."
+                f" the modules with a LoRA are not called, such as {idle[0].partition('.')[2]!r}."
                 " `unfuse_qkv_projections()` first; a LoRA that is fused (`fuse_lora()`) before they are stays in."
             )
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import nn
 
 from ..base_models import BaseModel, infer_base_model
 from ..location import HUB_OPTIONS, Location
-from ..lora import LoRA, read_lora
+from ..lora import LoRA, LoRAPair, find_pair, read_loras
 from ..settings import SAMPLING_KEYS
 from . import checks, loading
 from .callbacks import TENSORS, step_callback
@@ -73,17 +73,19 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def _set_up(self, **components) -> None:
         """Do what `__init__` of a subclass has to, with all its arguments: components and what a call defaults to."""
         sampling = {name: components.pop(name) for name in SAMPLING_KEYS}
-        self.base_model.check_components(components[self.base_model.denoiser_name], components["vae"])
         networks = [module for module in components.values() if isinstance(module, nn.Module)]
         require_unfused(networks)
         self.register_modules(**components)
+        for denoiser in self._denoisers.values():
+            self.base_model.check_components(denoiser, components["vae"])
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,
         # depends on whether a weight asks for them. A LoRA in training is left alone.
         for name, parameter in (named for network in networks for named in network.named_parameters()):
             if ".lora_" not in name:
                 parameter.requires_grad_(False)
-        self.base_model.prepare_denoiser(self.denoiser)
+        for denoiser in self._denoisers.values():
+            self.base_model.prepare_denoiser(denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
@@ -91,9 +93,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
         *,
-        lora: str | os.PathLike | None = None,
+        lora: str | os.PathLike | LoRAPair | Sequence[str | os.PathLike] | None = None,
         adapter_name: str = "mcm",
         subfolder: str | None = None,
         weight_name: str | None = None,
@@ -107,14 +109,15 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: As a local path, a packaged model (`"mcm-shapes"`) or a Hub id:
 
-                    - an MCM LoRA, as a folder or a `.safetensors` file;
+                    - an MCM LoRA, as a folder or a `.safetensors` file; for Wan 2.2 A14B the pair for its two experts,
+                      as a folder with both or as two, `(high_noise, low_noise)`;
                     - a text-to-video model to be sampled in few steps, with the LoRA given as `lora`; for AnimateDiff
                       a Stable Diffusion 1.5 will do, also as a single-file checkpoint (`.safetensors`);
                     - a pipeline saved with [`~MCMPipeline.save_pretrained`];
                     - motion modules for a Stable Diffusion 1.5: AnimateLCM, AnimateDiff-Lightning (of which
                       `num_inference_steps` chooses the file) or plain ones; sampled as their makers say, but for the
                       guidance, which a call is given: 2 for AnimateLCM.
-            lora: An MCM LoRA to put in a text-to-video model.
+            lora: An MCM LoRA, or a pair, to put in a text-to-video model.
             adapter_name: What the LoRA verbs will call it.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision: Of `pretrained_model_name_or_path`, on the Hub.
@@ -132,8 +135,12 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         """
         kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
+        given = (pretrained_model_name_or_path, subfolder, weight_name)
+        if lora is None and any(isinstance(each, (list, tuple)) for each in given):
+            read = read_loras(pretrained_model_name_or_path, revision=revision, **place, **options)
+            return cls._load_with_lora(read, adapter_name, base_model, base_model_revision, kwargs)
+        location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
         if lora is None:
             location = replace(location, **place)
         index = loading.read_model_index(location)
@@ -147,14 +154,29 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
             return pipeline
-        motion = find_motion_model(location, kwargs.get("num_inference_steps"))
-        loading.check_alone(location, lora, is_lora=motion is None)
+        pair = find_pair(location) if lora is None else None
+        motion = None if pair else find_motion_model(location, kwargs.get("num_inference_steps"))
+        if pair is None:
+            loading.check_alone(location, lora, is_lora=motion is None)
         if motion is not None:
             return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
-        read = read_lora(location)
-        base = loading.base_location(read, base_model, options)
-        base = replace(base, revision=base_model_revision or base.revision)
-        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, read)
+        return cls._load_with_lora(read_loras(location), adapter_name, base_model, base_model_revision, kwargs)
+
+    @classmethod
+    def _load_with_lora(
+        cls,
+        read: LoRA | LoRAPair,
+        adapter_name: str,
+        base_model: str | os.PathLike | None,
+        revision: str | None,
+        kwargs: dict[str, Any],
+    ) -> MCMPipeline:
+        """The base model of a LoRA, or another that is named, with it."""
+        options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        first = read if isinstance(read, LoRA) else read[0]
+        base = loading.base_location(first, base_model, options)
+        base = replace(base, revision=revision or base.revision)
+        pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, first)
         pipeline.load_mcm_lora(read, adapter_name)
         return pipeline
 
@@ -183,7 +205,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
-        pipeline.scheduler = pipeline.base_model.few_step_scheduler(pipeline.scheduler)
+        pipeline.scheduler = pipeline.few_step_scheduler()
         if lora is None and saved:
             pipeline._load_adapters(location)
         return pipeline
@@ -212,10 +234,14 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         return super().from_pretrained(location.name, revision=location.revision, **options)
 
     def load_mcm_lora(
-        self, pretrained_model_name_or_path: str | os.PathLike | LoRA, adapter_name: str | None = None, **options
+        self,
+        pretrained_model_name_or_path: str | os.PathLike | LoRA | LoRAPair | Sequence[str | os.PathLike],
+        adapter_name: str | None = None,
+        **options,
     ) -> None:
         """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
 
+        Of a base model with two experts it is the pair of theirs: a folder or repository with both, or both together.
         `options` are those of [`~MCMPipeline.load_lora_weights`].
         """
         if is_sampling(self):
@@ -224,21 +250,27 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 " callback use `load_lora_weights` and `set_adapters`."
             )
         given = pretrained_model_name_or_path
-        lora = given if isinstance(given, LoRA) else read_lora(given, **options)
+        read = given if isinstance(given, LoRA) else read_loras(given, **options)
         adapter_name = adapter_name or self._free_name("mcm")
-        self.load_lora_weights(lora, adapter_name)
+        lora, *_ = [read] if isinstance(read, LoRA) else read
+        self.load_lora_weights(read, adapter_name)
         self.set_adapters(adapter_name)
         self.enable_lora()
         if lora.scheduler_config is not None:
             self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
         else:
-            self.scheduler = self.base_model.few_step_scheduler(self.scheduler)
+            self.scheduler = self.few_step_scheduler()
         self.register_to_config(**lora.settings.sampling.known())
+
+    def few_step_scheduler(self) -> SchedulerMixin:
+        """The pipeline's scheduler, or one in its place that samples in few steps, for a network without a LoRA."""
+        return self.base_model.few_step_scheduler(self.scheduler)
 
     # --- properties --------------------------------------------------------------------------------------------------
     @property
     def denoiser(self) -> nn.Module:
-        return getattr(self, self.base_model.denoiser_name)
+        """The network that denoises, or of two experts the one that begins."""
+        return next(iter(self._denoisers.values()))
 
     guidance_scale = property(attrgetter("_guidance_scale"))
     num_timesteps = property(attrgetter("_num_timesteps"))

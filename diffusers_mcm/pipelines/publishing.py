@@ -16,7 +16,7 @@ from ..cards import CARD_NAME, DEFAULT_PROMPT
 from ..files import atomic_files, write_text
 from ..hub import check_repository_name, is_local
 from ..location import Location
-from ..lora import LoRA, write_lora_folder
+from ..lora import LoRA, write_lora_folder, write_lora_pair
 from ..publish import Destination, open_repository, pipeline_card, publish_folder, publish_lora, put_sample
 from ..settings import SAMPLING_KEYS, SamplingDefaults
 from . import loading
@@ -54,20 +54,32 @@ class HubVerbs(LoRAVerbs):
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
 
+        Where two experts share the work it is two files, `high_noise_model.safetensors` and
+        `low_noise_model.safetensors`, each with settings and scheduler in its header.
+
         Args:
             save_directory: Made if it is not there.
             adapter_name: Which LoRA; needed if several are loaded.
         """
         folder = Path(save_directory)
-        lora = self._to_save(self._one_adapter(adapter_name), folder)
-        write_lora_folder(folder, lora, self.base_model.denoiser_name)
+        name, denoiser = self._one_adapter(adapter_name), self.base_model.denoiser_name
+        experts = {component: expert for expert, component in self.base_model.experts.items()}
+        loras = {experts.get(component): self._to_save(name, folder, component) for component in self._lies_on(name)}
+        if len(loras) > 1:
+            write_lora_pair(folder, {expert: lora for expert, lora in loras.items() if expert is not None}, denoiser)
+        else:
+            write_lora_folder(folder, next(iter(loras.values())), denoiser)
 
-    def _to_save(self, name: str, folder: Path) -> LoRA:
-        """Return an MCM LoRA, with settings for a folder."""
-        denoiser = self.base_model.denoiser_name
-        if list(components := self._networks_of(name)) != [denoiser]:
+    def _lies_on(self, name: str) -> list[str]:
+        """The denoiser, or the experts, that an MCM LoRA lies on; `ValueError` for a LoRA on other networks, too."""
+        components = list(self._networks_of(name))
+        if not set(components) <= self._denoisers.keys():
             raise ValueError(f"{name!r} lies on {', '.join(components)}; an MCM LoRA lies on the denoiser alone.")
-        lora, settings = self._extract(name)[denoiser], self._settings(name)
+        return components
+
+    def _to_save(self, name: str, folder: Path, component: str) -> LoRA:
+        """Return an MCM LoRA as it lies on a component, with settings for a folder."""
+        lora, settings = self._extract(name)[component], self._settings(name, component)
         sampling = settings.sampling
         if sampling == SamplingDefaults():
             sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
@@ -115,13 +127,18 @@ class HubVerbs(LoRAVerbs):
         destination = Destination(repo_id, private, token, commit_message, revision, create_pr, overwrite_card)
         check_repository_name(repo_id)
         name = self._one_adapter(adapter_name)
+        if self.base_model.experts:
+            raise ValueError(
+                f"A LoRA for the two experts of a {self.base_model.name} is published as a folder:"
+                ' `save_mcm_lora("folder")`, and then `hf upload owner/name folder`.'
+            )
         sample = self._settings(name).sample
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
         with self._alone(name):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            lora = self._to_save(name, folder)
+            lora = self._to_save(name, folder, *self._lies_on(name))
             lora.settings = put_sample(folder, lora.settings, np.asarray(video), prompt, self.sampling_default("fps"))
             return publish_lora(folder, destination, base_model, lora)
 

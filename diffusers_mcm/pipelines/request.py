@@ -40,6 +40,7 @@ class Request:
     num_inference_steps: int | None = None
     timesteps: Sequence[float] | None = None
     guidance_scale: float = 1.0
+    guidance_scale_2: float | None = None  # of the second of two experts; `None`: that of both
     eta: float | None = None  # the scheduler's own
     output_type: str = "latent"
     decode_chunk_size: int | None = None
@@ -54,6 +55,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.guidance_scale = checks.number("guidance_scale", self.guidance_scale)
+        if self.guidance_scale_2 is not None:
+            self.guidance_scale_2 = checks.number("guidance_scale_2", self.guidance_scale_2)
         if self.eta is not None and not 0 <= checks.number("eta", self.eta) <= 1:
             raise ValueError(f"`eta` must lie between 0 and 1, got {self.eta:g}.")
         self.num_videos_per_prompt = checks.whole_number("num_videos_per_prompt", self.num_videos_per_prompt, least=1)

@@ -87,7 +87,7 @@ def make_scheduler(sampler: str, pipeline: DiffusionPipeline, timestep_spacing: 
     check_spacing(sampler, timestep_spacing)
     model, own = pipeline.base_model, pipeline.scheduler
     if sampler == OWN:
-        return model.few_step_scheduler(own)
+        return pipeline.few_step_scheduler()
     row = SAMPLERS[sampler]
     if "beta_schedule" not in model.noise_schedule_keys:
         raise ValueError(

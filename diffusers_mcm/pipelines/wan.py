@@ -23,7 +23,7 @@ class WanMCMPipeline(MCMPipeline):
         text_encoder ([`UMT5EncoderModel`]), tokenizer ([`T5Tokenizer`]): Encode the prompt.
         transformer ([`WanTransformer3DModel`]): The denoiser.
         scheduler ([`MCMFlowScheduler`]): Any flow-matching scheduler of diffusers works too, for comparison.
-        transformer_2, boundary_ratio: Of models with two experts, and as those of `WanPipeline` there to be `None`.
+        transformer_2, boundary_ratio: Of [`WanA14BMCMPipeline`], and as those of `WanPipeline` there to be `None`.
         expand_timesteps (`bool`, *optional*): Whether `WanPipeline` gives each token a timestep, which marks Wan 2.2
             TI2V.
         height, width, num_frames, num_inference_steps, fps (`int`, *optional*): What a call defaults to.
@@ -59,19 +59,24 @@ class WanMCMPipeline(MCMPipeline):
     def _predict(self, latents, t, text, negative, options: Mapping[str, Any]) -> torch.Tensor:
         """The network's output; under guidance by two calls, as in `WanPipeline`, so that caches such as
         `FirstBlockCacheConfig` keep apart what they remember of either."""
+        denoiser, guidance_scale = self._denoiser_at(t)
         index = self.scheduler.step_index or 0
         step = dict(step_index=index, sigma=float(self.scheduler.sigmas[index]))
         step["num_inference_steps"] = self._num_timesteps
 
         def predict(name: str, text: Conditioning) -> torch.Tensor:
-            with self.denoiser.cache_context(name, **step):
-                return self.base_model.denoise(self.denoiser, latents, t.expand(len(latents)), text, **options)
+            with denoiser.cache_context(name, **step):
+                return self.base_model.denoise(denoiser, latents, t.expand(len(latents)), text, **options)
 
         given = predict("cond", text)
-        if not guided(self, negative):
+        if not guided(self, negative) or guidance_scale == 1:
             return given
         without = predict("uncond", negative)
-        return without + self._guidance_scale * (given - without)
+        return without + guidance_scale * (given - without)
+
+    def _denoiser_at(self, t: torch.Tensor) -> tuple[Any, float]:
+        """The network that is asked at a timestep, and how strongly it is guided."""
+        return self.denoiser, self._guidance_scale
 
 
 def check_embeddings(text_encoder: UMT5EncoderModel) -> None:

@@ -25,7 +25,7 @@ from tests.tiny_wan import (
     wan_components,
 )
 
-WAN, TI2V = get_base_model("wan"), get_base_model("wan-ti2v")
+WAN, TI2V, A14B = (get_base_model(name) for name in ("wan", "wan-ti2v", "wan-a14b"))
 KINDS = pytest.mark.parametrize("kind", ["wan", "wan-ti2v"])
 INDEX = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
 
@@ -47,6 +47,7 @@ def model(kind):
         (INDEX, "wan"),
         (INDEX | {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False}, "wan"),
         (INDEX | {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True}, "wan-ti2v"),
+        (INDEX | {"transformer_2": INDEX["transformer"], "boundary_ratio": 0.875}, "wan-a14b"),
     ],
 )
 def test_repositories_are_told_apart(index, name):
@@ -56,7 +57,14 @@ def test_repositories_are_told_apart(index, name):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"transformer_2": INDEX["transformer"]}, r"has two experts .* not possible yet. Those with one are Wan-AI/W"),
+        (
+            {"transformer_2": INDEX["transformer"]},
+            r"`boundary_ratio` between 0 and 1, where the two experts of this Wan meet \(0.875 for .*; got None",
+        ),
+        (
+            {"transformer_2": INDEX["transformer"], "boundary_ratio": 875},
+            "`boundary_ratio` between 0 and 1, .*; got 875",
+        ),
         (
             {"image_encoder": ["transformers", "CLIPVisionModel"]},
             "it makes a picture move. Text to video needs one wi",
@@ -85,6 +93,7 @@ def test_rows_do_not_take_each_others_models(tmp_path):
         MCMPipeline.from_pretrained(tmp_path / "modelscope", lora=lora)
     modules = [key.removeprefix("transformer.") for key in load_file(lora / "pytorch_lora_weights.safetensors")]
     assert infer_base_model(lora_modules=modules) is WAN
+    assert infer_base_model(lora_modules=modules, for_an_expert=True) is A14B
 
 
 # Of the configurations that diffusers' script for converting Wan's own checkpoints holds.
@@ -96,14 +105,19 @@ FULL_SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("size", "billions", "targets", "millions"),
-    [("1.3B", 1.419, 300, 87.5), ("14B", 14.288, 400, 306.7), ("5B", 5.000, 300, 161.2)],
+    ("model", "size", "billions", "targets", "millions"),
+    [
+        (WAN, "1.3B", 1.419, 300, 87.5),
+        (WAN, "14B", 14.288, 400, 306.7),
+        (TI2V, "5B", 5.000, 300, 161.2),
+        (A14B, "14B", 14.288, 400, 306.7),  # each of its two experts
+    ],
 )
-def test_the_lora_of_the_models_as_large_as_they_are(size, billions, targets, millions):
+def test_the_lora_of_the_models_as_large_as_they_are(model, size, billions, targets, millions):
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**FULL_SIZES[size])
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
-    modules = WAN.lora_target_modules(transformer)
+    modules = model.lora_target_modules(transformer)
     shapes = [transformer.get_submodule(name).weight.shape for name in modules]
     assert len(modules) == targets
     assert 64 * sum(map(sum, shapes)) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -114,7 +128,9 @@ def test_defaults():
     names = ("num_frames", "height", "width", "fps", "data_fps", "num_solver_steps", "guidance_range")
     assert [getattr(WAN, name) for name in names] == [81, 480, 832, 16, 16.0, 48, (2.0, 6.0)]
     assert [getattr(TI2V, name) for name in names] == [121, 704, 1280, 24, 24.0, 48, (2.0, 6.0)]
-    assert all(model.negative_prompt == NEGATIVE_PROMPT for model in (WAN, TI2V))
+    assert [getattr(A14B, name) for name in names] == [81, 480, 832, 16, 16.0, 48, (2.0, 6.0)]
+    assert all(model.negative_prompt == NEGATIVE_PROMPT for model in (WAN, TI2V, A14B))
+    assert A14B.experts == {"high_noise": "transformer", "low_noise": "transformer_2"} and not WAN.experts
     assert {"静态", "静止", "静止不动的画面"} < set(NEGATIVE_PROMPT.split("，")) and NEGATIVE_PROMPT.count("，") == 27
     assert WAN.noise_path().shift == 5.0 and WAN.noise_path(shift=8.0).shift == 8.0
     assert tuple(FRAME_DECODERS) == WAN.frame_decoders == TI2V.frame_decoders
@@ -124,7 +140,8 @@ def test_the_students_scheduler_has_nothing_of_the_teachers():
     teachers = wan_components()["scheduler"].config
     scheduler = WAN.student_scheduler(teachers, num_solver_steps=48, shift=8.0)
     config = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
-    assert config == dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=48, stochastic=True)
+    own = dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=48, stochastic=True, boundary=None)
+    assert config == own
     assert WAN.few_step_scheduler(wan_components()["scheduler"]).config.shift == 5.0  # the teacher's is 3
 
 
