@@ -53,8 +53,12 @@ class Student(nn.Module):
         self.motion, self.target_motion = motion, copy.deepcopy(motion).requires_grad_(False)
 
     def encode_real(self, pixels: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        """x_0 (B, C, T, h, w) float32 of the clips that start a trajectory; zeros for the others, not encoded."""
-        real = (draws.coin < self.config.lambda_real).nonzero().flatten().to(pixels.device)
+        """x_0 (B, C, T, h, w) float32 of the clips that start a trajectory; zeros for the others, not encoded.
+
+        In a phase that does not start in noise the student's own samples start from clips, too.
+        """
+        starts = draws.coin < (self.config.lambda_real if self.path.starts_in_noise else 1)
+        real = starts.nonzero().flatten().to(pixels.device)
         x_0 = torch.zeros_like(draws.noise)
         if len(real):
             latents = self.base.encode_video(self.vae, pixels[real], draws.encoder_noise[real])
@@ -74,24 +78,23 @@ class Student(nn.Module):
         t_prev = path.previous_timestep(t, config.num_solver_steps)
         theta = partial(self.base.denoise, self.fused() if self.fused else self.denoiser)
 
-        def f(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # eq. 1
-            return path.consistency_function(theta(x, t, text), x, t)
-
         with torch.no_grad():
             x_0 = self.encode_real(pixels, draws)
-            x_0 = mixed_start(theta, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
-            x_t = noisy_start(path, x_0, draws.noise, t)
+            x_end = mixed_start(theta, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
+            x_t = noisy_start(path, x_end, draws.noise, t)
             with self.teacher():  # eq. 2
                 phi = partial(self.base.denoise, self.denoiser)
                 x_prev = teacher_step(phi, path, x_t, t, t_prev, text, negative_text, draws.guidance)
-            target = f(x_prev, t_prev)  # θ⁻
+            target = path.consistency_function(theta(x_prev, t_prev, text), x_prev, t_prev)  # f(·; θ⁻), eq. 1
 
-        prediction = f(x_t, t)  # θ
+        output = theta(x_t, t, text)
+        prediction = path.consistency_function(output, x_t, t)  # f(·; θ)
         with torch.autocast(pixels.device.type, enabled=False):  # what c = 0.001 tells apart, half types do not
             distance = pseudo_huber(self.motion(prediction), self.target_motion(target), config.huber_c)  # eq. 3, 6
         if adversary is None:
             return StudentLosses(distance, distance)
         frames = pick_frames(pixels.shape[2], draws.frames)  # (B, l)
-        images = self.base.decode_frames(self.vae, prediction, frames, config.frame_decoder)
+        clean = prediction if path.ends_clean else path.predict_x0(output, x_t, t)
+        images = self.base.decode_frames(self.vae, clean, frames, config.frame_decoder)
         generator = adversary.generator_loss(images)
         return StudentLosses(distance + config.lambda_adv * generator.loss, distance, generator)

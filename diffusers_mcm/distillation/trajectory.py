@@ -14,30 +14,37 @@ FRAME_DECODERS = ("exact", "image")  # ways to decode them; a base model may kno
 VISITING_STEPS = (1, 2, 4, 8)  # the numbers of sampling steps that the paper reports
 
 
-def visited_timesteps(grid: torch.Tensor) -> torch.Tensor:
-    """The grid, and once more what each of `VISITING_STEPS` visits of it, as `MCMScheduler` spaces its steps."""
-    visits = [grid.flip(0)[torch.arange(steps) * len(grid) // steps] for steps in VISITING_STEPS if steps <= len(grid)]
-    return torch.cat([grid, *visits])
+def visited_timesteps(path: NoisePath, num_solver_steps: int) -> torch.Tensor:
+    """The grid, and once more what each of `VISITING_STEPS` visits of it, as our schedulers space their steps."""
+    visiting = [steps for steps in VISITING_STEPS if steps <= num_solver_steps]
+    visits = [path.visited_timesteps(steps, num_solver_steps) for steps in visiting]
+    return torch.cat([path.solver_timesteps(num_solver_steps), *visits])
 
 
-# From the solver's grid, ascending (N,), to the timesteps among which one is drawn with equal chances.
-TIMESTEPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "uniform": lambda grid: grid,
+# From the path and the steps of the solver's grid to the timesteps among which one is drawn with equal chances.
+TIMESTEPS: dict[str, Callable[[NoisePath, int], torch.Tensor]] = {
+    "uniform": lambda path, num_solver_steps: path.solver_timesteps(num_solver_steps),
     "visited": visited_timesteps,
 }
 
 
-def noisy_start(path: NoisePath, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t = α_t x_0 + σ_t ε, but pure noise at the terminal timestep (zero terminal SNR): sampling starts there."""
-    x_t = path.add_noise(x0, noise, t)
-    return torch.where(expand_like(t == path.terminal_timestep, x0), noise.to(x_t.dtype), x_t)
+def noisy_start(path: NoisePath, x_end: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = α_t x_0 + σ_t ε, but pure noise at the terminal timestep (zero terminal SNR): sampling starts there.
+
+    `x_end` is x_0, or of a phase that ends before what it ends in.
+    """
+    x_t = path.noise_again(x_end, noise, t)
+    return torch.where(expand_like(t == path.terminal_timestep, x_end), noise.to(x_t.dtype), x_t)
 
 
 @torch.no_grad()
-def one_step_sample(denoise: Denoise, path: NoisePath, noise: torch.Tensor, text: Conditioning) -> torch.Tensor:
-    """x̂_0^θ = f_θ(x_T, T) with x_T pure noise (eq. 7): the student's own one-step sample, without gradients."""
-    terminal = torch.full((len(noise),), path.terminal_timestep, device=noise.device)
-    return path.consistency_function(denoise(noise, terminal, text), noise, terminal)
+def one_step_sample(denoise: Denoise, path: NoisePath, x_start: torch.Tensor, text: Conditioning) -> torch.Tensor:
+    """x̂_0^θ = f_θ(x_T, T) with x_T pure noise (eq. 7): the student's own one-step sample, without gradients.
+
+    Of a phase it leads from `x_start`, where that starts, to where it ends.
+    """
+    start = torch.full((len(x_start),), path.start_timestep, device=x_start.device)
+    return path.consistency_function(denoise(x_start, start, text), x_start, start)
 
 
 def mixed_start(
@@ -55,16 +62,20 @@ def mixed_start(
 
     Latents of the real videos `x0` and pure noise `start_noise`, independent of the noise added later, are
     (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1].
+
+    Of a phase, both are what it ends in: the video with the noise that is left there, and the sample from where it
+    starts, which in a later phase is the video with the noise that is there.
     """
     if not 0 <= lambda_real <= 1:
         raise ValueError(f"lambda_real must be between 0 and 1; got {lambda_real}.")
     if uniforms.shape != x0.shape[:1]:
         raise ValueError(f"There must be one uniform draw per sample, ({len(x0)},); got {tuple(uniforms.shape)}.")
     own = (uniforms >= lambda_real).nonzero().flatten().to(x0.device)
+    x_end = path.at_end(x0, start_noise)
     if len(own) == 0:
-        return x0
-    samples = one_step_sample(denoise, path, start_noise[own], select(text, own))
-    return x0.index_copy(0, own, samples.to(x0.dtype))
+        return x_end
+    samples = one_step_sample(denoise, path, path.at_start(x0[own], start_noise[own]), select(text, own))
+    return x_end.index_copy(0, own, samples.to(x0.dtype))
 
 
 def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:

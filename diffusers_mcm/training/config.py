@@ -9,6 +9,7 @@ from typing import Any
 
 from ..distillation.method import MethodConfig
 from ..flags import FIXED, TOLD, flag
+from ..settings import EXPERTS, HIGH_NOISE, LOW_NOISE
 
 REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -47,6 +48,15 @@ class TrainingConfig(MethodConfig):
         None,
         help="Architecture of the teacher, such as 'modelscope' or 'animatediff'. Default: what its files say.",
         resume=FIXED,
+    )
+    expert: str | None = _model(
+        None,
+        help="Which expert of the teacher to distil, where it has two (Wan 2.2 A14B): only that one is loaded, and "
+        "trained in its own part of the path, 'high_noise' above the boundary and 'low_noise' below. A run for each "
+        "makes the pair that samples.",
+        choices=EXPERTS,
+        resume=FIXED,
+        beyond_paper=True,
     )
     revision: str | None = _model(None, help="Revision of the teacher on the Hub.", resume=TOLD)
     variant: str | None = _model(
@@ -277,6 +287,16 @@ def _check_method(config: TrainingConfig) -> None:
         raise ValueError(
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
             f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."
+        )
+    if config.expert is not None and config.push_to_hub:
+        raise ValueError(
+            f"--push_to_hub would publish half a model, the {config.expert} expert's. Distil both, load them as a"
+            " pair, and publish what `save_mcm_lora` writes."
+        )
+    if config.expert == LOW_NOISE and config.validation_prompts:
+        raise ValueError(
+            f"--validation_prompts: the {LOW_NOISE} expert finishes what the {HIGH_NOISE} expert begins, and has no"
+            " clips of its own. Sample with the pair, of this run's checkpoints too."
         )
     frames, judged = config.num_frames or math.inf, config.num_adversarial_frames
     if config.adversarial and judged > frames:

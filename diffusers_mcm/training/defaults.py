@@ -32,6 +32,13 @@ def student_settings(config: TrainingConfig, base: BaseModel) -> dict[str, float
 
 
 def _check(config: TrainingConfig, base: BaseModel) -> None:
+    if base.experts and config.expert is None:
+        raise ValueError(
+            f"A {base.name} has two experts, each of which is distilled by itself: say which with --expert"
+            f" {' or '.join(base.experts)}."
+        )
+    if config.expert is not None and not base.experts:
+        raise ValueError(f"--expert {config.expert}: a {base.name} has one denoiser and no experts.")
     if config.frame_decoder not in base.frame_decoders:
         known = ", ".join(base.frame_decoders)
         raise ValueError(

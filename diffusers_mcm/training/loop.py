@@ -59,8 +59,7 @@ class Trainer:
         if self.networks.discriminator is not None:
             self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
         self.trained = [module for module in (self.student, self.discriminator) if module is not None]
-        grid = self.networks.student.path.solver_timesteps(config.method.num_solver_steps)
-        self.timesteps = TIMESTEPS[config.timesteps](grid)
+        self.timesteps = TIMESTEPS[config.timesteps](self.networks.student.path, config.method.num_solver_steps)
         with told_by_one(self.accelerator):
             self.data = open_data(config, self.networks.clip_size)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)

@@ -23,18 +23,20 @@ from ..features import PatchFeatures, TextFeatures
 from ..location import Location
 from ..lora import (
     MOTION_HEAD_NAME,
+    LoRA,
     add_lora,
     check_fits,
     fused,
     lora_disabled,
     lora_state_dict,
     open_safetensors,
-    read_lora,
+    read_loras,
     set_lora_state_dict,
     train_only,
 )
 from ..pipelines import MCMPipeline
 from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
+from ..settings import EXPERTS, HIGH_NOISE
 from .config import TrainingConfig
 from .defaults import student_settings, with_base_defaults
 
@@ -67,6 +69,7 @@ class TrainingNetworks:
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
     latent_shape: tuple[int, int, int, int]  # C, T, h, w
     extra_repositories: dict[str, str]  # where components of the teacher lie that are not in its own repository
+    boundary: float | None = None  # of a teacher with two experts, the σ where they meet
 
     @property
     def base_model(self) -> BaseModel:
@@ -109,10 +112,12 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     latent_shape = base.latent_shape(pipeline.denoiser, pipeline.vae, num_frames, height, width)
     student = build_student(pipeline, config, latent_shape[0]).to(device)
     pipeline.to(device)
+    boundary = pipeline.config.boundary_ratio if base.experts else None
     pipeline.scheduler = base.student_scheduler(
         pipeline.scheduler.config,
         num_solver_steps=config.method.num_solver_steps,
         **student_settings(config, base),
+        **({} if boundary is None else {"boundary": boundary}),
     )
     discriminator = discriminator_text = None
     if config.adversarial:
@@ -129,6 +134,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
         clip_size=(num_frames, height, width),
         latent_shape=latent_shape,
         extra_repositories=extra_repositories,
+        boundary=boundary,
     )
 
 
@@ -172,13 +178,19 @@ def _instead_of(file: str) -> str:
 
 
 def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
-    """The teacher as a pipeline, and where its components lie that are not in its own repository."""
+    """The teacher as a pipeline, and where its components lie that are not in its own repository.
+
+    Of two experts it has but the one that is distilled.
+    """
     extra = components_elsewhere(config)
+    experts = teacher_index(config)[0].experts
+    others: dict[str, Any] = {component: None for expert, component in experts.items() if expert != config.expert}
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
         revision=config.revision,
         variant=config.variant,
         dtype=WEIGHT_DTYPES[config.precision],
+        **others,
         **extra,
     )
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
@@ -206,7 +218,9 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
-    path = base.noise_path(pipeline.scheduler.config, **student_settings(config, base))
+    path: Any = base.noise_path(pipeline.scheduler.config, **student_settings(config, base))
+    if config.expert is not None:
+        path = path.split(pipeline.config.boundary_ratio)[EXPERTS.index(config.expert)]
     fuse = partial(fused, denoiser) if config.fuse_lora else None
     teacher = partial(lora_disabled, denoiser)
     student = Student(base, denoiser, pipeline.vae, path, motion, config.method, teacher, fuse)
@@ -236,7 +250,12 @@ def build_discriminator(config: TrainingConfig) -> Discriminator:
 def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, config: TrainingConfig) -> None:
     """Overwrite a fresh LoRA with the one called `name`, and the motion head with the one beside it, if any is."""
     location = Location.of(name, subfolder=config.pretrained_lora_subfolder)
-    lora = read_lora(location)
+    read = read_loras(location)
+    lora = read if isinstance(read, LoRA) else read[EXPERTS.index(config.expert or HIGH_NOISE)]
+    if lora.settings.expert != config.expert and lora.settings.expert is not None:
+        raise ValueError(
+            f"{lora.source} is for the {lora.settings.expert} expert, and --expert is {config.expert or 'not given'}."
+        )
     check_fits(denoiser, lora)
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]

@@ -45,6 +45,8 @@ def write_lora_folder(
         base_model_repository=config.pretrained_teacher_model,
         base_model_revision=config.revision,
         extra_repositories=networks.extra_repositories,
+        expert=config.expert,
+        boundary=networks.boundary,
         sampling=SamplingDefaults(config.num_inference_steps, *networks.clip_size, fps),
     ).trained(recorded | found | progress, relative_to or folder)
     lora.scheduler_config = json.loads(networks.pipeline.scheduler.to_json_string())

@@ -48,7 +48,7 @@ def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
     # What a checkpoint does not record was no flag yet, and was done as its default says, or in a way of its own.
     then = TrainingConfig.renamed(json.loads(recorded))
     before = values_before_flags() if now["lambda_adv"] > 0 else {}
-    default = TrainingConfig(pretrained_teacher_model="any", video_data="any")
+    default = TrainingConfig(pretrained_teacher_model="any", video_data="any", expert=now["expert"])
     defaults = with_base_defaults(default, get_base_model(now["base_model"])).to_dict()
     flags = " ".join(f"--{name} {old}" for name, old in before.items() if name not in then and old != now[name])
     if changed := _changes(defaults | before | then, now):

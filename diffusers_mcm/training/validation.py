@@ -1,6 +1,7 @@
 """Clips sampled while training, to see how far it is."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,20 @@ class NonFiniteSample(FloatingPointError):
 def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str, index: int) -> np.ndarray:
     """A clip of the student by its pipeline, frames (T, H, W, 3) uint8. The same noise whenever it is called.
 
+    Of the expert that begins it is what is clean in its predictions, as the discriminator sees it: motion and layout
+    without the details.
+
     `NonFiniteSample` if the network or the VAE makes values that are not finite.
     """
+    steps: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
+    if config.expert is not None:
+        path, grid = networks.student.path, config.method.num_solver_steps
+        steps = {"timesteps": path.visited_timesteps(config.num_inference_steps, grid).tolist()}
     try:
         videos = networks.pipeline(
             prompt,
             **dict(zip(("num_frames", "height", "width"), networks.clip_size)),
-            num_inference_steps=config.num_inference_steps,
+            **steps,
             latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
             generator=sample_generator(config.seed, "validation steps", index),
             decode_chunk_size=4,

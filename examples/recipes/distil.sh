@@ -1,6 +1,7 @@
 #!/bin/sh
 # Distils a base model with the paper's settings:
-#   [GPUS=8] [BATCH=2] sh distil.sh modelscope|animatediff|wan|wan-ti2v VIDEOS IMAGES OUTPUT [more flags of train_mcm_distill.py]
+#   [GPUS=8] [BATCH=2] sh distil.sh modelscope|animatediff|wan|wan-ti2v|wan-a14b VIDEOS IMAGES OUTPUT [more flags of train_mcm_distill.py]
+# wan-a14b has two experts, a run and an OUTPUT for each: EXPERT=high_noise, which is meant if nothing is said, and EXPERT=low_noise.
 # The total batch is 128, for which the paper states its learning rates, whatever the number of GPUs: BATCH clips at a
 # time on each (1 if nothing is said, which needs the least memory), the rest by accumulation. Run it again to go on.
 set -e
@@ -19,7 +20,10 @@ case $model in
   animatediff) teacher=stable-diffusion-v1-5/stable-diffusion-v1-5 ;;    # 16 frames of 512×512
   wan) teacher=Wan-AI/Wan2.1-T2V-1.3B-Diffusers ;;                       # 81 frames of 832×480
   wan-ti2v) teacher=Wan-AI/Wan2.2-TI2V-5B-Diffusers ;;                   # 121 frames of 1280×704
-  *) echo "the base model must be modelscope, animatediff, wan or wan-ti2v, not $model" >&2; exit 2 ;;
+  wan-a14b) teacher=Wan-AI/Wan2.2-T2V-A14B-Diffusers                     # 81 frames of 832×480
+    set -- --expert "${EXPERT:-high_noise}" "$@"
+    if [ "$EXPERT" = low_noise ]; then set -- --validation_prompts "$@"; fi ;;   # which has no clips of its own
+  *) echo "the base model must be modelscope, animatediff, wan, wan-ti2v or wan-a14b, not $model" >&2; exit 2 ;;
 esac
 
 accelerate launch --config_file "$recipes/$machine.yaml" --num_processes "$GPUS" \

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.consistency import FlowPath
 from diffusers_mcm.distillation.adversarial import AdversarialStep
 from diffusers_mcm.distillation.draws import Coins, draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
@@ -19,7 +20,7 @@ SHAPE = (4, NUM_FRAMES, SIZE // 2, SIZE // 2)
 INDICES = [0, 1]
 
 
-def make_student(**overrides) -> Student:
+def make_student(path=None, **overrides) -> Student:
     config = tiny_config(dict(pretrained_teacher_model="teacher", video_data="videos"), "out", **overrides)
     denoiser, vae = tiny_unet().requires_grad_(False), tiny_vae().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +32,7 @@ def make_student(**overrides) -> Student:
         BASE,
         denoiser,
         vae,
-        BASE.noise_path(SCHEDULER),
+        path or BASE.noise_path(SCHEDULER),
         build_motion(config.motion, 4),
         config.method,
         teacher=partial(lora_disabled, denoiser),
@@ -39,8 +40,8 @@ def make_student(**overrides) -> Student:
     ).eval()
 
 
-def make_draws(student, timestep: int | None = None, indices=INDICES):
-    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(50), (5.0, 15.0), 2, Coins())
+def make_draws(student, timestep: int | None = None, indices=INDICES, steps=50):
+    draws = draw_step(0, indices, SHAPE, student.path.solver_timesteps(steps), (5.0, 15.0), 2, Coins())
     if timestep is not None:
         draws.timestep.fill_(timestep)
     return draws
@@ -123,6 +124,81 @@ def test_a_generated_trajectory_is_the_students_own_and_its_video_is_not_read():
         assert not torch.equal(loss, student(read, TEXT, NEGATIVE, draws).total)
         draws.start_noise[0] *= -1
         assert not torch.equal(loss, student(PIXELS, TEXT, NEGATIVE, draws).total)
+
+
+# --- a phase, as of one of two experts -------------------------------------------------------------------------------
+HIGH, LOW = FlowPath().split(0.875)
+
+
+@pytest.mark.parametrize(("path", "times"), [(HIGH, [937.5, 1000.0]), (LOW, [875.0, 625.0])])
+def test_the_distance_is_that_of_the_phased_consistency_function_after_an_euler_step(path, times):
+    """In float64: x_t − (σ − σ') v_guided, and f = x + (σ_end − σ) v."""
+    student = make_student(path, motion="raw", lambda_real=1.0, lambda_adv=0.0, num_solver_steps=48).double()
+    text, negative = ({key: value.double() for key, value in each.items()} for each in (TEXT, NEGATIVE))
+    draws = in_double(make_draws(student, steps=48))
+    t = torch.tensor(times)
+    draws.timestep.copy_(t)
+    loss = student(PIXELS.double(), text, negative, draws).total
+    network, w = partial(BASE.denoise, student.denoiser), draws.guidance.reshape(-1, 1, 1, 1, 1)
+    t_prev = path.previous_timestep(t, 48)
+    sigma, sigma_prev = (each.double().reshape(-1, 1, 1, 1, 1) / 1000 for each in (t, t_prev))
+    with torch.no_grad():
+        x_0 = BASE.encode_video(student.vae, PIXELS.double(), draws.encoder_noise)
+        at_end = (1 - path.end) * x_0 + path.end * draws.start_noise
+        keep = (1 - sigma) / (1 - path.end)
+        x_t = keep * at_end + (sigma**2 - (keep * path.end) ** 2).sqrt() * draws.noise
+        with lora_disabled(student.denoiser):
+            conditional, unconditional = network(x_t, t, text), network(x_t, t, negative)
+        x_prev = x_t + (sigma_prev - sigma) * (conditional + w * (conditional - unconditional))
+        target = x_prev + (path.end - sigma_prev) * network(x_prev, t_prev, text)
+        difference = x_t + (path.end - sigma) * network(x_t, t, text) - target
+    expected = ((difference**2 + 0.001**2).sqrt() - 0.001).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_step_above_the_boundary_the_target_is_the_teachers_step_itself():
+    """There f is the identity: the student's network has no say in what it learns."""
+    student = make_student(HIGH, motion="raw", lambda_real=1.0, lambda_adv=0.0, num_solver_steps=48)
+    lowest = float(HIGH.solver_timesteps(48)[0])
+    assert HIGH.previous_timestep(torch.tensor([lowest]), 48) == 875
+    x, t = random_tensor(2, *SHAPE), torch.full((2,), 875.0)
+    assert torch.equal(HIGH.consistency_function(BASE.denoise(student.denoiser, x, t, TEXT), x, t), x)
+
+
+@pytest.mark.parametrize(("path", "timestep"), [(HIGH, 937.5), (LOW, 625.0)])
+def test_the_judge_sees_what_is_clean(path, timestep, monkeypatch):
+    """Not what a phase ends in, which above the boundary is nearly noise."""
+    student = make_student(path, lambda_real=1.0, num_solver_steps=48)
+    draws = make_draws(student, steps=48)
+    draws.timestep.fill_(timestep)
+    judged, outputs = [], []
+    monkeypatch.setattr(
+        student.base,
+        "decode_frames",
+        lambda vae, latents, *_: judged.append(latents) or torch.zeros(4, 3, SIZE, SIZE),
+        raising=False,
+    )
+    denoise = type(BASE).denoise
+
+    def watched(self, denoiser, x, t, text):
+        outputs.append((x, denoise(self, denoiser, x, t, text)))
+        return outputs[-1][1]
+
+    monkeypatch.setattr(type(BASE), "denoise", watched)
+    student(PIXELS, TEXT, NEGATIVE, draws, make_adversary(student))
+    x_t, output = outputs[-1]
+    torch.testing.assert_close(judged[0], x_t - timestep / 1000 * output)
+
+
+@pytest.mark.parametrize(("path", "reads"), [(HIGH, False), (LOW, True)])
+def test_whether_a_students_own_sample_starts_from_the_video(path, reads):
+    student = make_student(path, lambda_real=0.5, lambda_adv=0.0, num_solver_steps=48)
+    draws = make_draws(student, steps=48)
+    draws.coin.copy_(torch.tensor([0.9, 0.9]))
+    draws.timestep.fill_(float(path.solver_timesteps(48)[2]))
+    with torch.no_grad():
+        losses = [student(pixels, TEXT, NEGATIVE, draws).total for pixels in (PIXELS, -PIXELS)]
+    assert torch.equal(*losses) != reads
 
 
 def test_the_target_head_is_the_moving_average_and_gets_no_gradient():

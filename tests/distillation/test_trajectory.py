@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_mcm.consistency import VariancePreservingPath
+from diffusers_mcm.consistency import FlowPath, VariancePreservingPath
 from diffusers_mcm.distillation.trajectory import (
     TIMESTEPS,
     VISITING_STEPS,
@@ -12,7 +12,7 @@ from diffusers_mcm.distillation.trajectory import (
     one_step_sample,
     pick_frames,
 )
-from diffusers_mcm.scheduler import MCMScheduler
+from diffusers_mcm.scheduler import MCMFlowScheduler, MCMScheduler
 
 SHAPE = (4, 2, 3, 5, 5)
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -160,6 +160,61 @@ def test_visited_timesteps_are_the_grid_and_what_sampling_visits(path, grid_step
             scheduler = MCMScheduler(original_inference_steps=grid_steps)
             scheduler.set_timesteps(steps)
             expected += scheduler.timesteps.tolist()
-    assert TIMESTEPS["visited"](grid).tolist() == expected
-    assert TIMESTEPS["uniform"](grid).tolist() == grid.tolist()
-    assert TIMESTEPS["visited"](grid).dtype == torch.int64
+    assert TIMESTEPS["visited"](path, grid_steps).tolist() == expected
+    assert TIMESTEPS["uniform"](path, grid_steps).tolist() == grid.tolist()
+    assert TIMESTEPS["visited"](path, grid_steps).dtype == torch.int64
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 8.0])
+def test_each_expert_trains_what_sampling_visits_of_its_phase(shift):
+    phases, sampled = FlowPath(shift).split(0.875), MCMFlowScheduler(shift=shift, boundary=0.875)
+    visits = []
+    for steps in VISITING_STEPS:
+        sampled.set_timesteps(steps)
+        visits += [round(t, 2) for t in sampled.timesteps.tolist()]
+    found = []
+    for path in phases:
+        grid, both = path.solver_timesteps(48), TIMESTEPS["visited"](path, 48)
+        assert torch.equal(both[: len(grid)], grid) and torch.equal(TIMESTEPS["uniform"](path, 48), grid)
+        found += [round(t, 2) for t in both[len(grid) :].tolist()]
+    assert sorted(found) == sorted(visits)
+
+
+# --- the phases of two experts ---------------------------------------------------------------------------------------
+PHASES = FlowPath().split(0.875)
+
+
+def test_the_first_experts_own_sample_leads_from_noise_to_the_boundary():
+    path, network = PHASES[0], Network()
+    uniforms = torch.tensor([0.0, 0.9, 0.1, 0.8])
+    start = mixed_start(network, path, latents(1), latents(2), uniforms, 0.5, text())
+    ((x, t, _),) = network.calls
+    assert torch.equal(x, latents(2)[[1, 3]]) and t.tolist() == [1000.0, 1000.0]
+    output = Network()(latents(2), t, text())
+    torch.testing.assert_close(start[[1, 3]], (latents(2) - 0.125 * output)[[1, 3]].detach())
+    torch.testing.assert_close(start[[0, 2]], (0.125 * latents(1) + 0.875 * latents(2))[[0, 2]])  # the video there
+
+
+def test_the_second_experts_own_sample_leads_from_the_video_at_the_boundary_to_a_clean_one():
+    path, network = PHASES[1], Network()
+    uniforms = torch.tensor([0.0, 0.9, 0.1, 0.8])
+    start = mixed_start(network, path, latents(1), latents(2), uniforms, 0.5, text())
+    ((x, t, _),) = network.calls
+    there = 0.125 * latents(1) + 0.875 * latents(2)
+    torch.testing.assert_close(x, there[[1, 3]])
+    assert t.tolist() == [875.0, 875.0]
+    output = Network()(there, torch.full((4,), 875.0), text())
+    torch.testing.assert_close(start[[1, 3]], (there - 0.875 * output)[[1, 3]].detach())
+    assert torch.equal(start[[0, 2]], latents(1)[[0, 2]])
+
+
+def test_what_starts_in_the_second_phase_is_no_pure_noise():
+    t = torch.tensor([875.0, 1000.0, 625.0, 416.5])
+    start = noisy_start(PHASES[1], latents(1), latents(2), t)
+    torch.testing.assert_close(start[0], 0.125 * latents(1)[0] + 0.875 * latents(2)[0])
+    start = noisy_start(PHASES[0], latents(1), latents(2), torch.tensor([1000.0, 937.5, 900.0, 890.0]))
+    assert torch.equal(start[0], latents(2)[0])
+    keep = 0.0625 / 0.125
+    torch.testing.assert_close(
+        start[1], keep * latents(1)[1] + (0.9375**2 - (keep * 0.875) ** 2) ** 0.5 * latents(2)[1]
+    )

@@ -43,10 +43,23 @@ def test_each_base_model_has_a_whole_recipe(name, gpus, tmp_path, monkeypatch):
     assert (config.video_data, config.resume_from_checkpoint) == ("my videos", "latest")
 
 
+@pytest.mark.parametrize(
+    ("environment", "expert"),
+    [({}, "high_noise"), (dict(EXPERT="high_noise"), "high_noise"), (dict(EXPERT="low_noise"), "low_noise")],
+)
+def test_the_recipe_of_two_experts_is_one_for_each(environment, expert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (call,) = launches(["sh", RECIPE, "wan-a14b", "v", "i", "out", "--shift", "8"], **environment)
+    config = parse_config(call[next(n for n, word in enumerate(call) if word.endswith(".py")) + 1 :])
+    assert (config.expert, config.shift) == (expert, 8.0) and bool(config.validation_prompts) == (
+        expert == "high_noise"
+    )
+
+
 def test_a_batch_that_cannot_be_made_is_refused(tmp_path):
     for words, message in (
         (["modelscope"], "GPUS × BATCH must divide"),
-        (["ltx"], "must be modelscope, animatediff, wan or wan-ti2v, not ltx"),
+        (["ltx"], "must be modelscope, animatediff, wan, wan-ti2v or wan-a14b, not ltx"),
     ):
         environment = {"PATH": "/usr/bin:/bin"} | ({"GPUS": "3"} if words == ["modelscope"] else {})
         done = subprocess.run(["sh", RECIPE, *words, "v", "i", "o"], env=environment, capture_output=True, text=True)
