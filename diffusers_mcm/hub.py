@@ -88,7 +88,9 @@ def is_local(name: str) -> bool:
 
 def public_name(name: Any, *, given: bool = False) -> Any:
     """A name as others may see it: of a path only its last part. A `given` name is a path if there is such a one here;
-    a recorded one is told by how it is written."""
+    a recorded one is told by how it is written. Of several, those of each."""
+    if isinstance(name, (list, tuple)):
+        return [public_name(each, given=given) for each in name]
     if given and name and os.path.exists(name):
         return os.path.basename(os.path.abspath(name))
     path = not given and isinstance(name, str) and is_local(name)

@@ -138,7 +138,7 @@ def base_model_table() -> str:
                 "motion adapter": f"`{model.extra_repositories[ADAPTER]}`" if model.extra_repositories else "–",
                 "LoRAs in `yhzhai/mcm`": loras or "–",
                 "size": f"{model.num_frames} frames of {model.width}×{model.height}, {model.fps} fps",
-                "steps": f"1 to 8, {steps} by default",
+                "steps": f"{2 if model.experts else 1} to 8, {steps} by default",
                 "guidance": f"off: scale {guidance:g}",
                 "noise": noise(schedule),
                 "teacher's guidance w, when distilling": "{:g} to {:g}".format(*model.guidance_range),

@@ -57,7 +57,7 @@ class Wan(BaseModel):
     scheduler_class = MCMFlowScheduler
     scheduler_defaults = {"num_train_timesteps": 1000, "shift": FLOW_SHIFT}
     noise_schedule_keys = ("num_train_timesteps",)  # a shift is a way of sampling the teacher; the student has its own
-    described_scheduler_keys = ("shift", "original_inference_steps")
+    described_scheduler_keys: tuple[str, ...] = ("shift", "original_inference_steps")
     student_settings = {"shift": FLOW_SHIFT}
     frame_decoders = ("exact", "image")
 
@@ -193,7 +193,7 @@ class WanA14B(Wan):
 
 def check_boundary(boundary: Any) -> float:
     """The σ where the two experts of a Wan meet; `ValueError` if a pipeline does not say it."""
-    if isinstance(boundary, bool) or not isinstance(boundary, Real) or not 0 < boundary < 1:
+    if isinstance(boundary, bool) or not isinstance(boundary, Real) or not 0 < float(boundary) < 1:
         raise ValueError(
             "Expected a `boundary_ratio` between 0 and 1, where the two experts of this Wan meet (0.875 for"
             f" {WanA14B.default_repository}); got {boundary!r}."

@@ -82,7 +82,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="packaged model, folder or Hub id: an MCM LoRA, a base model, or motion modules as wangfuyun/AnimateLCM"
         " and ByteDance/AnimateDiff-Lightning (default: mcm-shapes)",
     )
-    model("--lora", help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model")
+    model(
+        "--lora",
+        action="append",
+        help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model; for the two"
+        " experts of Wan 2.2 A14B a folder with both, or twice: --lora HIGH_NOISE --lora LOW_NOISE",
+    )
     model("--subfolder", help="where in its folder or repository the LoRA is")
     model("--weight_name", help="the LoRA's file there, where there are several")
     model("--revision", help="of --model, on the Hub: branch, tag or commit")
@@ -135,6 +140,7 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample every prompt and write one file each."""
     arguments = build_parser().parse_args(argv)
+    arguments.lora = one_or_pair(arguments.lora)
     if arguments.model is None:
         arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
     check_numbers(arguments)
@@ -172,6 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{job.path}  ({length} frames, seed {job.seed}): {job.prompt}", flush=True)
         state.wait_for_everyone()
         state.destroy_process_group()
+
+
+def one_or_pair(loras: list[str] | None) -> str | list[str] | None:
+    """What `from_pretrained` takes for all --lora that were given."""
+    if loras is not None and len(loras) > 2:
+        raise ValueError(f"expected --lora once, or twice for two experts, got it {len(loras)} times")
+    return loras[0] if loras is not None and len(loras) == 1 else loras
 
 
 def tell(text: str | None) -> None:
@@ -258,7 +271,8 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     else:
         getattr(pipeline, f"enable_{arguments.offload}_cpu_offload")(device=device)
     if arguments.compile:
-        pipeline.denoiser.compile()
+        for denoiser in pipeline.denoisers.values():
+            denoiser.compile()
     return pipeline
 
 
@@ -277,13 +291,18 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
 
 
-def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | None:
-    """The hash of the LoRA's file, as the Hub shows it; `None` for a model without one."""
+def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | list[str] | None:
+    """The hash of the LoRA's file, as the Hub shows it, or those of a pair; `None` for a model without one."""
+    from ..lora import pair_of
+
     revision = None if arguments.lora else arguments.revision
     where = dict(subfolder=arguments.subfolder, weight_name=arguments.weight_name, revision=revision)
     # what has just been loaded is in the cache
-    named = Location.of(arguments.lora or arguments.model, **where, local_files_only=True)
-    place = named if pipeline.motion_model is None else pipeline.motion_model.lora
+    source, where = arguments.lora or arguments.model, where | {"local_files_only": True}
+    pair = pair_of(source, **where) if pipeline.motion_model is None else None
+    if pair is not None:
+        return [sha256(each.lora_file()) for each in pair]
+    place = Location.of(source, **where) if pipeline.motion_model is None else pipeline.motion_model.lora
     path = None if place is None else place.find_lora_file()
     return None if path is None else sha256(path)
 

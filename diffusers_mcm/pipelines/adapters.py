@@ -53,7 +53,7 @@ class LoRAVerbs(FusingVerbs):
         return denoiser._mcm_adapters
 
     @property
-    def _denoisers(self) -> dict[str, nn.Module]:
+    def denoisers(self) -> dict[str, nn.Module]:
         """The denoiser, or both experts that share its work, by their components."""
         names = self.base_model.experts.values() or (self.base_model.denoiser_name,)
         return {name: network for name in names if (network := getattr(self, name)) is not None}
@@ -61,7 +61,7 @@ class LoRAVerbs(FusingVerbs):
     @property
     def _networks(self) -> nn.ModuleDict:
         """The networks a LoRA may lie on, the denoiser first; their modules are named `component.module`."""
-        networks = {**self._denoisers, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
+        networks = {**self.denoisers, TEXT_ENCODER: getattr(self, TEXT_ENCODER, None)}
         return nn.ModuleDict({name: unwrapped(network) for name, network in networks.items() if network is not None})
 
     @property
@@ -127,7 +127,7 @@ class LoRAVerbs(FusingVerbs):
     # --- loading and unloading ---------------------------------------------------------------------------------------
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | LoRA | Mapping[str, torch.Tensor],
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | LoRA | Mapping[str, torch.Tensor] | Sequence[Any],
         adapter_name: str | None = None,
         **options,
     ) -> None:
@@ -138,9 +138,11 @@ class LoRAVerbs(FusingVerbs):
 
         Args:
             pretrained_model_name_or_path_or_dict: A folder, a `.safetensors` file, a packaged model, a Hub repository,
-                or the tensors by their keys.
+                or the tensors by their keys. For two experts (Wan 2.2 A14B) a folder or repository with a file for
+                each, or two of all these, `(high, low)`.
             adapter_name: What `set_adapters` will call it.
-            options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers.
+            options: `subfolder`, `weight_name`, `revision`, `token`, `cache_dir`, ... as in diffusers;
+                `load_into_transformer_2`, for a LoRA of one of two experts alone.
         """
         self._require_unfused("load a LoRA")
         own = self.base_model
@@ -166,7 +168,7 @@ class LoRAVerbs(FusingVerbs):
         return next(name for name in names if name not in self._loaded)
 
     def _require_at_hand(self, what: str) -> None:
-        if any(parameter.is_meta for network in self._denoisers.values() for parameter in network.parameters()):
+        if any(parameter.is_meta for network in self.denoisers.values() for parameter in network.parameters()):
             raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
 
     def _put_in(self, loras: Mapping[str, LoRA], adapter_name: str) -> None:
@@ -253,7 +255,7 @@ class LoRAVerbs(FusingVerbs):
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
         """Scale the weights of all active adapters; an error if they, or `scale`, could have no effect."""
-        denoisers = map(unwrapped, self._denoisers.values())
+        denoisers = map(unwrapped, self.denoisers.values())
         if not self._adapters.fused and any(map(fused_projections, denoisers)) and self.get_active_adapters():
             self._require_called("sample with a LoRA", self._layers)
         if scale == 1.0:

@@ -111,7 +111,7 @@ class FusingVerbs(DiffusionPipeline):
 
     def _require_called(self, what: str, modules: Iterable[str]) -> None:
         """`ValueError` if fused projections leave out some of these modules, so that a LoRA there does nothing."""
-        fused = (f"{name}.{each}" for name in self._denoisers for each in fused_projections(self._networks[name]))
+        fused = (f"{name}.{each}" for name in self.denoisers for each in fused_projections(self._networks[name]))
         idle = sorted(set(fused).intersection(modules))
         if idle:
             raise ValueError(

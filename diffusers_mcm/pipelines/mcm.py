@@ -76,7 +76,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         networks = [module for module in components.values() if isinstance(module, nn.Module)]
         require_unfused(networks)
         self.register_modules(**components)
-        for denoiser in self._denoisers.values():
+        for denoiser in self.denoisers.values():
             self.base_model.check_components(denoiser, components["vae"])
         self.register_to_config(**sampling)
         # Sampling needs no gradients of the base, and torch's choice of a matmul, hence the last bit of a video,
@@ -84,7 +84,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         for name, parameter in (named for network in networks for named in network.named_parameters()):
             if ".lora_" not in name:
                 parameter.requires_grad_(False)
-        for denoiser in self._denoisers.values():
+        for denoiser in self.denoisers.values():
             self.base_model.prepare_denoiser(denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
@@ -136,11 +136,11 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
-        given = (pretrained_model_name_or_path, subfolder, weight_name)
-        if lora is None and any(isinstance(each, (list, tuple)) for each in given):
-            read = read_loras(pretrained_model_name_or_path, revision=revision, **place, **options)
+        named: Any = pretrained_model_name_or_path
+        if lora is None and any(isinstance(each, (list, tuple)) for each in (named, subfolder, weight_name)):
+            read = read_loras(named, revision=revision, **place, **options)
             return cls._load_with_lora(read, adapter_name, base_model, base_model_revision, kwargs)
-        location = Location.of(pretrained_model_name_or_path, revision=revision, **options)
+        location = Location.of(named, revision=revision, **options)
         if lora is None:
             location = replace(location, **place)
         index = loading.read_model_index(location)
@@ -270,7 +270,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     @property
     def denoiser(self) -> nn.Module:
         """The network that denoises, or of two experts the one that begins."""
-        return next(iter(self._denoisers.values()))
+        return next(iter(self.denoisers.values()))
 
     guidance_scale = property(attrgetter("_guidance_scale"))
     num_timesteps = property(attrgetter("_num_timesteps"))

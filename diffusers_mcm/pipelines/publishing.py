@@ -73,7 +73,7 @@ class HubVerbs(LoRAVerbs):
     def _lies_on(self, name: str) -> list[str]:
         """The denoiser, or the experts, that an MCM LoRA lies on; `ValueError` for a LoRA on other networks, too."""
         components = list(self._networks_of(name))
-        if not set(components) <= self._denoisers.keys():
+        if not set(components) <= self.denoisers.keys():
             raise ValueError(f"{name!r} lies on {', '.join(components)}; an MCM LoRA lies on the denoiser alone.")
         return components
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from ..location import Location
 from ..lora import LoRA, as_pair, expert_of, for_expert, pair_of, read_components, write_lora_pair
 from ..scheduler import MCMFlowScheduler
 from ..settings import EXPERTS, HIGH_NOISE, LOW_NOISE
+from .adapters import ADAPTERS_FILE
 from .mcm import MCMPipeline, MCMPipelineOutput
 from .request import Request, arguments
 from .sole_use import one_call
 from .wan import WanMCMPipeline
+
+logger = logging.getLogger(__name__)
 
 
 class WanA14BMCMPipeline(WanMCMPipeline):
@@ -168,6 +172,8 @@ class WanA14BMCMPipeline(WanMCMPipeline):
         else:
             loras = [self._half(self._read_one(source, **options), load_into_transformer_2)]
         for lora in loras:
+            if (component := self.base_model.experts[str(lora.settings.expert)]) not in self.denoisers:
+                raise ValueError(f"{lora.source} is for `{component}`, and this pipeline was loaded without it.")
             if lora.settings.boundary not in (None, self.boundary):
                 raise ValueError(
                     f"{lora.source} is for experts that meet at a boundary of {lora.settings.boundary}; those"
@@ -177,7 +183,7 @@ class WanA14BMCMPipeline(WanMCMPipeline):
 
     def _read_one(self, source: Any, **options: Any) -> LoRA:
         # Both experts have the same modules, by which it is read.
-        return read_components(source, {"transformer": self._networks[next(iter(self._denoisers))]}, **options)[
+        return read_components(source, {"transformer": self._networks[next(iter(self.denoisers))]}, **options)[
             "transformer"
         ]
 
@@ -205,6 +211,12 @@ class WanA14BMCMPipeline(WanMCMPipeline):
             return self._read_loras(place)
         lora = self._read_one(place)  # which was loaded for one expert alone
         return {self.base_model.experts[str(lora.settings.expert)]: lora}
+
+    def _load_adapters(self, location: Location) -> None:
+        if len(self.denoisers) == 2:
+            super()._load_adapters(location)
+        elif location.json(ADAPTERS_FILE) is not None:
+            logger.warning("The LoRAs of %s are for two experts, of which one is loaded; they are left out.", location)
 
     def _write_adapter(self, folder: Path, loras: Mapping[str, LoRA]) -> None:
         experts = {component: expert for expert, component in self.base_model.experts.items()}

@@ -14,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_mcm import MCMFlowScheduler, MCMPipeline, get_base_model
 from diffusers_mcm.cli import main
 from diffusers_mcm.evaluation.videos import open_samples
+from diffusers_mcm.lora import add_lora
 from diffusers_mcm.video_io import read_metadata
 from tests.hub_server import hub_server
 from tests.motion_models import FINE_TUNE, LCM, LCM_LORA, LIGHTNING, save_motion_models
-from tests.tiny import NUM_FRAMES, SIZE, save_tiny_base, save_tiny_lora
+from tests.tiny import NUM_FRAMES, SIZE, randomise_lora, save_lora, save_tiny_base, save_tiny_lora
+from tests.tiny_wan import save_wan_base, tiny_wan_transformer
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moving left on a black background"
@@ -36,14 +39,14 @@ def lora(base):
     return save_tiny_lora(base.parent / "lora", base)
 
 
-def flags(model, *arguments, size=SIZE):
-    sizes = ["--frames", NUM_FRAMES, "--height", size, "--width", size]
+def flags(model, *arguments, size=SIZE, frames=NUM_FRAMES):
+    sizes = ["--frames", frames, "--height", size, "--width", size]
     named = ["--model", model] if model else []
     return [*map(str, ["generate", *named, *sizes, "--steps", 1, "--device", "cpu", *arguments])]
 
 
-def generate(model, *arguments):
-    return main(flags(model, *arguments))
+def generate(model, *arguments, **sizes):
+    return main(flags(model, *arguments, **sizes))
 
 
 def contents(folder):
@@ -61,6 +64,21 @@ def calls(monkeypatch):
         ModelScopeMCMPipeline, "__call__", lambda self, prompt, **kw: seen.append(prompt) or call(self, prompt, **kw)
     )
     return seen
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """LoRAs for the two experts of a tiny Wan 2.2 A14B, in a folder for each and in one for both."""
+    folder = tmp_path_factory.mktemp("a14b")
+    base, model = save_wan_base(folder / "base", "wan-a14b"), get_base_model("wan-a14b")
+    for seed, expert in enumerate(model.experts):
+        transformer = tiny_wan_transformer()
+        add_lora(transformer, model.lora_target_modules(transformer)[:2], rank=2, alpha=2)
+        randomise_lora(transformer, seed)
+        settings = dict(repository=base, expert=expert, scheduler=MCMFlowScheduler(boundary=0.875))
+        save_lora(folder / expert, transformer, model, **settings)
+    MCMPipeline.from_pretrained((folder / "high_noise", folder / "low_noise")).save_mcm_lora(folder / "both")
+    return folder
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -153,6 +171,29 @@ def test_the_file_says_how_it_was_made_and_nothing_about_this_machine(base, lora
         "fps": 12.0,
     }
     assert str(tmp_path).encode() not in (tmp_path / "v.mp4").read_bytes()
+
+
+def test_a_pair_of_loras_for_two_experts(pair, tmp_path):
+    two = ["--lora", pair / "high_noise", "--lora", pair / "low_noise"]
+    ways = {
+        "a": [pair / "base", *two],
+        "b": [None, *two],
+        "c": [pair / "both"],
+        "d": [pair / "base", "--lora", pair / "both"],
+        "e": [pair / "base"],
+    }
+    for name, (model, *options) in ways.items():
+        path = tmp_path / f"{name}.png"
+        assert generate(model, PROMPT, "-o", path, "--steps", 2, *options, size=32, frames=5) == 0
+    pixels = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in ways}
+    assert pixels["a"] == pixels["b"] == pixels["c"] == pixels["d"] != pixels["e"]
+    read = {name: read_metadata(tmp_path / f"{name}.png") for name in ways}
+    assert (read["a"]["lora"], read["b"]["model"]) == (["high_noise", "low_noise"],) * 2
+    files = [pair / "both" / f"{expert}_model.safetensors" for expert in ("high_noise", "low_noise")]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert read["c"]["lora_sha256"] == read["d"]["lora_sha256"] == hashes and read["e"]["lora_sha256"] is None
+    assert len(read["a"]["lora_sha256"]) == 2
+    assert generate(pair / "base", PROMPT, "-o", tmp_path / "f.png", *two, "--lora", pair / "both") == 2
 
 
 def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
