@@ -326,7 +326,7 @@ class FlowPath(NoisePath):
         It is looked up, so that steps one after the other arrive at the end exactly.
         """
         grid = self._grid(num_solver_steps).to(t.device)
-        nearest = torch.bucketize(working(t), (grid[1:] + grid[:-1]) / 2)
+        nearest = torch.bucketize(working(t), ((grid[1:] + grid[:-1]) / 2).to(working(t).dtype))
         return grid[(nearest - 1).clamp(min=0)]
 
     def visited_timesteps(self, num_inference_steps: int, num_solver_steps: int = FLOW_STEPS) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .base_models import base_model_of
 from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
 from .files import atomic_files, disk_full_told, write_text
 from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
-from .lora import LoRA, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
+from .lora import LoRA, find_pair, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
 from .settings import CONFIG_NAME, Sample, Settings
 from .text_files import read_text
 
@@ -157,7 +157,17 @@ def stage_lora(
             f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
             " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
         )
+    if find_pair(Location.of(folder)) is not None:
+        raise ValueError(
+            f"{folder} holds a pair of LoRAs for two experts, each with all that is known of it:"
+            f" `hf upload {repo_id} {folder}` publishes it as it is."
+        )
     lora = lora or read_lora(folder)
+    if lora.settings.expert is not None:
+        raise ValueError(
+            f"{folder} holds half a pair, the LoRA of the {lora.settings.expert} expert. Load it with the other half,"
+            " and publish what `save_mcm_lora` writes."
+        )
     kind = base_model_of(lora)
     recorded = base_model or lora.base_repository or kind.default_repository
     settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()

@@ -20,7 +20,8 @@ def test_the_grid_is_shifted_and_a_step_back_lands_on_it(shift, steps):
     grid = path.solver_timesteps(steps)
     expected = (1000 * shift * u / (1 + (shift - 1) * u)).float()
     assert torch.equal(grid, expected) and grid[-1] == path.terminal_timestep == 1000
-    assert torch.equal(path.previous_timestep(grid, steps), torch.cat([torch.zeros(1), grid[:-1]]))
+    for given in (grid, grid.double(), grid + 1e-4):
+        assert torch.equal(path.previous_timestep(given, steps), torch.cat([torch.zeros(1), grid[:-1]]))
 
 
 @pytest.mark.parametrize("steps", [20, 40, 48])

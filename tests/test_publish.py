@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import torch
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.cards import render_folder_card
 from diffusers_mcm.cli import main
-from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora, write_lora_weights
+from diffusers_mcm.location import Location
+from diffusers_mcm.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora, write_lora_pair, write_lora_weights
 from diffusers_mcm.publish import Destination, publish_lora, record_sample
+from diffusers_mcm.settings import Settings
 from tests import publishing
 from tests.publishing import FILES, PROMPT, SECRET, STAGES, edited_on_the_hub, make_lora, push, sample
 from tests.tiny import NUM_FRAMES, save_tiny_lora
@@ -165,6 +168,16 @@ def forge_base(folder):
     (folder / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
 
 
+def make_half(folder):
+    settings = Settings.read(Location.of(folder))
+    replace(settings, expert="low_noise").write(folder)
+
+
+def make_pair(folder):
+    lora = read_lora(folder)
+    write_lora_pair(folder, {"high_noise": lora, "low_noise": lora}, "unet")
+
+
 def break_config(folder):
     (folder / CONFIG_NAME).write_text("{")
 
@@ -179,6 +192,8 @@ def break_config(folder):
         (lambda folder: (folder / "sample.mp4").unlink(), "has no sample clip"),
         (lambda folder: (folder / WEIGHTS_NAME).unlink(), "No LoRA in"),
         (lambda folder: (folder / "model_index.json").write_text("{}"), "holds a whole pipeline"),
+        (make_half, "holds half a pair, the LoRA of the low_noise expert. Load it with the other half, and publish"),
+        (make_pair, "holds a pair of LoRAs for two experts, .*: `hf upload me/mcm "),
     ],
 )
 def test_a_folder_that_is_not_in_order_stays_at_home(server, lora, spoil, message):

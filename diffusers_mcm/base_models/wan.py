@@ -73,6 +73,12 @@ class Wan(BaseModel):
                 "This Wan has an image encoder: it makes a picture move. Text to video needs one without, such as"
                 f" {_TEXT_TO_VIDEO}."
             )
+        boundary = model_index.get("boundary_ratio")
+        if not self.experts and boundary is not None:
+            raise ValueError(
+                f"This Wan has a `boundary_ratio` of {boundary} and one transformer, where two meet:"
+                " it is one expert of two, saved without the other. Save the pipeline with both."
+            )
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:
         channels, latents = denoiser.config.in_channels, vae.config.z_dim

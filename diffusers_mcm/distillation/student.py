@@ -57,7 +57,7 @@ class Student(nn.Module):
 
         In a phase that does not start in noise the student's own samples start from clips, too.
         """
-        starts = draws.coin < (self.config.lambda_real if self.path.starts_in_noise else 1)
+        starts = draws.coin < self.config.lambda_real if self.path.starts_in_noise else torch.ones_like(draws.coin)
         real = starts.nonzero().flatten().to(pixels.device)
         x_0 = torch.zeros_like(draws.noise)
         if len(real):

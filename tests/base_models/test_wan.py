@@ -58,6 +58,10 @@ def test_repositories_are_told_apart(index, name):
     ("more", "message"),
     [
         (
+            {"boundary_ratio": 0.875},
+            "a `boundary_ratio` of 0.875 and one transformer, where two meet: it is one expert",
+        ),
+        (
             {"transformer_2": INDEX["transformer"]},
             r"`boundary_ratio` between 0 and 1, where the two experts of this Wan meet \(0.875 for .*; got None",
         ),

@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import MCMFlowScheduler, MCMPipeline, WanA14BMCMPipeline, get_base_model, make_scheduler
+from diffusers_mcm.formats.description import describe
 from diffusers_mcm.lora import WEIGHTS_NAME, add_lora
+from tests.hub_server import hub_server
 from tests.pipelines.hooks import record_calls
 from tests.tiny import randomise_lora, save_lora
 from tests.tiny_wan import BOUNDARY, SIZE, save_wan_base, tiny_wan_transformer, wan_components
@@ -348,6 +350,26 @@ def test_pairs_of_other_makers_are_known_by_their_names(base, bare, halves):
         ValueError, match="several files for the high_noise expert in .*: T2V_HIGH.*, x_high_noise.*the t"
     ):
         pipe.load_lora_weights(bare)
+
+
+def test_a_pair_in_a_repository(base, halves, tmp_path):
+    """In one subfolder, as Wan2.2-Lightning has it; then from the cache, with no Hub to ask."""
+    MCMPipeline.from_pretrained(base, lora=halves).save_mcm_lora(tmp_path / "owner" / "pair" / "four-steps")
+    video = sample(MCMPipeline.from_pretrained(base, lora=halves))
+    given = dict(lora="owner/pair", subfolder="four-steps", cache_dir=tmp_path / "cache")
+    with hub_server(tmp_path):
+        assert torch.equal(sample(MCMPipeline.from_pretrained(base, **given)), video)
+        pipe = MCMPipeline.from_pretrained(base)
+        options = dict(subfolder="four-steps", weight_name=tuple(FILES.values()), cache_dir=tmp_path / "cache")
+        pipe.load_lora_weights(("owner/pair", "owner/pair"), **options)
+        pipe.scheduler = MCMFlowScheduler(shift=3.0, boundary=BOUNDARY)
+        assert torch.equal(sample(pipe), video)
+    assert torch.equal(sample(MCMPipeline.from_pretrained(base, local_files_only=True, **given)), video)
+
+
+def test_what_a_half_says_of_itself(halves):
+    about = describe(halves[1])
+    assert (about["base_model"], about["settings"]["boundary"]) == ("wan-a14b", BOUNDARY)
 
 
 def test_settings_in_a_file_count_more_than_those_beside_it(base, halves, tmp_path):

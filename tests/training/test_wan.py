@@ -65,7 +65,7 @@ def test_from_videos_to_a_lora_that_samples(wan, tmp_path):
     assert (out / "validation" / "step-000002" / "00.mp4").is_file() and (out / "README.md").is_file()
     pipe = MCMPipeline.from_pretrained(out)
     assert type(pipe) is WanMCMPipeline and type(pipe.scheduler) is MCMFlowScheduler
-    scheduler = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True)
+    scheduler = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True, boundary=None)
     saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     for found in (saved, pipe.scheduler.config):
         assert {key: value for key, value in found.items() if key[0] != "_"} == scheduler
