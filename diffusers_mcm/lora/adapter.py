@@ -28,6 +28,8 @@ class LoRA:
     """A LoRA that was read from disk, or is about to be written."""
 
     tensors: dict[str, torch.Tensor]
+    # What some LoRAs for Wan add to parameters besides, biases and norms, by the parameter's name and in its shape.
+    differences: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
     alpha: float | None = None  # None: the rank, that is a scale of one
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -50,7 +52,11 @@ class LoRA:
 
     def cast(self, dtype: torch.dtype | None) -> Self:
         """Return it with tensors of this type on the CPU; `None` leaves theirs."""
-        return replace(self, tensors={key: tensor.detach().to("cpu", dtype) for key, tensor in self.tensors.items()})
+        tensors, differences = (
+            {key: tensor.detach().to("cpu", dtype) for key, tensor in part.items()}
+            for part in (self.tensors, self.differences)
+        )
+        return replace(self, tensors=tensors, differences=differences)
 
     @property
     def modules(self) -> list[str]:
@@ -79,6 +85,19 @@ class LoRA:
         pattern = config.alpha_pattern
         alphas = {module: pattern.get(get_pattern_key(pattern, module), config.lora_alpha) for module in ranks}
         return {module: alphas[module] / (math.sqrt(r) if self.use_rslora else r) for module, r in ranks.items()}
+
+    def without_differences(self) -> Self:
+        """Return its pairs of matrices alone."""
+        return replace(self, differences={}) if self.differences else self
+
+    def check_no_differences(self, what: str) -> None:
+        """`ValueError` if it changes parameters other than by pairs, where `what` can do nothing with that."""
+        if self.differences:
+            raise ValueError(
+                f"{self.source} adds to {len(self.differences)} parameters besides its LoRA (keys *.diff, *.diff_b),"
+                f" such as {next(iter(self.differences))!r}, and {what}. They are part of what it does:"
+                " MCMPipeline.load_lora_weights puts them in, and the layout comfyui holds them."
+            )
 
     def check_pairs(self) -> None:
         """`ValueError` unless every module has both of its matrices."""

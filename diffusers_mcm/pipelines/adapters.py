@@ -164,9 +164,10 @@ class LoRAVerbs(FusingVerbs):
         networks = self._networks
         for component, lora in loras.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
+            self._check_differences(component, lora)
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
         for component, lora in loras.items():
-            load_lora_into(networks[component], lora, adapter_name)
+            load_lora_into(networks[component], self._keep_differences(component, lora, adapter_name), adapter_name)
             if lora.settings:
                 self._adapters.settings[adapter_name] = lora.settings.absolute(lora.folder).without_training_paths()
         self._adapters.weights[adapter_name] = 1.0
@@ -182,6 +183,8 @@ class LoRAVerbs(FusingVerbs):
             networks.set_submodule(name, layer.get_base_layer())
         for network in networks.values():
             vars(network).pop("peft_config", None)
+        self._adapters.differences.clear()
+        self._apply_differences()
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -199,9 +202,10 @@ class LoRAVerbs(FusingVerbs):
             if not layer.lora_A:
                 networks.set_submodule(path, layer.get_base_layer())
         configs = [getattr(network, "peft_config", {}) for network in networks.values()]
-        for known in (*configs, self._adapters.weights, self._adapters.settings):
+        for known in (*configs, self._adapters.weights, self._adapters.settings, self._adapters.differences):
             for name in names:
                 known.pop(name, None)
+        self._apply_differences()
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
@@ -228,11 +232,13 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused("switch the LoRA off")
         for layer in self._layers.values():
             layer._disable_adapters = True
+        self._apply_differences()
 
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
         for layer in self._layers.values():
             layer._disable_adapters = False
+        self._apply_differences()
 
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
@@ -256,6 +262,7 @@ class LoRAVerbs(FusingVerbs):
         for layer, scaling in before.items():
             layer.scaling.update({name: value * scale for name, value in scaling.items()})
         try:
+            self._apply_differences()
             yield
         finally:
             self._call_scale = 1.0
@@ -271,6 +278,7 @@ class LoRAVerbs(FusingVerbs):
             for name, weight in weights.items():
                 own = weight.get(component, 1.0) if isinstance(weight, dict) else weight
                 layer.set_scale(name, own * self._call_scale)
+        self._apply_differences()
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def _save_adapters(self, folder: Path) -> None:
