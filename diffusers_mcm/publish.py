@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .base_models import base_model_of
+from .base_models import base_model_of, base_repository_of
 from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
 from .files import atomic_files, disk_full_told, write_text
 from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
@@ -159,7 +159,7 @@ def stage_lora(
         )
     lora = lora or read_lora(folder)
     kind = base_model_of(lora)
-    recorded = base_model or lora.base_repository or kind.default_repository
+    recorded = base_model or base_repository_of(lora)
     settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()
     sample = settings.sample
     if not sample or not (folder / sample.file).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..lora import LoRA
@@ -21,9 +21,15 @@ def get_base_model(name: str) -> BaseModel:
 
 
 def infer_base_model(
-    *, model_index: Mapping[str, Any] | None = None, lora_modules: Iterable[str] | None = None
+    *,
+    model_index: Mapping[str, Any] | None = None,
+    lora_modules: Iterable[str] | Mapping[str, Sequence[int]] | None = None,
 ) -> BaseModel:
-    """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to."""
+    """The base model that a repository's `model_index.json`, or the modules of a LoRA, belong to.
+
+    The modules are names, or names with the shapes of their matrices A, by which models that differ in nothing but
+    their size are told apart.
+    """
     if model_index is not None:
         for model in BASE_MODELS.values():
             if model.matches(model_index):
@@ -38,9 +44,10 @@ def infer_base_model(
             f" {found or 'none'}. Supported: {expected}."
         )
     names = list(lora_modules or ())
-    for model in BASE_MODELS.values():
-        if model.recognises(names):
-            return model
+    alike = [model for model in BASE_MODELS.values() if model.recognises(names)]
+    if alike:
+        shapes = lora_modules if isinstance(lora_modules, Mapping) else {}
+        return next((model for model in alike if model.repository_for(shapes)), alike[0])
     raise ValueError(
         f"No supported base model ({', '.join(sorted(BASE_MODELS))}) has the modules this LoRA names, such as"
         f" {names[0] if names else 'none at all'!r}."
@@ -48,9 +55,15 @@ def infer_base_model(
 
 
 def base_model_of(lora: LoRA) -> BaseModel:
-    """The base model that a LoRA is for: as its settings say, or else by the modules it names."""
+    """The base model that a LoRA is for: as its settings say, or else by its modules and their size."""
     name = lora.settings.base_model
-    return get_base_model(name) if name else infer_base_model(lora_modules=lora.modules)
+    return get_base_model(name) if name else infer_base_model(lora_modules=lora.shapes())
 
 
-__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "get_base_model", "infer_base_model"]
+def base_repository_of(lora: LoRA) -> str:
+    """Where a LoRA's base model is: as its settings or PEFT's say, or else where that of its size usually is."""
+    model = base_model_of(lora)
+    return lora.base_repository or model.repository_for(lora.shapes()) or model.default_repository
+
+
+__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "base_repository_of", "get_base_model", "infer_base_model"]

@@ -62,6 +62,11 @@ class LoRA:
     def modules(self) -> list[str]:
         return sorted({split_key(key)[0] for key in self.tensors})
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each module's matrix A, where it has one."""
+        halves = {module: self.tensors.get(f"{module}.lora_A.weight") for module in self.modules}
+        return {module: tuple(down.shape) for module, down in halves.items() if down is not None}
+
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
 

@@ -74,10 +74,10 @@ def original_wan_module(module: str) -> str | None:
 
 
 def expert_named(file_name: str) -> str | None:
-    """The expert that a file's name says a LoRA is for: `"transformer"` for high noise, `"transformer_2"` for low.
+    """The expert that a file's name says a LoRA is for, `"high_noise"` or `"low_noise"`.
 
     `high_noise_model.safetensors`, `…_A14b_low_noise_lora_rank64_…` and `…_HIGH_…` are how the pairs for Wan 2.2 A14B
     are called; `None` where the name says neither, or both.
     """
     high, low = _HIGH.search(file_name), _LOW.search(file_name)
-    return None if bool(high) == bool(low) else "transformer" if high else "transformer_2"
+    return None if bool(high) == bool(low) else "high_noise" if high else "low_noise"

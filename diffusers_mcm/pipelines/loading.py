@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..base_models import base_model_of
+from ..base_models import base_model_of, base_repository_of
 from ..location import INDEX_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..lora import LoRA, open_safetensors
 
@@ -62,10 +62,10 @@ def read_base_index(location: Location) -> dict[str, Any]:
 
 def base_location(lora: LoRA, given: str | os.PathLike | None, options: Mapping[str, Any]) -> Location:
     """Where the base model of a LoRA is: what is `given`, or as its settings say, or else where it usually is."""
-    base_model = base_model_of(lora)
+    base_model_of(lora)  # `ValueError` for a LoRA of none that is known
     if given is not None:
         return Location.of(given, **options)
-    recorded = lora.base_repository or base_model.default_repository
+    recorded = base_repository_of(lora)
     try:
         name = hub.resolve_recorded(recorded, lora.folder)
     except FileNotFoundError as error:

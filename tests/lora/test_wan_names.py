@@ -88,12 +88,12 @@ def test_the_parameter_of_a_difference():
 @pytest.mark.parametrize(
     ("name", "expert"),
     [
-        ("high_noise_model.safetensors", "transformer"),
-        ("low_noise_model.safetensors", "transformer_2"),
-        ("wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors", "transformer"),
-        ("wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors", "transformer_2"),
-        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "transformer"),
-        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", "transformer_2"),
+        ("high_noise_model.safetensors", "high_noise"),
+        ("low_noise_model.safetensors", "low_noise"),
+        ("wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors", "high_noise"),
+        ("wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors", "low_noise"),
+        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "high_noise"),
+        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", "low_noise"),
         ("pytorch_lora_weights.safetensors", None),
         ("yellow_flowers_highlights.safetensors", None),
         ("high_and_low.safetensors", None),
