@@ -14,9 +14,17 @@ from typing import Any
 
 from . import hub
 from .base_models import base_model_of, base_repository_of
-from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
+from .cards import (
+    CARD_NAME,
+    DEFAULT_PROMPT,
+    SAMPLE_NAME,
+    SCORES_NAMES,
+    check_card,
+    metadata,
+    render_folder_card,
+)
 from .files import atomic_files, disk_full_told, write_text
-from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
+from .location import INDEX_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from .lora import LoRA, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
 from .settings import CONFIG_NAME, Sample, Settings
 from .text_files import read_text
@@ -158,6 +166,7 @@ def stage_lora(
             " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
         )
     lora = lora or read_lora(folder)
+    lora.check_no_differences("a LoRA is published in diffusers' layout, which has no names for that")
     kind = base_model_of(lora)
     recorded = base_model or base_repository_of(lora)
     settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()
@@ -208,8 +217,9 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
         if repository is not None:
-            for name in SCORES_NAMES:  # the card shows them
+            for name in (*SCORES_NAMES, SCHEDULER_NAME):  # the card shows what they say
                 if (folder / name).is_file():
+                    (temporary / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(folder / name, temporary / name)
             write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
 

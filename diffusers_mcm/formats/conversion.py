@@ -12,9 +12,9 @@ from .. import hub
 from ..base_models import base_model_of, base_repository_of
 from ..base_models.animatediff import load_motion_adapter
 from ..files import atomic_file, atomic_files
-from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from ..lora import LoRA, lora_header, read_lora, write_lora_weights, write_safetensors, write_settings
-from ..lora.adapter import PEFT_CONFIG_NAME, SCHEDULER_NAME
+from ..lora.adapter import PEFT_CONFIG_NAME
 from ..lora.layouts import (
     MOTION,
     PEFT_PREFIX,

@@ -16,7 +16,6 @@ from ..settings import Settings
 logger = logging.getLogger(__name__)
 
 PEFT_CONFIG_NAME = "adapter_config.json"
-SCHEDULER_NAME = "scheduler/scheduler_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
 # Ours, in the same place: settings, scheduler and PEFT's configuration, each as JSON.
 HEADER_KEYS = ("mcm_config", "mcm_scheduler", "peft_adapter_config")

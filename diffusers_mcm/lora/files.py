@@ -13,9 +13,9 @@ import torch
 
 from .. import hub
 from ..files import atomic_file, atomic_files, write_text
-from ..location import WEIGHTS_NAME, Location
+from ..location import SCHEDULER_NAME, WEIGHTS_NAME, Location
 from ..settings import Settings
-from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, SCHEDULER_NAME, LoRA, split_key
+from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
 from .layouts import (
     DENOISER,
     PEFT_PREFIX,
