@@ -153,8 +153,8 @@ def few_step_named(name: str, files: Iterable[str | os.PathLike | None] = ()) ->
 
 def recognised(names: Iterable[str | os.PathLike]) -> list[str]:
     """The rows of the table that names of files or repositories have in them."""
-    names = [os.fspath(name) for name in names]
-    return [row for row, what in FEW_STEP.items() if any(what.pattern.search(_told(name)) for name in names)]
+    told = [_told(os.fspath(name)) for name in names]
+    return [row for row, what in FEW_STEP.items() if any(map(what.pattern.search, told))]
 
 
 def _told(name: str) -> str:
