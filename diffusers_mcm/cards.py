@@ -8,13 +8,16 @@ from string import Template
 from typing import Any
 
 from .hub import PACKAGED_MODELS, is_local, public_name
-from .location import Location
+from .location import SCHEDULER_NAME, Location
 from .settings import CONFIG_NAME, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME = "README.md", "sample.mp4"
 # What `diffusers-mcm evaluate` writes, whose `table` the card shows, and a table that anything else wrote.
 SCORES_NAMES = ("evaluation.json", "scores.json")
+# Of a student on the flow path, where neither its scheduler nor its training is known: what it is trained with if
+# nobody says otherwise (`consistency.FLOW_SHIFT` and `FLOW_STEPS`, which take torch along).
+FLOW_SHIFT, FLOW_GRID = 5.0, 48
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -39,6 +42,37 @@ pipe.fuse_lora()  # diffusers' motion modules do not run with a LoRA that is not
 pipe.scheduler = $scheduler
 frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0).frames[0]
 ```"""
+_WITH_WAN = """```python
+from diffusers import UniPCMultistepScheduler, WanPipeline
+$resolve
+pipe = WanPipeline.from_pretrained($repository)
+pipe.load_lora_weights($adapter)
+pipe.scheduler = UniPCMultistepScheduler(
+    prediction_type="flow_prediction",
+    use_flow_sigmas=True,
+    flow_shift=$shift,
+    solver_order=1,
+    disable_corrector=list(range($steps)),
+)
+frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0$size).frames[0]
+```
+
+These are Euler steps, without fresh noise. UniPC cuts the timesteps that it tells the network to whole numbers, 937
+for 937.5; Euler's own scheduler keeps them, if it is told the points of this LoRA's grid before they are shifted:
+
+```python
+from functools import partial
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=$shift)
+points = [point / $grid for point in $points]
+pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=points)
+frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0$size).frames[0]
+```
+
+That is `MCMFlowScheduler(shift=$shift, stochastic=False)` of diffusers-mcm. diffusers' `FlowMatchLCMScheduler` is not
+for this: it shifts twice."""
 _CONVERTED = """{reason}:
 
 ```bash
@@ -48,14 +82,32 @@ diffusers-mcm convert $where --to {layout} mcm
 {code}"""
 _NO_LOADER = "Its pipeline of this base model has no LoRA loader, so PEFT puts the LoRA in"
 _NO_PEFT_KEYS = "Its LoRA loader passes over PEFT's keys, so they have to be converted"
+_WAN = ("wan", "wan-ti2v")
 _STOCK = {
     ("modelscope", "diffusers"): _CONVERTED.format(reason=_NO_LOADER, layout="peft", code=_WITH_PEFT),
     ("modelscope", "peft"): f"{_NO_LOADER}:\n\n{_WITH_PEFT}",
     ("animatediff", "diffusers"): _WITH_LORA_LOADER,
     ("animatediff", "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_LORA_LOADER),
+    **{(name, "diffusers"): _WITH_WAN for name in _WAN},
+    **{(name, "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_WAN) for name in _WAN},
 }
 _SAMPLE = '\n<video src="{0.file}" controls autoplay loop muted></video>\n\n*{0.prompt}*\n'
+_COMFYUI_WAN = """Its LoRA loader knows the names that Wan's authors gave the modules, and no others:
+
+```bash
+diffusers-mcm convert $where --to comfyui mcm.safetensors
+```
+
+| node | setting |
+|---|---|
+| LoraLoaderModelOnly | `mcm.safetensors`, strength 1 |
+| ModelSamplingSD3 | shift $shift |
+| KSampler | steps $steps, cfg 1, sampler `lcm`, scheduler `simple`, denoise 1 |
+
+The sampler `lcm` adds fresh noise in each step, as diffusers-mcm does; `euler` adds none. With `simple` both visit the
+timesteps of this LoRA's grid. This follows from reading its sources; it was not run in it."""
 _COMFYUI = {
+    **dict.fromkeys(_WAN, _COMFYUI_WAN),
     "modelscope": "ComfyUI has no loader for this base model, and so nothing that could take the LoRA.",
     "animatediff": """Its LoRA loader leaves motion layers out, so they go into a motion module:
 
@@ -99,6 +151,7 @@ def render_card(
     title: str,
     place: Location,
     layout: str = "diffusers",
+    scheduler: Mapping[str, Any] | None = None,
     scores: Sequence[Mapping[str, Any]] = (),
     about: str = "",
     training_note: str = "From the configuration that was saved with the weights.",
@@ -107,9 +160,9 @@ def render_card(
     """The card's text. A sample in the settings lies beside the card and is shown.
 
     `place` is the repository, and the subfolder in it, where the LoRA will be, `layout` that of its keys
-    (`"diffusers"` or `"peft"`). `scores` are tables: `about`, `columns` and `rows` (each a label and then
-    the cells). `about` is a paragraph on this LoRA, `training_note` says where the training's settings are known
-    from, and `more` are fields of the card's YAML, such as `license_link`.
+    (`"diffusers"` or `"peft"`), `scheduler` the configuration of its sampler. `scores` are tables: `about`, `columns`
+    and `rows` (each a label and then the cells). `about` is a paragraph on this LoRA, `training_note` says where the
+    training's settings are known from, and `more` are fields of the card's YAML, such as `license_link`.
     """
     prompt = settings.prompt or DEFAULT_PROMPT
     base, *extra = _repositories(settings)
@@ -132,6 +185,7 @@ def render_card(
         values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
     elif layout == "peft":
         values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
+    values |= _on_flow_path(settings, scheduler or {})
     appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
@@ -150,6 +204,18 @@ def render_card(
     )
 
 
+def _on_flow_path(settings: Settings, scheduler: Mapping[str, Any]) -> dict[str, str]:
+    """What a card says of the grid of a student on the flow path, and of the size of its clips."""
+    grid, steps = int(scheduler.get("original_inference_steps", FLOW_GRID)), settings.steps
+    size = {name: getattr(settings.sampling, name) for name in ("height", "width", "num_frames")}
+    return {
+        "shift": str(float(scheduler.get("shift") or settings.training.get("shift") or FLOW_SHIFT)),
+        "grid": str(grid),
+        "points": str([grid - i * grid // steps for i in range(steps)]),  # as `MCMFlowScheduler` chooses them
+        "size": "".join(f", {name}={value}" for name, value in size.items() if value),
+    }
+
+
 def render_folder_card(folder: Path, repository: str, settings: Settings | None = None, **more: Any) -> str:
     """The card of a LoRA folder, from what lies in it (or these settings) and `more` arguments of `render_card`."""
     here = Location.of(folder)
@@ -160,7 +226,8 @@ def render_folder_card(folder: Path, repository: str, settings: Settings | None 
         settings = replace(settings, sample=None)
     title, there = repository.rpartition("/")[2], Location(repository, remote=True)
     scores = [found.get("table", found) for name in SCORES_NAMES if (found := here.json(name))]
-    return render_card(settings, title=title, place=there, scores=scores, **more)
+    scheduler = here.json(SCHEDULER_NAME)
+    return render_card(settings, title=title, place=there, scheduler=scheduler, scores=scores, **more)
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:

@@ -16,6 +16,7 @@ HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 MOTION_HEAD_NAME = "motion_head.safetensors"
+SCHEDULER_NAME = "scheduler/scheduler_config.json"
 INDEX_NAME = "model_index.json"
 
 

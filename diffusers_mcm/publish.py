@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .base_models import base_model_of
-from .cards import CARD_NAME, DEFAULT_PROMPT, SAMPLE_NAME, SCORES_NAMES, check_card, metadata, render_folder_card
+from .base_models import base_model_of, base_repository_of
+from .cards import (
+    CARD_NAME,
+    DEFAULT_PROMPT,
+    SAMPLE_NAME,
+    SCORES_NAMES,
+    check_card,
+    metadata,
+    render_folder_card,
+)
 from .files import atomic_files, disk_full_told, write_text
-from .location import INDEX_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, Location
+from .location import INDEX_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from .lora import LoRA, find_pair, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
 from .settings import CONFIG_NAME, Sample, Settings
 from .text_files import read_text
@@ -168,8 +176,9 @@ def stage_lora(
             f"{folder} holds half a pair, the LoRA of the {lora.settings.expert} expert. Load it with the other half,"
             " and publish what `save_mcm_lora` writes."
         )
+    lora.check_no_differences("a LoRA is published in diffusers' layout, which has no names for that")
     kind = base_model_of(lora)
-    recorded = base_model or lora.base_repository or kind.default_repository
+    recorded = base_model or base_repository_of(lora)
     settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()
     sample = settings.sample
     if not sample or not (folder / sample.file).is_file():
@@ -218,8 +227,9 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
         settings = put_sample(temporary, settings, video, prompt, fps)
         settings.write(temporary)
         if repository is not None:
-            for name in SCORES_NAMES:  # the card shows them
+            for name in (*SCORES_NAMES, SCHEDULER_NAME):  # the card shows what they say
                 if (folder / name).is_file():
+                    (temporary / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(folder / name, temporary / name)
             write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..lora import LoRA
@@ -25,12 +25,14 @@ def get_base_model(name: str) -> BaseModel:
 def infer_base_model(
     *,
     model_index: Mapping[str, Any] | None = None,
-    lora_modules: Iterable[str] | None = None,
+    lora_modules: Iterable[str] | Mapping[str, Sequence[int]] | None = None,
     for_an_expert: bool = False,
 ) -> BaseModel:
-    """The base model that a repository's `model_index.json`, or the module names of a LoRA, belong to.
+    """The base model that a repository's `model_index.json`, or the modules of a LoRA, belong to.
 
-    Names do not tell the LoRA of a model's only denoiser from that of one of two experts; `for_an_expert` does.
+    The modules are names, or names with the shapes of their matrices A, by which models that differ in nothing but
+    their size are told apart. The LoRA of a model's only denoiser and that of one of two experts differ in neither;
+    `for_an_expert` tells them apart.
     """
     if model_index is not None:
         for model in BASE_MODELS.values():
@@ -46,9 +48,10 @@ def infer_base_model(
             f" {found or 'none'}. Supported: {expected}."
         )
     names = list(lora_modules or ())
-    for model in BASE_MODELS.values():
-        if model.recognises(names) and bool(model.experts) == for_an_expert:
-            return model
+    alike = [m for m in BASE_MODELS.values() if m.recognises(names) and bool(m.experts) == for_an_expert]
+    if alike:
+        shapes = lora_modules if isinstance(lora_modules, Mapping) else {}
+        return next((model for model in alike if model.repository_for(shapes)), alike[0])
     raise ValueError(
         f"No supported base model ({', '.join(sorted(BASE_MODELS))}) has the modules this LoRA names, such as"
         f" {names[0] if names else 'none at all'!r}."
@@ -56,11 +59,17 @@ def infer_base_model(
 
 
 def base_model_of(lora: LoRA) -> BaseModel:
-    """The base model that a LoRA is for: as its settings say, or else by the modules it names."""
+    """The base model that a LoRA is for: as its settings say, or else by its modules and their size."""
     name = lora.settings.base_model
     if name:
         return get_base_model(name)
-    return infer_base_model(lora_modules=lora.modules, for_an_expert=lora.settings.expert is not None)
+    return infer_base_model(lora_modules=lora.shapes(), for_an_expert=lora.settings.expert is not None)
 
 
-__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "get_base_model", "infer_base_model"]
+def base_repository_of(lora: LoRA) -> str:
+    """Where a LoRA's base model is: as its settings or PEFT's say, or else where that of its size usually is."""
+    model = base_model_of(lora)
+    return lora.base_repository or model.repository_for(lora.shapes()) or model.default_repository
+
+
+__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "base_repository_of", "get_base_model", "infer_base_model"]

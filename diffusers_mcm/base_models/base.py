@@ -8,7 +8,7 @@ interface, so a model with another denoiser, another autoencoder or another nois
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,13 @@ class BaseModel(ABC):
     @abstractmethod
     def recognises(self, module_names: Iterable[str]) -> bool:
         """Whether LoRA keys with these module names belong to this architecture."""
+
+    def repository_for(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """Where the model of that size is that a LoRA was made for, by module and shape of its matrix A.
+
+        `None` if this model comes in other sizes only.
+        """
+        return self.default_repository
 
     @abstractmethod
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:

@@ -6,7 +6,8 @@ This file is everything the package knows about the networks of those models; `p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..conditioning import Conditioning
 from ..consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath
 from ..lora import base_layer
+from ..lora.wan_names import wan_module
 from ..scheduler import MCMFlowScheduler
 from ..settings import HIGH_NOISE, LOW_NOISE
 from .base import BaseModel, component_class
@@ -24,6 +26,7 @@ from .precision import at_least_float32
 from .tokens import tokenize
 
 LORA_SUFFIXES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ffn.net.0.proj", ".ffn.net.2")  # within a block
+_READS_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.0\.proj)")
 TEXT_LENGTH = 512  # tokens, zeros after the text; the transformer has no mask for them
 # What guidance leads away from, by Wan's authors (`sample_neg_prompt` in their wan/configs/shared_config.py): garish,
 # overexposed, *static*, blurred details, subtitles, …, *motionless picture*, …, many people behind, walking backwards.
@@ -43,6 +46,10 @@ class Wan(BaseModel):
 
     name = "wan"
     default_repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    sizes: Mapping[int, str] = {
+        1536: default_repository,
+        5120: "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    }  # by width of a block
     denoiser_name = "transformer"
     denoiser_classes = ("WanTransformer3DModel",)
     guidance_range = (2.0, 6.0)
@@ -98,7 +105,13 @@ class Wan(BaseModel):
         )
 
     def recognises(self, module_names: Iterable[str]) -> bool:
-        return any(name.startswith("blocks.") and ".attn1." in name for name in module_names)
+        blocks = (name for name in module_names if name.startswith("blocks."))
+        return any(".attn1." in name or wan_module(name) == name for name in blocks)
+
+    def repository_for(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        # what an attention in a block projects from is as wide as the block
+        width = next((shape[1] for name, shape in shapes.items() if _READS_A_BLOCK.fullmatch(name)), None)
+        return self.sizes.get(width) if width is not None else None
 
     def lora_target_modules(self, denoiser: nn.Module) -> list[str]:
         return sorted(
@@ -176,6 +189,7 @@ class WanTI2V(Wan):
 
     name = "wan-ti2v"
     default_repository = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    sizes = {3072: default_repository}
     height = 704
     width = 1280
     num_frames = 121
@@ -189,6 +203,7 @@ class WanA14B(Wan):
 
     name = "wan-a14b"
     default_repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    sizes = {5120: default_repository}
     experts = {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
     described_scheduler_keys = ("shift", "boundary", "original_inference_steps")
 

@@ -9,6 +9,7 @@ from .startup import quiet_libraries
 LAYOUTS = {
     "peft": "a folder with adapter_model.safetensors and adapter_config.json",
     "diffusers": "a folder with, or a file like, pytorch_lora_weights.safetensors",
+    "comfyui": "a file with a Wan LoRA under the names that Wan's authors gave its modules, for ComfyUI",
     "kohya": "a file with the spatial layers of an AnimateDiff LoRA, for ComfyUI and other readers of kohya files",
     "motion-module": "a file with a motion adapter and, fused into it, the motion layers of an AnimateDiff LoRA",
 }
@@ -23,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="folder, .safetensors file, packaged model or Hub id of a LoRA in diffusers' or PEFT's layout")
+    add("source", help="folder, .safetensors file, packaged model or Hub id of a LoRA")
     add("destination", type=Path, help="folder, or file that ends in .safetensors")
     add("--to", required=True, choices=LAYOUTS, help="the layout")
     add("--subfolder", help="where in SOURCE the LoRA is")

@@ -20,12 +20,14 @@ from .startup import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
     from .. import MCMPipeline
+    from ..pipelines.few_step import FewStep
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
 # The names of `pipelines.samplers`, which is not imported for the flags' sake: it takes torch along.
 SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler")
 SPACINGS = ("trailing", "leading", "linspace")
+FEW_STEP = ("auto", "lightx2v", "wan2.2-lightning", "fastwan", "fastwan-5b", "rcm")  # and of `pipelines.few_step`
 # --format -> how the names in a folder end
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "png": ".png", "frames": ""}
 VBENCH_FORMATS = ("mp4", "gif")  # that VBench reads
@@ -113,6 +115,12 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
         "--timestep_spacing",
         choices=SPACINGS,
         help="of ddim, dpm++ and euler: where their steps lie (default: trailing)",
+    )
+    sampling(
+        "--few_step",
+        choices=FEW_STEP,
+        help="sample the few-step LoRA or model for Wan of others with the timesteps and sampler that these use, as"
+        " read in their code and not run with their weights; auto: by its name",
     )
     sampling("--seed", type=int, default=0, help="same prompt and seed, same video; every prompt has it (default: 0)")
     sampling("--num_videos", type=int, default=1, help="videos of each prompt, from seed, seed + 1, … (default: 1)")
@@ -257,11 +265,14 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     from ..pipelines.samplers import check_spacing
 
     check_spacing(arguments.sampler, arguments.timestep_spacing)
+    row = few_step(arguments)
     names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant", "num_inference_steps")
     given = {name: value for name in names if (value := getattr(arguments, name))}
     pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **given)
     if arguments.sampler is not None:
         pipeline.scheduler = make_scheduler(arguments.sampler, pipeline, arguments.timestep_spacing)
+    if row is not None:
+        row.set_up(pipeline)
     if arguments.fuse_lora:
         pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     if arguments.vae_slicing:
@@ -276,6 +287,22 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     return pipeline
 
 
+def few_step(arguments: argparse.Namespace) -> "FewStep | None":
+    """How the makers of what is loaded sample it, if that is asked for; `ValueError` if something else is, too."""
+    from ..pipelines.few_step import few_step_named
+
+    if arguments.few_step is None:
+        return None
+    if arguments.sampler is not None:
+        raise ValueError(
+            f"expected --few_step or --sampler, got both, {arguments.few_step} and {arguments.sampler}: the first"
+            " brings a sampler, too"
+        )
+    names = ("lora", "subfolder", "weight_name", "base_model", "model")
+    given = [getattr(arguments, name) for name in names]
+    return few_step_named(arguments.few_step, given)
+
+
 def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[str, Any]:
     """What all videos of a run have in common and what decides how they look."""
     from ..pipelines.samplers import sampler_settings
@@ -288,6 +315,10 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
         settings["guidance_scale"] = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
     for name in SAMPLING_KEYS:
         settings[name] = pipeline.sampling_default(name) if given[name] is None else given[name]
+    if (row := few_step(arguments)) is not None:
+        settings |= {"few_step": row.title, "stochastic": row.stochastic, "shift": row.shift}
+        if row.timesteps and given["num_inference_steps"] is None:
+            settings["timesteps"] = list(row.timesteps)
     return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
 
 
@@ -333,6 +364,9 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
 
     from ..video_io import write_video
 
+    sampling = {name: settings[name] for name in SAMPLING_KEYS if name != "fps"}
+    if "timesteps" in settings:
+        sampling |= {"timesteps": settings["timesteps"], "num_inference_steps": None}
     video = pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,
@@ -341,7 +375,7 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
         lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
         guidance_scale=settings["guidance_scale"],
         output_type="np",
-        **{name: settings[name] for name in SAMPLING_KEYS if name != "fps"},
+        **sampling,
     ).frames[0]
     metadata = recipe(job, settings) | {"versions": versions()}
     write_video(job.path, video, fps=settings["fps"], metadata=metadata)

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..base_models import base_model_of
+from ..base_models import base_model_of, base_repository_of
 from ..base_models.animatediff import load_motion_adapter
 from ..files import atomic_file, atomic_files
-from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from ..lora import LoRA, lora_header, read_lora, write_lora_weights, write_safetensors, write_settings
-from ..lora.adapter import PEFT_CONFIG_NAME, SCHEDULER_NAME
-from ..lora.layouts import MOTION, PEFT_PREFIX, animatediff_keys, kohya_header, kohya_tensors, spatial_modules
+from ..lora.adapter import PEFT_CONFIG_NAME
+from ..lora.layouts import (
+    MOTION,
+    PEFT_PREFIX,
+    animatediff_keys,
+    comfyui_tensors,
+    kohya_header,
+    kohya_tensors,
+    spatial_modules,
+)
 from ..pipelines.loading import recorded_repositories
 from ..settings import CONFIG_NAME, DEFAULT_STEPS, SamplingDefaults, Settings
 
@@ -32,15 +40,17 @@ def convert(
     motion_adapter: str | os.PathLike | None = None,
     **where,
 ) -> Path:
-    """Write a LoRA in another layout. The tensors' values and types stay as they are.
+    """Write a LoRA in another layout. The tensors' values and types stay as they are; what a layout cannot hold is
+    not left out, but refused.
 
     Where the LoRA has no settings of its own, as those of PEFT, what its base model is sampled with is written down.
     Returns `destination`.
 
     Args:
-        source: A LoRA in diffusers' or PEFT's layout: a folder, a `.safetensors` file, a packaged model, a Hub id.
+        source: A LoRA in diffusers' or PEFT's layout, or for Wan in any: a folder, a `.safetensors` file, a packaged
+            model, a Hub id.
         destination: A folder or, if it ends in `.safetensors`, a single file.
-        to: `peft` (a folder), `diffusers` (a folder or file), `kohya` or `motion-module` (a file).
+        to: `peft` (a folder), `diffusers` (a folder or file), `comfyui`, `kohya` or `motion-module` (a file).
         overwrite: Replace what is at `destination`; otherwise that is an error.
         motion_adapter: For `motion-module`: the motion adapter to fuse the LoRA into, as a folder or Hub id.
         where: Where in `source`, as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
@@ -83,7 +93,7 @@ def _complete(lora: LoRA) -> None:
     if not lora.settings:
         lora.settings = Settings(
             base_model=base_model.name,
-            base_model_repository=lora.base_repository or base_model.default_repository,
+            base_model_repository=base_repository_of(lora),
             sampling=SamplingDefaults(DEFAULT_STEPS),
         )
     if lora.scheduler_config is None:
@@ -102,12 +112,14 @@ def _recorded_adapter(lora: LoRA) -> str:
 
 # --- the layouts -----------------------------------------------------------------------------------------------------
 def _write_diffusers(lora: LoRA, path: Path, _) -> None:
+    lora.check_no_differences("diffusers' layout has no names for that")
     if lora.adapter_config == _adapter_config(lora):  # nothing of PEFT's own to be kept
         lora.adapter_config = None
     write_lora_weights(path, {base_model_of(lora).denoiser_name: lora})
 
 
 def _write_peft(lora: LoRA, path: Path, _) -> None:
+    lora.check_no_differences("PEFT's layout has no names for that")
     write_lora_weights(path, {PEFT_PREFIX.rstrip("."): lora})
     config = lora.adapter_config or _adapter_config(lora)
     path.with_name(PEFT_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -116,6 +128,12 @@ def _write_peft(lora: LoRA, path: Path, _) -> None:
 def _write_kohya(lora: LoRA, path: Path, _) -> None:
     ours = {key: value for key, value in lora_header(lora, "unet").items() if key.startswith("mcm_")}
     write_safetensors(path, kohya_tensors(lora), ours | kohya_header(lora))
+
+
+def _write_comfyui(lora: LoRA, path: Path, _) -> None:
+    """Not with diffusers' metadata, by which its reader would scale a second time."""
+    ours = {key: value for key, value in lora_header(lora, "transformer").items() if key.startswith("mcm_")}
+    write_safetensors(path, comfyui_tensors(lora), ours | {"format": "pt"})
 
 
 def _write_motion_module(lora: LoRA, path: Path, motion_adapter: Any) -> None:
@@ -158,6 +176,7 @@ class Layout:
 LAYOUTS = {
     "peft": Layout(_write_peft, PEFT_WEIGHTS_NAME, as_folder=True, as_file=False),
     "diffusers": Layout(_write_diffusers, WEIGHTS_NAME, as_folder=True),
+    "comfyui": Layout(_write_comfyui, "comfyui.safetensors"),
     "kohya": Layout(_write_kohya, "kohya.safetensors"),
     "motion-module": Layout(_write_motion_module, "motion_module.safetensors", fused=True),
 }

@@ -3,15 +3,25 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base_models import BASE_MODELS, BaseModel
+from ..base_models import BASE_MODELS, BaseModel, infer_base_model
 from ..files import sha256
 from ..location import Location
-from ..lora import open_safetensors, read_beside, split_key
-from ..lora.layouts import WRITTEN, kohya_alpha, layout_of, recorded_config, renamed, split_prefix
+from ..lora import TEXT_ENCODER, expert_named, open_safetensors, read_beside, split_key
+from ..lora.layouts import (
+    DENOISER,
+    DIFFERENCES,
+    WRITTEN,
+    is_wan,
+    kohya_alpha,
+    layout_of,
+    place_of,
+    recorded_config,
+    split_prefix,
+)
 from ..settings import SAMPLING_KEYS, Settings
 
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
@@ -23,18 +33,22 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     `where` is as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
 
     Returns:
-        `file`, `layout`, `base_model`, `base_model_repository`, `rank`, `alpha`, `targets`, `kinds` (of layers, with
-        their number), `modules` (last part of their names, with their number), `tensors`, `parameters`, `dtype`,
-        `bytes`, `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
+        `file`, `layout`, `base_model`, `base_model_repository`, `expert` (of two, which it is for), `rank`, `alpha`,
+        `targets`, `kinds` (of layers, with their number), `modules` (last part of their names, with their number),
+        `differences` (parameters to which something is added besides), `tensors`, `parameters`, `dtype`, `bytes`,
+        `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
         `training`. `None` where nothing is known.
     """
     location = Location.of(source, **where)
     path = location.lora_file()
     with open_safetensors(path) as file:
         slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
+        alphas = Counter(
+            float(file.get_tensor(key)) for key in slices if key.endswith(".alpha") and _is_one(slices[key])
+        )
     shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
     settings, scheduler_config, adapter_config = read_beside(location, header)
-    layout = layout_of(shapes)
+    layout = layout_of(shapes) or _of_wan(shapes)
     if layout is None:
         one = next(iter(shapes), "none at all")
         raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
@@ -42,17 +56,19 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     modules = _modules(path, shapes)
     base_model = _base_model(settings, layout, modules)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
-    ranks = Counter(shape[0] for shape in modules.values())
+    alpha = config.get("lora_alpha") if (told := kohya_alpha(header)) is None else told
     return {
         "file": str(path),
         "layout": layout,
         "base_model": base_model and base_model.name,
-        "base_model_repository": repository or (base_model and base_model.default_repository),
-        "rank": ranks.most_common(1)[0][0] if len(ranks) == 1 else dict(ranks) or None,
-        "alpha": config.get("lora_alpha") if (alpha := kohya_alpha(header)) is None else alpha,
+        "base_model_repository": repository or _repository(base_model, modules),
+        "expert": expert_named(path.name),
+        "rank": _one_or_all(Counter(shape[0] for shape in modules.values())),
+        "alpha": _one_or_all(alphas) if alphas else alpha,
         "targets": len(modules),
         "kinds": dict(Counter(_KINDS[len(shape)] for shape in modules.values())),
         "modules": dict(Counter(_last_part(name) for name in modules)),
+        "differences": sum(place_of(key)[2] in DIFFERENCES for key in shapes),
         "tensors": len(shapes),
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": " and ".join(sorted({part.get_dtype() for part in slices.values()})),
@@ -64,18 +80,37 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     }
 
 
+def _of_wan(keys: Collection[str]) -> str | None:
+    """What to call the layout of a file for Wan that is none of those that are written: `"original"` where it has
+    the authors' names without a prefix, `"several"` where it mixes layouts; `None` if it is not for Wan."""
+    if not is_wan(keys):
+        return None
+    return "several" if any(split_prefix(key)[0] for key in keys) else "original"
+
+
+def _is_one(part: Any) -> bool:
+    return math.prod(part.get_shape()) == 1
+
+
+def _one_or_all(counts: Counter) -> Any:
+    """The value, if there is one; else each with how often it is there."""
+    return counts.most_common(1)[0][0] if len(counts) == 1 else dict(counts) or None
+
+
 def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shape of each module's A; `ValueError` if one has no B, or the reverse."""
-    halves: dict[str, dict[str, tuple]] = defaultdict(dict)
-    for key, shape in shapes.items():
-        module, half = split_key(renamed(key))
-        if half in ("lora_A.weight", "lora_B.weight"):
-            halves[module][half] = shape
-    alone = [module for module, pair in halves.items() if len(pair) < 2]
+    halves: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for key in shapes:
+        component, module, role = place_of(key)
+        if role in ("lora_A.weight", "lora_B.weight"):
+            halves[component, module][role] = key
+    alone = [next(iter(pair.values())) for pair in halves.values() if len(pair) < 2]
     if alone:
         count = f"{len(alone)} of its {len(halves)} modules"
-        raise ValueError(f"{path} is incomplete: {count} have only one matrix, such as {alone[0]!r}.")
-    return {split_prefix(module)[2]: pair["lora_A.weight"] for module, pair in halves.items()}
+        name = split_key(alone[0])[0]
+        raise ValueError(f"{path} is incomplete: {count} have only one matrix, such as {name!r}.")
+    names = {place: place[1] if place[0] in (DENOISER, TEXT_ENCODER) else ".".join(place) for place in halves}
+    return {names[place]: shapes[pair["lora_A.weight"]] for place, pair in halves.items()}
 
 
 def _last_part(module: str) -> str:
@@ -89,10 +124,18 @@ def _last_part(module: str) -> str:
     return found or module.rpartition(".")[2]
 
 
-def _base_model(settings: Settings, layout: str, modules: Iterable[str]) -> BaseModel | None:
+def _base_model(settings: Settings, layout: str, modules: Mapping[str, tuple[int, ...]]) -> BaseModel | None:
     if name := settings.base_model or ("animatediff" if layout == "motion-module" else None):
         return BASE_MODELS.get(name)
-    return next((model for model in BASE_MODELS.values() if model.recognises(modules)), None)
+    try:
+        return infer_base_model(lora_modules=modules)
+    except ValueError:
+        return None
+
+
+def _repository(base_model: BaseModel | None, modules: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Where the base model of a LoRA is that does not say so."""
+    return None if base_model is None else base_model.repository_for(modules) or base_model.default_repository
 
 
 def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_model: BaseModel) -> dict[str, Any]:

@@ -48,7 +48,9 @@ from .layers import (
     lora_disabled,
     lora_layers,
     lora_state_dict,
+    parameter_named,
     set_lora_state_dict,
     train_only,
 )
-from .layouts import TEXT_ENCODER
+from .layouts import SECOND_DENOISER, TEXT_ENCODER
+from .wan_names import expert_named

@@ -16,7 +16,6 @@ from ..settings import Settings
 logger = logging.getLogger(__name__)
 
 PEFT_CONFIG_NAME = "adapter_config.json"
-SCHEDULER_NAME = "scheduler/scheduler_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it, in the safetensors header
 # Ours, in the same place: settings, scheduler and PEFT's configuration, each as JSON.
 HEADER_KEYS = ("mcm_config", "mcm_scheduler", "peft_adapter_config")
@@ -28,6 +27,8 @@ class LoRA:
     """A LoRA that was read from disk, or is about to be written."""
 
     tensors: dict[str, torch.Tensor]
+    # What some LoRAs for Wan add to parameters besides, biases and norms, by the parameter's name and in its shape.
+    differences: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
     alpha: float | None = None  # None: the rank, that is a scale of one
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -50,11 +51,20 @@ class LoRA:
 
     def cast(self, dtype: torch.dtype | None) -> Self:
         """Return it with tensors of this type on the CPU; `None` leaves theirs."""
-        return replace(self, tensors={key: tensor.detach().to("cpu", dtype) for key, tensor in self.tensors.items()})
+        tensors, differences = (
+            {key: tensor.detach().to("cpu", dtype) for key, tensor in part.items()}
+            for part in (self.tensors, self.differences)
+        )
+        return replace(self, tensors=tensors, differences=differences)
 
     @property
     def modules(self) -> list[str]:
         return sorted({split_key(key)[0] for key in self.tensors})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each module's matrix A, where it has one."""
+        halves = {module: self.tensors.get(f"{module}.lora_A.weight") for module in self.modules}
+        return {module: tuple(down.shape) for module, down in halves.items() if down is not None}
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.modules}
@@ -79,6 +89,19 @@ class LoRA:
         pattern = config.alpha_pattern
         alphas = {module: pattern.get(get_pattern_key(pattern, module), config.lora_alpha) for module in ranks}
         return {module: alphas[module] / (math.sqrt(r) if self.use_rslora else r) for module, r in ranks.items()}
+
+    def without_differences(self) -> Self:
+        """Return its pairs of matrices alone."""
+        return replace(self, differences={}) if self.differences else self
+
+    def check_no_differences(self, what: str) -> None:
+        """`ValueError` if it changes parameters other than by pairs, where `what` can do nothing with that."""
+        if self.differences:
+            raise ValueError(
+                f"{self.source} adds to {len(self.differences)} parameters besides its LoRA (keys *.diff, *.diff_b),"
+                f" such as {next(iter(self.differences))!r}, and {what}. They are part of what it does:"
+                " MCMPipeline.load_lora_weights puts them in, and the layout comfyui holds them."
+            )
 
     def check_pairs(self) -> None:
         """`ValueError` unless every module has both of its matrices."""

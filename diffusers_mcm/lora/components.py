@@ -5,39 +5,34 @@ may mix namings, ranks, scales and types.
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..location import Location
 from .adapter import LoRA, split_key
-from .files import read_lora_file, to_lora
+from .files import read_lora_file, to_loras
 from .layers import ADAPTABLE, base_layer, check_not_wrapped
 from .layouts import (
     DENOISER,
+    DIFFERENCES,
+    SECOND_DENOISER,
     TEXT_ENCODER,
     check_no_dora,
     is_denoisers,
+    is_wan,
     original_name,
+    place_of,
     recorded_config,
-    renamed,
-    set_scale,
     split_prefix,
 )
+from .sorting import PAIR, sort_tensors, why_strange
+from .wan_names import wan_module
 
 MOTION_LORA_NAME = "diffusion_pytorch_model.safetensors"  # what AnimateDiff's motion LoRAs on the Hub are called
 BUNDLED = "bundle_emb."  # textual inversions that OneTrainer puts in the same file
-# What is in the keys of adapters that are no LoRA.
-_OTHER_KINDS = {
-    **dict.fromkeys((".hada_w1", ".hada_w2"), "LoHa"),
-    **dict.fromkeys((".lokr_w1", ".lokr_w2"), "LoKr"),
-    ".lora_mid.": "LoCon with a third matrix (lora_mid)",
-    ".oft_": "OFT",
-    ".on_input": "IA3",
-    ".diff": "difference of whole weights",
-}
 
 
 def read_components(
@@ -53,14 +48,31 @@ def read_components(
     components = dict(components)
     denoiser = next(iter(components))
     if isinstance(source, LoRA):
-        return {denoiser: source}
+        return {denoiser: _shaped(source, components[denoiser])}
     if isinstance(source, Mapping):
         return split_components(source, {}, components, "the LoRA")
     file = read_lora_file(Location.of(source, **options), MOTION_LORA_NAME)
-    as_in_memory = all(split_key(key)[1] in ("lora_A.weight", "lora_B.weight") for key in file.tensors)
-    if as_in_memory and all(map(is_denoisers, file.tensors)):
-        return {denoiser: to_lora(file)}  # with the settings beside it
+    as_in_memory = all(split_key(key)[1] in PAIR for key in file.tensors)
+    if (as_in_memory and all(map(is_denoisers, file.tensors))) or _of_wan_alone(file.tensors):
+        loras = {component or denoiser: lora for component, lora in to_loras(file).items()}  # with settings beside it
+        _check_components(loras, components, str(file.path))
+        return {component: _shaped(lora, components[component]) for component, lora in loras.items()}
     return split_components(file.tensors, file.header, components, str(file.path))
+
+
+def _of_wan_alone(keys: Iterable[str]) -> bool:
+    """Whether all keys are for Wan's denoisers, so that they need no network to be sorted."""
+    keys = list(keys)
+    return is_wan(keys) and all(split_prefix(key)[1] != TEXT_ENCODER for key in keys)
+
+
+def _check_components(found: Collection[str], components: Collection[str], source: str) -> None:
+    missing = [name for name in found if name not in components]
+    if missing:
+        raise ValueError(
+            f"{source} holds a LoRA for the {missing[0]}, and this pipeline has no such network, but"
+            f" {', '.join(components)}. It was made for a base model with two experts, such as Wan 2.2 A14B."
+        )
 
 
 def split_components(
@@ -69,43 +81,23 @@ def split_components(
     """Sort tensors into a LoRA for each component, under the names that its modules have."""
     check_no_dora(source, tensors)
     names = {component: _known_names(module) for component, module in components.items()}
-    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    alphas: dict[str, dict[str, float]] = defaultdict(dict)
-    seen: dict[str, dict[str, str]] = defaultdict(dict)
-    strange = []
-    for key, tensor in tensors.items():
-        component, module, half = _place(key, names)
-        place = f"{module}.{half}"
-        if module is None or (half == "alpha" and tensor.numel() != 1):
-            strange.append(key)
-        elif place in seen[component]:
-            other = seen[component][place]
-            raise ValueError(f"{source} holds {place} of the {component} twice, as {other!r} and as {key!r}.")
-        elif half == "alpha":
-            alphas[component][module] = float(tensor)
-        else:
-            weight = base_layer(components[component].get_submodule(module)).weight
-            found[component][place] = _of_as_many_dimensions(tensor, weight.ndim)
-        seen[component][place] = key
-    if strange or not found:
+    denoiser, of_wan = next(iter(components)), is_wan(tensors)
+
+    def place(key: str, tensor: torch.Tensor) -> tuple[str, str | None, str]:
+        component, module, role = place_of(key)
+        component = component or denoiser
+        if role in DIFFERENCES:
+            return component, module if of_wan and wan_module(module) == module else None, role
+        return component, names.get(component, {}).get(module) if role else None, role
+
+    def config(component: str) -> dict:
+        return recorded_config(header, component=DENOISER if component == denoiser else component)
+
+    loras, strange = sort_tensors(tensors, place, source, config)
+    if strange or not any(lora.tensors for lora in loras.values()):
+        _check_components({split_prefix(key)[1] for key in strange} & {SECOND_DENOISER}, components, source)
         raise ValueError(_why_not(strange, len(tensors), components, source))
-    loras = {component: LoRA(own, source=source) for component, own in found.items()}
-    for component, lora in loras.items():
-        owner = TEXT_ENCODER if component == TEXT_ENCODER else DENOISER
-        set_scale(lora, recorded_config(header, component=owner), alphas[component])
-    return loras
-
-
-def _place(key: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str | None, str]:
-    """`lora_unet_mid_block_resnets_0_conv1.lora_down.weight` to (`unet`, `mid_block.resnets.0.conv1`,
-    `lora_A.weight`); no module if there is none of that name."""
-    _, component, name = split_prefix(key)
-    module, half = split_key(renamed(name, component))
-    if name.endswith(".alpha"):
-        module, half = renamed(name, component).removesuffix(".alpha"), "alpha"
-    component = component or next(iter(names))
-    known = names.get(component, {}).get(module)
-    return component, known if half in ("lora_A.weight", "lora_B.weight", "alpha") else None, half
+    return {component: _shaped(lora, components[component]) for component, lora in loras.items()}
 
 
 def _known_names(network: nn.Module) -> dict[str, str]:
@@ -120,11 +112,27 @@ def _known_names(network: nn.Module) -> dict[str, str]:
     return names
 
 
-def _of_as_many_dimensions(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
-    """Make a matrix a convolution of one pixel, or the reverse; some trainers write all as one of them."""
-    if tensor.ndim == 2 and dimensions > 2:
-        return tensor.reshape(*tensor.shape, *[1] * (dimensions - 2))
-    if dimensions == 2 < tensor.ndim and tensor.shape[2:].numel() == 1:
+def _shaped(lora: LoRA, network: nn.Module) -> LoRA:
+    """The LoRA with matrices where the network has matrices, and convolutions where it has those; some trainers write
+    all as one of them."""
+    modules = {name: base_layer(module) for name, module in network.named_modules()}
+    shaped = {}
+    for key, tensor in lora.tensors.items():
+        name, half = split_key(key)
+        weight = getattr(modules.get(name), "weight", None)
+        shaped[key] = tensor if weight is None else _of_as_many_dimensions(tensor, weight, half)
+    changed = any(shaped[key] is not tensor for key, tensor in lora.tensors.items())
+    return replace(lora, tensors=shaped) if changed else lora
+
+
+def _of_as_many_dimensions(tensor: torch.Tensor, weight: torch.Tensor, half: str) -> torch.Tensor:
+    """Make a matrix a convolution, or one of a single pixel a matrix, as the weight is."""
+    if tensor.ndim == 2 and weight.ndim > 2:
+        own = weight.shape[1:]
+        if half == PAIR[0] and own.numel() == tensor.shape[1]:
+            return tensor.reshape(len(tensor), *own)
+        return tensor.reshape(*tensor.shape, *[1] * (weight.ndim - 2))
+    if weight.ndim == 2 < tensor.ndim and tensor.shape[2:].numel() == 1:
         return tensor.flatten(1)
     return tensor
 
@@ -141,9 +149,7 @@ def _why_not(strange: list[str], count: int, components: Mapping[str, nn.Module]
             " with `load_file` of `safetensors.torch`, and those with `load_textual_inversion`."
         )
     kinds = " or ".join(type(network).__name__ for network in components.values())
-    what = (kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in strange))
-    other = "was made for another base model, or is another kind of adapter"
-    reason = next((f"is a {kind}, and only plain LoRA is supported" for kind in what), other)
+    reason = why_strange(strange) or "was made for another base model, or is another kind of adapter"
     return (
         f"{source} does not fit: {len(strange)} of its {count} keys are no part of a LoRA for this {kinds}"
         f"{f', such as {strange[0]!r}' if strange else ''}. It {reason}."

@@ -13,10 +13,20 @@ import torch
 
 from .. import hub
 from ..files import atomic_file, atomic_files, write_text
-from ..location import WEIGHTS_NAME, Location
+from ..location import SCHEDULER_NAME, WEIGHTS_NAME, Location
 from ..settings import Settings
-from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, SCHEDULER_NAME, LoRA, split_key
-from .layouts import PEFT_PREFIX, check_no_dora, denoiser_key, recorded_config, set_scale
+from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
+from .layouts import (
+    DENOISER,
+    PEFT_PREFIX,
+    SECOND_DENOISER,
+    check_no_dora,
+    denoiser_key,
+    is_wan,
+    recorded_config,
+    set_scale,
+)
+from .sorting import sort_wan
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +59,37 @@ def read_lora_file(location: Location, *other_names: str) -> LoRAFile:
 
 
 def to_lora(file: LoRAFile) -> LoRA:
-    """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, with the settings beside it."""
-    lora = LoRA(tensors=_by_module(file.tensors, file.path), source=str(file.path))
-    lora.settings, lora.scheduler_config, lora.adapter_config = read_beside(file.location, file.header)
-    is_peft = any(key.startswith(PEFT_PREFIX) for key in file.tensors)
-    config = recorded_config(file.header, lora.adapter_config if is_peft else None)
-    if is_peft and not config:
-        logger.warning(
-            "There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, lora.source
+    """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, or for Wan in any, with the settings beside
+    it; `ValueError` for one that is for a second denoiser."""
+    loras = to_loras(file)
+    if SECOND_DENOISER in loras:
+        both = "for both experts" if DENOISER in loras else "for the second expert"
+        raise ValueError(
+            f"{file.path} holds LoRAs {both} of a Wan that has two ({SECOND_DENOISER}.*); one for the only, or the"
+            " first, denoiser was expected. Load it with `load_lora_weights` of a pipeline with two experts."
         )
-    check_no_dora(lora.source, config=lora.adapter_config)
-    set_scale(lora, config)
-    lora.folder = None if file.location.remote else file.path.parent
-    return lora
+    return loras[DENOISER]
+
+
+def to_loras(file: LoRAFile) -> dict[str, LoRA]:
+    """The LoRAs in such a file by component: `DENOISER`, and `SECOND_DENOISER` where the file is for two experts."""
+    settings, scheduler_config, adapter_config = read_beside(file.location, file.header)
+    is_peft = any(key.startswith(PEFT_PREFIX) for key in file.tensors)
+    beside = adapter_config if is_peft else None
+    source = str(file.path)
+    config = recorded_config(file.header, beside)
+    if is_peft and not config:
+        logger.warning("There is no %s beside %s; the LoRA's alpha is taken to be its rank.", PEFT_CONFIG_NAME, source)
+    if is_wan(file.tensors):
+        loras = sort_wan(file.tensors, file.header, source, beside)
+    else:
+        loras = {DENOISER: LoRA(tensors=_by_module(file.tensors, file.path), source=source)}
+        set_scale(loras[DENOISER], config)
+    check_no_dora(source, config=adapter_config)
+    for lora in loras.values():
+        lora.settings, lora.scheduler_config, lora.adapter_config = settings, scheduler_config, adapter_config
+        lora.folder = None if file.location.remote else file.path.parent
+    return loras
 
 
 def read_beside(
@@ -116,11 +144,20 @@ def write_lora_weights(path: str | Path, loras: Mapping[str, LoRA]) -> None:
     header: dict[str, str] = {}
     metadata: dict[str, Any] = {}
     for component, lora in loras.items():
-        tensors |= {f"{component}.{key}": tensor.detach().cpu().contiguous() for key, tensor in lora.tensors.items()}
+        parts = {**lora.tensors, **{_difference_key(name): each for name, each in lora.differences.items()}}
+        tensors |= {f"{component}.{key}": tensor.detach().cpu().contiguous() for key, tensor in parts.items()}
         own = lora_header(lora, component)
         header = own | header
         metadata |= json.loads(own[METADATA_KEY])
     write_safetensors(path, tensors, header | {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def _difference_key(parameter: str) -> str:
+    """`x.bias` as `x.diff_b`, `x.weight` as `x.diff`. diffusers refuses a file that has such keys, as it should."""
+    for role, kind in (("diff_b", ".bias"), ("diff", ".weight")):
+        if parameter.endswith(kind):
+            return f"{parameter.removesuffix(kind)}.{role}"
+    return f"{parameter}.diff"
 
 
 def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:

@@ -37,6 +37,13 @@ def check_fits(denoiser: nn.Module, lora: LoRA) -> None:
             problems.append(f"{name} is a {type(module).__name__}, which takes no LoRA")
         elif (up.shape[0], *down.shape[1:]) != (shape := tuple(module.weight.shape)) or up.shape[1] != down.shape[0]:
             problems.append(f"{name} has a weight of shape {shape}, the LoRA {tuple(up.shape)} x {tuple(down.shape)}")
+    for name, difference in lora.differences.items():
+        parameter = parameter_named(denoiser, name)
+        if parameter is None:
+            problems.append(f"there is no {name}, to which it adds")
+        elif parameter.shape != difference.shape:
+            shapes = f"{tuple(parameter.shape)}, what is added to it {tuple(difference.shape)}"
+            problems.append(f"{name} has shape {shapes}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
@@ -59,6 +66,15 @@ def check_not_wrapped(network: nn.Module, source: str) -> None:
 def base_layer(module: Any) -> Any:
     """The module that a LoRA adapts, from peft's layer; any other module is returned as it is."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def parameter_named(network: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter by its name in the base model, whether or not peft's layer stands in for its module."""
+    module, _, own = name.rpartition(".")
+    try:
+        return getattr(base_layer(network.get_submodule(module)), own, None)
+    except AttributeError:
+        return None
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -130,6 +146,7 @@ def load_lora_into(
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
     check_fits(denoiser, lora)
+    lora.check_no_differences("here only its pairs of matrices can be put in")
     # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
     trainable_before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     # On the meta device: nothing is drawn from the global generator, and nothing is allocated twice.

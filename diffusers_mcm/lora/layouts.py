@@ -16,27 +16,39 @@ import torch
 from torch import nn
 
 from .adapter import METADATA_KEY, LoRA
+from .wan_names import TABLES, original_wan_module, wan_module
 
-DENOISER, TEXT_ENCODER = "", "text_encoder"  # the components that a key may belong to
+# The components that a key may belong to. The second denoiser is Wan 2.2 A14B's, for low noise.
+DENOISER, TEXT_ENCODER, SECOND_DENOISER = "", "text_encoder", "transformer_2"
 PEFT_PREFIX = "base_model.model."
 KOHYA_PREFIX = "lora_unet_"
+COMFYUI_PREFIX = "diffusion_model."
 # What the keys of each layout start with, and the component they belong to; a key without prefix is the denoiser's.
 PREFIXES = {
     "peft": {PEFT_PREFIX: DENOISER},
-    "diffusers": {"unet.": DENOISER, "transformer.": DENOISER, "text_encoder.": TEXT_ENCODER},
+    "diffusers": {
+        **dict.fromkeys(("unet.", "transformer."), DENOISER),
+        **{"transformer_2.": SECOND_DENOISER, "text_encoder.": TEXT_ENCODER},
+    },
+    "comfyui": {COMFYUI_PREFIX: DENOISER},
     "kohya": {KOHYA_PREFIX: DENOISER, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER},
     "OneTrainer": {"lora_unet.": DENOISER} | dict.fromkeys(("lora_te.", "lora_te1.", "clip_l."), TEXT_ENCODER),
 }
-WRITTEN = ("peft", "diffusers", "kohya", "motion-module")  # the layouts that are written, and told by `layout_of`
+WRITTEN = ("peft", "diffusers", "comfyui", "kohya", "motion-module")  # that are written, and told by `layout_of`
 # Older namings of diffusers, and kohya's, as they are written today.
 _RENAMED = [
     (r"\.processor\.", "."),
+    (r"\.lora_(A|B)\.default\.(weight|bias)$", r".lora_\1.\2"),  # as peft has them in a network
     (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
     (r"\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
     (r"\.(?:lora\.|lora_linear_layer\.|lora_)up\.weight$", ".lora_B.weight"),
 ]
 _RENAMED_IN_TEXT = [(r"\.to_out\.0\.", ".out_proj."), (r"\.to_(q|k|v)\.", r".\1_proj.")]
+# What a tensor is to its module, by how its key ends: half of a pair, the scale, or what is added to weight or bias.
+_ROLES = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|alpha|diff|diff_b|diff_m)")
+SCALED_BIAS = "lora_B.bias"  # peft's `lora_bias`, as diffusers writes a `diff_b`: it is scaled as the pair is
+DIFFERENCES = ("diff", "diff_b", SCALED_BIAS)
 MOTION = ".motion_modules."
 _IN_ANIMATEDIFF = ".temporal_transformer."
 # diffusers' names of what is inside a motion module, and AnimateDiff's.
@@ -84,6 +96,32 @@ def renamed(key: str, component: str = DENOISER) -> str:
     return key
 
 
+def place_of(key: str) -> tuple[str, str, str]:
+    """Component, module and role of a key, in whichever naming it is; the role is empty where it has none of a LoRA's.
+
+    `lora_unet_blocks_0_ffn_0.lora_down.weight` to (`DENOISER`, `blocks.0.ffn.net.0.proj`, `lora_A.weight`).
+    """
+    _, component, name = split_prefix(key)
+    found = _ROLES.fullmatch(renamed(name, component))
+    if found is None:
+        return component, name, ""
+    module, role = found.groups()
+    if role == "diff_m":  # what LightX2V calls a difference of the modulation
+        module, role = f"{module}.modulation", "diff"
+    return component, wan_module(module) or module, role
+
+
+def is_wan(keys: Iterable[str]) -> bool:
+    """Whether some of the keys are of a block of Wan's transformer."""
+    modules = (module for component, module, _ in map(place_of, keys) if component in (DENOISER, SECOND_DENOISER))
+    return any(module.startswith("blocks.") and wan_module(module) == module for module in modules)
+
+
+def parameter_of(module: str, role: str) -> str:
+    """The parameter that a difference is added to: `x.weight`, `x.bias`, or the table of modulations itself."""
+    return module if module.endswith(TABLES) else f"{module}.{'weight' if role == 'diff' else 'bias'}"
+
+
 def original_name(name: str, network: nn.Module) -> str:
     """`down_blocks.0.attentions.0.proj_in` as Stable Diffusion's first code had it: `input_blocks.1.1.proj_in`.
 
@@ -115,8 +153,9 @@ def layout_of(keys: Iterable[str]) -> str | None:
     """Which of `WRITTEN` all of these keys are in; `None` if they are in several, or in another."""
     keys = list(keys)
     found = {split_prefix(key)[:2] for key in keys}
-    layout, component = found.pop() if len(found) == 1 else ("", DENOISER)
-    if layout in WRITTEN and component == DENOISER:
+    layouts, components = {layout for layout, _ in found}, {component for _, component in found}
+    layout = layouts.pop() if len(layouts) == 1 else ""
+    if layout in WRITTEN and components <= {DENOISER, SECOND_DENOISER}:
         return layout
     return "motion-module" if keys and all(_IN_ANIMATEDIFF in key for key in keys) else None
 
@@ -157,14 +196,15 @@ def kohya_alpha(header: Mapping[str, str]) -> float | None:
         return None
 
 
-# --- kohya files and motion modules, written -------------------------------------------------------------------------
+# --- files of other tools, written -----------------------------------------------------------------------------------
 def spatial_modules(lora: LoRA) -> list[str]:
     """The modules of the image UNet; `ValueError` for a LoRA of a model that is not one with motion modules added."""
     spatial = [module for module in lora.modules if MOTION not in module]
     if not spatial or len(spatial) == len(lora.modules):
         raise ValueError(
             f"{lora.source} has {len(spatial)} spatial and {len(lora.modules) - len(spatial)} motion modules; this"
-            " layout is for an AnimateDiff LoRA, which has both. Its readers know no other video model."
+            " layout is for an AnimateDiff LoRA, which has both. Its readers know no other video model"
+            + (", but ComfyUI reads Wan's in the layout comfyui." if is_wan(lora.tensors) else ".")
         )
     return spatial
 
@@ -179,6 +219,36 @@ def kohya_tensors(lora: LoRA) -> dict[str, torch.Tensor]:
         tensors[f"{name}.lora_up.weight"] = lora.tensors[f"{module}.lora_B.weight"].contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(scales[module] * ranks[module]))
     return tensors
+
+
+def comfyui_tensors(lora: LoRA) -> dict[str, torch.Tensor]:
+    """A Wan LoRA as ComfyUI looks its keys up: `lora_down (r, in)`, `lora_up (out, r)` and `alpha ()` for each module
+    under the name that Wan's authors gave it, and `diff` and `diff_b`, what is added to a whole weight or bias."""
+    names = {module: original_wan_module(module) for module in lora.modules}
+    parameters = {parameter: original_parameter(parameter) for parameter in lora.differences}
+    unknown = [name for name, theirs in (*names.items(), *parameters.items()) if theirs is None]
+    if unknown:
+        raise ValueError(
+            f"{lora.source} has {len(unknown)} modules that are none of Wan's, such as {unknown[0]!r}; the layout"
+            " comfyui is for a Wan LoRA. For AnimateDiff there are kohya and motion-module, which ComfyUI reads."
+        )
+    ranks, scales = lora.ranks(), lora.scales()
+    tensors = {}
+    for module, name in names.items():
+        tensors[f"{COMFYUI_PREFIX}{name}.lora_down.weight"] = lora.tensors[f"{module}.lora_A.weight"].contiguous()
+        tensors[f"{COMFYUI_PREFIX}{name}.lora_up.weight"] = lora.tensors[f"{module}.lora_B.weight"].contiguous()
+        tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = torch.tensor(float(scales[module] * ranks[module]))
+    for parameter, name in parameters.items():
+        tensors[f"{COMFYUI_PREFIX}{name}"] = lora.differences[parameter].contiguous()
+    return tensors
+
+
+def original_parameter(parameter: str) -> str | None:
+    """The key, without prefix, of what is added to diffusers' parameter: `blocks.0.self_attn.q.diff_b`."""
+    module, _, kind = parameter.rpartition(".")
+    table = kind == TABLES
+    theirs = original_wan_module(parameter if table else module)
+    return theirs and f"{theirs}.{'diff_b' if kind == 'bias' else 'diff'}"
 
 
 def kohya_header(lora: LoRA) -> dict[str, str]:

@@ -123,6 +123,7 @@ class LoRAVerbs(FusingVerbs):
         if self._adapters.fused:
             names = ", ".join(self._adapters.fused)
             raise ValueError(f"Cannot {what} while a LoRA ({names}) is fused into the weights; `unfuse_lora()` first.")
+        self._require_changeable(what)
 
     # --- loading and unloading ---------------------------------------------------------------------------------------
     def load_lora_weights(
@@ -180,9 +181,10 @@ class LoRAVerbs(FusingVerbs):
         networks = self._networks
         for component, lora in loras.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
+            self._check_differences(component, lora)
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
         for component, lora in loras.items():
-            load_lora_into(networks[component], lora, adapter_name)
+            load_lora_into(networks[component], self._keep_differences(component, lora, adapter_name), adapter_name)
             if lora.settings:
                 settings = lora.settings.absolute(lora.folder).without_training_paths()
                 self._adapters.settings.setdefault(adapter_name, {})[component] = settings
@@ -193,12 +195,15 @@ class LoRAVerbs(FusingVerbs):
 
     def unload_lora_weights(self) -> None:
         """Take out every LoRA; the base model is then bit for bit what it was."""
+        self._require_changeable("take the LoRA out")
         self.unfuse_lora()
         networks = self._networks
         for name, layer in lora_layers(networks).items():
             networks.set_submodule(name, layer.get_base_layer())
         for network in networks.values():
             vars(network).pop("peft_config", None)
+        self._adapters.differences.clear()
+        self._apply_differences()
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -216,9 +221,10 @@ class LoRAVerbs(FusingVerbs):
             if not layer.lora_A:
                 networks.set_submodule(path, layer.get_base_layer())
         configs = [getattr(network, "peft_config", {}) for network in networks.values()]
-        for known in (*configs, self._adapters.weights, self._adapters.settings):
+        for known in (*configs, self._adapters.weights, self._adapters.settings, self._adapters.differences):
             for name in names:
                 known.pop(name, None)
+        self._apply_differences()
 
     # --- strength ----------------------------------------------------------------------------------------------------
     def set_adapters(
@@ -246,11 +252,14 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused("switch the LoRA off")
         for layer in self._layers.values():
             layer._disable_adapters = True
+        self._apply_differences()
 
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
+        self._require_changeable("switch the LoRA on")
         for layer in self._layers.values():
             layer._disable_adapters = False
+        self._apply_differences()
 
     @contextmanager
     def _lora_scaled(self, scale: float) -> Iterator[None]:
@@ -275,6 +284,7 @@ class LoRAVerbs(FusingVerbs):
         for layer, scaling in before.items():
             layer.scaling.update({name: value * scale for name, value in scaling.items()})
         try:
+            self._apply_differences()
             yield
         finally:
             self._call_scale = 1.0
@@ -290,6 +300,7 @@ class LoRAVerbs(FusingVerbs):
             for name, weight in weights.items():
                 own = weight.get(component, 1.0) if isinstance(weight, dict) else weight
                 layer.set_scale(name, own * self._call_scale)
+        self._apply_differences()
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def _save_adapters(self, folder: Path) -> None:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers
 from ..settings import Settings
+from .differences import DifferenceVerbs
 
 Weight = float | dict[str, float]  # of an adapter, or one for each component
 
@@ -26,6 +26,11 @@ class AdapterState:
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
+    # What adapters add to whole parameters, `component.module.bias`; how strongly they do so now, by adapter and
+    # component; and the base model's own values of the parameters that something is added to.
+    differences: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    strengths: dict[tuple[str, str], float] = field(default_factory=dict)
+    unchanged: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
@@ -56,7 +61,7 @@ def require_unfused(networks: Iterable[nn.Module]) -> None:
             )
 
 
-class FusingVerbs(DiffusionPipeline):
+class FusingVerbs(DifferenceVerbs):
     """The half of `LoRAVerbs` that changes base weights."""
 
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
@@ -73,9 +78,10 @@ class FusingVerbs(DiffusionPipeline):
         if self._call_scale != 1.0:
             raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         self._require_fusible(names)
-        originals = self._adapters.originals
+        originals, fused = self._adapters.originals, {name: float(lora_scale) for name in names}
         try:
             with self._scaled(lora_scale):
+                self._apply_differences(fused)
                 for module, layer in self._layers.items():
                     if not any(name in layer.lora_A for name in names):
                         activate(layer, [])  # or what is not fused would act here, and only here
@@ -84,10 +90,11 @@ class FusingVerbs(DiffusionPipeline):
                     originals[module] = weight.data  # merging safely makes a new tensor and leaves this one alone
                     layer.merge(safe_merge=True, adapter_names=names)
                     originals[module] = originals[module].cpu()
+                self._adapters.fused = fused
         except BaseException:  # a broken LoRA, no memory left, Ctrl-C
+            self._adapters.fused = {}
             self._restore()
             raise
-        self._adapters.fused = {name: float(lora_scale) for name in names}
         self._set_aside()
 
     def unfuse_lora(self) -> None:
@@ -95,8 +102,8 @@ class FusingVerbs(DiffusionPipeline):
         if self._adapters.fused:
             self._require_at_hand("unfuse")
             self._require_called("take the LoRA out", self._layers)
-        self._restore()
         self._adapters.fused = {}
+        self._restore()
 
     def _require_fusible(self, names: Sequence[str]) -> None:
         """`ValueError` where the sum of weight and LoRA would be lost."""
@@ -122,14 +129,15 @@ class FusingVerbs(DiffusionPipeline):
 
     def _restore(self) -> None:
         self._put_back()
-        layers, active = self._layers, self._switched_on
-        for module, original in self._adapters.originals.items():
+        layers, active, originals = self._layers, self._switched_on, self._adapters.originals
+        for module, original in originals.items():
             weight = layers[module].get_base_layer().weight
             weight.data = original.to(device=weight.device, dtype=weight.dtype)
             layers[module].merged_adapters.clear()
         for layer in layers.values():
             activate(layer, active)
         self._adapters.originals = {}
+        self._apply_differences(anew=bool(originals))
 
     def _set_aside(self) -> None:
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
@@ -154,10 +162,13 @@ class FusingVerbs(DiffusionPipeline):
         fused = bool(self._adapters.set_aside)
         self._put_back()
         try:
-            return {component: extract_lora(network, name) for component, network in self._networks_of(name).items()}
+            loras = {component: extract_lora(network, name) for component, network in self._networks_of(name).items()}
         finally:
             if fused:
                 self._set_aside()
+        for component, lora in loras.items():
+            lora.differences = self._differences_of(name, component)
+        return loras
 
     @contextmanager
     def _clean_networks(self) -> Iterator[None]:
@@ -172,7 +183,8 @@ class FusingVerbs(DiffusionPipeline):
             if name in fused:
                 layer.get_base_layer().weight.data = originals[name]
         try:
-            yield
+            with self._without_differences():
+                yield
         finally:
             for name, layer in layers.items():
                 layer.base_layer = networks.get_submodule(name)

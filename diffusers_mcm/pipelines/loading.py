@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..base_models import base_model_of
+from ..base_models import base_model_of, base_repository_of
 from ..location import INDEX_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..lora import LoRA, open_safetensors
+from .wan_files import wan_index
 
 # What a pipeline of a checkpoint in one file is made of; a safety checker and the like are not in it.
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -30,8 +31,10 @@ _UNPACK = (
 def read_model_index(location: Location) -> dict[str, Any] | None:
     """`model_index.json` of a pipeline, or what it would be for a single-file checkpoint; `None` for anything else."""
     if location.is_file:
-        whole = not hub.is_pickled(location.name) and is_checkpoint(location.name)
-        return dict(CHECKPOINT_INDEX) if whole else None
+        if hub.is_pickled(location.name):
+            return None
+        index = wan_index(location.name)
+        return index or (dict(CHECKPOINT_INDEX) if is_checkpoint(location.name) else None)
     return location.json(INDEX_NAME)
 
 
@@ -62,10 +65,10 @@ def read_base_index(location: Location) -> dict[str, Any]:
 
 def base_location(lora: LoRA, given: str | os.PathLike | None, options: Mapping[str, Any]) -> Location:
     """Where the base model of a LoRA is: what is `given`, or as its settings say, or else where it usually is."""
-    base_model = base_model_of(lora)
+    base_model_of(lora)  # `ValueError` for a LoRA of none that is known
     if given is not None:
         return Location.of(given, **options)
-    recorded = lora.base_repository or base_model.default_repository
+    recorded = base_repository_of(lora)
     try:
         name = hub.resolve_recorded(recorded, lora.folder)
     except FileNotFoundError as error:

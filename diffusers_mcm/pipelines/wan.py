@@ -11,8 +11,10 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 
 from ..base_models.wan import Wan, WanTI2V
 from ..conditioning import Conditioning
+from ..location import HUB_OPTIONS, Location
 from .callbacks import guided
 from .mcm import MCMPipeline
+from .wan_files import load_wan_transformer, wan_repository
 
 
 class WanMCMPipeline(MCMPipeline):
@@ -55,6 +57,19 @@ class WanMCMPipeline(MCMPipeline):
         self._set_up(**networks, **sampling, fps=fps, tokenizer=tokenizer, scheduler=scheduler)
         expand = self.base_model.expand_timesteps if expand_timesteps is None else expand_timesteps
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand)
+
+    @classmethod
+    def _load_components(
+        cls, location: Location, index: Mapping[str, Any], elsewhere: Mapping[str, str], **options
+    ) -> MCMPipeline:
+        """Of a transformer in one file all that is not in it comes from `config`, or where a Wan of its size is."""
+        if not location.is_file:
+            return super()._load_components(location, index, elsewhere, **options)
+        config = options.pop("config", None) or wan_repository(location.name)
+        dtype = options.get("dtype", torch.float32)
+        options["transformer"] = load_wan_transformer(location.name, config, **options | {"dtype": dtype})
+        place = Location.of(config, **{name: options[name] for name in HUB_OPTIONS if name in options})
+        return super()._load_components(place, index, elsewhere, **options)
 
     def _predict(self, latents, t, text, negative, options: Mapping[str, Any]) -> torch.Tensor:
         """The network's output; under guidance by two calls, as in `WanPipeline`, so that caches such as

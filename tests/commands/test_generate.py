@@ -227,9 +227,10 @@ def test_the_lora_may_be_given_from_either_side(base, lora, tmp_path):
 # --- samplers --------------------------------------------------------------------------------------------------------
 def test_the_flags_are_the_tables():
     from diffusers_mcm.commands import generate as command
-    from diffusers_mcm.pipelines import samplers
+    from diffusers_mcm.pipelines import few_step, samplers
 
     assert command.SAMPLERS == (samplers.OWN, *samplers.SAMPLERS) and command.SPACINGS == samplers.SPACINGS
+    assert command.FEW_STEP == (few_step.AUTO, *few_step.FEW_STEP)
 
 
 def test_a_sampler_decides_the_video_and_is_written_down(base, tmp_path, calls):

@@ -334,7 +334,9 @@ def test_a_failure_leaves_what_was_there(adapters, tmp_path, monkeypatch, name):
 
 def test_what_cannot_be_converted(adapters, hub_root, tmp_path):
     source = adapters["modelscope"]
-    with pytest.raises(ValueError, match="Unknown layout 'onnx'; valid are peft, diffusers, kohya, motion-module"):
+    with pytest.raises(
+        ValueError, match="Unknown layout 'onnx'; valid are peft, diffusers, comfyui, kohya, motion-module"
+    ):
         convert(source, tmp_path / "x", "onnx")
     with pytest.raises(ValueError, match="The layout 'kohya' is a file that ends in .safetensors, got '.*x'"):
         convert(source, tmp_path / "x", "kohya")

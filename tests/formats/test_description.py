@@ -68,7 +68,7 @@ def test_a_lora_of_ours(hub_root, tmp_path):
     [
         (
             {"conv_in.weight": 2},
-            "keys of no known layout .peft, diffusers, kohya, motion-module., such as 'conv_in.we",
+            "keys of no known layout .peft, diffusers, comfyui, kohya, motion-module., such as 'conv_in.we",
         ),
         ({}, "keys of no known layout .*such as 'none at all'"),
         ({"unet.x.lora_A.weight": 2}, "is incomplete: 1 of its 1 modules have only one matrix, such as 'unet.x'"),

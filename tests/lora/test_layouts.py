@@ -9,6 +9,7 @@ from diffusers_mcm.lora import METADATA_KEY, LoRA
 from diffusers_mcm.lora.layouts import (
     DENOISER,
     PREFIXES,
+    SECOND_DENOISER,
     TEXT_ENCODER,
     check_no_dora,
     denoiser_key,
@@ -27,7 +28,7 @@ def test_each_prefix_is_one_layout_of_one_component(layout, prefix, component):
     assert split_prefix(f"{prefix}mid.x") == (layout, component, "mid.x")
     stripped = component == DENOISER and layout in ("peft", "diffusers")
     assert denoiser_key(f"{prefix}mid.x") == ("mid.x" if stripped else f"{prefix}mid.x")
-    told = layout if component == DENOISER and layout != "OneTrainer" else None
+    told = layout if component in (DENOISER, SECOND_DENOISER) and layout != "OneTrainer" else None
     assert layout_of([f"{prefix}a", f"{prefix}b"]) == told
 
 
