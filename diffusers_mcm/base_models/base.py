@@ -119,8 +119,12 @@ class BaseModel(ABC):
         return None
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+        """Recompute activations of the denoiser in the backward pass instead of keeping them."""
         denoiser.enable_gradient_checkpointing()
+
+    @abstractmethod
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
+        """The same for what `decode_frames` computes with."""
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""

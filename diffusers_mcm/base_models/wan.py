@@ -11,7 +11,13 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    unpatchify,
+)
 from torch import nn
 
 from ..conditioning import Conditioning
@@ -19,6 +25,7 @@ from ..consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath
 from ..lora import base_layer
 from ..scheduler import MCMFlowScheduler
 from .base import BaseModel, component_class
+from .checkpointing import recompute_causal
 from .precision import at_least_float32
 from .tokens import tokenize
 
@@ -101,6 +108,10 @@ class Wan(BaseModel):
             and name.startswith("blocks.")
             and name.endswith(LORA_SUFFIXES)
         )
+
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
+        kinds = (WanResidualBlock, WanAttentionBlock, WanResample)
+        recompute_causal(layer for layer in vae.decoder.modules() if isinstance(layer, kinds))
 
     # --- the tensors -------------------------------------------------------------------------------------------------
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:

@@ -206,6 +206,7 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
+        base.enable_decoder_checkpointing(pipeline.vae)
     path = base.noise_path(pipeline.scheduler.config, **student_settings(config, base))
     fuse = partial(fused, denoiser) if config.fuse_lora else None
     teacher = partial(lora_disabled, denoiser)
