@@ -56,6 +56,7 @@ class BaseModel(ABC):
     described_scheduler_keys: tuple[str, ...]
     student_settings: Mapping[str, float] = {}  # what of a training decides path and sampler of the student: defaults
     frame_decoders: tuple[str, ...] = ("exact",)  # the ways that `decode_frames` knows
+    vae_dtype: torch.dtype | None = None  # of the autoencoder in training; None for that of the other networks
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:

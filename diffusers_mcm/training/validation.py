@@ -24,7 +24,7 @@ def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str,
     """
     try:
         videos = networks.pipeline(
-            prompt,
+            prompt_embeds=networks.text([prompt])["prompt_embeds"],
             **dict(zip(("num_frames", "height", "width"), networks.clip_size)),
             num_inference_steps=config.num_inference_steps,
             latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),
