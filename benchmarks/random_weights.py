@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet3DConditionModel, UNetMotionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 from diffusers_mcm import AnimateDiffMCMPipeline, MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora
@@ -44,6 +51,43 @@ def scheduler_config(base_model: str) -> dict:
 
 def networks(base_model: str, size: str) -> tuple[Callable, Callable, Callable]:
     """Functions of (dtype, device) that make denoiser, autoencoder and text encoder."""
+    return tuple(partial(materialise, each) for each in architectures(base_model, size))
+
+
+# The teachers of a training, and the base model of each.
+TEACHERS = {"modelscope": "modelscope", "animatediff": "animatediff"}
+TEACHERS |= {"wan-1.3b": "wan", "wan-14b": "wan", "wan-5b": "wan-ti2v"}
+
+
+def architectures(teacher: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
+    """Functions that make denoiser, autoencoder and text encoder, as their classes initialise them."""
+    return _wan(teacher, size) if teacher.startswith("wan") else _stable_diffusion(teacher, size)
+
+
+def _wan(teacher: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
+    heads, layers, ffn = {"wan-1.3b": (12, 30, 8960), "wan-14b": (40, 40, 13824), "wan-5b": (24, 30, 14336)}[teacher]
+    vae = dict(base_dim=96, z_dim=16)
+    if teacher == "wan-5b":
+        vae = dict(base_dim=160, decoder_base_dim=256, z_dim=48, in_channels=12, out_channels=12, is_residual=True)
+        vae |= dict(patch_size=2, scale_factor_spatial=16)
+    text = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=256384)
+    width = 128
+    if size == "tiny":
+        heads, layers, ffn, width = 2, 2, 64, 16
+        vae |= dict(base_dim=16) | ({"decoder_base_dim": 16} if teacher == "wan-5b" else {})
+        text = dict(d_model=32, d_ff=64, d_kv=8, num_heads=2, num_layers=2, vocab_size=64)
+    channels = vae["z_dim"]
+    vae |= dict(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+    transformer = dict(num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn, num_layers=layers)
+    transformer |= dict(in_channels=channels, out_channels=channels, text_dim=text["d_model"])
+    return (
+        lambda: WanTransformer3DModel(**transformer),
+        lambda: AutoencoderKLWan(**vae),
+        lambda: UMT5EncoderModel(UMT5Config(**text)),
+    )
+
+
+def _stable_diffusion(base_model: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
     denoiser_class, options = {
         "modelscope": (UNet3DConditionModel, dict(sample_size=32, cross_attention_dim=1024, attention_head_dim=64)),
         "animatediff": (UNetMotionModel, dict(sample_size=64, cross_attention_dim=768, num_attention_heads=8)),
@@ -65,11 +109,9 @@ def networks(base_model: str, size: str) -> tuple[Callable, Callable, Callable]:
         text |= dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     text |= dict(intermediate_size=4 * text["hidden_size"], max_position_embeddings=77)
     return (
-        lambda *where: materialise(lambda: denoiser_class(**options), *where),
-        lambda *where: materialise(lambda: AutoencoderKL(**vae), *where),
-        lambda *where: materialise(
-            lambda: CLIPTextModel(CLIPTextConfig(**text, bos_token_id=0, eos_token_id=1)), *where
-        ),
+        lambda: denoiser_class(**options),
+        lambda: AutoencoderKL(**vae),
+        lambda: CLIPTextModel(CLIPTextConfig(**text, bos_token_id=0, eos_token_id=1)),
     )
 
 

@@ -59,6 +59,7 @@ class BaseModel(ABC):
     described_scheduler_keys: tuple[str, ...]
     student_settings: Mapping[str, float] = {}  # what of a training decides path and sampler of the student: defaults
     frame_decoders: tuple[str, ...] = ("exact",)  # the ways that `decode_frames` knows
+    vae_dtype: torch.dtype | None = None  # of the autoencoder in training; None for that of the other networks
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def scheduler_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -129,8 +130,12 @@ class BaseModel(ABC):
         return None
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+        """Recompute activations of the denoiser in the backward pass instead of keeping them."""
         denoiser.enable_gradient_checkpointing()
+
+    @abstractmethod
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
+        """The same for what `decode_frames` computes with."""
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""

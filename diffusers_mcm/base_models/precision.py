@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -55,7 +55,7 @@ class OutputConv2d(_End, nn.Conv2d):
         as_set = x.dtype == weight.dtype and not (kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind))
         exact_weight = weight.dtype in _EXACT_IN_TF32
         x, weight, bias = self._widened(x, weight, bias)
-        with _no_autocast(x):
+        with no_autocast(x.device.type):
             if as_set or not _takes_tf32(x):
                 return super()._conv_forward(x, weight, bias)
             coarse, rest = _split(x)
@@ -81,7 +81,7 @@ class OutputGroupNorm(_End, nn.GroupNorm):
         if not self.float32_calls:
             return super().forward(x)
         x, weight, bias = self._widened(x, self.weight, self.bias)
-        with _no_autocast(x):
+        with no_autocast(x.device.type):
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
@@ -105,8 +105,8 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return coarse, x - coarse
 
 
-def _no_autocast(x: torch.Tensor):
-    kind = x.device.type
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """A context in which what runs on this type of device is computed in the types that it has."""
     return torch.autocast(kind, enabled=False) if kind in _WITH_AUTOCAST else nullcontext()
 
 

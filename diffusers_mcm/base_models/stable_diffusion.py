@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..conditioning import Conditioning
 from ..consistency import SIGMA_DATA, TIMESTEP_SCALING, VariancePreservingPath
 from ..lora import base_layer
 from ..scheduler import MCMScheduler
 from .base import BaseModel
+from .checkpointing import layers_of, recompute
 from .precision import at_least_float32, find_ends
 from .tokens import tokenize
 
@@ -28,6 +27,9 @@ LORA_SUFFIXES = (
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
     *("downsamplers.0.conv", "upsamplers.0.conv"),
 )
+
+# Encoded in one call: 4 frames of 512×512, for which the encoder needs 1.8 GiB in half precision.
+PIXELS_AT_ONCE = 2**20
 
 
 class StableDiffusionModel(BaseModel):
@@ -85,8 +87,10 @@ class StableDiffusionModel(BaseModel):
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         # diffusers' own switch is refused by UNet3D, and leaves out the motion modules of AnimateDiff.
-        for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        recompute(layers_of((*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks)))
+
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
+        recompute(layers_of((vae.decoder.mid_block, *vae.decoder.up_blocks)))
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         size = denoiser.config.sample_size
@@ -109,12 +113,14 @@ class StableDiffusionModel(BaseModel):
         return denoiser.config.in_channels, num_frames, height // factor, width // factor
 
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        batch = pixels.shape[0]
-        posterior = vae.encode(_frames(pixels).to(vae.dtype)).latent_dist
-        latents = at_least_float32(posterior.mean)
+        frames = _frames(pixels)
+        at_once = max(PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]), 1)
+        posteriors = [vae.encode(chunk.to(vae.dtype)).latent_dist for chunk in frames.split(at_once)]
+        latents = torch.cat([at_least_float32(each.mean) for each in posteriors])
         if noise is not None:
-            latents = latents + at_least_float32(posterior.std) * _frames(noise).to(latents.dtype)
-        return _videos(latents * vae.config.scaling_factor, batch)
+            deviations = torch.cat([at_least_float32(each.std) for each in posteriors])
+            latents = latents + deviations * _frames(noise).to(latents.dtype)
+        return _videos(latents * vae.config.scaling_factor, pixels.shape[0])
 
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         frames = _frames(latents)

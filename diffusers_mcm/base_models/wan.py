@@ -12,7 +12,13 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    unpatchify,
+)
 from torch import nn
 
 from ..conditioning import Conditioning
@@ -22,7 +28,8 @@ from ..lora.wan_names import wan_module
 from ..scheduler import MCMFlowScheduler
 from ..settings import HIGH_NOISE, LOW_NOISE
 from .base import BaseModel, component_class
-from .precision import at_least_float32
+from .checkpointing import recompute_causal
+from .precision import at_least_float32, no_autocast
 from .tokens import tokenize
 
 LORA_SUFFIXES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ffn.net.0.proj", ".ffn.net.2")  # within a block
@@ -67,6 +74,7 @@ class Wan(BaseModel):
     described_scheduler_keys: tuple[str, ...] = ("shift", "original_inference_steps")
     student_settings = {"shift": FLOW_SHIFT}
     frame_decoders = ("exact", "image")
+    vae_dtype = torch.float32  # as Wan's authors and diffusers run it
 
     # --- what a repository holds -------------------------------------------------------------------------------------
     def matches(self, model_index: Mapping[str, Any]) -> bool:
@@ -122,6 +130,10 @@ class Wan(BaseModel):
             and name.endswith(LORA_SUFFIXES)
         )
 
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
+        kinds = (WanResidualBlock, WanAttentionBlock, WanResample)
+        recompute_causal(layer for layer in vae.decoder.modules() if isinstance(layer, kinds))
+
     # --- the tensors -------------------------------------------------------------------------------------------------
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
         factor = vae.config.scale_factor_spatial
@@ -136,7 +148,8 @@ class Wan(BaseModel):
 
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         count_latent_frames(vae, pixels.shape[2])  # the VAE would leave out without a word what is too much
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        with no_autocast(pixels.device.type):
+            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         latents = at_least_float32(posterior.mean)
         if noise is not None:
             latents = latents + at_least_float32(posterior.std) * noise
@@ -146,7 +159,8 @@ class Wan(BaseModel):
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         """As the VAE does it, in tiles where those are enabled; it always decodes four frames at a time."""
         mean, std = latent_statistics(vae, latents)
-        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        with no_autocast(latents.device.type):
+            return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
 
     def decode_frames(
         self, vae: nn.Module, latents: torch.Tensor, frame_indices: torch.Tensor, decoder: str = "exact"
@@ -154,7 +168,8 @@ class Wan(BaseModel):
         """`decoder` is a row of `FRAME_DECODERS`. Nothing is clamped: a clamped pixel would have no gradient."""
         mean, std = latent_statistics(vae, latents)
         picks = [[place_in_latents(vae, frame) for frame in row] for row in frame_indices.tolist()]
-        return FRAME_DECODERS[decoder](vae, (latents * std + mean).to(vae.dtype), picks)
+        with no_autocast(latents.device.type):
+            return FRAME_DECODERS[decoder](vae, (latents * std + mean).to(vae.dtype), picks)
 
     @torch.no_grad()
     def encode_text(self, tokenizer, text_encoder: nn.Module, prompts: list[str]) -> Conditioning:

@@ -3,17 +3,16 @@
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 from .. import hub
 from ..base_models import BaseModel, get_base_model, infer_base_model
-from ..conditioning import Conditioning
 from ..distillation.discriminator import Discriminator
 from ..distillation.discriminator.augment import MIN_FRAME_AREA, MIN_IMAGE_AREA
 from ..distillation.draws import sample_generator
@@ -39,21 +38,9 @@ from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
 from ..settings import EXPERTS, HIGH_NOISE
 from .config import TrainingConfig
 from .defaults import student_settings, with_base_defaults
+from .text import CachedTextEncoder, EncodeTexts, build_text_encoder
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class CachedTextEncoder:
-    """Encodings of the `capacity` captions seen last, each made by itself: its bits depend on no batch it came in."""
-
-    def __init__(self, encode: Callable[[list[str]], Conditioning], capacity: int = 1024):
-        self.row = lru_cache(capacity)(lambda caption: encode([caption]))
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Captions -> their embeddings, stacked in order."""
-        rows = [self.row(caption) for caption in captions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass
@@ -62,9 +49,9 @@ class TrainingNetworks:
 
     pipeline: MCMPipeline  # its denoiser is the student's: it samples as the LoRA will be sampled
     student: Student
-    text: CachedTextEncoder
+    text: EncodeTexts
     discriminator: Discriminator | None
-    discriminator_text: CachedTextEncoder | None
+    discriminator_text: EncodeTexts | None
     guidance_range: tuple[float, float]
     clip_size: tuple[int, int, int]  # frames, height, width in pixels
     latent_shape: tuple[int, int, int, int]  # C, T, h, w
@@ -110,6 +97,7 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
         getattr(config, name) or pipeline.sampling_default(name) for name in ("num_frames", "height", "width")
     )
     latent_shape = base.latent_shape(pipeline.denoiser, pipeline.vae, num_frames, height, width)
+    text = build_text(pipeline, device, config.offload_text_encoder)
     student = build_student(pipeline, config, latent_shape[0]).to(device)
     pipeline.to(device)
     boundary = pipeline.config.boundary_ratio if base.experts else None
@@ -121,13 +109,14 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
     )
     discriminator = discriminator_text = None
     if config.adversarial:
-        discriminator = build_discriminator(config).to(device)
-        discriminator_text = CachedTextEncoder(lambda prompts: {"embedding": discriminator.encode_text(prompts)})
+        discriminator = build_discriminator(config)
+        discriminator_text = build_discriminator_text(discriminator, device, config.offload_text_encoder)
+        discriminator.to(device)
     low, high = config.guidance_min, config.guidance_max
     return TrainingNetworks(
         pipeline=pipeline,
         student=student,
-        text=CachedTextEncoder(partial(base.encode_text, pipeline.tokenizer, pipeline.text_encoder)),
+        text=text,
         discriminator=discriminator,
         discriminator_text=discriminator_text,
         guidance_range=base.guidance_range if low is None or high is None else (low, high),
@@ -136,6 +125,24 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
         extra_repositories=extra_repositories,
         boundary=boundary,
     )
+
+
+def build_text(pipeline: MCMPipeline, device: torch.device, offload: bool) -> CachedTextEncoder:
+    """The encoder of captions; with `offload` the pipeline is left without it, or it would go to the device too."""
+    network = pipeline.text_encoder
+    if offload:
+        pipeline.text_encoder = None
+    return build_text_encoder(
+        partial(pipeline.base_model.encode_text, pipeline.tokenizer, network), network, device, offload
+    )
+
+
+def build_discriminator_text(discriminator: Discriminator, device: torch.device, offload: bool) -> CachedTextEncoder:
+    """The encoder of the texts that the discriminator reads; with `offload` the discriminator is left without it."""
+    network = discriminator.text
+    if offload:
+        del discriminator.text
+    return build_text_encoder(lambda prompts: {"embedding": network(prompts)}, network, device, offload)
 
 
 def teacher_index(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
@@ -182,20 +189,32 @@ def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
 
     Of two experts it has but the one that is distilled.
     """
-    extra = components_elsewhere(config)
-    experts = teacher_index(config)[0].experts
-    others: dict[str, Any] = {component: None for expert, component in experts.items() if expert != config.expert}
+    extra, dtype = components_elsewhere(config), WEIGHT_DTYPES[config.precision]
+    base, index = teacher_index(config)
+    others: dict[str, Any] = {component: None for expert, component in base.experts.items() if expert != config.expert}
+    precise = {} if base.vae_dtype in (None, dtype) else {"vae": load_vae(config, index, base.vae_dtype)}
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
         revision=config.revision,
         variant=config.variant,
-        dtype=WEIGHT_DTYPES[config.precision],
+        dtype=dtype,
         **others,
+        **precise,
         **extra,
     )
     pipeline.unload_lora_weights()  # a saved pipeline may bring some; the teacher is the base model
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, extra
+
+
+def load_vae(config: TrainingConfig, index: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """The teacher's autoencoder by itself, in a type of its own; `index` is the teacher's `model_index.json`."""
+    location = Location.of(config.pretrained_teacher_model, revision=config.revision).inside("vae")
+    given = location.arguments | location.variant(config.variant)
+    with location.never_pickled():
+        return getattr(diffusers, index["vae"][1]).from_pretrained(
+            location.name, dtype=dtype, use_safetensors=True, **given
+        )
 
 
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:
@@ -218,6 +237,7 @@ def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) 
         start_from_pretrained(config.pretrained_lora, denoiser, motion, config)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing(denoiser)
+        base.enable_decoder_checkpointing(pipeline.vae)
     path: Any = base.noise_path(pipeline.scheduler.config, **student_settings(config, base))
     if config.expert is not None:
         path = path.split(pipeline.config.boundary_ratio)[EXPERTS.index(config.expert)]

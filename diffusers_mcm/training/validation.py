@@ -32,7 +32,7 @@ def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str,
         steps = {"timesteps": path.visited_timesteps(config.num_inference_steps, grid).tolist()}
     try:
         videos = networks.pipeline(
-            prompt,
+            prompt_embeds=networks.text([prompt])["prompt_embeds"],
             **dict(zip(("num_frames", "height", "width"), networks.clip_size)),
             **steps,
             latents=draw_normal(config.seed, "validation start", [index], networks.latent_shape),

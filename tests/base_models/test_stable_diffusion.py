@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.base_models import get_base_model
+from diffusers_mcm.base_models import get_base_model, stable_diffusion
 from tests.tiny import (
+    EXACT,
     LATENT_CHANNELS,
     NUM_FRAMES,
     SIZE,
@@ -42,6 +43,20 @@ def test_encode_video_is_the_scaled_posterior_frame_by_frame(vae):
     torch.testing.assert_close(
         MODELSCOPE.encode_video(vae, pixels)[1, :, 2], posterior.mean[0] * vae.config.scaling_factor
     )
+
+
+def test_frames_are_encoded_a_few_at_a_time(vae, monkeypatch):
+    pixels = torch.rand(2, 3, NUM_FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    noise = torch.randn(2, LATENT_CHANNELS, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(1))
+    at_once = MODELSCOPE.encode_video(vae, pixels, noise)
+    sizes: list[int] = []
+    hook = vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 3 * SIZE * SIZE + 1)
+    torch.testing.assert_close(MODELSCOPE.encode_video(vae, pixels, noise), at_once, **EXACT)
+    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 1)  # one frame is more than that
+    torch.testing.assert_close(MODELSCOPE.encode_video(vae, pixels[:1]), MODELSCOPE.encode_video(vae, pixels)[:1])
+    hook.remove()
+    assert sizes == [3, 3, 2] + [1] * NUM_FRAMES + [1] * 2 * NUM_FRAMES
 
 
 def test_decode_frames_picks_the_frames_of_the_whole_decode(vae):

@@ -150,6 +150,31 @@ def test_a_half_precision_network_trains_on_float32_latents_at_exact_times(wan, 
     assert set(given) == {(torch.bfloat16, torch.float32, torch.float32, torch.float32)}
 
 
+def test_the_autoencoder_stays_in_float32_whatever_the_network_computes_in(bases, tmp_path):
+    """Its weights are the repository's own, and autocast leaves what it computes alone, the recomputed part too."""
+    flags = bases["wan"]
+    trainer = Trainer(wan_config(flags, tmp_path, mixed_precision="bf16", gradient_checkpointing=True))
+    vae, base = trainer.networks.student.vae, trainer.networks.base_model
+    stored = load_file(Path(flags["pretrained_teacher_model"]) / "vae" / "diffusion_pytorch_model.safetensors")
+    assert trainer.networks.student.denoiser.blocks[0].ffn.net[2].base_layer.weight.dtype == torch.bfloat16
+    assert all(torch.equal(vae.state_dict()[name], tensor) for name, tensor in stored.items())
+    assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float32}
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, NUM_FRAMES, 16, 16, generator=generator) * 2 - 1
+
+    def through_it():
+        latents = base.encode_video(vae, pixels).requires_grad_()
+        frames = base.decode_frames(vae, latents, torch.tensor([[0, 4]]))
+        return [latents, frames, *torch.autograd.grad(frames.square().sum(), latents)]
+
+    plain = through_it()
+    with trainer.accelerator.autocast():
+        for found, expected in zip(through_it(), plain):
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert plain[-1].any()
+
+
 def test_two_processes_equal_one_big_batch(wan, tmp_path):
     wan = wan | dict(video_data=str(shutil.copytree(wan["video_data"], tmp_path / "videos")))
     with double_precision():
