@@ -264,8 +264,8 @@ class VariancePreservingPath(NoisePath):
 
 
 FLOW_SHIFT = 5.0  # of a student's grid, where nothing else is said: 4 of 48 steps visit 1000, 937.5, 833.33 and 625
-SAME = 1e-6  # σ that differ by no more are one point: where phases meet there may be a point of the grid, or none
 FLOW_STEPS = 48  # of that grid: it holds all that sampling in 1, 2, 3, 4, 6 and 8 steps visits; 50 would not
+SAME = 1e-6  # σ that differ by no more are one point: where phases meet there may be a point of the grid, or none
 
 
 class FlowPath(NoisePath):

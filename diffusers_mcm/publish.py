@@ -158,18 +158,7 @@ def stage_lora(
     folder: Path, target: Path, repo_id: str, base_model: str | None = None, lora: LoRA | None = None
 ) -> None:
     """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
-    if not folder.is_dir():
-        raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
-    if (folder / INDEX_NAME).is_file():
-        raise ValueError(
-            f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
-            " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
-        )
-    if find_pair(Location.of(folder)) is not None:
-        raise ValueError(
-            f"{folder} holds a pair of LoRAs for two experts, each with all that is known of it:"
-            f" `hf upload {repo_id} {folder}` publishes it as it is."
-        )
+    _check_one_lora(folder, repo_id)
     lora = lora or read_lora(folder)
     if lora.settings.expert is not None:
         raise ValueError(
@@ -202,6 +191,22 @@ def stage_lora(
         if (name in card or name in (MOTION_HEAD_NAME, *SCORES_NAMES, sample.file)) and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy)
+
+
+def _check_one_lora(folder: Path, repo_id: str) -> None:
+    """`ValueError` unless a folder may hold one LoRA, and that is all."""
+    if not folder.is_dir():
+        raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
+    if (folder / INDEX_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
+            " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
+        )
+    if find_pair(Location.of(folder)) is not None:
+        raise ValueError(
+            f"{folder} holds a pair of LoRAs for two experts, each with all that is known of it:"
+            f" `hf upload {repo_id} {folder}` publishes it as it is."
+        )
 
 
 def _card_made_for(folder: Path, settings: Settings) -> str | None:

@@ -137,9 +137,10 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         place: dict[str, Any] = dict(subfolder=subfolder, weight_name=weight_name)
         named: Any = pretrained_model_name_or_path
+        base = (base_model, base_model_revision)
         if lora is None and any(isinstance(each, (list, tuple)) for each in (named, subfolder, weight_name)):
             read = read_loras(named, revision=revision, **place, **options)
-            return cls._load_with_lora(read, adapter_name, base_model, base_model_revision, kwargs)
+            return cls._load_with_lora(read, adapter_name, *base, kwargs)
         location = Location.of(named, revision=revision, **options)
         if lora is None:
             location = replace(location, **place)
@@ -159,8 +160,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         if pair is None:
             loading.check_alone(location, lora, is_lora=motion is None)
         if motion is not None:
-            return cls._load_with_motion(motion, base_model, base_model_revision, kwargs)
-        return cls._load_with_lora(read_loras(location), adapter_name, base_model, base_model_revision, kwargs)
+            return cls._load_with_motion(motion, *base, kwargs)
+        return cls._load_with_lora(read_loras(location), adapter_name, *base, kwargs)
 
     @classmethod
     def _load_with_lora(
