@@ -8,6 +8,7 @@ from typing import Any
 
 from .columns import DataRequest, caption_texts
 from .faults import UnusableItem, is_remote
+from .remote import file_version, join
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
 _CHUNK = 65_536  # rows that are Python objects at one time
@@ -28,15 +29,6 @@ def digest(chunks: Iterable) -> str:
             values = chunk.slice(start, _CHUNK).to_pylist()
             state.update(repr(values).encode("utf-8", "surrogateescape"))
     return state.hexdigest()
-
-
-def file_stamp(path: str | os.PathLike) -> list[int] | None:
-    """Size and time of change of a file; None for an address."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [found.st_size, found.st_mtime_ns]
 
 
 class MediaRows:
@@ -111,13 +103,13 @@ class FolderRows(MediaRows):
 
     def media(self, item: Mapping) -> dict:
         file = os.fsdecode(item["file"])
-        return {"path": file if is_remote(file) else os.path.join(self.folder, file), "bytes": None}
+        return {"path": file if is_remote(file) else join(self.folder, file), "bytes": None}
 
     def captions(self, item: Mapping) -> list[str]:
         return item["captions"] or []
 
-    def stamp(self, item: Mapping) -> list[int] | None:
-        return file_stamp(self.media(item)["path"])
+    def stamp(self, item: Mapping) -> list[Any] | None:
+        return file_version(self.media(item)["path"])
 
     def name(self, row: int, item: Mapping) -> str:
         return self.media(item)["path"]

@@ -1,0 +1,140 @@
+"""The files of tars, read from their headers once and kept in one small database, from which a later start reads them.
+
+A tar that has changed since is read anew. What is kept is written tar by tar, so that a start that was stopped goes on.
+"""
+
+import json
+import logging
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import constants
+
+from .faults import is_remote
+from .remote import file_version
+from .shards import Member, read_headers
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 16  # remote tars whose headers are read side by side: it is the way there and back that takes long
+_BLOCK = 512
+_TABLE = "CREATE TABLE IF NOT EXISTS tars (path TEXT PRIMARY KEY, version TEXT, members BLOB) WITHOUT ROWID"
+_told: set[str] = set()  # why the index was not kept, which is told once
+
+
+class TarMembers(NamedTuple):
+    """What the headers of a tar say."""
+
+    members: list[Member]
+    problem: str | None  # what is wrong with it
+    version: Any  # of the tar that was read, as `file_version` tells it
+
+
+def index_file() -> Path:
+    """Where indexes are kept: `$DIFFUSERS_MCM_CACHE/tars.sqlite`, by default in the folder of the Hub's library."""
+    folder = os.environ.get("DIFFUSERS_MCM_CACHE") or os.path.join(constants.HF_HOME, "diffusers-mcm")
+    return Path(folder, "tars.sqlite")
+
+
+def read_tars(paths: Sequence[str]) -> Iterator[TarMembers]:
+    """What is in each of these tars, in their order: as it was kept, or else by its headers, and then kept."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        side_by_side = pool.map if any(map(is_remote, paths)) else map
+        versions = list(side_by_side(_version, paths))
+        kept = _read_kept(paths, versions)
+        missing = [(path, version) for path, version in zip(paths, versions) if path not in kept]
+        if missing and len(missing) > _AT_ONCE and side_by_side is not map:
+            logger.info("Reading the headers of %d remote tars, which is done once.", len(missing))
+        read = side_by_side(_read, missing)
+        for path in paths:
+            yield kept[path] if path in kept else next(read)
+
+
+def _version(path: str) -> Any:
+    return file_version(path)
+
+
+def _read(tar: tuple[str, Any]) -> TarMembers:
+    path, version = tar
+    found = TarMembers(*read_headers(path), version)
+    if version is not None and found.members:
+        _keep(path, found)
+    return found
+
+
+# -- the database -----------------------------------------------------------------------------------------------------
+
+
+def _key(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+@contextmanager
+def _database() -> Iterator[sqlite3.Connection | None]:
+    """The database, or None where there is none to be had; whatever goes wrong with it costs time only, and is told."""
+    file = index_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(file, timeout=60)
+    except (OSError, sqlite3.Error) as error:
+        _tell(file, error)
+        yield None
+        return
+    with closing(connection):
+        try:
+            with connection:
+                connection.execute(_TABLE)
+                yield connection
+        except sqlite3.Error as error:
+            _tell(file, error)
+
+
+def _tell(file: Path, error: Exception) -> None:
+    if str(file) not in _told:
+        _told.add(str(file))
+        logger.warning("The index of tars is not kept in %s (%s): their headers are read at each start.", file, error)
+
+
+def _read_kept(paths: Sequence[str], versions: Sequence[Any]) -> dict[str, TarMembers]:
+    """What is kept of those of the tars that have not changed since."""
+    found: dict[str, TarMembers] = {}
+    if not index_file().exists():
+        return found
+    with _database() as database:
+        for path, version in zip(paths, versions) if database is not None else ():
+            row = database.execute("SELECT version, members FROM tars WHERE path = ?", (_key(path),)).fetchone()
+            if row is not None and version is not None and row[0] == json.dumps(version):
+                found[path] = TarMembers(*_unpack(row[1]), version)
+    return found
+
+
+def _keep(path: str, found: TarMembers) -> None:
+    with _database() as database:
+        if database is not None:
+            row = (_key(path), json.dumps(found.version), _pack(found.members, found.problem))
+            database.execute("INSERT OR REPLACE INTO tars VALUES (?, ?, ?)", row)
+
+
+def _pack(members: Sequence[Member], problem: str | None) -> bytes:
+    """Names, sizes and the blocks of 512 bytes from the end of one file to the data of the next, compressed."""
+    gaps, end = [], 0
+    for member in members:
+        gaps.append((member.offset - end) // _BLOCK)
+        end = member.offset + -(-member.size // _BLOCK) * _BLOCK
+    columns = [[member.name for member in members], [member.size for member in members], gaps, problem]
+    return zlib.compress(json.dumps(columns, separators=(",", ":"), ensure_ascii=False).encode(), 9)
+
+
+def _unpack(packed: bytes) -> tuple[list[Member], str | None]:
+    names, sizes, gaps, problem = json.loads(zlib.decompress(packed))
+    members, end = [], 0
+    for name, size, gap in zip(names, sizes, gaps, strict=True):
+        members.append(Member(name, end + gap * _BLOCK, size))
+        end = members[-1].offset + -(-size // _BLOCK) * _BLOCK
+    return members, problem
