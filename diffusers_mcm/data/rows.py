@@ -37,6 +37,8 @@ class MediaRows:
     `skipped` has name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
 
+    far_captions = False  # whether each caption has to be fetched from another machine
+
     def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
         self.source, self.kind, self.table = request.source, request.kind, table
         self.skipped = dict(skipped or {})

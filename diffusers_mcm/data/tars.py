@@ -91,6 +91,7 @@ class TarRows(MediaRows):
         fields = dict.fromkeys(name for name, _ in caption_places)
         super().__init__(request, index.table(fields), index.skipped)
         self.tars, self.caption_places = index.tars, caption_places
+        self.far_captions = bool(caption_places) and any(is_remote(tar.path) for tar in self.tars)
         if self.kind.needs_caption:
             has_one = np.any([self.table[f"{name} offset"].to_numpy() >= 0 for name in fields], axis=0)
             for row in np.flatnonzero(~has_one).tolist():

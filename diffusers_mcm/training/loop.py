@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
+from ..data import to_unit_range
 from ..distillation.adversarial import AdversarialStep
 from ..distillation.discriminator.penalty import PenaltyWeight
 from ..distillation.draws import Coins, StepDraws, draw_adversarial, draw_step
@@ -61,8 +62,10 @@ class Trainer:
         self.trained = [module for module in (self.student, self.discriminator) if module is not None]
         grid = self.networks.student.path.solver_timesteps(config.method.num_solver_steps)
         self.timesteps = TIMESTEPS[config.timesteps](grid)
-        with told_by_one(self.accelerator):
-            self.data = open_data(config, self.networks.clip_size)
+        self.coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
+        # One process of a machine after the other: what the first one finds in tars, it keeps for the others.
+        with told_by_one(self.accelerator), self.accelerator.local_main_process_first():
+            self.data = open_data(config, self.networks.clip_size, self.coins)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Path | None = None
@@ -101,7 +104,7 @@ class Trainer:
 
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
-        networks, pixels = self.networks, batch.pixels.to(self.device)
+        networks, pixels = self.networks, to_unit_range(batch.pixels.to(self.device, non_blocking=True))
         negative = [self.config.negative_prompt or ""] * len(batch.captions)
         text, negative_text = networks.text(batch.captions), networks.text(negative)
         adversary = self.adversary(batch)
@@ -150,9 +153,8 @@ class Trainer:
 
     def draw(self, batch: Batch) -> StepDraws:
         config, networks = self.config, self.networks
-        coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
         ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)
-        return draw_step(config.seed, batch.indices, *ranges, coins).to(self.device)
+        return draw_step(config.seed, batch.indices, *ranges, self.coins).to(self.device)
 
     def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
@@ -164,7 +166,7 @@ class Trainer:
             self.config.method,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
             encode_text(batch.fake_texts)["embedding"],
-            batch.images.to(self.device),
+            to_unit_range(batch.images.to(self.device, non_blocking=True)),
             encode_text(batch.real_texts)["embedding"],
         )
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset
+from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset, to_unit_range
 
 
 def open_videos(source):
@@ -55,9 +55,9 @@ def test_batches_are_the_items(video_folder):
     dataset = open_videos(video_folder)
     batch = next(iter(StepLoader(dataset, StepSampler(3, start_step=2))))
     assert batch["index"].tolist() == [6, 7, 8]
-    assert batch["pixels"].shape == (3, 3, 2, 8, 8)
+    assert batch["pixels"].shape == (3, 3, 2, 8, 8) and batch["pixels"].dtype == torch.uint8
     for k in range(3):
-        assert torch.equal(batch["pixels"][k], dataset[6 + k]["pixels"])
+        assert torch.equal(to_unit_range(batch["pixels"][k]), dataset[6 + k]["pixels"])
         assert batch["caption"][k] == dataset[6 + k]["caption"]
 
 
