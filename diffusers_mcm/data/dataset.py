@@ -141,8 +141,8 @@ class VideoDataset(KeyedDataset):
         fps: takes frames at this rate by the times at which they are shown, instead of every n-th one.
         decodes: says of a global index whether the pixels of its clip are looked at. Those of other clips are zeros
             (before `to_unit_range`): it is only seen to that there is a film, and one that is long enough.
-        judged_frames: with l of them each item has "frames" (l, 3, H, W) too, one of each of l equal parts of the clip.
-            Where the clip is not looked at, they alone are decoded.
+        judged_frames: with l of them each item has "frames" (l, 3, H, W) too, one of each of l equal parts of the
+            clip. Where the clip is not looked at, they alone are decoded.
         options: `split`, `caption_column`, `config_name` and `revision`, as in `DataRequest`.
     """
 

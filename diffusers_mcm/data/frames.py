@@ -70,7 +70,8 @@ def picture(
 ) -> np.ndarray:
     """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
-    The `reformatter`, which converts the colours, is one for all frames of a clip: setting one up takes time. Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
+    The `reformatter`, which converts the colours, is one for all frames of a clip: to set one up takes time. Of an
+    interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
     `UnusableItem` for a corrupt frame, and for colours that cannot be converted.
     """
     if frame.is_corrupt:

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _MOST_WORKERS = 8
 _AHEAD = 2  # batches that each worker has ready
 _SHARED_MEMORY = "/dev/shm"
+_DEAD = r"DataLoader worker .*(exited unexpectedly|killed by signal)"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class StepLoader:
     Yields `{"pixels": uint8 (B, …), "caption": list of B strings, "index": int64 (B,)}`, and what else the items have;
     `to_unit_range` makes floats of the pixels, on the device that they are for. Items skipped in the workers are
     counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes; `pin_memory` gives
-    page-locked batches, for copies to a GPU. A worker that dies is a `RuntimeError` which says what to do.
+    page-locked batches, for copies to a GPU. A worker that dies is a `WorkerDied`.
     """
 
     def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
@@ -119,21 +121,35 @@ class StepLoader:
         batches = iter(self._loader)
         while True:
             try:
-                batch, skipped = next(batches)
+                with worker_deaths_told():
+                    batch, skipped = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)) is None:
-                    raise
-                raise RuntimeError(_told_death(str(error), self.num_workers)) from error
+            except (ConnectionError, EOFError) as error:  # a batch of which the worker died before it was taken over
+                raise _death(error) from error
             self.dataset.record_skipped(skipped)
             yield batch
 
 
-def _told_death(reason: str, num_workers: int) -> str:
-    return (
-        f"A process that loads data has died ({reason.strip()}). Mostly memory is short, which the system's log tells "
-        f"(dmesg), or shared memory ({_SHARED_MEMORY}; docker run --shm-size=8g): take fewer --dataloader_num_workers "
-        f"than {num_workers}. If it dies again at the same step, one of the files makes its decoder crash: "
-        "--dataloader_num_workers 0 shows where. Go on with --resume_from_checkpoint latest."
+class WorkerDied(RuntimeError):
+    """A process that loads data has died; the message says what may help."""
+
+
+@contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """Raises `WorkerDied` where torch says that a worker of a loader is dead, as it does wherever that is noticed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, WorkerDied) or re.search(_DEAD, str(error)) is None:
+            raise
+        raise _death(error) from error
+
+
+def _death(error: Exception) -> WorkerDied:
+    return WorkerDied(
+        f"A process that loads data has died ({type(error).__name__}: {str(error).strip()}). Mostly the machine was "
+        f"short of memory (its log says so: dmesg) or of shared memory ({_SHARED_MEMORY}; docker run --shm-size=8g): "
+        "take fewer --dataloader_num_workers. If it happens again at the same step, a file makes the decoder crash, "
+        "and --dataloader_num_workers 0 shows at which. Go on with --resume_from_checkpoint latest."
     )

@@ -1,4 +1,4 @@
-"""Files and parts of files, on this machine or, by an address that `fsspec` knows, on another: nothing is copied first.
+"""Files and parts of them, on this machine or, by an address that `fsspec` knows, on another: nothing is copied first.
 
 Of a remote file only what is asked for comes over the network. Nothing here is kept between calls but what `fsspec`
 keeps for the process it is in, so that data sets can be pickled and worker processes forked.
@@ -136,7 +136,7 @@ def join(folder: str, path: str) -> str:
 
 
 def list_remote(address: str) -> list[str] | None:
-    """Paths of all files below a remote folder, relative to it and sorted, hidden ones left out; None if it is none."""
+    """Sorted paths of the files below a remote folder, relative to it, but for hidden ones; None if it is none."""
     system, inside = file_system(address)
     inside = inside.rstrip("/")
 

@@ -1,6 +1,7 @@
-"""The files of tars, read from their headers once and kept in one small database, from which a later start reads them.
+"""The files of tars, read from their headers once and kept in a small database, from which a later start takes them.
 
-A tar that has changed since is read anew. What is kept is written tar by tar, so that a start that was stopped goes on.
+A tar that has changed since is read anew. What is kept is written tar by tar, so that a start that was stopped goes on
+where it was.
 """
 
 import json
@@ -77,7 +78,7 @@ def _key(path: str) -> str:
 
 @contextmanager
 def _database() -> Iterator[sqlite3.Connection | None]:
-    """The database, or None where there is none to be had; whatever goes wrong with it costs time only, and is told."""
+    """The database, or None where there is none to be had: what goes wrong with it costs time only, and is told."""
     file = index_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

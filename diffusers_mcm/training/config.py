@@ -130,8 +130,8 @@ class TrainingConfig(MethodConfig):
     width: int | None = _data(None, help="Width of the clips in pixels. Default: the base model's.", above=0)
     dataloader_num_workers: int | None = _data(
         None,
-        help="Processes that load data for each training process, for videos and images each; 0 loads in the main one. "
-        "Default: a core each, one left over, at most 8, and for images a quarter of that.",
+        help="Processes that load data beside each training process, for videos and for images; 0 loads in the main "
+        "one. Default: a core each, one left over, at most 8, and for images a quarter of that.",
         least=0,
     )
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
 from ..data import to_unit_range
+from ..data.loading import worker_deaths_told
 from ..distillation.adversarial import AdversarialStep
 from ..distillation.discriminator.penalty import PenaltyWeight
 from ..distillation.draws import Coins, StepDraws, draw_adversarial, draw_step
@@ -32,6 +33,7 @@ from .resuming import check_data, check_identity, check_same_everywhere, circums
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .trained_module import TrainedModule, slow_learning
 from .validation import NonFiniteSample, sample_clip, write_validation
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class Trainer:
         progress = dict(total=self.config.max_train_steps, initial=self.step, unit="step", desc="distilling")
         bar = tqdm(**progress, disable=log is None)
         started = time.perf_counter()
-        for batch in batches:
+        for batch in self.waiting.watch(batches):
             with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
                 self.backward(batch)
                 if not self.accelerator.sync_gradients:
@@ -177,6 +179,7 @@ class Trainer:
         if self.last_checkpoint is not None:
             check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
         self.data_sizes = sizes
+        self.waiting = Waiting(batches.videos.num_workers)
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
@@ -366,4 +369,5 @@ class Trainer:
 
 def train(config: TrainingConfig) -> Path:
     """Distil as the configuration says; returns the folder with the LoRA."""
-    return Trainer(config).train()
+    with worker_deaths_told():
+        return Trainer(config).train()

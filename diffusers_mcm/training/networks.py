@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,16 +42,26 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 class CachedTextEncoder:
-    """Encodings of the `capacity` captions seen last, each made by itself: its bits depend on no batch it came in."""
+    """Encodings of captions. Those of a micro-batch are made in one call, so that their bits depend on no other batch.
+
+    As many micro-batches as have `capacity` captions in all are kept, those that were asked for last.
+    """
 
     def __init__(self, encode: Callable[[list[str]], Conditioning], capacity: int = 1024):
-        self.row = lru_cache(capacity)(lambda caption: encode([caption]))
+        self.encode, self.capacity = encode, capacity
+        self.kept: dict[tuple[str, ...], Conditioning] = {}  # by the captions of a micro-batch, each once
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Captions -> their embeddings, stacked in order."""
-        rows = [self.row(caption) for caption in captions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        distinct = tuple(sorted(set(captions)))
+        found = self.kept.pop(distinct, None)
+        found = self.encode(list(distinct)) if found is None else found
+        self.kept[distinct] = found
+        while len(self.kept) > 1 and sum(map(len, self.kept)) > self.capacity:
+            del self.kept[next(iter(self.kept))]
+        rows = [distinct.index(caption) for caption in captions]
+        return {name: torch.cat([value[row : row + 1] for row in rows]) for name, value in found.items()}
 
 
 @dataclass

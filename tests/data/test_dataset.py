@@ -10,7 +10,7 @@ from diffusers_mcm.data import ImageDataset, VideoDataset
 from diffusers_mcm.data import video as module
 from diffusers_mcm.data.dataset import _candidate_rows, keyed_fraction
 
-from .conftest import flat_frames, frame_numbers, image_bytes
+from .conftest import frame_numbers, image_bytes
 
 
 def open_videos(source, seed=0, num_frames=4, **options):
