@@ -9,11 +9,11 @@ import logging
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import constants
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _AT_ONCE = 16  # remote tars whose headers are read side by side: it is the way there and back that takes long
 _BLOCK = 512
 _TABLE = "CREATE TABLE IF NOT EXISTS tars (path TEXT PRIMARY KEY, version TEXT, members BLOB) WITHOUT ROWID"
+T = TypeVar("T")
 _told: set[str] = set()  # why the index was not kept, which is told once
 
 
@@ -76,24 +77,17 @@ def _key(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(path)
 
 
-@contextmanager
-def _database() -> Iterator[sqlite3.Connection | None]:
-    """The database, or None where there is none to be had: what goes wrong with it costs time only, and is told."""
+def _in_database(use: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+    """What `use` makes of the database; `otherwise` where there is none to be had, which costs time only and is told."""
     file = index_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(file, timeout=60)
+        with closing(sqlite3.connect(file, timeout=60)) as database, database:
+            database.execute(_TABLE)
+            return use(database)
     except (OSError, sqlite3.Error) as error:
         _tell(file, error)
-        yield None
-        return
-    with closing(connection):
-        try:
-            with connection:
-                connection.execute(_TABLE)
-                yield connection
-        except sqlite3.Error as error:
-            _tell(file, error)
+        return otherwise
 
 
 def _tell(file: Path, error: Exception) -> None:
@@ -104,22 +98,22 @@ def _tell(file: Path, error: Exception) -> None:
 
 def _read_kept(paths: Sequence[str], versions: Sequence[Any]) -> dict[str, TarMembers]:
     """What is kept of those of the tars that have not changed since."""
-    found: dict[str, TarMembers] = {}
-    if not index_file().exists():
-        return found
-    with _database() as database:
-        for path, version in zip(paths, versions) if database is not None else ():
+
+    def read(database: sqlite3.Connection) -> dict[str, TarMembers]:
+        found = {}
+        for path, version in zip(paths, versions):
             row = database.execute("SELECT version, members FROM tars WHERE path = ?", (_key(path),)).fetchone()
             if row is not None and version is not None and row[0] == json.dumps(version):
-                found[path] = TarMembers(*_unpack(row[1]), version)
-    return found
+                with suppress(ValueError, zlib.error):  # a damaged entry is made anew
+                    found[path] = TarMembers(*_unpack(row[1]), version)
+        return found
+
+    return _in_database(read, {}) if index_file().exists() else {}
 
 
 def _keep(path: str, found: TarMembers) -> None:
-    with _database() as database:
-        if database is not None:
-            row = (_key(path), json.dumps(found.version), _pack(found.members, found.problem))
-            database.execute("INSERT OR REPLACE INTO tars VALUES (?, ?, ?)", row)
+    row = (_key(path), json.dumps(found.version), _pack(found.members, found.problem))
+    _in_database(lambda database: database.execute("INSERT OR REPLACE INTO tars VALUES (?, ?, ?)", row), None)
 
 
 def _pack(members: Sequence[Member], problem: str | None) -> bytes:
