@@ -11,7 +11,7 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,11 +51,11 @@ def read_tars(paths: Sequence[str]) -> Iterator[TarMembers]:
         versions = list(side_by_side(_version, paths))
         kept = _read_kept(paths, versions)
         missing = [(path, version) for path, version in zip(paths, versions) if path not in kept]
-        if missing and len(missing) > _AT_ONCE and side_by_side is not map:
+        if len(missing) > _AT_ONCE and side_by_side is not map:
             logger.info("Reading the headers of %d remote tars, which is done once.", len(missing))
         read = side_by_side(_read, missing)
-        for path in paths:
-            yield kept[path] if path in kept else next(read)
+        for path, version in zip(paths, versions):
+            yield next(read) if path not in kept else _unpacked(kept[path], version) or _read((path, version))
 
 
 def _version(path: str) -> Any:
@@ -78,7 +78,7 @@ def _key(path: str) -> str:
 
 
 def _in_database(use: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-    """What `use` makes of the database; `otherwise` where there is none to be had, which costs time only and is told."""
+    """What `use` makes of the database; `otherwise` where there is none to be had, which only costs time and is told."""
     file = index_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,19 +96,25 @@ def _tell(file: Path, error: Exception) -> None:
         logger.warning("The index of tars is not kept in %s (%s): their headers are read at each start.", file, error)
 
 
-def _read_kept(paths: Sequence[str], versions: Sequence[Any]) -> dict[str, TarMembers]:
-    """What is kept of those of the tars that have not changed since."""
+def _read_kept(paths: Sequence[str], versions: Sequence[Any]) -> dict[str, bytes]:
+    """What is kept, packed, of those of the tars that have not changed since."""
 
-    def read(database: sqlite3.Connection) -> dict[str, TarMembers]:
+    def read(database: sqlite3.Connection) -> dict[str, bytes]:
         found = {}
         for path, version in zip(paths, versions):
             row = database.execute("SELECT version, members FROM tars WHERE path = ?", (_key(path),)).fetchone()
             if row is not None and version is not None and row[0] == json.dumps(version):
-                with suppress(ValueError, zlib.error):  # a damaged entry is made anew
-                    found[path] = TarMembers(*_unpack(row[1]), version)
+                found[path] = row[1]
         return found
 
     return _in_database(read, {}) if index_file().exists() else {}
+
+
+def _unpacked(packed: bytes, version: Any) -> TarMembers | None:
+    try:
+        return TarMembers(*_unpack(packed), version)
+    except (ValueError, zlib.error):
+        return None  # it is damaged
 
 
 def _keep(path: str, found: TarMembers) -> None:
