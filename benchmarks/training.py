@@ -3,11 +3,11 @@
     git worktree add ../before COMMIT
     python benchmarks/training.py --before ../before --document docs/performance.md
     python benchmarks/training.py --before ../before --rows tars "a step"     # some of the rows
-    python benchmarks/training.py --pairs 1 --small                           # a check of the script, without a before
+    python benchmarks/training.py --pairs 1 --small                           # a check of the script
 
-A row is measured by a fresh process that imports the package from either tree, in turns: this one, the one before, this
-one … Its figures are medians, and the ratio is the median of the pairs' ratios. Rows are in the modules of `ROW_MODULES`
-that lie beside this script: a module has `ROWS`, name -> `Row`, and what a row measures must run on both trees.
+A row is measured by a fresh process that imports the package from either tree, in turns: this one, the one before,
+this one … Its figures are medians, and the ratio is the median of the pairs' ratios. Rows are in the modules of
+`ROW_MODULES` that lie beside this script: a module has `ROWS`, name -> `Row`, what a row measures runs on both trees.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def _open_folders(folder: Path, small: bool) -> dict[str, float]:
         before, begun = _peak(), time.process_time()
         dataset = VideoDataset(folder / str(size))
         seconds[size] = time.process_time() - begun
-        assert len(dataset) == size
+        if len(dataset) != size:
+            raise RuntimeError(f"{len(dataset)} clips were opened, not {size}")
     return {
         f"{few:,} clips, s of the processor": seconds[few],
         f"{many:,} clips, s of the processor": seconds[many],

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 METADATA_FILES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
-_CHUNK = 65_536  # rows that are Python objects at one time
+_CHUNK = 8192  # rows that are Python objects at one time
 
 
 def open_folder(request: DataRequest, folder: str, files: list[str], metadata: list[str] | None = None) -> FolderRows:

@@ -1,11 +1,13 @@
 """Where training data comes from: a folder, WebDataset tars or the Hub."""
 
+import gc
 import glob
 import importlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, DataRequest, MediaKind, caption_texts
@@ -37,8 +39,9 @@ def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> Med
     """
     _import_datasets()  # and with it Arrow, which the other modules keep rows in
     request = DataRequest(os.fspath(source), kind, **options)
-    rows = _open_remote(request) if is_remote(request.source) else _open_local(request)
-    rows = _open_hub(request) if rows is None else rows
+    with _no_collecting():
+        rows = _open_remote(request) if is_remote(request.source) else _open_local(request)
+        rows = _open_hub(request) if rows is None else rows
     if not len(rows):
         raise ValueError(f"The {kind.name} data {request.source!r} has no rows in its split {request.split!r}.")
     if rows.skipped:
@@ -47,6 +50,18 @@ def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> Med
             kind.name, request.source, len(rows.skipped), len(rows), examples(rows.skipped),
         )  # fmt: skip
     return rows
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """The garbage collector rests: it would go through the names of all files again and again, and free none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _open_local(request: DataRequest) -> MediaRows | None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,39 +47,64 @@ def index_file() -> Path:
 
 def read_tars(paths: Sequence[str]) -> Iterator[TarMembers]:
     """What is in each of these tars, in their order: as it was kept, or else by its headers, and then kept."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        side_by_side = pool.map if any(map(is_remote, paths)) else map
-        versions = list(side_by_side(_version, paths))
+    unsaved = _Unsaved()
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    side_by_side = pool.map if any(map(is_remote, paths)) else map
+    try:
+        versions = list(side_by_side(file_version, paths))
         kept = _read_kept(paths, versions)
         missing = [(path, version) for path, version in zip(paths, versions) if path not in kept]
         if len(missing) > _AT_ONCE and side_by_side is not map:
             logger.info("Reading the headers of %d remote tars, which is done once.", len(missing))
         read = side_by_side(_read, missing)
         for path, version in zip(paths, versions):
-            yield next(read) if path not in kept else _unpacked(kept[path], version) or _read((path, version))
-
-
-def _version(path: str) -> Any:
-    return file_version(path)
+            found = _unpacked(kept[path], version) if path in kept else None
+            if found is None:
+                found = next(read) if path not in kept else _read((path, version))
+                unsaved.add(path, found)
+            yield found
+    finally:
+        unsaved.save()
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(tar: tuple[str, Any]) -> TarMembers:
     path, version = tar
-    found = TarMembers(*read_headers(path), version)
-    if version is not None and found.members:
-        _keep(path, found)
-    return found
+    return TarMembers(*read_headers(path), version)
+
+
+class _Unsaved:
+    """What was read and is not in the database yet: it gets there once a second, for each time takes a moment."""
+
+    def __init__(self):
+        self.rows: list[tuple[str, str, bytes]] = []
+        self.saved = time.monotonic()
+
+    def add(self, path: str, found: TarMembers) -> None:
+        if found.version is not None and found.members:
+            self.rows.append((_key(path), json.dumps(found.version), _pack(found.members, found.problem)))
+        if time.monotonic() - self.saved > 1:
+            self.save()
+
+    def save(self) -> None:
+        def write(database: sqlite3.Connection) -> None:
+            database.executemany("INSERT OR REPLACE INTO tars VALUES (?, ?, ?)", self.rows)
+
+        if self.rows:
+            _in_database(write, None)
+        self.rows, self.saved = [], time.monotonic()
 
 
 # -- the database -----------------------------------------------------------------------------------------------------
 
 
 def _key(path: str) -> str:
-    return path if is_remote(path) else os.path.abspath(path)
+    """The path of a tar as text, which names of files need not be."""
+    return path if is_remote(path) else os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace")
 
 
 def _in_database(use: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-    """What `use` makes of the database; `otherwise` where there is none to be had, which only costs time and is told."""
+    """What `use` makes of the database; `otherwise` where there is none to be had: which costs time, and is told."""
     file = index_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +141,6 @@ def _unpacked(packed: bytes, version: Any) -> TarMembers | None:
         return TarMembers(*_unpack(packed), version)
     except (ValueError, zlib.error):
         return None  # it is damaged
-
-
-def _keep(path: str, found: TarMembers) -> None:
-    row = (_key(path), json.dumps(found.version), _pack(found.members, found.problem))
-    _in_database(lambda database: database.execute("INSERT OR REPLACE INTO tars VALUES (?, ?, ?)", row), None)
 
 
 def _pack(members: Sequence[Member], problem: str | None) -> bytes:

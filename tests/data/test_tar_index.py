@@ -103,7 +103,7 @@ def test_files_are_where_they_were_however_they_lie(tmp_path):
 
 def test_a_clip_takes_few_bytes(tmp_path):
     """Less than 100, of which most are for its name: here such as none resembles another, and 25 clips in a tar."""
-    numbers = random.Random(0)
+    numbers, unsaved = random.Random(0), module._Unsaved()
     for tar in range(40):
         members, end = [], 0
         for _ in range(25):
@@ -111,8 +111,16 @@ def test_a_clip_takes_few_bytes(tmp_path):
             for ending, size in (("json", 180), ("mp4", numbers.randrange(1 << 22))):
                 members.append(Member(f"{name}.{ending}", end + 512, size))
                 end = members[-1].offset + -(-size // 512) * 512
-        module._keep(str(tmp_path / f"{tar:05d}.tar"), module.TarMembers(members, None, [end, 1]))
+        unsaved.add(str(tmp_path / f"{tar:05d}.tar"), module.TarMembers(members, None, [end, 1]))
+    unsaved.save()
     assert os.path.getsize(module.index_file()) < 100 * 40 * 25
+
+
+def test_names_that_are_no_text(tars, headers_read):
+    folder = os.path.join(os.path.dirname(tars), os.fsdecode(b"\xff"))
+    os.rename(tars, folder)
+    assert [captions(open_rows(folder, VIDEOS)) for _ in range(2)] == [["a dog", "a cat"]] * 2
+    assert len(headers_read) == 2
 
 
 def test_a_place_that_cannot_be_written_costs_time_only(tars, headers_read, monkeypatch, tmp_path, caplog):
