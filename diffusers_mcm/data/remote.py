@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from .faults import MachineError, check_own_fault, is_of_the_machine, is_remote
@@ -161,7 +162,7 @@ def expand(address: str) -> list[str]:
     found = []
     for each in addresses:
         system, inside = file_system(each)
-        found += [system.unstrip_protocol(name) for name in _patiently(lambda s=system, i=inside: s.glob(i), each)]
+        found += [system.unstrip_protocol(name) for name in _patiently(partial(system.glob, inside), each)]
     return sorted(found)
 
 

@@ -63,7 +63,6 @@ def _read_members(path: str, file: IO[bytes], size: int) -> tuple[list[Member], 
         try:
             while (entry := tar.next()) is not None:
                 _add_member(members, entry, size)
-                tar.members.clear()  # which would hold all headers of the tar
         except (tarfile.TarError, ValueError, OverflowError) as error:
             problem = f"it is broken ({error})"
         end = tar.offset

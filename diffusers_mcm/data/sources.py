@@ -204,10 +204,11 @@ def _open_in_place(request: DataRequest) -> MediaRows | None:
     if not {"WebDataset", "VideoFolder", "ImageFolder"} & {kind.__name__ for kind in type(builder).__mro__}:
         return None
     addresses = list({str(split): files for split, files in builder.config.data_files.items()}.get(request.split, ()))
-    found = [re.fullmatch(r"(hf://datasets/(?:[^/@]+/)?[^/@]+@[^/]+)/(.+)", address) for address in addresses]
-    if not found or None in found or any(address.lower().endswith(".zip") for address in addresses):
+    pattern = r"(hf://datasets/(?:[^/@]+/)?[^/@]+@[^/]+)/(.+)"
+    found = [(match[1], match[2]) for address in addresses if (match := re.fullmatch(pattern, address))]
+    if len(found) < len(addresses) or not found or any(path.lower().endswith(".zip") for _, path in found):
         return None
-    return _open_listed(request, found[0][1], sorted(each[2] for each in found if each))
+    return _open_listed(request, found[0][0], sorted(path for _, path in found))
 
 
 def _values(table: Any, asked: str | None) -> dict[tuple[str, ...], bool]:
