@@ -51,7 +51,10 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`tokens` seen, `requests` made, `repositories` pushed; `token`, if set, is the only one that may write."""
+    """`tokens` seen, `requests` made, `repositories` pushed, `parts` of files given, each path, first and last byte.
+
+    `token`, if set, is the only one that may write.
+    """
 
     daemon_threads = True
 
@@ -61,7 +64,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.lfs: dict[str, bytes] = {}
         self.faults: list[list] = []
-        self.tokens, self.requests = set(), []
+        self.tokens, self.requests, self.parts = set(), [], []
         self.token, self.private_by_default = None, False
 
     def fail(self, pattern: str, how: int | str, times: int = 1) -> None:
@@ -160,10 +163,17 @@ class _Handler(BaseHTTPRequestHandler):
             private = self.server.repository(name).private
             self._json({"id": name, "sha": found[0], "private": private, "siblings": siblings})
 
-    def tree(self, name: str, revision: str):
+    def tree(self, name: str, revision: str, below: str | None = None):
         found = self._at(name, revision)
         if found:
-            self._json([_entry(path, content) for path, content in sorted(found[1].items())])
+            entries = [_entry(path, content) for path, content in sorted(found[1].items())]
+            self._json([entry for entry in entries if below is None or entry["path"].startswith(f"{below}/")])
+
+    def paths_info(self, name: str, revision: str):
+        found = self._at(name, revision)
+        if found:
+            wanted = json.loads(self.body)["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
+            self._json([_entry(path, found[1][path]) for path in wanted if path in found[1]])
 
     def resolve(self, name: str, revision: str, path: str):
         found = self._at(name, revision)
@@ -174,7 +184,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = found[1][path]
         tag = _oid(path, content)
         linked = {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(content))} if _is_lfs(path, content) else {}
-        return self._send(200, content, {"X-Repo-Commit": found[0], "ETag": f'"{tag}"', **linked})
+        headers = {"X-Repo-Commit": found[0], "ETag": f'"{tag}"', **linked}
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if part is None:
+            return self._send(200, content, headers)
+        first, last = int(part[1]), min(int(part[2]), len(content) - 1)
+        self.server.parts.append((path, first, last))
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return self._send(206, content[first : last + 1], headers)
 
     def commits(self, name: str, revision: str):
         found = self._at(name, revision)
@@ -268,12 +285,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(answer | ({"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"} if pull_request else {}))
 
 
-_ID = "([^/]+/[^/]+)"
+_KIND, _ID = "(?:models|datasets)", "([^/]+/[^/]+)"
 _ROUTES = (
-    (rf"GET /api/models/{_ID}(?:/revision/(.+))?", _Handler.describe),
-    (rf"GET /api/models/{_ID}/tree/([^/]+)", _Handler.tree),
+    (rf"GET /api/{_KIND}/{_ID}(?:/revision/(.+))?", _Handler.describe),
+    (rf"GET /api/{_KIND}/{_ID}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    (rf"POST /api/{_KIND}/{_ID}/paths-info/([^/]+)", _Handler.paths_info),
     (rf"GET /api/models/{_ID}/commits/([^/]+)", _Handler.commits),
-    (rf"(?:GET|HEAD) /{_ID}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Handler.resolve),
+    (rf"(?:GET|HEAD) /(?:datasets/)?{_ID}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Handler.resolve),
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),
     (rf"POST /api/models/{_ID}/branch/(.+)", _Handler.branch),

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from .faults import MachineError, UnusableItem, check_own_fault
 from .images import read_image
 from .rows import MediaRows, examples
 from .sources import IMAGES, VIDEOS, open_rows
-from .video import read_clip
+from .video import check_clip, read_clip
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,13 @@ def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int) -> Itera
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]."""
-    return pixels.to(torch.float32) / 127.5 - 1
+    """uint8 in [0, 255] to float32 in [-1, 1], to the same bits on every device."""
+    # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+    return pixels.to(torch.float32).div_(torch.full((), 127.5, device=pixels.device)).sub_(1)
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
 
 
 class KeyedDataset(Dataset):
@@ -70,8 +75,8 @@ class KeyedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read_pixels(self, media: dict, index: int) -> np.ndarray:
-        """Decode one item for one global index: uint8, channels last."""
+    def read_pixels(self, media: dict, index: int) -> dict[str, torch.Tensor]:
+        """Decode one item for one global index: uint8 "pixels", and what else there is of it."""
         raise NotImplementedError
 
     def read(self, index: int) -> tuple[dict, dict[str, str]]:
@@ -88,8 +93,7 @@ class KeyedDataset(Dataset):
             name = self.rows.name(row, item)
             try:
                 caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
-                pixels = self.read_pixels(self.rows.media(item), index)
-                return {"pixels": torch.from_numpy(np.moveaxis(pixels, -1, 0).copy()), "caption": caption}, skipped
+                return {**self.read_pixels(self.rows.media(item), index), "caption": caption}, skipped
             except UnusableItem as reason:
                 skipped[name] = str(reason)
             except (MachineError, MemoryError) as error:
@@ -110,7 +114,7 @@ class KeyedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         item, skipped = self.read(index)
         self.record_skipped(skipped)
-        return {**item, "pixels": to_unit_range(item["pixels"])}
+        return {name: to_unit_range(value) if name != "caption" else value for name, value in item.items()}
 
 
 def check_at_least_one(**values: int) -> None:
@@ -135,6 +139,10 @@ class VideoDataset(KeyedDataset):
         seed: keys the order and the starts.
         video_column: the column of the files, if it is not to be detected.
         fps: takes frames at this rate by the times at which they are shown, instead of every n-th one.
+        decodes: says of a global index whether the pixels of its clip are looked at. Those of other clips are zeros
+            (before `to_unit_range`): it is only seen to that there is a film, and one that is long enough.
+        judged_frames: with l of them each item has "frames" (l, 3, H, W) too, one of each of l equal parts of the
+            clip. Where the clip is not looked at, they alone are decoded.
         options: `split`, `caption_column`, `config_name` and `revision`, as in `DataRequest`.
     """
 
@@ -148,8 +156,12 @@ class VideoDataset(KeyedDataset):
         seed: int = 0,
         video_column: str | None = None,
         fps: float | None = None,
+        decodes: Callable[[int], bool] | None = None,
+        judged_frames: int = 0,
         **options: Any,
     ):
+        if not 0 <= judged_frames <= num_frames:
+            raise ValueError(f"judged_frames must be from 0 to the clip's {num_frames} frames, not {judged_frames}.")
         if frame_interval is not None and fps is not None:
             raise ValueError(f"Give frame_interval ({frame_interval}) or fps ({fps:g}), not both.")
         if fps is not None and not (math.isfinite(fps) and fps > 0):
@@ -159,10 +171,31 @@ class VideoDataset(KeyedDataset):
         super().__init__(open_rows(source, VIDEOS, media_column=video_column, **options), seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
+        self.decodes, self.judged_frames = decodes, judged_frames
 
-    def read_pixels(self, media: dict, index: int) -> np.ndarray:
+    def read_pixels(self, media: dict, index: int) -> dict[str, torch.Tensor]:
+        judged = self._judged(index)
+        if self.decodes is None or self.decodes(index):
+            clip = _channels_first(self._read(media, index))
+            return {"pixels": clip} | ({"frames": clip[:, list(judged)].movedim(1, 0).contiguous()} if judged else {})
+        pixels = torch.zeros(3, self.num_frames, self.height, self.width, dtype=torch.uint8)
+        if judged:
+            frames = _channels_first(self._read(media, index, judged))
+            return {"pixels": pixels, "frames": frames.movedim(1, 0).contiguous()}
+        check_clip(media, self.num_frames)
+        return {"pixels": pixels}
+
+    def _read(self, media: dict, index: int, only: tuple[int, ...] | None = None) -> np.ndarray:
+        size = (self.height, self.width)
         start = keyed_fraction(self.seed, "clip start", index)
-        return read_clip(media, self.num_frames, self.frame_interval, self.height, self.width, start, self.fps)
+        return read_clip(media, self.num_frames, self.frame_interval, *size, start, self.fps, only=only)
+
+    def _judged(self, index: int) -> tuple[int, ...]:
+        """The clip's frames that are judged, ascending."""
+        parts = self.judged_frames
+        edges = [part * self.num_frames // parts for part in range(parts + 1)] if parts else []
+        draws = [keyed_fraction(self.seed, "frame", index * parts + part) for part in range(parts)]
+        return tuple(first + int(draw * (end - first)) for first, end, draw in zip(edges, edges[1:], draws))
 
 
 class ImageDataset(KeyedDataset):
@@ -188,22 +221,5 @@ class ImageDataset(KeyedDataset):
         check_at_least_one(height=self.height, width=self.width)
         super().__init__(open_rows(source, IMAGES, media_column=image_column, **options), seed, "images")
 
-    def read_pixels(self, media: dict, index: int) -> np.ndarray:
-        return read_image(media, self.height, self.width)
-
-
-class FrameDataset(KeyedDataset):
-    """Frames of a video data set as images, each with its clip's caption, in an order of their own.
-
-    `dataset[i]` is `{"pixels": float32 (3, H, W) in [-1, 1], "caption": str}`; only that frame is decoded for use.
-    Frames of videos that are too short for a clip are left out: their captions are never those of a clip.
-    """
-
-    def __init__(self, videos: VideoDataset):
-        super().__init__(videos.rows, videos.seed, "frames")
-        self.height, self.width = videos.height, videos.width
-        self.fps, self.min_frames = videos.fps, videos.num_frames
-
-    def read_pixels(self, media: dict, index: int) -> np.ndarray:
-        start = keyed_fraction(self.seed, "frame", index)
-        return read_clip(media, 1, 1, self.height, self.width, start, self.fps, self.min_frames)[0]
+    def read_pixels(self, media: dict, index: int) -> dict[str, torch.Tensor]:
+        return {"pixels": _channels_first(read_image(media, self.height, self.width))}

@@ -16,7 +16,9 @@ _MACHINE_NAMES = """
     ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ENOTCONN ESHUTDOWN
 """
 _OF_THE_MACHINE = {getattr(errno, name) for name in _MACHINE_NAMES.split() if hasattr(errno, name)}
-_LOST_CONNECTIONS = {"ConnectionError", "TimeoutError", "Timeout"}  # of Python, and of libraries that name theirs so
+# Of Python, and of libraries that name theirs so; of aiohttp and of httpx.
+_LOST_CONNECTIONS = {"ConnectionError", "TimeoutError", "Timeout", "ClientConnectionError", "ClientPayloadError"}
+_LOST_CONNECTIONS |= {"TransportError"}
 _BUSY_SERVER = {408, 425, 429}
 _LITTLE_MEMORY = 256 << 20
 _ADVICE: dict[int | None, str] = {
@@ -53,7 +55,7 @@ def check_own_fault(error: BaseException, name: str | None) -> None:
         raise error
     if isinstance(error, MachineError):
         raise MachineError(f"{name}: {error}", error.errno) from error
-    if not _is_of_the_machine(error, name):
+    if not is_of_the_machine(error, name):
         return
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     message = (
@@ -70,7 +72,8 @@ def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
     return UnusableItem(f"{what} cannot be read ({type(error).__name__}: {error})")
 
 
-def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
+def is_of_the_machine(error: BaseException, name: str | None) -> bool:
+    """Whether an error that reading the file at `name` gave is about the machine or its connection, not the file."""
     number = getattr(error, "errno", None)
     if isinstance(error, FFmpegError) and isinstance(error, MemoryError):
         try:  # FFmpeg also says this of a header that asks for gigabytes
@@ -81,12 +84,12 @@ def _is_of_the_machine(error: BaseException, name: str | None) -> bool:
         return name is not None and not is_remote(name) and not _can_be_read(name)
     if isinstance(error, FFmpegError):
         return number in _OF_THE_MACHINE
-    if not isinstance(error, OSError):
-        return isinstance(error, MemoryError)
-    if number is None:
-        status = getattr(getattr(error, "response", None), "status_code", None) or 0
+    if number is None or not isinstance(error, OSError):
+        answer = getattr(error, "response", error)
+        status = getattr(answer, "status_code", None) or getattr(error, "status", None) or 0
         lost = _LOST_CONNECTIONS & {kind.__name__ for kind in type(error).__mro__}
-        return bool(lost) or status >= 500 or status in _BUSY_SERVER
+        busy = isinstance(status, int) and (status >= 500 or status in _BUSY_SERVER)
+        return bool(lost) or busy or isinstance(error, MemoryError)
     return number not in _OF_THE_FILE
 
 

@@ -109,8 +109,11 @@ def _first_orientation(packet: av.Packet) -> Orientation | None:
     return orientation_of(frames[0]) if frames else None
 
 
-def read_index(container: av.container.InputContainer) -> FilmIndex:
-    """Find the film and read its packets. A stream of a single picture is the film only if there is no other."""
+def read_index(container: av.container.InputContainer, oriented: bool = True) -> FilmIndex:
+    """Find the film and read its packets. A stream of a single picture is the film only if there is no other.
+
+    Only if it is to be `oriented` is anything decoded, its first frame.
+    """
     streams = _film_streams(container)
     durations: dict[int, list[tuple[int | None, int | None]]] = {stream.index: [] for stream in streams}  # by times
     keyframes: dict[int, list[Keyframe]] = {stream.index: [] for stream in streams}
@@ -123,7 +126,7 @@ def read_index(container: av.container.InputContainer) -> FilmIndex:
         if packet.is_keyframe and packet.pts is not None:
             keyframes[number].append(Keyframe(packet.pts, packet.dts))
         if packet.is_keyframe and number not in orientations:
-            tells = packet.stream.codec_context.name in _TELL_ORIENTATION
+            tells = oriented and packet.stream.codec_context.name in _TELL_ORIENTATION
             orientations[number] = _first_orientation(packet) if tells else None
     film = next((stream for stream in streams if len(durations[stream.index]) > 1), streams[0])
     shown = {time: duration for time, duration in durations[film.index] if time is not None}

@@ -15,19 +15,21 @@ import pyarrow.parquet
 from ..text_files import Row, Table, decode_text, read_table
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
+from .remote import join, open_file
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
 
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 METADATA_FILES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
-_CHUNK = 65_536  # rows that are Python objects at one time
+_CHUNK = 8192  # rows that are Python objects at one time
 
 
 def open_folder(request: DataRequest, folder: str, files: list[str], metadata: list[str] | None = None) -> FolderRows:
     """The rows of the metadata in a folder; without metadata its images.
 
-    `files` are the paths in it, as `walk` gives them, and `metadata` those of tables; by default those named so.
+    `files` are the paths in it, as `walk` gives them, and `metadata` those of tables; by default those named so. Where
+    the folder is an address whose files cannot be listed, there are no `files`.
     `ValueError` if nothing there can be used; the message names the file, and the row if it is one.
     """
     metadata = [path for path in files if is_metadata(path)] if metadata is None else metadata
@@ -38,7 +40,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     reader = _MetadataReader(request, folder, files)
     table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
     if not len(table):
-        names = ", ".join(os.path.join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
+        names = ", ".join(join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
         if not reader.skipped:
             raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
         number = len(reader.skipped)
@@ -102,10 +104,10 @@ class _MetadataReader:
             except ValueError as error:  # one wrong table of many does not refuse the others
                 if len(metadata) == 1:
                     raise
-                self.skipped[os.path.join(self.folder, path)] = str(error)
+                self.skipped[join(self.folder, path)] = str(error)
 
     def _read(self, path: str) -> Iterator[tuple[bytes, list[str]]]:
-        name = os.path.join(self.folder, path)
+        name = join(self.folder, path)
         asked = [name for name in (self.request.media_column, self.request.caption_column) if name is not None]
         table, damaged = _open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
         if not table.columns:
@@ -154,7 +156,7 @@ class _MetadataReader:
             reason = NO_CAPTION if captions is not None else NO_TEXT
             if path is None:
                 reason = f"[Errno 2] No such file or directory; {where} names it"
-            name = os.path.join(self.folder, below, file.strip())
+            name = join(self.folder, os.path.join(below, file.strip()))
             self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
 
     def _find(self, below: str, name: str) -> str | None:
@@ -168,6 +170,8 @@ class _MetadataReader:
         spellings = dict.fromkeys((name, slashed, *(unicodedata.normalize(f, slashed) for f in ("NFC", "NFD"))))
         paths = [os.path.normpath(os.path.join(below, spelling)) for spelling in spellings]
         found = next((path for path in paths if path in self.listed), None)
+        if is_remote(self.folder):
+            return found if self.listed else paths[0]  # what cannot be listed is looked for when it is read
         return found or next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
 
@@ -197,7 +201,7 @@ def _open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".parquet":
         return _open_parquet(name), False
-    with open(name, "rb") as file:
+    with open_file(name) as file:
         text = decode_text(file.read())
     text.tell_guess(name)
     try:
@@ -208,7 +212,7 @@ def _open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:
 
 def _open_parquet(name: str) -> Table:
     try:
-        file = pa.parquet.ParquetFile(name)
+        file = pa.parquet.ParquetFile(open_file(name) if is_remote(name) else name)
     except (pa.ArrowInvalid, OSError) as error:
         check_own_fault(error, name)
         raise ValueError(f"{name} cannot be read as parquet: {error}") from error

@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from .colour import BT2020, HLG, PQ, UNSPECIFIED, check_known, is_ordinary, to_ordinary
@@ -12,6 +13,8 @@ from .faults import UnusableItem
 from .images import fit
 
 _TANGENT_OF_ONE_DEGREE = 0.0175
+# The workers of the loader are the parallelism; PyAV 17 began to convert colours in threads.
+_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 
 
 class Orientation(NamedTuple):
@@ -58,11 +61,17 @@ def _upper_field(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def picture(
-    frame: av.VideoFrame, stream: av.VideoStream, orientation: Orientation, height: int, width: int
+    frame: av.VideoFrame,
+    stream: av.VideoStream,
+    orientation: Orientation,
+    height: int,
+    width: int,
+    reformatter: VideoReformatter,
 ) -> np.ndarray:
     """The last frame of the decoder of `stream` as players show it, scaled and cropped: uint8 (height, width, 3).
 
-    Of an interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
+    The `reformatter`, which converts the colours, is one for all frames of a clip: to set one up takes time. Of an
+    interlaced frame the upper field is taken. HDR and wide gamuts are converted, see `colour.to_ordinary`.
     `UnusableItem` for a corrupt frame, and for colours that cannot be converted.
     """
     if frame.is_corrupt:
@@ -74,10 +83,11 @@ def picture(
         frame, aspect = _upper_field(frame), aspect / 2
     aspect = 1 / aspect if orientation.transposed else aspect
     if is_ordinary(transfer, primaries):
-        pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
+        pixels = orientation.apply(reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray())
         return np.asarray(fit(Image.fromarray(pixels), height, width, aspect))
     untold = transfer in (PQ, HLG) and frame.colorspace == UNSPECIFIED
-    frame = frame.reformat(format="rgb48le", src_colorspace=BT2020 if untold else None)
+    colours = BT2020 if untold else None
+    frame = reformatter.reformat(frame, format="rgb48le", src_colorspace=colours, **_ONE_THREAD)
     signal = orientation.apply(frame.to_ndarray()).astype(np.float32) / 65535
     planes = [fit(Image.fromarray(np.ascontiguousarray(signal[..., i])), height, width, aspect) for i in range(3)]
     return to_ordinary(np.stack([np.asarray(plane) for plane in planes], axis=-1), transfer, primaries)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from .faults import UnusableItem, is_remote, unusable
+from .remote import read_whole
 
 # What PIL's readers raise for files that are broken in one way or another.
 _BROKEN_FILE = (
@@ -24,11 +25,7 @@ def media_file(media: dict):
         return io.BytesIO(media["bytes"])
     if (path := open_path(media)) is None:
         raise UnusableItem("the row holds neither a file nor its bytes")
-    if is_remote(path):
-        from datasets.utils.file_utils import xopen
-
-        return xopen(path, "rb")
-    return path
+    return read_whole(path) if is_remote(path) else path
 
 
 def open_path(media: dict) -> str | None:

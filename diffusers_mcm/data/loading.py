@@ -1,13 +1,25 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
+import logging
+import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .dataset import KeyedDataset, check_at_least_one, to_unit_range
+from .dataset import KeyedDataset, check_at_least_one
+
+logger = logging.getLogger(__name__)
+
+_MOST_WORKERS = 8
+_AHEAD = 2  # batches that each worker has ready
+_SHARED_MEMORY = "/dev/shm"
+_DEAD = r"DataLoader worker .*(exited unexpectedly|killed by signal)"
 
 
 @dataclass(frozen=True)
@@ -60,26 +72,84 @@ def _collate(reads: list[tuple[dict, dict[str, str]]]) -> tuple[dict, dict[str, 
     return default_collate(list(items)), {name: reason for report in reports for name, reason in report.items()}
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(batch_bytes: int, processes_here: int = 1) -> int:
+    """How many worker processes suit each of the training processes on this machine: a core each, one left over, and
+    no more than 8. There is at least one, unless the shared memory has no room for its batches of so many bytes.
+    """
+    wanted = min(max(usable_cores() // processes_here - 1, 1), _MOST_WORKERS)
+    try:
+        room = shutil.disk_usage(_SHARED_MEMORY).free // processes_here
+    except OSError:
+        return wanted
+    fitting = int(room / 2 // max(_AHEAD * batch_bytes, 1))
+    if fitting < wanted:
+        logger.warning(
+            "Data are loaded by %s, where %d worker processes would suit this machine: its shared memory (%s) has "
+            "room for no more, %.0f MB. Give it more (docker run --shm-size=8g).",
+            f"{fitting} worker processes" if fitting else "the main process", wanted, _SHARED_MEMORY, room / 1e6,
+        )  # fmt: skip
+    return min(wanted, fitting)
+
+
 class StepLoader:
     """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
 
-    Yields `{"pixels": float32 (B, …) in [-1, 1], "caption": list of B strings, "index": int64 (B,)}`. Items skipped
-    in the workers are counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes;
-    `pin_memory` gives page-locked batches, for copies to a GPU.
+    Yields `{"pixels": uint8 (B, …), "caption": list of B strings, "index": int64 (B,)}`, and what else the items have;
+    `to_unit_range` makes floats of the pixels, on the device that they are for. Items skipped in the workers are
+    counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes; `pin_memory` gives
+    page-locked batches, for copies to a GPU. A worker that dies is a `WorkerDied`.
     """
 
     def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
-        self.dataset = dataset
+        self.dataset, self.num_workers = dataset, num_workers
         self._loader: DataLoader = DataLoader(
             _ReadWithReport(dataset),
             batch_sampler=sampler,
             num_workers=num_workers,
+            prefetch_factor=_AHEAD if num_workers else None,
             collate_fn=_collate,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
         )
 
     def __iter__(self) -> Iterator[dict]:
-        for batch, skipped in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                with worker_deaths_told():
+                    batch, skipped = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:  # a batch of which the worker died before it was taken over
+                raise _death(error) from error
             self.dataset.record_skipped(skipped)
-            yield {**batch, "pixels": to_unit_range(batch["pixels"])}
+            yield batch
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads data has died; the message says what may help."""
+
+
+@contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """Raises `WorkerDied` where torch says that a worker of a loader is dead, as it does wherever that is noticed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, WorkerDied) or re.search(_DEAD, str(error)) is None:
+            raise
+        raise _death(error) from error
+
+
+def _death(error: Exception) -> WorkerDied:
+    return WorkerDied(
+        f"A process that loads data has died ({type(error).__name__}: {str(error).strip()}). Mostly the machine was "
+        f"short of memory (its log says so: dmesg) or of shared memory ({_SHARED_MEMORY}; docker run --shm-size=8g): "
+        "take fewer --dataloader_num_workers. If it happens again at the same step, a file makes the decoder crash, "
+        "and --dataloader_num_workers 0 shows at which. Go on with --resume_from_checkpoint latest."
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from .columns import DataRequest, caption_texts
 from .faults import UnusableItem, is_remote
+from .remote import file_version, join
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, are spread evenly over [0, 1)
 _CHUNK = 65_536  # rows that are Python objects at one time
@@ -30,20 +31,13 @@ def digest(chunks: Iterable) -> str:
     return state.hexdigest()
 
 
-def file_stamp(path: str | os.PathLike) -> list[int] | None:
-    """Size and time of change of a file; None for an address."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [found.st_size, found.st_mtime_ns]
-
-
 class MediaRows:
     """The rows of a data set, kept as columns of a `pyarrow.Table` or `datasets.Dataset` and not as objects.
 
     `skipped` has name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
+
+    far_captions = False  # whether each caption has to be fetched from another machine
 
     def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
         self.source, self.kind, self.table = request.source, request.kind, table
@@ -111,13 +105,13 @@ class FolderRows(MediaRows):
 
     def media(self, item: Mapping) -> dict:
         file = os.fsdecode(item["file"])
-        return {"path": file if is_remote(file) else os.path.join(self.folder, file), "bytes": None}
+        return {"path": file if is_remote(file) else join(self.folder, file), "bytes": None}
 
     def captions(self, item: Mapping) -> list[str]:
         return item["captions"] or []
 
-    def stamp(self, item: Mapping) -> list[int] | None:
-        return file_stamp(self.media(item)["path"])
+    def stamp(self, item: Mapping) -> list[Any] | None:
+        return file_version(self.media(item)["path"])
 
     def name(self, row: int, item: Mapping) -> str:
         return self.media(item)["path"]

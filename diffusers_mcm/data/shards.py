@@ -7,13 +7,18 @@ the first dot, and where that joins several files of the kind ("clip.v1.mp4", "c
 import os
 import tarfile
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from .columns import CAPTION_COLUMNS, MediaKind
-from .faults import check_own_fault
+from .faults import check_own_fault, is_remote
+from .remote import open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+
+HEADER = tarfile.BLOCKSIZE  # bytes of the header that stands before each file
+_IN_HEADER = 8 << 30  # sizes from here on may stand elsewhere
 
 
 class Member(NamedTuple):
@@ -36,24 +41,32 @@ def read_headers(path: str) -> tuple[list[Member], str | None]:
 
     `MachineError` if it is the machine that cannot read it: without a shard all samples would be others.
     """
-    members: dict[str, Member] = {}
-    problem = None
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-            try:
-                while (entry := tar.next()) is not None:
-                    _add_member(members, entry, size)
-            except (tarfile.TarError, ValueError, OverflowError) as error:
-                problem = f"it is broken ({error})"
-            end = tar.offset
-        problem = problem or _find_problem_at_end(path, end, size)
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            members, problem = _read_members(path, file, size)
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
         check_own_fault(error, path)
         return [], _describe_no_tar(path, error)
     if not members:
         return [], problem or "it holds no files"
-    return list(members.values()), problem and f"{problem}; read are the {len(members)} files before"
+    return members, problem and f"{problem}; read are the {len(members)} files before"
+
+
+def _read_members(path: str, file: IO[bytes], size: int) -> tuple[list[Member], str | None]:
+    """The files of a tar of `size` bytes that are whole, and what is wrong with the rest."""
+    members: dict[str, Member] = {}
+    problem = None
+    fileobj = file if is_remote(path) else None
+    with tarfile.open(path, "r:", fileobj, encoding="utf-8", errors="surrogateescape") as tar:
+        try:
+            while (entry := tar.next()) is not None:
+                _add_member(members, entry, size)
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            problem = f"it is broken ({error})"
+        end = tar.offset
+    return list(members.values()), problem or _find_problem_at_end(file, end, size)
 
 
 def _add_member(members: dict[str, Member], entry: tarfile.TarInfo, size: int) -> None:
@@ -66,27 +79,35 @@ def _add_member(members: dict[str, Member], entry: tarfile.TarInfo, size: int) -
         members[name] = Member(name, entry.offset_data, entry.size)
 
 
+def is_header(block: bytes, size: int) -> bool:
+    """Whether a block of `HEADER` bytes is the header of a file of `size` bytes."""
+    try:
+        found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return found.size == size or size >= _IN_HEADER
+
+
 def _plain(name: str) -> str:
     """A member's name without "./"; Arrow keeps no bytes that are not UTF-8."""
     return os.path.normpath(name).lstrip("/").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _find_problem_at_end(path: str, end: int, size: int) -> str | None:
+def _find_problem_at_end(file: IO[bytes], end: int, size: int) -> str | None:
     """A tar ends in zeros: whether this one does from byte `end` on, where `tarfile` saw no further header."""
     if end >= size:
         return "it breaks off without an end mark"
-    with open(path, "rb") as file:
-        file.seek(end)
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                return f"it cannot be read from byte {end} on"
+    file.seek(end)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            return f"it cannot be read from byte {end} on"
     return None
 
 
 def _describe_no_tar(path: str, error: Exception) -> str:
     if isinstance(error, OSError):
         return str(error)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(40)
     if not start:
         return "it is empty (0 bytes)"

@@ -1,13 +1,18 @@
 """Where training data comes from: a folder, WebDataset tars or the Hub."""
 
+import gc
 import glob
 import importlib
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .columns import CAPTION_COLUMNS, IMAGES, VIDEOS, DataRequest, MediaKind, caption_texts
+from .faults import is_remote
+from .remote import expand, expand_braces, join, list_remote
 from .rows import HubRows, MediaRows, examples
 
 __all__ = ["IMAGES", "VIDEOS", "MediaKind", "MediaRows", "open_rows"]
@@ -34,8 +39,9 @@ def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> Med
     """
     _import_datasets()  # and with it Arrow, which the other modules keep rows in
     request = DataRequest(os.fspath(source), kind, **options)
-    rows = _open_local(request)
-    rows = _open_hub(request) if rows is None else rows
+    with _no_collecting():
+        rows = _open_remote(request) if is_remote(request.source) else _open_local(request)
+        rows = _open_hub(request) if rows is None else rows
     if not len(rows):
         raise ValueError(f"The {kind.name} data {request.source!r} has no rows in its split {request.split!r}.")
     if rows.skipped:
@@ -44,6 +50,18 @@ def open_rows(source: str | os.PathLike, kind: MediaKind, **options: Any) -> Med
             kind.name, request.source, len(rows.skipped), len(rows), examples(rows.skipped),
         )  # fmt: skip
     return rows
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """The garbage collector rests: it would go through the names of all files again and again, and free none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _open_local(request: DataRequest) -> MediaRows | None:
@@ -65,13 +83,58 @@ def _open_local(request: DataRequest) -> MediaRows | None:
     if source.lower().endswith(TABLE_SUFFIXES) and os.path.isfile(source):
         folder, table = os.path.split(os.path.abspath(source))
         return open_folder(request, folder, walk(folder), metadata=[table])
-    if not source.lower().endswith(TAR_SUFFIXES) and not glob.has_magic(source):
+    if os.path.isfile(source):
+        return open_tars(request, [source]) if source.lower().endswith(TAR_SUFFIXES) else None
+    patterns = expand_braces(source)
+    if not source.lower().endswith(TAR_SUFFIXES) and not glob.has_magic(source) and patterns == [source]:
         return None
-    tars = sorted(path for path in glob.glob(source, recursive=True) if path.lower().endswith(TAR_SUFFIXES))
-    tars = [source] if os.path.isfile(source) else tars
+    found = (path for pattern in patterns for path in glob.glob(pattern, recursive=True))
+    return open_tars(request, _tars_of(source, sorted(found)))
+
+
+def _tars_of(source: str, paths: list[str]) -> list[str]:
+    from .shards import TAR_SUFFIXES
+
+    tars = [path for path in paths if path.lower().endswith(TAR_SUFFIXES)]
     if not tars:
         raise ValueError(f"No .tar file matches {source!r}.")
-    return open_tars(request, tars)
+    return tars
+
+
+def _open_remote(request: DataRequest) -> MediaRows:
+    """The rows of a folder, a table or tars at an address, which are read where they are."""
+    from .folders import TABLE_SUFFIXES, is_metadata, open_folder
+    from .shards import TAR_SUFFIXES
+    from .tars import open_tars
+
+    source = request.source.rstrip("/")
+    if source.lower().endswith(TAR_SUFFIXES) or glob.has_magic(source) or expand_braces(source) != [source]:
+        return open_tars(request, _tars_of(source, expand(source)))
+    if source.lower().endswith(TABLE_SUFFIXES):
+        folder, _, table = source.rpartition("/")
+        return open_folder(request, folder, list_remote(folder) or [], metadata=[table])
+    files = list_remote(source)
+    if not files:
+        raise ValueError(
+            f"The {request.kind.name} data {source!r} is no folder whose files can be listed, nor the address of .tar "
+            "files or of a table. Servers of web pages list none: give the table, or the tars as name-{000..039}.tar."
+        )
+    within = [path.partition("/")[2] for path in files if path.startswith(f"{request.split}/")]
+    if request.split != "train" and not within:
+        raise _no_split(request, sorted({path.partition("/")[0] for path in files if "/" in path}))
+    if not within or (request.split == "train" and any(is_metadata(path) for path in files if "/" not in path)):
+        return _open_listed(request, source, files)
+    return _open_listed(request, join(source, request.split), within)
+
+
+def _open_listed(request: DataRequest, folder: str, files: list[str]) -> MediaRows:
+    """The rows of the files, given by their paths in it, of a remote folder: its tars if there are any."""
+    from .folders import open_folder
+    from .shards import TAR_SUFFIXES
+    from .tars import open_tars
+
+    tars = [join(folder, path) for path in files if path.lower().endswith(TAR_SUFFIXES)]
+    return open_tars(request, tars) if tars else open_folder(request, folder, files)
 
 
 def _split_folder(request: DataRequest) -> str:
@@ -83,19 +146,28 @@ def _split_folder(request: DataRequest) -> str:
     if split == "train" and (not os.path.isdir(folder) or any(is_metadata(entry.name) for entry in entries)):
         return source
     if not os.path.isdir(folder):
-        found = sorted(entry.name for entry in entries if entry.is_dir())
-        raise ValueError(
-            f"The {request.kind.name} data {source!r} has no subfolder {split!r} for that split; found {found}."
-        )
+        raise _no_split(request, sorted(entry.name for entry in entries if entry.is_dir()))
     return folder
+
+
+def _no_split(request: DataRequest, found: list[str]) -> ValueError:
+    return ValueError(
+        f"The {request.kind.name} data {request.source!r} has no subfolder {request.split!r} for that split; found "
+        f"{found}."
+    )
 
 
 # -- through `datasets` -----------------------------------------------------------------------------------------------
 
 
-def _open_hub(request: DataRequest) -> HubRows:
-    """The rows of a Hub data set, or of a folder with zip archives, which `datasets` opens."""
+def _open_hub(request: DataRequest) -> MediaRows:
+    """The rows of a Hub data set, or of a folder with zip archives, which `datasets` opens.
+
+    Tars, and folders of files with tables, are read where they are; what is in one large table (parquet) is copied.
+    """
     table = _load(request)
+    if isinstance(table, MediaRows):
+        return table
     feature = getattr(_import_datasets(), request.kind.name.capitalize())
     media_column = _find_media_column(table.features, feature, request)
     table = table.cast_column(media_column, feature(decode=False))
@@ -114,12 +186,29 @@ def _load(request: DataRequest) -> Any:
         if folder is not None:  # by hand: `datasets` would put `test_1.mp4` into a test split
             files = {split: os.path.join(folder, "**")}
             return datasets.load_dataset(f"{request.kind.name}folder", data_files=files, split=split)
+        in_place = _open_in_place(request)
+        if in_place is not None:
+            return in_place
         return datasets.load_dataset(source, request.config_name, split=split, revision=request.revision)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(f"{message} that can be reached: {error}") from error
     except (datasets.exceptions.DatasetsError, ValueError) as error:
         reason = error.__cause__ or error  # what stopped the library's builder
         raise ValueError(f"{data} cannot be read by `datasets`: {reason}") from error
+
+
+def _open_in_place(request: DataRequest) -> MediaRows | None:
+    """The rows of a Hub data set that is a folder or tars, by what `datasets` finds out of its splits; else None."""
+    arguments = (request.source, request.config_name)
+    builder = _import_datasets().load_dataset_builder(*arguments, revision=request.revision)
+    if not {"WebDataset", "VideoFolder", "ImageFolder"} & {kind.__name__ for kind in type(builder).__mro__}:
+        return None
+    addresses = list({str(split): files for split, files in builder.config.data_files.items()}.get(request.split, ()))
+    pattern = r"(hf://datasets/(?:[^/@]+/)?[^/@]+@[^/]+)/(.+)"
+    found = [(match[1], match[2]) for address in addresses if (match := re.fullmatch(pattern, address))]
+    if len(found) < len(addresses) or not found or any(path.lower().endswith(".zip") for _, path in found):
+        return None
+    return _open_listed(request, found[0][0], sorted(path for _, path in found))
 
 
 def _values(table: Any, asked: str | None) -> dict[tuple[str, ...], bool]:

@@ -4,21 +4,43 @@ import logging
 import os
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ..text_files import decode_text, find_name, parse_json
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts
-from .faults import UnusableItem, unusable
-from .rows import NO_CAPTION, MediaRows, digest, examples, file_stamp
-from .shards import field_of, group, read_headers
+from .faults import UnusableItem, is_remote, unusable
+from .remote import file_version, read_part
+from .rows import NO_CAPTION, MediaRows, digest, examples
+from .shards import HEADER, field_of, group, is_header
+from .tar_index import read_tars
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 100  # samples whose json is read first, to see which keys there are
 _Places = list[tuple[str, str | None]]  # of captions: a field, and the key in its json, or None in a text file
+
+
+class Tar(NamedTuple):
+    """A tar that was opened."""
+
+    path: str
+    version: Any  # as `file_version` told it then
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes of one of its files; `UnusableItem` if the tar is no longer as it was."""
+        try:  # with the header before them, which tells whether they are still the file's
+            data = read_part(self.path, offset - HEADER, size + HEADER)
+            changed = not is_remote(self.path) and file_version(self.path) != self.version
+        except (OSError, MemoryError) as error:
+            raise unusable(error, self.path, "its tar") from error
+        if len(data) < size + HEADER:
+            raise UnusableItem("its tar has become shorter since it was opened")
+        if changed or not is_header(data[:HEADER], size):
+            raise UnusableItem("its tar has changed since it was opened")
+        return data[HEADER:]
 
 
 class TarIndex:
@@ -28,15 +50,15 @@ class TarIndex:
     """
 
     def __init__(self, request: DataRequest, paths: list[str]):
-        self.paths = paths
+        self.tars: list[Tar] = []
         self.names: list[pa.Array] = []  # of the samples' videos or images, as chunks of Arrow
         self.shards = array("i")  # the number of each sample's tar
         # row, offset and size of one file after the other, by field; of the videos or images by "media"
         self.places = {"media": array("q")}
         self.others: set[str] = set()  # fields of all files, in samples or not
         self.skipped: dict[str, str] = {}
-        for shard, path in enumerate(paths):
-            members, problem = read_headers(path)
+        for shard, (path, (members, problem, version)) in enumerate(zip(paths, read_tars(paths), strict=True)):
+            self.tars.append(Tar(path, version))
             if problem:
                 self.skipped[path] = problem
             self.others.update(field_of(member.name) for member in members)
@@ -68,7 +90,8 @@ class TarRows(MediaRows):
     def __init__(self, request: DataRequest, index: TarIndex, caption_places: _Places):
         fields = dict.fromkeys(name for name, _ in caption_places)
         super().__init__(request, index.table(fields), index.skipped)
-        self.paths, self.caption_places = index.paths, caption_places
+        self.tars, self.caption_places = index.tars, caption_places
+        self.far_captions = bool(caption_places) and any(is_remote(tar.path) for tar in self.tars)
         if self.kind.needs_caption:
             has_one = np.any([self.table[f"{name} offset"].to_numpy() >= 0 for name in fields], axis=0)
             for row in np.flatnonzero(~has_one).tolist():
@@ -76,18 +99,18 @@ class TarRows(MediaRows):
             self.table = self.table.filter(pa.array(has_one)).combine_chunks()
 
     def order(self) -> str:
-        paths = pa.array([os.path.basename(path) for path in self.paths])
+        paths = pa.array([os.path.basename(tar.path) for tar in self.tars])
         return digest([paths.take(pa.array(self.table["shard"])), *self.table["name"].chunks])
 
     def _read(self, item: Mapping, name: str) -> bytes | None:
         offset, size = item[f"{name} offset"], item[f"{name} size"]
-        return None if offset < 0 else _read_at(self.paths[item["shard"]], offset, size)
+        return None if offset < 0 else self.tars[item["shard"]].read(offset, size)
 
     def media(self, item: Mapping) -> dict:
         return {"path": item["name"], "bytes": self._read(item, "media")}
 
-    def stamp(self, item: Mapping) -> list[int] | None:
-        return file_stamp(self.paths[item["shard"]])
+    def stamp(self, item: Mapping) -> Any:
+        return self.tars[item["shard"]].version
 
     def captions(self, item: Mapping) -> list[str] | None:
         texts: list[str] | None = []
@@ -95,7 +118,7 @@ class TarRows(MediaRows):
             data = self._read(item, name)
             if data is None:
                 continue
-            value = _read_value(data, name, self.paths[item["shard"]])
+            value = _read_value(data, name, self.tars[item["shard"]].path)
             if key is not None:
                 value = value.get(key) if isinstance(value, Mapping) else None
             texts = caption_texts(value)
@@ -104,7 +127,7 @@ class TarRows(MediaRows):
         return texts
 
     def name(self, row: int, item: Mapping) -> str:
-        return f"{os.path.basename(self.paths[item['shard']])}/{item['name']}"
+        return f"{os.path.basename(self.tars[item['shard']].path)}/{item['name']}"
 
 
 def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
@@ -183,9 +206,9 @@ class _JsonKeys:
 
     def _look_at(self, at: int) -> None:
         row, offset, size = self._places[at].tolist()
-        path = self.index.paths[self.index.shards[row]]
+        tar = self.index.tars[self.index.shards[row]]
         try:
-            value = _read_value(_read_at(path, offset, size), self.name, path)
+            value = _read_value(tar.read(offset, size), self.name, tar.path)
         except UnusableItem as reason:
             self.broken[self._sample(at)] = str(reason)
             return
@@ -195,20 +218,8 @@ class _JsonKeys:
     def _sample(self, at: int) -> str:
         """The name of a sample, for messages."""
         row = int(self._places[at, 0])
-        shard = os.path.basename(self.index.paths[self.index.shards[row]])
+        shard = os.path.basename(self.index.tars[self.index.shards[row]].path)
         return f"{shard}/{pa.chunked_array(self.index.names, pa.string())[row].as_py()}"
-
-
-def _read_at(path: str, offset: int, size: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-    except (OSError, MemoryError) as error:
-        raise unusable(error, path, "its tar") from error
-    if len(data) < size:
-        raise UnusableItem("its tar has become shorter since it was opened")
-    return data
 
 
 def _read_value(data: bytes, name: str, path: str) -> Any:

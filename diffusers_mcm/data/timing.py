@@ -80,9 +80,14 @@ class ClipChoice:
     uniform: float  # number in [0, 1) that chooses the start
     min_frames: int = 1  # a film of fewer frames is refused even where T are fewer still
     strict: bool = False  # refuse a film that is too short for the clip at that interval or rate
+    only: tuple[int, ...] | None = None  # ascending: of the T frames these alone are wanted
 
     def positions(self, times: Sequence[Time], time_base: Fraction, end: int | None = None) -> list[int]:
-        """Where the clip's frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
+        """Where the wanted frames stand among the frames of the film, shown at `times` · `time_base` until `end`."""
+        positions = self._clip_positions(times, time_base, end)
+        return positions if self.only is None else [positions[place] for place in self.only]
+
+    def _clip_positions(self, times: Sequence[Time], time_base: Fraction, end: int | None) -> list[int]:
         span = (self.num_frames - 1) * self.frame_interval + 1 if self.strict and self.fps is None else 1
         _check_enough(len(times), max(self.min_frames, span))
         if self.fps is None:

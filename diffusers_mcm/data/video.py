@@ -7,6 +7,7 @@ from typing import cast
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from .counted import counted_film, film_key, remember
 from .faults import UnusableItem, check_own_fault, unusable
@@ -29,6 +30,7 @@ class _Pictures:
     ):
         self.positions, self.size, self.orientation = positions, size, film.orientation
         self.stream = cast(av.VideoStream, container.streams[film.stream])
+        self._reformatter = VideoReformatter()
         self._found: dict[int, np.ndarray] = {}
         self._problem: UnusableItem | None = None
 
@@ -37,7 +39,7 @@ class _Pictures:
         self.orientation = orientation_of(frame) or self.orientation
         if position is not None and position in self.positions:
             try:
-                self._found[position] = picture(frame, self.stream, self.orientation, *self.size)
+                self._found[position] = picture(frame, self.stream, self.orientation, *self.size, self._reformatter)
             except UnusableItem as reason:
                 self._problem = self._problem or reason.with_traceback(None)  # which would keep the frame
 
@@ -140,23 +142,33 @@ def read_clip(
     fps: float | None = None,
     min_frames: int = 1,
     strict: bool = False,
+    only: tuple[int, ...] | None = None,
 ) -> np.ndarray:
     """Decode one clip of a video as players show it: in order, upright, with square pixels, HDR as an SDR screen does.
 
     Args:
         media: `{"path": str | None, "bytes": bytes | None}`, as `datasets.Video(decode=False)` gives it.
-        num_frames, frame_interval, uniform, fps, min_frames, strict: which frames, see `ClipChoice`.
+        num_frames, frame_interval, uniform, fps, min_frames, strict, only: which frames, see `ClipChoice`.
         height, width: size of the frames returned (shortest side scaled, then the centre).
 
     Returns:
-        uint8 array (T, H, W, 3).
+        uint8 array (T, H, W, 3), or with `only` as many frames as it names.
 
     Raises:
         UnusableItem: if the video is missing, broken or has too few frames, or if its colours cannot be converted.
         MachineError: if the machine cannot read it, whose files are not to blame.
     """
-    choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames, strict)
+    choice = ClipChoice(num_frames, frame_interval, fps, uniform, min_frames, strict, only)
     try:
         return _read_pictures(media, choice, (height, width)).clip()
+    except (FFmpegError, OSError, MemoryError) as error:
+        raise unusable(error, open_path(media), "the video") from error
+
+
+def check_clip(media: dict, num_frames: int) -> None:
+    """Raise what `read_clip` would, as far as a film's packets tell it: nothing is decoded."""
+    try:
+        with open_film(media) as container:
+            read_index(container, oriented=False).positions(ClipChoice(num_frames, 1, None, 0.0))
     except (FFmpegError, OSError, MemoryError) as error:
         raise unusable(error, open_path(media), "the video") from error

@@ -3,10 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .discriminator.augment import AugmentationDraws, draw_augmentation
+
+_ALIGNED = 16  # bytes, a multiple of each type's size
 
 
 def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
@@ -72,8 +75,43 @@ class StepDraws:
 
     def to(self, device: torch.device) -> "StepDraws":
         """The draws on the device, but for the coin: it decides shapes, and the device would wait for its way back."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "coin"}
-        return StepDraws(coin=self.coin, **moved)
+        drawn = {name: value for name, value in vars(self).items() if name != "coin"}
+        if device.type == "cpu":
+            return self
+        packed, places = pack(drawn, pin_memory=device.type == "cuda")
+        return StepDraws(coin=self.coin, **unpack(packed.to(device, non_blocking=True), places))
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor are among those of several."""
+
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def pack(tensors: dict[str, torch.Tensor], pin_memory: bool = False) -> tuple[torch.Tensor, dict[str, Place]]:
+    """The bytes of tensors one after the other, uint8 (N,), in page-locked memory if wished, and where each is.
+
+    All go to a device in one copy then, for which nobody has to wait.
+    """
+    places, end = {}, 0
+    for name, tensor in tensors.items():
+        places[name] = Place(end, tensor.nbytes, tensor.dtype, tensor.shape)
+        end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=pin_memory)
+    for name, view in unpack(packed, places).items():
+        view.copy_(tensors[name])
+    return packed, places
+
+
+def unpack(packed: torch.Tensor, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """The tensors that `pack` put together, as views."""
+    return {
+        name: packed[start : start + size].view(dtype).view(shape)
+        for name, (start, size, dtype, shape) in places.items()
+    }
 
 
 def draw_step(

@@ -15,7 +15,8 @@ import numpy as np
 from ..data.columns import IMAGES, VIDEOS, MediaKind
 from ..data.faults import UnusableItem, unusable
 from ..data.images import fit, read_image
-from ..data.rows import MediaRows, file_stamp
+from ..data.remote import file_version
+from ..data.rows import MediaRows
 from ..data.sources import open_rows
 from ..data.video import read_clip
 from ..video_io import read_metadata
@@ -212,7 +213,7 @@ def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
 
 
 def _sample(path: Path, caption: str, seed: int | None, metadata: Mapping[str, Any] | None = None) -> Video:
-    stamp = [[each.name, file_stamp(each)] for each in frame_files(path)] if path.is_dir() else file_stamp(path)
+    stamp = [[each.name, file_version(each)] for each in frame_files(path)] if path.is_dir() else file_version(path)
 
     def read(window: Window, start: float) -> np.ndarray:
         if path.is_dir() or path.suffix.lower() in _ANIMATIONS:

@@ -1,5 +1,7 @@
 """The samples of a run, by global sample index: clips with captions, and the real images for the discriminator."""
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,8 +9,9 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from ..data import FrameDataset, ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDataset
+from ..data import ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDataset, default_workers
 from ..data.sources import MediaRows
+from ..distillation.draws import Coins
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap, pair_texts
 from .config import TrainingConfig
 
@@ -19,19 +22,33 @@ class Batch(NamedTuple):
     """One micro-batch of one process."""
 
     indices: list[int]  # global sample indices
-    pixels: torch.Tensor  # (B, 3, T, H, W) in [-1, 1]
+    pixels: torch.Tensor  # uint8 (B, 3, T, H, W); zeros where the sample starts from the student's own video
     captions: list[str]
-    images: torch.Tensor | None = None  # (B * l, 3, H, W) in [-1, 1], the l images of a sample side by side
+    images: torch.Tensor | None = None  # uint8 (B * l, 3, H, W), the l images of a sample side by side
     fake_texts: Sequence[str] = ()  # B * l, what the discriminator reads beside the sample's generated images
     real_texts: Sequence[str] = ()  # B * l, and beside `images`
 
 
 class TrainingData(NamedTuple):
-    """The data sets of a run, and the text of its real images. Without a discriminator there are none."""
+    """The data sets of a run, and the text of its real images.
+
+    Without a discriminator there are no images, and without image data they are frames of the videos.
+    """
 
     videos: VideoDataset
-    images: ImageDataset | FrameDataset | None
+    images: ImageDataset | None
     image_text: ImageText
+
+
+@dataclass(frozen=True)
+class StartsFromData:
+    """Whether the sample of a global index starts from the real video, so that its clip has to be decoded."""
+
+    seed: int
+    coins: Coins
+
+    def __call__(self, index: int) -> bool:
+        return bool(self.coins.draw(self.seed, [index]) < self.coins.lambda_real)
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,25 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
             for clips in self.videos:
-                yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"])
+                yield self._batch(clips, *self._own_frames(clips))
             return
         for clips, images in zip(self.videos, self.images, strict=True):
-            frames = len(images["caption"]) // len(clips["caption"])
-            prompts = [caption for caption in clips["caption"] for _ in range(frames)]
-            texts = pair_texts(self.image_text, prompts, images["caption"])
-            yield Batch(clips["index"].tolist(), clips["pixels"], clips["caption"], images["pixels"], *texts)
+            yield self._batch(clips, images["pixels"], images["caption"])
+
+    def _own_frames(self, clips: dict) -> tuple[torch.Tensor | None, list[str]]:
+        """The judged frames of the clips, each with its clip's caption; None if nothing is judged."""
+        if "frames" not in clips:
+            return None, []
+        frames = clips["frames"]  # (B, l, 3, H, W)
+        return frames.flatten(0, 1), [caption for caption in clips["caption"] for _ in range(frames.shape[1])]
+
+    def _batch(self, clips: dict, images: torch.Tensor | None, captions: list[str]) -> Batch:
+        samples = (clips["index"].tolist(), clips["pixels"], clips["caption"])
+        if images is None:
+            return Batch(*samples)
+        frames = len(captions) // len(clips["caption"])
+        prompts = [caption for caption in clips["caption"] for _ in range(frames)]
+        return Batch(*samples, images, *pair_texts(self.image_text, prompts, captions))
 
 
 def told_skipped(names: set[str]) -> str | None:
@@ -77,9 +106,13 @@ def told_skipped(names: set[str]) -> str | None:
     return f"{len(names)} items of the data could not be used: {first}" if names else None
 
 
-def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> TrainingData:
-    """The data sets; `clip_size` is (T, H, W). Without a discriminator no image is ever opened."""
+def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Coins) -> TrainingData:
+    """The data sets; `clip_size` is (T, H, W), and the coins of the run say which clips it looks at.
+
+    Without a discriminator no image is ever opened.
+    """
     num_frames, height, width = clip_size
+    judged = config.adversarial and config.image_data is None
     videos = VideoDataset(
         config.video_data,
         num_frames=num_frames,
@@ -90,11 +123,11 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> Traini
         seed=config.seed,
         caption_column=config.caption_column,
         video_column=config.video_column,
+        decodes=StartsFromData(config.seed, coins),
+        judged_frames=config.num_adversarial_frames if judged else 0,
     )
-    images: ImageDataset | FrameDataset | None = None
-    if config.adversarial and config.image_data is None:
-        images = FrameDataset(videos)
-    elif config.adversarial and config.image_data is not None:
+    images: ImageDataset | None = None
+    if config.adversarial and config.image_data is not None:
         images = ImageDataset(
             config.image_data,
             size=(height, width),
@@ -102,7 +135,8 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int]) -> Traini
             caption_column=config.image_caption_column,
             image_column=config.image_column,
         )
-    return TrainingData(videos, images, choose_image_text(config.image_text, images, videos))
+    compared = images if images is not None else videos if judged else None
+    return TrainingData(videos, images, choose_image_text(config.image_text, compared, videos))
 
 
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:
@@ -125,6 +159,8 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
         return 1.0, "images are frames of the videos"
     if max(len(images), len(videos)) > MAX_COMPARED:
         return None, f"captions of more than {MAX_COMPARED:,} items are not compared"
+    if images.far_captions or videos.far_captions:
+        return None, "captions in remote tars are not compared"
     captions = [caption for caption in images.all_captions() if caption]
     if not captions:
         return None, "images have no captions"
@@ -136,8 +172,9 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
 
 def build_batches(config: TrainingConfig, data: TrainingData, first_step: int, accelerator: Accelerator) -> Batches:
     """The micro-batches of this process, from step `first_step` on."""
+    workers = num_workers(config, data.videos, accelerator)
 
-    def load(dataset: KeyedDataset, items_per_sample: int = 1) -> StepLoader:
+    def load(dataset: KeyedDataset, workers: int, items_per_sample: int = 1) -> StepLoader:
         sampler = StepSampler(
             batch_size=config.train_batch_size,
             rank=accelerator.process_index,
@@ -147,9 +184,19 @@ def build_batches(config: TrainingConfig, data: TrainingData, first_step: int, a
             end_step=config.max_train_steps,
             items_per_sample=items_per_sample,
         )
-        pin_memory = accelerator.device.type == "cuda"
-        return StepLoader(dataset, sampler, config.dataloader_num_workers, pin_memory)
+        return StepLoader(dataset, sampler, workers, pin_memory=accelerator.device.type == "cuda")
 
     videos, images, image_text = data
-    image_loader = None if images is None else load(images, items_per_sample=config.num_adversarial_frames)
-    return Batches(load(videos), image_loader, image_text.choice)
+    given = config.dataloader_num_workers
+    image_workers = given if given is not None else math.ceil(workers / 4)  # a picture takes much less than a clip
+    image_loader = None if images is None else load(images, image_workers, config.num_adversarial_frames)
+    return Batches(load(videos, workers), image_loader, image_text.choice)
+
+
+def num_workers(config: TrainingConfig, videos: VideoDataset, accelerator: Accelerator) -> int:
+    """The processes that load the videos of this one, by default as many as suit the machine."""
+    if config.dataloader_num_workers is not None:
+        return config.dataloader_num_workers
+    clip = 3 * (videos.num_frames + videos.judged_frames) * videos.height * videos.width  # bytes
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    return default_workers(config.train_batch_size * clip, here)

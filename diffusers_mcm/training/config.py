@@ -138,8 +138,11 @@ class TrainingConfig(MethodConfig):
     )
     height: int | None = _data(None, help="Height of the clips in pixels. Default: the base model's.", above=0)
     width: int | None = _data(None, help="Width of the clips in pixels. Default: the base model's.", above=0)
-    dataloader_num_workers: int = _data(
-        0, help="Processes that load data, for videos and images each; 0 loads in the main one.", least=0
+    dataloader_num_workers: int | None = _data(
+        None,
+        help="Processes that load data beside each training process, for videos and for images; 0 loads in the main "
+        "one. Default: a core each, one left over, at most 8, and for images a quarter of that.",
+        least=0,
     )
 
     # -- optimisation

@@ -12,6 +12,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
+from ..data import to_unit_range
+from ..data.loading import worker_deaths_told
 from ..distillation.adversarial import AdversarialStep
 from ..distillation.discriminator.penalty import PenaltyWeight
 from ..distillation.draws import Coins, StepDraws, draw_adversarial, draw_step
@@ -31,6 +33,7 @@ from .resuming import check_data, check_identity, check_same_everywhere, circums
 from .tracking import LossLog, PictureLog, check_finite, saved_in
 from .trained_module import TrainedModule, slow_learning
 from .validation import NonFiniteSample, sample_clip, write_validation
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,10 @@ class Trainer:
             self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
         self.trained = [module for module in (self.student, self.discriminator) if module is not None]
         self.timesteps = TIMESTEPS[config.timesteps](self.networks.student.path, config.method.num_solver_steps)
-        with told_by_one(self.accelerator):
-            self.data = open_data(config, self.networks.clip_size)
+        self.coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
+        # One process of a machine after the other: what the first one finds in tars, it keeps for the others.
+        with told_by_one(self.accelerator), self.accelerator.local_main_process_first():
+            self.data = open_data(config, self.networks.clip_size, self.coins)
         self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Path | None = None
@@ -83,7 +88,7 @@ class Trainer:
         progress = dict(total=self.config.max_train_steps, initial=self.step, unit="step", desc="distilling")
         bar = tqdm(**progress, disable=log is None)
         started = time.perf_counter()
-        for batch in batches:
+        for batch in self.waiting.watch(batches):
             with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
                 self.backward(batch)
                 if not self.accelerator.sync_gradients:
@@ -100,7 +105,7 @@ class Trainer:
 
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
-        networks, pixels = self.networks, batch.pixels.to(self.device)
+        networks, pixels = self.networks, to_unit_range(batch.pixels.to(self.device, non_blocking=True))
         negative = [self.config.negative_prompt or ""] * len(batch.captions)
         text, negative_text = networks.text(batch.captions), networks.text(negative)
         adversary = self.adversary(batch)
@@ -149,9 +154,8 @@ class Trainer:
 
     def draw(self, batch: Batch) -> StepDraws:
         config, networks = self.config, self.networks
-        coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
         ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)
-        return draw_step(config.seed, batch.indices, *ranges, coins).to(self.device)
+        return draw_step(config.seed, batch.indices, *ranges, self.coins).to(self.device)
 
     def adversary(self, batch: Batch) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
@@ -163,7 +167,7 @@ class Trainer:
             self.config.method,
             draw_adversarial(self.config.seed, batch.indices, self.config.num_adversarial_frames),
             encode_text(batch.fake_texts)["embedding"],
-            batch.images.to(self.device),
+            to_unit_range(batch.images.to(self.device, non_blocking=True)),
             encode_text(batch.real_texts)["embedding"],
         )
 
@@ -174,6 +178,7 @@ class Trainer:
         if self.last_checkpoint is not None:
             check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
         self.data_sizes = sizes
+        self.waiting = Waiting(batches.videos.num_workers)
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
@@ -363,4 +368,5 @@ class Trainer:
 
 def train(config: TrainingConfig) -> Path:
     """Distil as the configuration says; returns the folder with the LoRA."""
-    return Trainer(config).train()
+    with worker_deaths_told():
+        return Trainer(config).train()

@@ -6,14 +6,15 @@ import pickle
 import pytest
 import torch
 
-from diffusers_mcm.data import FrameDataset, ImageDataset, VideoDataset
+from diffusers_mcm.data import ImageDataset, VideoDataset
+from diffusers_mcm.data import video as module
 from diffusers_mcm.data.dataset import _candidate_rows, keyed_fraction
 
-from .conftest import flat_frames, frame_numbers, image_bytes
+from .conftest import frame_numbers, image_bytes
 
 
-def open_videos(source, seed=0, num_frames=4):
-    return VideoDataset(source, num_frames=num_frames, frame_interval=2, height=16, width=16, seed=seed)
+def open_videos(source, seed=0, num_frames=4, **options):
+    return VideoDataset(source, num_frames=num_frames, frame_interval=2, height=16, width=16, seed=seed, **options)
 
 
 def test_item_has_the_layout_and_the_frames(video_folder):
@@ -108,19 +109,51 @@ def test_wrong_numbers_are_refused(video_folder):
         open_videos(video_folder)[-1]
 
 
-def test_frames_of_videos_as_images(video_folder):
-    frames = FrameDataset(open_videos(video_folder))
-    items = [frames[i] for i in range(10)]
-    assert all(item["pixels"].shape == (3, 16, 16) for item in items)
-    assert {item["caption"] for item in items} == {f"clip {i}" for i in range(5)}
-    numbers = [frame_numbers(item["pixels"][:, None])[0] for item in items]
-    assert set(numbers) <= set(range(len(flat_frames(24))))
-    assert len(set(numbers)) > 4
+def test_frames_of_the_clips_are_given_beside_them(video_folder):
+    """One of each part of the clip, the same ones whether or not the clip itself is looked at."""
+    judged, blind = (
+        open_videos(video_folder, decodes=decodes, judged_frames=2) for decodes in (None, lambda index: False)
+    )
+    seen = set()
+    for index in range(20):
+        item, unseen = judged[index], blind[index]
+        assert item["frames"].shape == (2, 3, 16, 16) and torch.equal(item["frames"], unseen["frames"])
+        assert item["caption"] == unseen["caption"] and (unseen["pixels"] == -1).all()
+        places = [
+            place for place in range(4) for frame in item["frames"] if torch.equal(item["pixels"][:, place], frame)
+        ]
+        assert len(places) == 2 and places[0] < 2 <= places[1]
+        seen.update(places)
+    assert seen == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="judged_frames must be from 0 to the clip's 4 frames, not 5"):
+        open_videos(video_folder, judged_frames=5)
 
 
-def test_frames_of_videos_that_give_no_clip_are_left_out(video_folder):
+@pytest.mark.parametrize("judged_frames", [0, 2])
+def test_a_clip_that_is_not_looked_at_is_not_decoded_but_must_be_there(mixed_folder, judged_frames, monkeypatch):
+    """The replacements are the same ones as where every clip is decoded."""
+    options = dict(judged_frames=judged_frames)
+    whole, blind = open_videos(mixed_folder, **options), open_videos(mixed_folder, decodes=is_even, **options)
+    expected = [whole[index] for index in range(24)]
+    decoded = []
+    original = module._Pictures.take
+    monkeypatch.setattr(module._Pictures, "take", lambda *args: decoded.append(args[1]) or original(*args))
+    for index, item in enumerate(expected):
+        decoded.clear()
+        found = blind[index]
+        assert found["caption"] == item["caption"]
+        assert torch.equal(found["pixels"], item["pixels"] if is_even(index) else -torch.ones_like(item["pixels"]))
+        assert bool(decoded) == (is_even(index) or judged_frames > 0)
+    assert blind.skipped == whole.skipped and len(blind.skipped) == 4
+
+
+def is_even(index):
+    return index % 2 == 0
+
+
+def test_videos_that_give_no_clip_give_no_frames_either(video_folder):
     """Their captions would stand beside real frames and never beside a clip."""
-    frames = FrameDataset(open_videos(video_folder, num_frames=100))
+    frames = open_videos(video_folder, num_frames=100, decodes=lambda index: False, judged_frames=2)
     with pytest.raises(ValueError, match="it has 24 frames, fewer than the 100 asked for"):
         frames[0]
 
@@ -144,7 +177,6 @@ def test_a_rate_instead_of_an_interval(video_folder):
     dataset = VideoDataset(video_folder, num_frames=4, height=16, width=16, fps=2)
     numbers = frame_numbers(dataset[0]["pixels"])
     assert [b - a for a, b in zip(numbers, numbers[1:], strict=False)] == [4, 4, 4]
-    assert FrameDataset(dataset)[0]["pixels"].shape == (3, 16, 16)
     with pytest.raises(ValueError, match=r"Give frame_interval \(8\) or fps \(2\), not both"):
         VideoDataset(video_folder, frame_interval=8, fps=2)
     with pytest.raises(ValueError, match="fps must be greater than 0, not nan"):

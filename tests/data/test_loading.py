@@ -1,11 +1,19 @@
 """Who reads what: any split into processes and micro-batches gives the same samples, and resuming goes on exactly."""
 
 import logging
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset
+from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset, to_unit_range
+from diffusers_mcm.data import loading as module
+
+ROOT = Path(__file__).parents[2]
 
 
 def open_videos(source):
@@ -55,9 +63,9 @@ def test_batches_are_the_items(video_folder):
     dataset = open_videos(video_folder)
     batch = next(iter(StepLoader(dataset, StepSampler(3, start_step=2))))
     assert batch["index"].tolist() == [6, 7, 8]
-    assert batch["pixels"].shape == (3, 3, 2, 8, 8)
+    assert batch["pixels"].shape == (3, 3, 2, 8, 8) and batch["pixels"].dtype == torch.uint8
     for k in range(3):
-        assert torch.equal(batch["pixels"][k], dataset[6 + k]["pixels"])
+        assert torch.equal(to_unit_range(batch["pixels"][k]), dataset[6 + k]["pixels"])
         assert batch["caption"][k] == dataset[6 + k]["caption"]
 
 
@@ -87,3 +95,65 @@ def test_error_in_a_worker_arrives(video_folder):
     dataset = VideoDataset(video_folder, num_frames=30, height=8, width=8)
     with pytest.raises(ValueError, match="yields nothing"):
         next(iter(StepLoader(dataset, StepSampler(1), num_workers=1)))
+
+
+DYING = """
+import os, sys
+from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset
+
+def decodes(index):  # a clip at which the decoder crashes
+    if index == 2:
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return True
+
+dataset = VideoDataset(sys.argv[1], num_frames=2, height=8, width=8, decodes=decodes)
+for batch in StepLoader(dataset, StepSampler(1, end_step=4), num_workers=1):
+    print(batch["index"].item(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_told_with_what_to_do(video_folder, number):
+    """In a process of its own: torch raises the error wherever the main process happens to be."""
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, str(video_folder), str(int(number))], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode != 0 and done.stdout.split()[:1] in (["0"], [])  # what it had ready may be lost with it
+    told = r"A process that loads data has died \(.*take fewer --dataloader_num_workers.*latest"
+    assert re.search(told, done.stderr, re.DOTALL), done.stderr
+
+
+def test_other_errors_are_not_taken_for_a_workers_death():
+    with pytest.raises(RuntimeError, match="^out of memory$") as error, module.worker_deaths_told():
+        raise RuntimeError("out of memory")
+    assert not isinstance(error.value, module.WorkerDied)
+
+
+class Disk:
+    def __init__(self, free):
+        self.free = free
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (4, 1, 3), (64, 1, 8), (64, 8, 7), (8, 8, 1), (4, 8, 1)]
+)
+def test_as_many_workers_as_there_are_cores_for(monkeypatch, caplog, cores, processes, workers):
+    monkeypatch.setattr(module, "usable_cores", lambda: cores)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(1 << 40))
+    assert module.default_workers(3 << 20, processes) == workers and not caplog.messages
+
+
+def test_shared_memory_that_is_too_small_is_told(monkeypatch, caplog):
+    """Docker gives 64 MB, unless it is told otherwise."""
+    monkeypatch.setattr(module, "usable_cores", lambda: 16)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(64 << 20))
+    assert module.default_workers(3 << 20) == 5
+    assert "loaded by 5 worker processes, where 8" in caplog.text and "docker run --shm-size=8g" in caplog.text
+    assert module.default_workers(100 << 20) == 0
+    assert "Data are loaded by the main process, where 8 worker processes would suit this machine" in caplog.text
+
+    def none(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("shutil.disk_usage", none)
+    assert module.default_workers(100 << 20) == 8

@@ -89,6 +89,7 @@ def hub(monkeypatch):
         return tables[path] if path in tables else load_dataset(path, *args, **kwargs)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("diffusers_mcm.data.sources._open_in_place", lambda request: None)
     return tables
 
 
@@ -122,7 +123,7 @@ def test_unreachable_hub_id(monkeypatch):
     def load(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     with pytest.raises(ValueError, match="neither a local folder, nor .tar files, nor a Hub data set id .*reach"):
         open_videos("owner/name")
 
@@ -134,7 +135,7 @@ def test_what_the_library_cannot_read_is_named(monkeypatch, tmp_path):
         except ValueError as error:
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     with pytest.raises(ValueError, match="video data 'owner/name' cannot be read by `datasets`: 'utf-8' codec"):
         open_videos("owner/name")
 

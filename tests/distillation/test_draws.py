@@ -11,7 +11,9 @@ from diffusers_mcm.distillation.draws import (
     draw_normal,
     draw_step,
     draw_uniform,
+    pack,
     sample_generator,
+    unpack,
 )
 
 
@@ -28,6 +30,19 @@ def test_draws_do_not_depend_on_how_a_batch_is_split():
     assert torch.equal(whole.fake.shift_x, torch.cat([first.fake.shift_x, second.fake.shift_x]))
     assert torch.equal(whole.interpolation, torch.cat([first.interpolation, second.interpolation]))
     assert not torch.equal(whole.fake.shift_x, whole.real.shift_x)
+
+
+def test_the_draws_of_a_step_go_to_a_device_as_one():
+    drawn = {name: value for name, value in vars(draws([4, 5, 6])).items() if name != "coin"}
+    drawn["guidance"] = drawn["guidance"].double()[:1]  # of another type, and of bytes that end between others' places
+    packed, places = pack(drawn)
+    assert packed.dtype == torch.uint8 and packed.ndim == 1
+    for name, value in unpack(packed.clone(), places).items():
+        assert value.dtype == drawn[name].dtype and torch.equal(value, drawn[name]), name
+    there = draws([4, 5, 6]).to(torch.device("meta"))
+    assert there.coin.device.type == "cpu"  # it decides shapes
+    assert there.noise.device.type == "meta" and there.noise.shape == drawn["noise"].shape
+    assert there.timestep.dtype == torch.int64
 
 
 def test_each_seed_purpose_and_index_has_its_own_stream():

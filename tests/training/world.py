@@ -88,6 +88,7 @@ def tiny_config(world: dict[str, str], output_dir: Path, **overrides) -> Trainin
         lr_warmup_steps=0,
         report_to="none",
         checkpointing_steps=0,
+        dataloader_num_workers=0,
     )
     return TrainingConfig(**(world | options | {"output_dir": str(output_dir)} | overrides))
 
