@@ -9,8 +9,9 @@ Every flag is described by --help; `examples/recipes` has whole commands for two
 """
 
 import logging
+import shlex
 
-from diffusers_mcm.training.arguments import parse_config
+from diffusers_mcm.training.arguments import give_up, parse_config, to_go_on
 
 
 def main() -> None:
@@ -18,13 +19,23 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     from diffusers_mcm.files import DiskFullError
     from diffusers_mcm.publish import PublishError
-    from diffusers_mcm.training.loop import train  # after the flags, so that --help answers at once
+    from diffusers_mcm.training.loop import Trainer  # after the flags, so that --help answers at once
+    from diffusers_mcm.training.stopping import Stopped, command_line
     from diffusers_mcm.training.validation import NonFiniteSample
 
     try:
-        train(config)
+        trainer = Trainer(config)
+    except (ValueError, OSError, ImportError) as error:  # a flag, a path, a file that is not what it should be
+        give_up(str(error))
+    except KeyboardInterrupt:
+        give_up("stopped before the first step", 130)
+    try:
+        trainer.train()
+    except Stopped as stopped:
+        command = shlex.join(to_go_on(command_line(), stopped.checkpoint)) if stopped.checkpoint else ""
+        give_up(f"{stopped} Go on with: {command}" if str(stopped) and command else str(stopped), stopped.exit_code)
     except (PublishError, DiskFullError, NonFiniteSample) as error:
-        raise SystemExit(f"error: {error}") from None
+        give_up(str(error))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Which process reads which items, and the loader: resuming means starting at a later step."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ def _collate(reads: list[tuple[dict, dict[str, str]]]) -> tuple[dict, dict[str, 
     return default_collate(list(items)), {name: reason for report in reports for name, reason in report.items()}
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal or a scheduler sends its signals to all processes; a worker goes on until the main one ends it."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class StepLoader:
     """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
 
@@ -77,6 +85,7 @@ class StepLoader:
             collate_fn=_collate,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
     def __iter__(self) -> Iterator[dict]:

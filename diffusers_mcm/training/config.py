@@ -190,9 +190,14 @@ class TrainingConfig(MethodConfig):
     # -- output
     output_dir: str = _unrecorded("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True)
     save_dtype: str = _output("fp32", help="Type in which the LoRA is saved.", choices=SAVE_DTYPES)
-    checkpointing_steps: int = _output(500, help="Write a checkpoint every so many steps; 0 for none.", least=0)
-    checkpoints_total_limit: int | None = _output(
-        None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", above=0
+    checkpointing_steps: int = _output(
+        500,
+        help="Write a checkpoint every so many steps; 0 for none but that of a run that is stopped, by Ctrl-C or a "
+        "signal, or that fails.",
+        least=0,
+    )
+    checkpoints_total_limit: int = _output(
+        3, help="Keep only so many checkpoints of the run, the newest ones; 0 for all.", least=0
     )
     resume_from_checkpoint: str | None = _unrecorded(
         None,
