@@ -26,16 +26,16 @@ def main() -> None:
     try:
         trainer = Trainer(config)
     except (ValueError, OSError, ImportError) as error:  # a flag, a path, a file that is not what it should be
-        give_up(str(error))
+        give_up(f"error: {error}")
     except KeyboardInterrupt:
-        give_up("stopped before the first step", 130)
+        give_up("Stopped before the first step.", 130)
     try:
         trainer.train()
     except Stopped as stopped:
         command = shlex.join(to_go_on(command_line(), stopped.checkpoint)) if stopped.checkpoint else ""
         give_up(f"{stopped} Go on with: {command}" if str(stopped) and command else str(stopped), stopped.exit_code)
     except (PublishError, DiskFullError, NonFiniteSample) as error:
-        give_up(str(error))
+        give_up(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = [word for word in message.split() if word.startswith("--") and word not in known]
         near = [name for word in unknown for name in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
         meant = f" Did you mean {', '.join(near)}?" if near and message.startswith("unrecognized") else ""
-        give_up(f"{message}.{meant} See --help." if meant or message[-1] != "." else message, 2)
+        give_up(f"error: {message}.{meant} See --help." if meant or message[-1] != "." else f"error: {message}", 2)
 
 
 def give_up(message: str, exit_code: int = 1) -> NoReturn:
@@ -54,7 +54,7 @@ def give_up(message: str, exit_code: int = 1) -> NoReturn:
         time.sleep(3)
         message = f"process {os.environ['RANK']}: {message}"
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
     raise SystemExit(exit_code)
 
 

@@ -126,8 +126,8 @@ def check_room(config: TrainingConfig, checkpoint_size: int, lora_size: int, ste
     free = shutil.disk_usage(existing_parent(folder)).free
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
     said = (
-        f"{kept} checkpoints of {readable(checkpoint_size)} each and the LoRA take up to {readable(needed)} in "
-        f"{folder}"
+        f"{kept + 1} checkpoints of {readable(checkpoint_size)} each and the LoRA take "
+        f"up to {readable(needed)} in {folder}"
     )
     if needed > free + there:
         raise ValueError(

@@ -62,22 +62,23 @@ class Trainer(Run):
     def make_steps(self) -> list[str]:
         """Train; returns the names of the items of the data that were of no use to this process."""
         log, clock = self.open_log(), Clock()
-        bar = ProgressBar(self.step, self.config.max_train_steps, self.total_batch, self.device, log is not None)
         self.agree_to_stop()
         self.stop_if_told()
-        for batch in clock.waiting(self.batches):
-            with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
-                self.backward(batch)
-                if not self.accelerator.sync_gradients:
-                    self.save_in_a_hurry()
-                    continue
-                losses = self.update()
-            lap = clock.lap()
-            self.seconds += lap.seconds
-            self.report(losses, log, bar, lap)
-            self.save_and_validate()
-            self.stop_if_told()
-        bar.close()
+        with ProgressBar(
+            self.step, self.config.max_train_steps, self.total_batch, self.device, log is not None
+        ) as bar:
+            for batch in clock.waiting(self.batches):
+                with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
+                    self.backward(batch)
+                    if not self.accelerator.sync_gradients:
+                        self.save_in_a_hurry()
+                        continue
+                    losses = self.update()
+                lap = clock.lap()
+                self.seconds += lap.seconds
+                self.report(losses, log, bar, lap)
+                self.save_and_validate()
+                self.stop_if_told()
         self.check_all_steps_made()
         return self.batches.skipped
 

@@ -80,6 +80,12 @@ class ProgressBar:
         except OSError:
             self.close()
 
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     def close(self) -> None:
         with suppress(OSError):
             self.bar.close()

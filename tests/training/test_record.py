@@ -78,6 +78,21 @@ def test_a_new_run_does_not_write_among_anothers_checkpoints(tmp_path):
         find(tmp_path, None)
 
 
+def test_a_new_run_does_not_write_among_other_files(tmp_path):
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "lost+found").mkdir()
+    assert find_checkpoints(tmp_path, None) == []
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    said = (
+        r"is not empty \(pytorch_lora_weights.safetensors\). Name another folder, or .*--resume_from_checkpoint latest"
+    )
+    with pytest.raises(ValueError, match=said):
+        find_checkpoints(tmp_path, None)
+    assert find_checkpoints(tmp_path, "latest") == []
+    with pytest.raises(ValueError, match="--output_dir .* is a file; name a folder"):
+        find_checkpoints(tmp_path / ".hidden", None)
+
+
 def test_nor_does_one_that_comes_from_elsewhere(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     make_run(here, 1, 2)
