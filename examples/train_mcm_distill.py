@@ -11,17 +11,26 @@ Every flag is described by --help; `examples/recipes` has whole commands for two
 import logging
 import shlex
 
+from diffusers_mcm.commands.startup import quick_imports, quiet_libraries
 from diffusers_mcm.training.arguments import give_up, parse_config, to_go_on
+from diffusers_mcm.training.config import TrainingConfig
 
 
 def main() -> None:
     config = parse_config()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    from diffusers_mcm.files import DiskFullError
-    from diffusers_mcm.publish import PublishError
-    from diffusers_mcm.training.loop import Trainer  # after the flags, so that --help answers at once
-    from diffusers_mcm.training.stopping import Stopped, command_line
-    from diffusers_mcm.training.validation import NonFiniteSample
+    with quiet_libraries():
+        train(config)
+
+
+def train(config: TrainingConfig) -> None:
+    """Train; an error that the user can mend ends the process with a line, and so does a signal."""
+    with quick_imports():  # after the flags, so that --help answers at once
+        from diffusers_mcm.files import DiskFullError
+        from diffusers_mcm.publish import PublishError
+        from diffusers_mcm.training.loop import Trainer
+        from diffusers_mcm.training.stopping import Stopped, command_line
+        from diffusers_mcm.training.validation import NonFiniteSample
 
     try:
         trainer = Trainer(config)

@@ -51,7 +51,7 @@ def give_up(message: str, exit_code: int = 1) -> NoReturn:
     The others leave the first process a moment: where all meet the same error its end makes the launcher end them.
     """
     if message and os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
         message = f"process {os.environ['RANK']}: {message}"
     if message:
         print(message, file=sys.stderr, flush=True)

@@ -73,10 +73,11 @@ class Run:
             prepare_push(config)
         self.base = teacher_index(config)[0]
         self.config = config = with_base_defaults(config, self.base)
-        check_sources(config)
+        check_sources(config, remote=False)
         self.clip_size = planned_clip_size(config)
         with told_by_one(self.accelerator):
             self.data = open_data(config, self.clip_size)
+        check_sources(config, remote=True)
 
     def go_on(self, folder: Path, state: dict[str, Any]) -> None:
         """Begin where a checkpoint ends, which must be of this run."""

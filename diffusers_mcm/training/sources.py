@@ -10,20 +10,26 @@ from .config import TrainingConfig
 from .networks import components_elsewhere, teacher_index
 
 
-def check_sources(config: TrainingConfig) -> None:
-    """Raise ValueError or OSError, with the flag, if a network that the run needs is not where it is said to be."""
+def check_sources(config: TrainingConfig, remote: bool) -> None:
+    """Raise ValueError or OSError, with the flag, if a network that the run needs is not where it is said to be.
+
+    Either the Hub is asked (`remote`), which may take its time, or what is on this machine is looked at.
+    """
     for name, place in components_elsewhere(config).items():
-        _check_network(f"--extra_repositories {name}=", place)
+        _check_network(f"--extra_repositories {name}=", place, remote)
     if config.adversarial:
         for flag in ("discriminator_features", "discriminator_text"):
-            _check_network(f"--{flag} ", getattr(config, flag))
+            _check_network(f"--{flag} ", getattr(config, flag), remote)
     if config.pretrained_lora:
-        Location.of(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder).lora_file()
+        lora = Location.of(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
+        if lora.remote == remote:
+            lora.lora_file()
 
 
-def _check_network(flag: str, place: str) -> None:
+def _check_network(flag: str, place: str, remote: bool) -> None:
     try:
-        found = Location.of(place).json("config.json") is not None
+        location = Location.of(place)
+        found = location.remote != remote or location.json("config.json") is not None
     except (OSError, ValueError) as error:
         raise type(error)(f"{flag}{place}: {error}") from error
     if not found:

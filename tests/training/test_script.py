@@ -71,4 +71,4 @@ def test_of_several_processes_one_speaks_first(say, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
-    assert say("--seed", "x").startswith("process 1: error: argument --seed") and waited == [3]
+    assert say("--seed", "x").startswith("process 1: error: argument --seed") and waited == [10]
