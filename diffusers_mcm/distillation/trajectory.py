@@ -48,13 +48,15 @@ def mixed_start(
     uniforms: torch.Tensor,
     lambda_real: float,
     text: Conditioning,
+    in_step: bool = False,
 ) -> torch.Tensor:
     """Clean latents to start trajectories from: the real video with probability λ_real, else the student's own sample.
 
     One coin per sample has the expectation of eq. 9's weighted sum. The network runs on the samples that need it only.
 
     Latents of the real videos `x0` and pure noise `start_noise`, independent of the noise added later, are
-    (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1].
+    (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1]. With `in_step` the
+    network runs on one sample even where none needs it, as all processes must call a network that is split among them.
     """
     if not 0 <= lambda_real <= 1:
         raise ValueError(f"lambda_real must be between 0 and 1; got {lambda_real}.")
@@ -62,6 +64,8 @@ def mixed_start(
         raise ValueError(f"There must be one uniform draw per sample, ({len(x0)},); got {tuple(uniforms.shape)}.")
     own = (uniforms >= lambda_real).nonzero().flatten().to(x0.device)
     if len(own) == 0:
+        if in_step:
+            one_step_sample(denoise, path, start_noise[:1], select(text, own.new_zeros(1)))
         return x0
     samples = one_step_sample(denoise, path, start_noise[own], select(text, own))
     return x0.index_copy(0, own, samples.to(x0.dtype))

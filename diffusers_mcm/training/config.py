@@ -185,6 +185,17 @@ class TrainingConfig(MethodConfig):
         resume=TOLD,
         formerly="fold_lora",
     )
+    fsdp: bool = _optimisation(
+        False,
+        help="Split the frozen weights of the denoiser among the processes (FSDP 2): less memory, more communication, "
+        "the same numbers. `accelerate launch --use_fsdp --fsdp_version 2` asks for it too.",
+    )
+    ddp_timeout: int = _unrecorded(
+        1800,
+        help="Seconds that a process waits for the others, over NCCL or Gloo, before it ends with an error; more than "
+        "the first one needs to sample the validation clips.",
+        above=0,
+    )
     allow_tf32: bool = _optimisation(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
 
     # -- output
@@ -302,6 +313,8 @@ def _check_speed(config: TrainingConfig) -> None:
             f"--fuse_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
             " would be rounded away."
         )
+    if config.fuse_lora and config.fsdp:
+        raise ValueError("--fuse_lora changes weights, which --fsdp splits among the processes: give one of them.")
     if config.fuse_lora and config.gradient_checkpointing:
         raise ValueError("--fuse_lora spends memory, which --gradient_checkpointing saves: give one of them.")
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_train_steps:

@@ -238,10 +238,15 @@ class Trainer(Run):
         told = f"Stopped by {signal.Signals(number).name} after step {self.step}. {kept}" if kept else ""
         raise Stopped(told, number, self.keeper.to_resume)
 
+    @property
+    def samples(self) -> bool:
+        """Whether this process samples clips: the main one does, and all do where they share the denoiser."""
+        return self.accelerator.is_main_process or self.config.fsdp
+
     def validate(self) -> None:
+        prompts = self.config.validation_prompts if self.samples else ()
+        clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
         if self.accelerator.is_main_process:
-            prompts = self.config.validation_prompts
-            clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
             if any(clip is not None for clip in clips.values()):
                 folder = self.output_dir / "validation" / f"step-{self.step:06d}"
                 with self.going_on_without("the validation clips"):
@@ -279,8 +284,9 @@ class Trainer(Run):
         prompts, lora = self.config.validation_prompts, None
         prompts = prompts or ((DEFAULT_PROMPT,) if self.config.push_to_hub else ())
         clip = None
-        if self.accelerator.is_main_process:
+        if self.samples:
             clip = self.clip_or_error(prompts[0]) if prompts else None
+        if self.accelerator.is_main_process:
             lora = self.write_lora(None if clip is None else (prompts[0], clip))
             self.warn(told_skipped(skipped))
             logger.info("The LoRA is in %s", self.output_dir)

@@ -21,6 +21,7 @@ from .keeping import Keeper, check_room
 from .networks import build_networks, teacher_index
 from .output import prepare_push, write_lora_folder
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
+from .sharding import shard_frozen
 from .sources import check_sources, planned_clip_size
 from .stopping import StopRequests
 from .tracking import PictureLog
@@ -109,6 +110,8 @@ class Run:
         """What the run computes with."""
         config = self.config
         self.networks = build_networks(config, self.device)
+        if config.fsdp:
+            shard_frozen(self.networks.student, self.accelerator)
         rates = config.learning_rates(self.total_batch)
         run = (config, self.accelerator)
         self.student = TrainedModule("student", self.networks.student, rates[0], *run, config.ema_decay)
