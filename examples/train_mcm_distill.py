@@ -5,7 +5,9 @@
         --pretrained_teacher_model ali-vilab/text-to-video-ms-1.7b --video_data path/to/videos \
         --image_data path/to/images --output_dir mcm-lora --gradient_accumulation_steps 128 --mixed_precision fp16
 
-Every flag is described by --help; `examples/recipes` has whole commands for two base models.
+Every flag is described by --help; `examples/recipes` has whole commands for the base models, `examples/accelerate`
+configurations for one GPU, eight, two machines and FSDP. Ctrl-C, SIGTERM and SIGHUP stop it after the step, with a
+checkpoint and the command that goes on.
 """
 
 import logging
