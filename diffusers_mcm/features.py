@@ -1,6 +1,7 @@
 """Frozen feature networks: DINOv2 patch tokens for images, CLIP embeddings for text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,32 @@ def check_images(images: torch.Tensor) -> None:
     """`ValueError` unless these are `(N, 3, H, W)`."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"Expected images of shape (N, 3, H, W), got {tuple(images.shape)}.")
+
+
+def _weights(kind: type, location: Location, **options: Any) -> nn.Module:
+    """A network of transformers from safetensors; `ValueError` if a weight of it is missing or of another shape.
+
+    transformers makes such weights anew, at random, and says so in a table that also lists all the weights of the
+    file that the network has not: those of the vision half of a CLIP, of which nothing is wrong. It is not shown.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with location.never_pickled():
+            model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+                location.name, use_safetensors=True, output_loading_info=True, **options
+            )
+    finally:
+        logging.set_verbosity(level)
+    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+        raise ValueError(
+            f"{location.name} does not hold all weights of a {kind.__name__}: {shown}; they would be random."
+        )
+    return model
 
 
 class _Frozen(nn.Module):
@@ -59,9 +86,7 @@ class PatchFeatures(_Frozen):
         model_type = Dinov2Config.get_config_dict(location.name)[0].get("model_type")
         if model_type != "dinov2":
             raise ValueError(f"Expected a model of type 'dinov2' in {location.name!r}, got {model_type!r}.")
-        with location.never_pickled():
-            model = Dinov2Model.from_pretrained(location.name, dtype=dtype or torch.float32, use_safetensors=True)
-        return cls(model, blocks)
+        return cls(_weights(Dinov2Model, location, dtype=dtype or torch.float32), blocks)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images `(N, 3, H, W)` in [-1, 1] → one `(N, P, C)` float32 per block."""
@@ -96,9 +121,7 @@ class TextFeatures(_Frozen):
             # The text half of many CLIP configurations keeps the default width, not the model's.
             config.text_config.projection_dim = config.projection_dim
             config = config.text_config
-        options = dict(config=config, dtype=dtype or torch.float32, use_safetensors=True)
-        with location.never_pickled():
-            model = CLIPTextModelWithProjection.from_pretrained(name, **options)
+        model = _weights(CLIPTextModelWithProjection, location, config=config, dtype=dtype or torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(name))
 
     @torch.no_grad()

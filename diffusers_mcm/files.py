@@ -45,9 +45,9 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
         raise told from cause
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    with atomic_file(path) as temporary:
+def write_text(path: str | Path, text: str, synced: bool = False) -> None:
+    """Write a text file in UTF-8, whole or not at all; `synced` as in `atomic_file`."""
+    with atomic_file(path, synced) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -66,32 +66,67 @@ def new_folders(folder: Path) -> Iterator[None]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, on the disk itself, where a loss of power does not reach it."""
+    inside = list(path.rglob("*")) if path.is_dir() else []
+    for each in (*sorted(inside, key=lambda inner: inner.is_dir()), path):
+        _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, where the system opens none
+        return
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(opened)
+
+
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, and vanishes if it raises."""
+def atomic_file(path: str | Path, synced: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends, and vanishes if it raises.
+
+    `synced` has it on the disk itself before the block is left, and the old file is there until then.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_full_told(path), new_folders(path.parent):
         try:
             yield temporary
+            if synced:
+                sync(temporary)
             os.replace(temporary, path)
+            if synced:
+                _sync_one(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises."""
+def atomic_folder(path: str | Path, synced: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place, whatever that held, or vanishes if the block raises.
+
+    `synced` as in `atomic_file`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # beside it, so that relative paths hold
     replaced = temporary.with_suffix(".old")
     with disk_full_told(path), new_folders(path.parent):
         try:
             yield _emptied(temporary)
+            if synced:
+                sync(temporary)
             if path.is_dir():  # a folder cannot replace one that holds something
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.replace(path, replaced)
             os.replace(temporary, path)
+            if synced:
+                _sync_one(path.parent)
         finally:
             if replaced.is_dir() and not path.exists():
                 os.replace(replaced, path)
@@ -100,11 +135,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_files(folder: Path, last: str, stale: Sequence[str] = (), synced: bool = False) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends, each at once, the file `last` last.
 
     An older `last` goes first, and with it the files and folders `stale` of an older save: a process that is killed in
-    between leaves no folder of which half is old.
+    between leaves no folder of which half is old. `synced` as in `atomic_file`.
     """
     folder = Path(folder)
     # Inside it, not beside it: the folder may be the mount point of a file system of its own.
@@ -112,6 +147,8 @@ def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator
     with disk_full_told(folder), new_folders(folder):
         try:
             yield _emptied(temporary)
+            if synced:
+                sync(temporary)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
             for old in (folder / name for name in (last, *stale)):
                 if old.is_dir() and not old.is_symlink():
@@ -121,8 +158,23 @@ def atomic_files(folder: Path, last: str, stale: Sequence[str] = ()) -> Iterator
             for name in sorted(files, key=lambda name: str(name) == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
+            for place in {(folder / name).parent for name in files} if synced else ():
+                _sync_one(place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_back(folder: Path, pattern: str) -> None:
+    """Clear up after a process that was killed inside `atomic_folder`: half-written folders of names like `pattern`.
+
+    One that was moved aside when the process ended is moved back.
+    """
+    for old in folder.glob(f".{pattern}.old"):
+        path = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            os.replace(old, path)
+    for leftover in (*folder.glob(f".{pattern}.tmp"), *folder.glob(f".{pattern}.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _emptied(temporary: Path) -> Path:

@@ -139,3 +139,23 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="type 'clip' or 'clip_text_model' in .*image.*, got 'dinov2'"):
         TextFeatures.from_pretrained(tmp_path / "image")
     assert TEXT_LENGTH == tiny_tokenizer().model_max_length
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_dinov2().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not hold all weights of a Dinov2Model: layernorm.weight; they would"):
+        PatchFeatures.from_pretrained(str(tmp_path), BLOCKS)
+
+
+def test_the_other_half_of_a_clip_is_not_reported(tmp_path, capsys, caplog):
+    text = tiny_clip_config().to_dict()
+    CLIPModel(CLIPConfig(text_config=text, projection_dim=TEXT_DIM)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()
+    TextFeatures.from_pretrained(str(tmp_path))
+    assert "UNEXPECTED" not in capsys.readouterr().err + caplog.text

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,13 @@ def default_workers(batch_bytes: int, processes_here: int = 1) -> int:
     return min(wanted, fitting)
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal or a scheduler sends its signals to all processes; a worker goes on until the main one ends it."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class StepLoader:
     """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
 
@@ -115,6 +123,7 @@ class StepLoader:
             collate_fn=_collate,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
     def __iter__(self) -> Iterator[dict]:

@@ -50,6 +50,7 @@ class Student(nn.Module):
         super().__init__()
         self.base, self.path, self.config = base, path, config
         self.denoiser, self.vae, self.teacher, self.fused = denoiser, vae, teacher, fused
+        self.in_step = False  # whether all processes must call the denoiser equally often
         self.motion, self.target_motion = motion, copy.deepcopy(motion).requires_grad_(False)
 
     def encode_real(self, pixels: torch.Tensor, draws: StepDraws) -> torch.Tensor:
@@ -80,7 +81,8 @@ class Student(nn.Module):
 
         with torch.no_grad():
             x_0 = self.encode_real(pixels, draws)
-            x_end = mixed_start(theta, path, x_0, draws.start_noise, draws.coin, config.lambda_real, text)
+            start = (draws.start_noise, draws.coin, config.lambda_real, text)
+            x_end = mixed_start(theta, path, x_0, *start, in_step=self.in_step)
             x_t = noisy_start(path, x_end, draws.noise, t)
             with self.teacher():  # eq. 2
                 phi = partial(self.base.denoise, self.denoiser)

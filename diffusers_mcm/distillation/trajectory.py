@@ -55,13 +55,15 @@ def mixed_start(
     uniforms: torch.Tensor,
     lambda_real: float,
     text: Conditioning,
+    in_step: bool = False,
 ) -> torch.Tensor:
     """Clean latents to start trajectories from: the real video with probability λ_real, else the student's own sample.
 
     One coin per sample has the expectation of eq. 9's weighted sum. The network runs on the samples that need it only.
 
     Latents of the real videos `x0` and pure noise `start_noise`, independent of the noise added later, are
-    (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1].
+    (B, C, T, H, W), `uniforms` are one draw from [0, 1) per sample, (B,), and λ_real is in [0, 1]. With `in_step` the
+    network runs on one sample even where none needs it, as all processes must call a network that is split among them.
 
     Of a phase, both are what it ends in: the video with the noise that is left there, and the sample from where it
     starts, which in a later phase is the video with the noise that is there.
@@ -73,6 +75,8 @@ def mixed_start(
     own = (uniforms >= lambda_real).nonzero().flatten().to(x0.device)
     x_end = path.at_end(x0, start_noise)
     if len(own) == 0:
+        if in_step:
+            one_step_sample(denoise, path, path.at_start(x0[:1], start_noise[:1]), select(text, own.new_zeros(1)))
         return x_end
     samples = one_step_sample(denoise, path, path.at_start(x0[own], start_noise[own]), select(text, own))
     return x_end.index_copy(0, own, samples.to(x0.dtype))

@@ -6,14 +6,16 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from .config import MIXED_PRECISION, TrainingConfig
+from .sharding import asked_by_accelerate, check_sharding
 from .tracking import check_tracker
 
 logger = logging.getLogger(__name__)
@@ -21,10 +23,10 @@ _PRECISION, _ACCUMULATION = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_A
 # What else `accelerate launch` can be told and a run would pass over, or do in a way that no test vouches for.
 _NOT_SUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
+_INSTEAD = "launch with plain data parallelism (DDP), or with --use_fsdp --fsdp_version 2"
 
 
 @contextmanager
@@ -58,6 +60,7 @@ def with_accelerate_settings(config: TrainingConfig) -> TrainingConfig:
             f"{_ACCUMULATION} must be a whole number of 1 or more, not {steps!r}: change it, or unset it and give"
             " --gradient_accumulation_steps."
         )
+    fsdp = config.fsdp | asked_by_accelerate()
     resolved: dict[str, Any] = {"mixed_precision": precision, "gradient_accumulation_steps": int(steps)}
     for name, told in resolved.items():
         given = getattr(config, name)
@@ -68,11 +71,11 @@ def with_accelerate_settings(config: TrainingConfig) -> TrainingConfig:
         resolved[name] = given
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of was said when the configuration was made
-        return dataclasses.replace(config, **resolved)
+        return dataclasses.replace(config, fsdp=fsdp, **resolved)
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run in one process or many; of parallelism only DDP, whose results the tests vouch for.
+    """The accelerator of a run in one process or many; for it there is only DDP, and `sharding` does the rest.
 
     Precision and accumulation are decided in `config`, as `with_accelerate_settings` returns it.
     """
@@ -92,11 +95,13 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
             # Before torch 2.11 a weight that autocast converted in a pass without gradients is taken from its cache in
             # the pass with gradients, and gets none. The student does both in one region.
             AutocastKwargs(cache_enabled=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
         ],
     )
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.name.startswith("MULTI_"):
-        raise ValueError(f"{kind} is not supported; launch with plain data parallelism (DDP).")
+        raise ValueError(f"{kind} is not supported; {_INSTEAD}.")
+    check_sharding(config, accelerator)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
     if config.allow_tf32:
@@ -107,7 +112,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
 def _check_environment() -> None:
     for variable, what in _NOT_SUPPORTED.items():
         if os.environ.get(variable, "").lower() in ("true", "1", "yes", "on"):
-            raise ValueError(f"{what} ({variable}) is not supported; launch with plain data parallelism (DDP).")
+            raise ValueError(f"{what} ({variable}) is not supported; {_INSTEAD}.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "") or "no"
     if backend.lower() != "no":
         raise ValueError(

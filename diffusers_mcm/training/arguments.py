@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import difflib
+import os
 import sys
+import time
 import typing
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import TrainingConfig
 
@@ -31,9 +34,33 @@ class _Toggle(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are a line or two: the usage of a hundred flags would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = [word for word in message.split() if word.startswith("--") and word not in known]
+        near = [name for word in unknown for name in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
+        meant = f" Did you mean {', '.join(near)}?" if near and message.startswith("unrecognized") else ""
+        give_up(f"error: {message}.{meant} See --help." if meant or message[-1] != "." else f"error: {message}", 2)
+
+
+def give_up(message: str, exit_code: int = 1) -> NoReturn:
+    """End this process with one line on stderr; of several that do, one says it.
+
+    The others leave the first process a moment: where all meet the same error its end makes the launcher end them.
+    """
+    if message and os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
+        message = f"process {os.environ['RANK']}: {message}"
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """One documented flag per field of `TrainingConfig`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Distil a text-to-video diffusion model into a few-step LoRA (motion consistency model). "
         "Plain LCM distillation: --motion raw --lambda_real 1 --lambda_adv 0.",
         allow_abbrev=False,
@@ -63,10 +90,23 @@ def _current(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """Read the command line; a value that makes no sense ends with the parser's usual message and exit code 2."""
+    """Read the command line; a value that makes no sense ends the process with a line and exit code 2."""
     parser = build_parser()
     namespace = parser.parse_args(_current(sys.argv[1:] if arguments is None else arguments))
     try:
         return TrainingConfig(**vars(namespace))
     except ValueError as error:
         parser.error(str(error))
+
+
+def to_go_on(command: Sequence[str], checkpoint: str = "latest") -> list[str]:
+    """The command line that goes on with the run that `command` began. A secret in it is left out."""
+    dropped = {f"--{name}" for name in [*TrainingConfig.names(secret=True), "resume_from_checkpoint"]}
+    kept, words = [], iter(command)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in dropped:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return [*kept, "--resume_from_checkpoint", checkpoint]

@@ -1,9 +1,11 @@
 """Checkpoints, written whole or not at all, and which of those in a folder belong to the run that writes there."""
 
 import json
+import logging
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ..files import atomic_folder, write_text
+from ..files import atomic_folder, put_back, write_text
 from .disk import room_for, save_state, size_of
 
+logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.pt"
 RECORD_NAME = "mcm_run.json"
 
@@ -30,23 +33,49 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def save_checkpoint(output_dir: Path, step: int, state: dict[str, Any], write_more: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>` with the state and what `write_more` adds, whole or not at all.
+    """Write `checkpoint-<step>` with the state and what `write_more` adds, whole or not at all, on the disk itself.
 
     Raises `DiskFullError` if there is no room; a checkpoint of that name that was there before stays.
     """
     folder = output_dir / f"checkpoint-{step}"
-    with room_for(f"the checkpoint of step {step}", output_dir, size_of(state)), atomic_folder(folder) as temporary:
+    what, size = f"the checkpoint of step {step}", size_of(state)
+    with room_for(what, output_dir, size), atomic_folder(folder, synced=True) as temporary:
         write_more(temporary)
         save_state(state, temporary / STATE_FILE)
     return folder
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU."""
+    """The state in a checkpoint, on the CPU. ValueError if it cannot be read, or a bit of it is not as it was."""
+    file = folder / STATE_FILE
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch reads the sums that it writes, and does not compare them
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"The checkpoint {folder} cannot be read: {error}") from error
+    if damaged:
+        raise ValueError(f"The checkpoint {folder} cannot be read: {damaged} in {STATE_FILE} is not what was written.")
+    return state
+
+
+def open_checkpoint(output_dir: Path, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its state, as `--resume_from_checkpoint` says; None where a run is to start.
+
+    Where the newest cannot be read 'latest' is the one before it, and a warning says so. Raises ValueError as
+    `find_checkpoints` does, and where none can be read.
+    """
+    found = find_checkpoints(output_dir, wanted)
+    for folder in found:
+        try:
+            return folder, load_checkpoint(folder)
+        except ValueError as error:
+            if folder == found[-1]:
+                raise
+            logger.warning("%s The one before it is gone on from.", error)
+    return None
 
 
 @dataclass
@@ -106,28 +135,29 @@ class RunRecord:
 
     def write(self) -> None:
         values = {"run": self.id, "checkpoints": self.line}
-        write_text(self.output_dir / RECORD_NAME, json.dumps(values, indent=2) + "\n")
+        write_text(self.output_dir / RECORD_NAME, json.dumps(values, indent=2) + "\n", synced=True)
 
 
-def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
-    """The folder to go on from, as `--resume_from_checkpoint` says; None where a run is to start.
+def clear_up(output_dir: Path) -> None:
+    """Remove what a killed run left half-written; a checkpoint that it was replacing is whole again."""
+    put_back(output_dir, "checkpoint-*")
 
-    'latest' is the newest checkpoint of the run that wrote into `output_dir` last, on the branch that it was on.
-    Raises ValueError where there is no such checkpoint, and where a new run would write among those of another.
+
+def find_checkpoints(output_dir: Path, wanted: str | None) -> list[Path]:
+    """The folders to go on from, best first, as `--resume_from_checkpoint` says; none where a run is to start.
+
+    'latest' is the newest checkpoint of the run that wrote into `output_dir` last, on the branch that it was on, then
+    those before it. Raises ValueError where there is no such checkpoint, and where a new run would write among the
+    files of another.
     """
     present = checkpoints(output_dir)
     if wanted is None:
-        if present:
-            raise ValueError(
-                f"{output_dir} holds checkpoints of another run ({_names(present)}), among which a new run would "
-                "write its own. Go on with that run by --resume_from_checkpoint latest, name another --output_dir, or "
-                "move or delete those checkpoints."
-            )
-        return None
+        _check_empty(output_dir, present)
+        return []
     if wanted != "latest":
         for folder in (Path(wanted), output_dir / wanted):
             if is_checkpoint(folder):
-                return folder
+                return [folder]
         raise ValueError(
             f"--resume_from_checkpoint {wanted!r} is not a checkpoint (a folder with {STATE_FILE}). "
             f"Checkpoints in {output_dir}: {_names(present) or 'none'}."
@@ -139,7 +169,27 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
             f"--resume_from_checkpoint latest: the run that wrote into {output_dir} last has no checkpoint there; "
             f"those that are there ({_names(present)}) are of another one. Name one of them, or another --output_dir."
         )
-    return line[-1] if line else None
+    return line[::-1]
+
+
+def _check_empty(output_dir: Path, present: list[Path]) -> None:
+    """Raise ValueError if a new run would write among the files of something else."""
+    if present:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run ({_names(present)}), among which a new run would "
+            "write its own. Go on with that run by --resume_from_checkpoint latest, name another --output_dir, or "
+            "move or delete those checkpoints."
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; name a folder that is empty or not there yet.")
+    # Hidden files and the folder of a file system's own belong to no run.
+    names = [path.name for path in output_dir.glob("*") if path.name[0] != "." and path.name != "lost+found"]
+    if names:
+        shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+        raise ValueError(
+            f"--output_dir {output_dir} is not empty ({shown}). Name another folder, or write there all the same with "
+            "--resume_from_checkpoint latest, which starts anew where there is no checkpoint."
+        )
 
 
 def go_on(output_dir: Path, folder: Path, run: str | None) -> RunRecord:

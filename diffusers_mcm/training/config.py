@@ -205,14 +205,30 @@ class TrainingConfig(MethodConfig):
         resume=TOLD,
         formerly="fold_lora",
     )
+    fsdp: bool = _optimisation(
+        False,
+        help="Split the frozen weights of the denoiser among the processes (FSDP 2): less memory, more communication, "
+        "the same numbers. `accelerate launch --use_fsdp --fsdp_version 2` asks for it too.",
+    )
+    ddp_timeout: int = _unrecorded(
+        1800,
+        help="Seconds that a process waits for the others, over NCCL or Gloo, before it ends with an error; more than "
+        "the first one needs to sample the validation clips.",
+        above=0,
+    )
     allow_tf32: bool = _optimisation(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
 
     # -- output
     output_dir: str = _unrecorded("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True)
     save_dtype: str = _output("fp32", help="Type in which the LoRA is saved.", choices=SAVE_DTYPES)
-    checkpointing_steps: int = _output(500, help="Write a checkpoint every so many steps; 0 for none.", least=0)
-    checkpoints_total_limit: int | None = _output(
-        None, help="Keep only so many checkpoints of the run, the newest ones. Default: all.", above=0
+    checkpointing_steps: int = _output(
+        500,
+        help="Write a checkpoint every so many steps; 0 for none but that of a run that is stopped, by Ctrl-C or a "
+        "signal, or that fails.",
+        least=0,
+    )
+    checkpoints_total_limit: int = _output(
+        3, help="Keep only so many checkpoints of the run, the newest ones; 0 for all.", least=0
     )
     resume_from_checkpoint: str | None = _unrecorded(
         None,
@@ -327,6 +343,8 @@ def _check_speed(config: TrainingConfig) -> None:
             f"--fuse_lora needs --mixed_precision no: in {config.mixed_precision} most of what a LoRA adds to a weight"
             " would be rounded away."
         )
+    if config.fuse_lora and config.fsdp:
+        raise ValueError("--fuse_lora changes weights, which --fsdp splits among the processes: give one of them.")
     if config.fuse_lora and config.gradient_checkpointing:
         raise ValueError("--fuse_lora spends memory, which --gradient_checkpointing saves: give one of them.")
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_train_steps:

@@ -23,16 +23,20 @@ def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]
     except Exception as error:  # torch.save's, tensorboard's and safetensors' have nothing in common
         if not is_disk_full(error):
             raise
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        needed = "" if size is None else f"it takes about {_readable(size)}, and "
+        free = shutil.disk_usage(existing_parent(folder)).free
+        needed = "" if size is None else f"it takes about {readable(size)}, and "
         raise DiskFullError(
             errno.ENOSPC,
-            f"No space left on the disk for {what}: {needed}{_readable(free)} are free. Nothing half-written was "
+            f"No space left on the disk for {what}: {needed}{readable(free)} are free. Nothing half-written was "
             "left. Make room, or write elsewhere with --output_dir; fewer checkpoints are kept with "
             "--checkpoints_total_limit, or none written with --checkpointing_steps 0",
             str(folder),
         ) from error
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -50,7 +54,8 @@ def size_of(state: Any) -> int:
     return sum(map(size_of, state)) if isinstance(state, list | tuple) else 0
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Bytes for a reader: 1.23 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

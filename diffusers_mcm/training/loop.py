@@ -1,107 +1,90 @@
 """The training loop, from a configuration to a LoRA folder."""
 
-import json
 import logging
-import time
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..cards import DEFAULT_PROMPT
 from ..data import to_unit_range
 from ..data.loading import worker_deaths_told
 from ..distillation.adversarial import AdversarialStep
-from ..distillation.discriminator.penalty import PenaltyWeight
-from ..distillation.draws import Coins, StepDraws, draw_adversarial, draw_step
+from ..distillation.draws import StepDraws, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
-from ..distillation.trajectory import TIMESTEPS
 from ..files import atomic_files
 from ..lora import LoRA, lora_state_dict
-from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
-from .batches import Batch, Batches, build_batches, open_data, told_skipped
-from .checkpoint import RunRecord, find_checkpoint, go_on, load_checkpoint, save_checkpoint
+from .batches import Batch, told_skipped
 from .config import TrainingConfig
-from .defaults import with_base_defaults
 from .disk import room_for, size_of
-from .networks import build_networks, teacher_index
-from .output import prepare_push, push_to_hub, unusable, write_lora_folder
-from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
-from .tracking import LossLog, PictureLog, check_finite, saved_in
-from .trained_module import TrainedModule, slow_learning
+from .output import push_command, push_to_hub, unusable
+from .progress import Clock, Lap, ProgressBar
+from .run import Run
+from .stopping import Stopped
+from .tracking import LossLog, check_finite, saved_in
+from .trained_module import slow_learning
 from .validation import NonFiniteSample, sample_clip, write_validation
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(Run):
     """A run: `Trainer(config).train()`."""
 
     def __init__(self, config: TrainingConfig):
-        self.config = config = with_accelerate_settings(config)
-        self.output_dir = Path(config.output_dir)
-        self.accelerator = build_accelerator(config)
-        self.device = self.accelerator.device
-        checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
-        if config.push_to_hub and self.accelerator.is_main_process:
-            prepare_push(config)
-        self.config = config = with_base_defaults(config, teacher_index(config)[0])
-        with room_for("the tracker's log", self.output_dir):
-            plain = {key: v if isinstance(v, int | float | str) else str(v) for key, v in config.to_dict().items()}
-            self.accelerator.init_trackers("mcm", config=plain)
-        self.networks = build_networks(config, self.device)
-        self.total_batch = config.train_batch_size * config.accumulation * self.accelerator.num_processes
-        rates = config.learning_rates(self.total_batch)
-        run = (config, self.accelerator)
-        self.student = TrainedModule("student", self.networks.student, rates[0], *run, config.ema_decay)
-        self.discriminator = None
-        if self.networks.discriminator is not None:
-            self.discriminator = TrainedModule("discriminator", self.networks.discriminator, rates[1], *run)
-        self.trained = [module for module in (self.student, self.discriminator) if module is not None]
-        self.timesteps = TIMESTEPS[config.timesteps](self.networks.student.path, config.method.num_solver_steps)
-        self.coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)
-        # One process of a machine after the other: what the first one finds in tars, it keeps for the others.
-        with told_by_one(self.accelerator), self.accelerator.local_main_process_first():
-            self.data = open_data(config, self.networks.clip_size, self.coins)
-        self.penalty_weight = PenaltyWeight(config.gradient_penalty_weight, config.gradient_penalty_growth)
-        self.step, self.seconds = 0, 0.0
-        self.last_checkpoint: Path | None = None
-        self.sums: dict[str, torch.Tensor] = {}
-        self.data_sizes: dict[str, Any] = {}
-        self.pictures = PictureLog(self.accelerator.trackers)
-        self.run = RunRecord(self.output_dir)
-        if checkpoint is not None:
-            self.resume(checkpoint)
-        elif config.resume_from_checkpoint:
-            self.warn(f"There is no checkpoint in {self.output_dir} yet: training starts anew.")
-        self.accelerator.wait_for_everyone()  # nothing is written before all have read what is there
+        super().__init__(config)
+        self.sums: dict[str, torch.Tensor] = {}  # the losses of a step that is not finished
+        self.waiting = Waiting(self.batches.videos.num_workers)
+        self.settled, self.stopping = True, False  # whether all that is trained is of `step`; whether all are to stop
+        self.untold: set[str] = set()  # what there was no room for
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
     def train(self) -> Path:
-        """Run to `max_train_steps`, write the LoRA folder and return its path."""
-        batches = self.open_batches()
-        log = self.open_log()
-        progress = dict(total=self.config.max_train_steps, initial=self.step, unit="step", desc="distilling")
-        bar = tqdm(**progress, disable=log is None)
-        started = time.perf_counter()
-        for batch in self.waiting.watch(batches):
-            with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
-                self.backward(batch)
-                if not self.accelerator.sync_gradients:
-                    continue
-                losses = self.update()
-            self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
-            self.step += 1
-            self.report(losses, log, bar)
-            self.save_and_validate()
-        bar.close()
-        self.check_all_steps_made()
-        self.finish(batches.skipped)
+        """Run to `max_train_steps`, write the LoRA folder and return its path.
+
+        SIGTERM, SIGINT and SIGHUP end it after the step with a checkpoint and `Stopped`, on all processes.
+        """
+        try:
+            with self.requests:
+                lora = self.finish(self.make_steps())
+        except Exception as error:
+            if self.settled and self.accelerator.is_main_process:
+                self.keeper.rescue(self.step, error)
+            raise
+        if self.config.push_to_hub and lora is not None:
+            if self.requests.received:
+                told = f"The LoRA is in {self.output_dir}, not published; that would be: {push_command(self.config)}"
+                raise Stopped(told, self.requests.received)
+            logger.info("Published: %s", push_to_hub(self.config, lora))
         return self.output_dir
+
+    def make_steps(self) -> list[str]:
+        """Train; returns the names of the items of the data that were of no use to this process."""
+        log, clock = self.open_log(), Clock()
+        self.agree_to_stop()
+        self.stop_if_told()
+        with ProgressBar(
+            self.step, self.config.max_train_steps, self.total_batch, self.device, log is not None
+        ) as bar:
+            for batch in clock.waiting(self.waiting.watch(self.batches)):
+                with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
+                    self.backward(batch)
+                    if not self.accelerator.sync_gradients:
+                        self.save_in_a_hurry()
+                        continue
+                    losses = self.update()
+                lap = clock.lap()
+                self.seconds += lap.seconds
+                self.report(losses, log, bar, lap)
+                self.save_and_validate()
+                self.stop_if_told()
+        self.check_all_steps_made()
+        return self.batches.skipped
 
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
@@ -129,10 +112,11 @@ class Trainer:
         told = {f"{trained.name}_grad_norm": norm.item() for trained, norm in zip(self.trained, norms)}
         # With fp16 an infinite gradient is how the scaler finds its scale: it skips that step by itself.
         samples = range(self.step * self.total_batch, step * self.total_batch)
-        check_finite(losses if scaler is not None else losses | told, step, samples, self.last_checkpoint)
+        check_finite(losses if scaler is not None else losses | told, step, samples, self.keeper.newest)
         for trained in self.trained:
             trained.count_step(told[f"{trained.name}_grad_norm"], step)
         told |= {f"{trained.name}_learning_rate": trained.rate for trained in self.trained}
+        self.settled = False
         for trained in self.trained:
             trained.update(scaler)
         if scaler is not None:
@@ -143,15 +127,10 @@ class Trainer:
         if "gradient_penalty" in losses:  # that of all processes: they decide alike on the weight of the next step
             told["gradient_penalty_weight"] = self.penalty_weight.value
             self.penalty_weight.follow(losses["gradient_penalty"], step)
+        self.step, self.settled = step, True
         return losses | told
 
     # --- its inputs --------------------------------------------------------------------------------------------------
-    @property
-    def samples_per_coin(self) -> int:
-        """How many samples share a coin; with --coin batch, all that processes work on together."""
-        together = self.config.train_batch_size * self.accelerator.num_processes
-        return together if self.config.coin == "batch" else 1
-
     def draw(self, batch: Batch) -> StepDraws:
         config, networks = self.config, self.networks
         ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)
@@ -171,16 +150,6 @@ class Trainer:
             encode_text(batch.real_texts)["embedding"],
         )
 
-    def open_batches(self) -> Batches:
-        batches = build_batches(self.config, self.data, self.step, self.accelerator)
-        sizes = batches.sizes
-        check_same_everywhere(gather_object([sizes]))
-        if self.last_checkpoint is not None:
-            check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
-        self.data_sizes = sizes
-        self.waiting = Waiting(batches.videos.num_workers)
-        return batches
-
     # --- what it tells -----------------------------------------------------------------------------------------------
     def record(self, **losses: torch.Tensor | None) -> None:
         """Add one micro-batch's losses to the step's means."""
@@ -190,10 +159,18 @@ class Trainer:
                 self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
 
     def mean_losses(self) -> dict[str, float]:
-        """The step's losses over all processes; the sums start anew."""
-        names, values = list(self.sums), torch.stack(list(self.sums.values()))
+        """The step's losses over all processes; the sums start anew. With them goes whether one is told to stop."""
+        told = torch.tensor(float(self.requests.received > 0), device=self.device)
+        names, values = list(self.sums), torch.stack([told, *self.sums.values()])
         self.sums = {}
-        return dict(zip(names, self.accelerator.reduce(values, "mean").tolist()))
+        stopping, *losses = self.accelerator.reduce(values, "mean").tolist()
+        self.stopping = stopping > 0
+        return dict(zip(names, losses))
+
+    def agree_to_stop(self) -> None:
+        """Wait for all processes; whether one of them is told to stop is then known to all."""
+        told = torch.tensor(float(self.requests.received > 0), device=self.device)
+        self.stopping = self.accelerator.reduce(told, "mean").item() > 0
 
     def open_log(self) -> LossLog | None:
         """The log of the losses, in the main process; what there is to say of the run is said there."""
@@ -201,57 +178,91 @@ class Trainer:
             return None
         with room_for("the run's log", self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.run.write()
+            self.keeper.run.write()
             log = LossLog(self.output_dir, self.step)
         summary = self.networks.summary()
         logger.info("%s; total batch %d; precision %s", summary, self.total_batch, self.config.precision)
+        logger.info(self.told_room)
         self.warn(slow_learning(self.student, self.config, self.total_batch))
         if self.discriminator is not None:
             logger.info("Text beside real images: %s (%s).", self.data.image_text.choice, self.data.image_text.reason)
             self.warn(self.data.image_text.warning)
         return log
 
-    def warn(self, message: str | None) -> None:
-        """Log a message, if there is one, once for all processes."""
-        if message is not None and self.accelerator.is_main_process:
-            logger.warning(message)
-
-    def report(self, losses: dict[str, float], log: LossLog | None, bar: tqdm) -> None:
+    def report(self, losses: dict[str, float], log: LossLog | None, bar: ProgressBar, lap: Lap) -> None:
+        """Tell of a step that was made; what cannot be told for want of room or of a reader ends no run."""
         if log is None:
             return
-        bar.update()
-        shown = ("loss", "consistency", "adversarial", "discriminator")
-        bar.set_postfix({name: f"{losses[name]:.4g}" for name in shown if name in losses}, refresh=False)
-        if self.step % self.config.logging_steps == 0 or self.step == self.config.max_train_steps:
-            with room_for("the run's log", self.output_dir):
-                log.write({"step": self.step, **losses, "seconds": round(self.seconds, 3)})
+        bar.show(losses, lap)
+        if self.step % self.config.logging_steps == 0 or self.step == self.config.max_train_steps or self.stopping:
+            row = {"step": self.step, **losses, "seconds": round(self.seconds, 3), "waiting": round(lap.share, 3)}
+            with self.going_on_without("the run's log"):
+                log.write(row)
                 self.accelerator.log(losses, step=self.step)
 
     # --- what it writes ----------------------------------------------------------------------------------------------
+    @contextmanager
+    def going_on_without(self, what: str) -> Iterator[None]:
+        """What cannot be written is told once in the log, and ends no run."""
+        try:
+            with room_for(what, self.output_dir):
+                yield
+        except OSError as error:
+            if what not in self.untold:
+                logger.error("The training goes on, but %s could not be written: %s", what, error)
+            self.untold.add(what)
+
+    def save(self) -> None:
+        """Write a checkpoint; if that fails the log says so, and the training goes on."""
+        if self.accelerator.is_main_process:
+            self.keeper.try_to_save(self.step)
+        self.accelerator.wait_for_everyone()
+
+    def save_in_a_hurry(self) -> None:
+        """Keep the step before, in the midst of one that may not be finished before the process is killed."""
+        if self.requests.received and self.accelerator.is_main_process:
+            self.keeper.try_to_save(self.step)
+
     def save_and_validate(self) -> None:
         config, last = self.config, self.step == self.config.max_train_steps
-        if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+        if config.checkpointing_steps and (last or self.step % config.checkpointing_steps == 0):
             self.save()
-        if config.validation_prompts and (last or self.step % config.validation_steps == 0):
+        if config.validation_prompts and not self.stopping and (last or self.step % config.validation_steps == 0):
             self.validate()
 
+    def stop_if_told(self) -> None:
+        """End the run where one process was told to, unless all steps are made: the LoRA is written then."""
+        if not self.stopping or self.step == self.config.max_train_steps:
+            return
+        kept = self.keeper.save_anywhere(self.step) if self.accelerator.is_main_process else ""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        number = self.requests.received or signal.SIGTERM
+        told = f"Stopped by {signal.Signals(number).name} after step {self.step}. {kept}" if kept else ""
+        raise Stopped(told, number, self.keeper.to_resume)
+
+    @property
+    def samples(self) -> bool:
+        """Whether this process samples clips: the main one does, and all do where they share the denoiser."""
+        return self.accelerator.is_main_process or self.config.fsdp
+
     def validate(self) -> None:
+        prompts = self.config.validation_prompts if self.samples else ()
+        clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
         if self.accelerator.is_main_process:
-            prompts = self.config.validation_prompts
-            clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
             if any(clip is not None for clip in clips.values()):
                 folder = self.output_dir / "validation" / f"step-{self.step:06d}"
-                picture = write_validation(folder, clips, self.config.fps or self.networks.base_model.fps)
-                with room_for("the tracker's pictures", self.output_dir):
+                with self.going_on_without("the validation clips"):
+                    picture = write_validation(folder, clips, self.config.fps or self.networks.base_model.fps)
                     self.pictures.write("validation", picture, self.step)
-        self.accelerator.wait_for_everyone()
+        self.agree_to_stop()
 
     def clip_or_error(self, prompt: str, index: int = 0) -> np.ndarray | None:
         """`clip`, or an error in the log if it is not finite: the losses are, so the run goes on and loses nothing."""
         try:
             return self.clip(prompt, index)
         except NonFiniteSample as error:
-            goes_on = f"The losses of the training are finite, so it is not stopped. {saved_in(self.last_checkpoint)}"
+            goes_on = f"The losses of the training are finite, so it is not stopped. {saved_in(self.keeper.newest)}"
             logger.error("The student of step %d makes no clip of %r: %s %s", self.step, prompt, error, goes_on)
             return None
 
@@ -260,110 +271,46 @@ class Trainer:
         with self.accelerator.autocast(), self.student.averaged():
             return sample_clip(self.networks, self.config, prompt, index)
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that must not change when this run is resumed."""
-        text = self.data.image_text.choice
-        return identity(self.config, self.networks, self.total_batch, self.samples_per_coin, text)
-
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint keeps, from which `resume` goes on bit for bit."""
-        scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "run": self.run.id,
-            "identity": json.dumps(self.identity()),
-            "circumstances": json.dumps(circumstances(self.config, self.output_dir)),
-            "data_sizes": self.data_sizes,
-            **self.networks.state_dict(),
-            "parts": {trained.name: trained.state() for trained in self.trained},
-            "average": None if self.student.average is None else self.student.average.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "penalty_weight": self.penalty_weight.state_dict(),
-        }
-
-    def save(self) -> None:
-        if self.accelerator.is_main_process:
-            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, self.state(), self.write_folder)
-            with room_for("the run's record", self.output_dir):
-                self.run.add(self.last_checkpoint)
-            if self.config.checkpoints_total_limit is not None:
-                self.run.drop_beyond(self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def write_folder(
-        self, folder: Path, sample: tuple[str, np.ndarray] | None = None, relative_to: Path | None = None
-    ) -> LoRA:
-        rates = self.config.learning_rates(self.total_batch)
-        progress = {
-            "steps": self.step,
-            "total_batch": self.total_batch,
-            "effective_learning_rate": rates[0],
-            "effective_discriminator_learning_rate": rates[1] if self.discriminator else None,
-            "hours": round(self.seconds / 3600, 3),
-            "image_text": self.data.image_text.choice,
-        }
-        with self.student.averaged():
-            return write_lora_folder(folder, self.config, self.networks, progress, sample, relative_to)
-
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
-        state = load_checkpoint(folder)
-        check_identity(state["identity"], self.identity(), folder)
-        self.run = go_on(self.output_dir, folder, state.get("run"))
-        if state["step"] > self.config.max_train_steps:
-            raise ValueError(
-                f"{folder} is of step {state['step']}, beyond --max_train_steps {self.config.max_train_steps}."
-            )
-        self.warn(self.run.told_others(folder))
-        if then := state.get("circumstances"):
-            self.warn(told_changes(json.loads(then), circumstances(self.config, self.output_dir), folder))
-        self.data_sizes = state.get("data_sizes", {})
-        self.step, self.seconds, self.last_checkpoint = state["step"], state["seconds"], folder
-        self.networks.load_state_dict(state)
-        for trained in self.trained:
-            trained.load(state["parts"][trained.name])
-        self.student.load_average(state.get("average"))
-        if "penalty_weight" in state:  # before it could grow, it was what its flag says
-            self.penalty_weight.load_state_dict(state["penalty_weight"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.accelerator.is_main_process:
-            logger.info("Resumed from %s at step %d.", folder, self.step)
-
     def check_all_steps_made(self) -> None:
         if self.step != self.config.max_train_steps:
             raise RuntimeError(
                 f"{self.step} of {self.config.max_train_steps} steps were made when the data came to an end, so no"
-                f" LoRA is written. {saved_in(self.last_checkpoint)} Accumulation is over"
-                f" {self.config.accumulation} micro-batches here and over"
+                f" LoRA is written. Accumulation is over {self.config.accumulation} micro-batches here and over"
                 f" {self.accelerator.gradient_accumulation_steps} for accelerate."
             )
         for trained in self.trained:
             trained.check_learnt()
 
-    def finish(self, unread: list[str]) -> None:
-        """Write the LoRA folder, and publish it if that is asked for; `unread` are this process's unusable items."""
-        config = self.config
+    def finish(self, unread: list[str]) -> LoRA | None:
+        """Write the LoRA folder; `unread` are this process's unusable items. The LoRA, in the main process."""
         skipped = set(gather_object(unread))  # each process read other samples
-        prompts = config.validation_prompts or ((DEFAULT_PROMPT,) if config.push_to_hub else ())
+        prompts, lora = self.config.validation_prompts, None
+        prompts = prompts or ((DEFAULT_PROMPT,) if self.config.push_to_hub else ())
         clip = None
-        if self.accelerator.is_main_process:
+        if self.samples:
             clip = self.clip_or_error(prompts[0]) if prompts else None
-            sample = None if clip is None else (prompts[0], clip)
-            with (
-                room_for("the LoRA", self.output_dir, size_of(lora_state_dict(self.networks.student.denoiser))),
-                atomic_files(self.output_dir, last="pytorch_lora_weights.safetensors") as folder,
-            ):
-                lora = self.write_folder(folder, sample, relative_to=self.output_dir)
+        if self.accelerator.is_main_process:
+            lora = self.write_lora(None if clip is None else (prompts[0], clip))
             self.warn(told_skipped(skipped))
             logger.info("The LoRA is in %s", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if prompts and clip is None and self.accelerator.is_main_process:
-            raise NonFiniteSample(unusable(config, prompts[0]))
-        if config.push_to_hub and self.accelerator.is_main_process:
-            logger.info("Published: %s", push_to_hub(config, lora))
+            raise NonFiniteSample(unusable(self.config, prompts[0]))
+        return lora
+
+    def write_lora(self, sample: tuple[str, np.ndarray] | None) -> LoRA:
+        """Write the LoRA with a prompt and its clip; where that fails all that was trained is kept in a checkpoint."""
+        size = size_of(lora_state_dict(self.networks.student.denoiser))
+        last = "pytorch_lora_weights.safetensors"
+        try:
+            with (
+                room_for("the LoRA", self.output_dir, size),
+                atomic_files(self.output_dir, last, synced=True) as folder,
+            ):
+                return self.write_folder(folder, sample, relative_to=self.output_dir)
+        except OSError as error:
+            raise self.keeper.unwritten("the LoRA", self.step, error) from error
 
 
 def train(config: TrainingConfig) -> Path:

@@ -5,24 +5,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..base_models import get_base_model
+from ..base_models import BaseModel, get_base_model
 from ..flags import FIXED, TOLD
 from ..hub import recordable
 from .config import TrainingConfig
 from .defaults import with_base_defaults
-from .networks import TrainingNetworks
 
 
 def identity(
-    config: TrainingConfig, networks: TrainingNetworks, total_batch: int, samples_per_coin: int, image_text: str
+    config: TrainingConfig,
+    base: BaseModel,
+    clip_size: tuple[int, int, int],
+    total_batch: int,
+    samples_per_coin: int,
+    image_text: str,
 ) -> dict[str, Any]:
     """The settings that must not change when a run is resumed; `image_text` is what --image_text came to."""
     values = config.to_dict()
-    decided = {"base_model": networks.base_model.name, "image_text": image_text}
+    decided = {"base_model": base.name, "image_text": image_text}
     if config.coin == "batch":  # which then depends on how the total batch is split
         decided["coin"] = f"batch (of {samples_per_coin})"
     fixed = {name: values[name] for name in config.names(resume=FIXED)}
-    return {**fixed, **decided, "total_batch": total_batch, "clip_size": list(networks.clip_size)}
+    return {**fixed, **decided, "total_batch": total_batch, "clip_size": list(clip_size)}
 
 
 def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:

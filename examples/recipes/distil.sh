@@ -13,7 +13,7 @@ if [ $((128 % (GPUS * BATCH))) -ne 0 ]; then
   echo "GPUS × BATCH must divide the total batch of 128; $GPUS × $BATCH does not" >&2
   exit 2
 fi
-if [ "$GPUS" -gt 1 ]; then machine=many_gpus; else machine=one_gpu; fi
+if [ "$GPUS" -gt 1 ]; then machine=eight_gpus; else machine=one_gpu; fi
 
 case $model in
   modelscope) teacher=ali-vilab/text-to-video-ms-1.7b ;;                 # 16 frames of 256×256
@@ -26,7 +26,7 @@ case $model in
   *) echo "the base model must be modelscope, animatediff, wan, wan-ti2v or wan-a14b, not $model" >&2; exit 2 ;;
 esac
 
-accelerate launch --config_file "$recipes/$machine.yaml" --num_processes "$GPUS" \
+accelerate launch --config_file "$recipes/../accelerate/$machine.yaml" --num_processes "$GPUS" \
   "$recipes/../train_mcm_distill.py" \
   --pretrained_teacher_model "$teacher" --video_data "$videos" --image_data "$images" --output_dir "$output" \
   --train_batch_size "$BATCH" --gradient_accumulation_steps $((128 / (GPUS * BATCH))) --gradient_checkpointing \

@@ -1,7 +1,9 @@
 import inspect
 import logging
+import os
 import re
 import shutil
+from datetime import timedelta
 
 import pytest
 import torch
@@ -62,9 +64,9 @@ def test_a_flag_wins_over_accelerates_environment(config, monkeypatch, caplog):
         (
             "ACCELERATE_USE_DEEPSPEED",
             "true",
-            "DeepSpeed .ACCELERATE_USE_DEEPSPEED. is not supported; launch with plain",
+            "DeepSpeed .ACCELERATE_USE_DEEPSPEED. is not supported; launch with plain .* --use_fsdp --fsdp_version 2",
         ),
-        ("ACCELERATE_USE_FSDP", "true", "FSDP .* is not supported"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP 1 .* is not supported: launch with --fsdp_version 2"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM .* is not supported"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a parallelism configuration .* is not supported"),
     ],
@@ -78,9 +80,34 @@ def test_what_accelerate_can_and_we_cannot_is_refused(config, monkeypatch, varia
 def test_nothing_that_accelerate_can_be_told_to_use_is_passed_over():
     """A plug-in that a later accelerate offers would be neither done nor refused."""
     told = set(re.findall(r"ACCELERATE_USE_\w+", inspect.getsource(launch)))
-    honoured = {"ACCELERATE_USE_CPU", "ACCELERATE_USE_SAGEMAKER"}
-    refused = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
+    honoured = {"ACCELERATE_USE_CPU", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_USE_FSDP"}
+    refused = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"}
     assert told - honoured - refused <= {"ACCELERATE_USE_PARALLELISM_CONFIG"}
+
+
+def test_what_of_fsdp_would_be_passed_over_is_refused(config, monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for variable, message in (
+        ("FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params is not supported: leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "give --gradient_checkpointing"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setenv("ACCELERATE_USE_FSDP", "true")
+            patch.setenv(variable, "true")
+            with_accelerate_settings(config())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--fuse_lora changes weights, which --fsdp splits"):
+        with_accelerate_settings(config(fuse_lora=True))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    told = with_accelerate_settings(config())
+    assert told.fsdp and os.environ["ACCELERATE_USE_FSDP"] == "false"
+    with pytest.raises(ValueError, match="--fsdp splits the frozen weights among processes, and there is only one"):
+        build_accelerator(told)
+
+
+def test_how_long_a_process_waits_for_the_others_is_a_flag(config):
+    accelerator = build_accelerator(with_accelerate_settings(config(ddp_timeout=7)))
+    assert accelerator.init_handler.timeout == timedelta(seconds=7)
 
 
 def test_a_lora_is_not_fused_in_the_precision_that_accelerate_says(config, monkeypatch):

@@ -33,7 +33,7 @@ def begun(world, tmp_path, tars):
         return tiny_config(world, tmp_path / "out", **(fixed | dict(video_data=str(tars)) | options))
 
     Trainer(config(max_train_steps=1)).train()
-    return lambda **options: Trainer(config(resume_from_checkpoint="latest", **options)).open_batches()
+    return lambda **options: Trainer(config(resume_from_checkpoint="latest", **options)).batches
 
 
 def test_a_shard_that_broke_meanwhile_is_an_error_that_names_it(tars, begun):

@@ -1,11 +1,20 @@
 import errno
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusers_mcm.files import DiskFullError, atomic_files
-from diffusers_mcm.training.checkpoint import STATE_FILE, checkpoints, load_checkpoint, save_checkpoint
+from diffusers_mcm.training.checkpoint import (
+    STATE_FILE,
+    checkpoints,
+    clear_up,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
 
 
 def save(folder, step):
@@ -58,11 +67,56 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
-def test_a_damaged_state_says_so(tmp_path):
-    save(tmp_path, 3)
-    (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"not a state")
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def zero_the_end(file):
+    """As a loss of power leaves it whose blocks were not written yet."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-4096] + bytes(4096))
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"not a state"), flip_a_bit, zero_the_end])
+def test_a_damaged_state_says_so_and_latest_is_the_one_before_it(tmp_path, caplog, damage):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step, "weights": torch.ones(3000)}, lambda path: None)
+    damage(tmp_path / "checkpoint-3" / STATE_FILE)
     with pytest.raises(ValueError, match="checkpoint-3 cannot be read"):
         load_checkpoint(tmp_path / "checkpoint-3")
+    folder, state = open_checkpoint(tmp_path, "latest")
+    assert (folder.name, state["step"]) == ("checkpoint-2", 2)
+    assert "checkpoint-3 cannot be read" in caplog.text and "The one before it is gone on from" in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-3 cannot be read"):  # what is named is meant
+        open_checkpoint(tmp_path, "checkpoint-3")
+    for step in (1, 2):
+        damage(tmp_path / f"checkpoint-{step}" / STATE_FILE)
+    with pytest.raises(ValueError, match="checkpoint-1 cannot be read"):
+        open_checkpoint(tmp_path, "latest")
+
+
+def test_files_are_on_the_disk_before_they_take_the_place_of_others(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    names = lambda opened: Path(os.readlink(f"/proc/self/fd/{opened}")).name  # noqa: E731
+    monkeypatch.setattr("os.fsync", lambda opened: (done.append(names(opened)), fsync(opened)))
+    monkeypatch.setattr("os.replace", lambda old, new: (done.append(f"-> {new.name}"), replace(old, new)))
+    save(tmp_path, 7)
+    assert sorted(done[:2]) == ["more", STATE_FILE]
+    assert done[2:] == [".checkpoint-7.tmp", "-> checkpoint-7", tmp_path.name]
+
+
+def test_what_a_killed_run_left_goes_and_what_it_was_replacing_comes_back(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.old")  # killed between two moves
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".checkpoint-2.old")  # killed after them
+    (tmp_path / ".checkpoint-3.tmp").mkdir()
+    clear_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert load_checkpoint(tmp_path / "checkpoint-1") == {"step": 1}
+    clear_up(tmp_path / "nowhere")
 
 
 def test_output_files_arrive_together_and_leave_the_rest_alone(tmp_path):

@@ -74,7 +74,7 @@ def test_a_run_that_could_not_be_published_is_whole_and_says_how_to_go_on(publis
 
 def test_what_could_not_be_published_is_told_before_the_training(published, world, monkeypatch):
     server, config = published
-    monkeypatch.setattr("diffusers_mcm.training.loop.build_networks", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("diffusers_mcm.training.run.build_networks", lambda *_: pytest.fail("too late"))
     with pytest.raises(PublishError, match="The Hub refuses the token"):
         Trainer(dataclasses.replace(config, hub_token="hf_wrong"))
     with pytest.raises(ValueError, match="is a folder of this machine.*then run: diffusers-mcm push .* --base_model"):

@@ -1,16 +1,19 @@
 """The recipes of `examples/recipes` and the README, read by the parsers that read them in earnest."""
 
+import os
 import subprocess
 
 import pytest
 from accelerate import Accelerator
 from accelerate.commands.config import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
 from diffusers_mcm.base_models import BASE_MODELS
+from diffusers_mcm.training.acceleration import with_accelerate_settings
 from diffusers_mcm.training.arguments import parse_config
-from diffusers_mcm.training.config import MIXED_PRECISION
+from diffusers_mcm.training.config import MIXED_PRECISION, TrainingConfig
 from diffusers_mcm.training.trained_module import TrainedModule, slow_learning
 from tests.documents import ROOT, blocks, commands, launches
 
@@ -54,6 +57,21 @@ def test_the_recipe_of_two_experts_is_one_for_each(environment, expert, tmp_path
     assert (config.expert, config.shift) == (expert, 8.0) and bool(config.validation_prompts) == (
         expert == "high_noise"
     )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/accelerate").iterdir()), ids=lambda path: path.stem)
+def test_each_machine_is_one_that_accelerate_can_be_told_of(path, monkeypatch):
+    """As many processes as its name says, of which FSDP's split the frozen weights."""
+    launch = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    machine = load_config_from_file(launch.config_file)
+    launch, *_ = _validate_launch_command(launch)
+    monkeypatch.setattr("os.environ", {})
+    os.environ.update(prepare_multi_gpu_env(launch) if machine.num_processes > 1 else {})
+    config = TrainingConfig(pretrained_teacher_model="x", video_data="x")
+    assert with_accelerate_settings(config).fsdp == (path.stem == "fsdp2")
+    expected = {"one_gpu": (1, 1), "eight_gpus": (1, 8), "two_nodes": (2, 16), "fsdp2": (1, 8)}[path.stem]
+    assert (launch.num_machines, launch.num_processes) == expected
+    assert launch.mixed_precision == "bf16" and path.name in path.read_text()
 
 
 def test_a_batch_that_cannot_be_made_is_refused(tmp_path):

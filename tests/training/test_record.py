@@ -7,7 +7,7 @@ from diffusers_mcm.training.checkpoint import (
     RECORD_NAME,
     RunRecord,
     checkpoints,
-    find_checkpoint,
+    find_checkpoints,
     go_on,
     save_checkpoint,
 )
@@ -25,17 +25,22 @@ def make_run(folder, *steps):
     return run
 
 
+def find(folder, wanted):
+    """The checkpoint that is tried first."""
+    return next(iter(find_checkpoints(folder, wanted)), None)
+
+
 def names(folder):
     return [path.name for path in checkpoints(folder)]
 
 
 def test_latest_is_the_newest_of_the_run(tmp_path):
-    assert find_checkpoint(tmp_path / "nowhere", "latest") is None and find_checkpoint(tmp_path, None) is None
+    assert find(tmp_path / "nowhere", "latest") is None and find(tmp_path, None) is None
     make_run(tmp_path, 2, 9, 10)
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
-    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert find(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
     shutil.rmtree(tmp_path / "checkpoint-10")
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-9"
+    assert find(tmp_path, "latest") == tmp_path / "checkpoint-9"
 
 
 def test_after_going_back_latest_follows_the_new_branch(tmp_path):
@@ -43,9 +48,9 @@ def test_after_going_back_latest_follows_the_new_branch(tmp_path):
     back = go_on(tmp_path, tmp_path / "checkpoint-1", first.id)
     assert back.id == first.id and [path.name for path in back.others] == ["checkpoint-2", "checkpoint-3"]
     back.write()
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
+    assert find(tmp_path, "latest") == tmp_path / "checkpoint-1"
     back.add(save(tmp_path, 2))
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    assert find(tmp_path, "latest") == tmp_path / "checkpoint-2"
     assert go_on(tmp_path, tmp_path / "checkpoint-2", first.id).line == ["checkpoint-1", "checkpoint-2"]
     left = go_on(tmp_path, tmp_path / "checkpoint-3", first.id)  # the branch that was left, gone back to by its name
     assert left.line == ["checkpoint-3"] and [path.name for path in left.others] == ["checkpoint-1", "checkpoint-2"]
@@ -67,10 +72,25 @@ def test_a_new_run_does_not_write_among_anothers_checkpoints(tmp_path):
     make_run(tmp_path, 1, 2)
     said = r"holds checkpoints of another run \(checkpoint-1, checkpoint-2\).*--resume_from_checkpoint latest"
     with pytest.raises(ValueError, match=said):
-        find_checkpoint(tmp_path, None)
+        find(tmp_path, None)
     (tmp_path / RECORD_NAME).unlink()  # nor among those of a time before runs were recorded
     with pytest.raises(ValueError, match=said):
-        find_checkpoint(tmp_path, None)
+        find(tmp_path, None)
+
+
+def test_a_new_run_does_not_write_among_other_files(tmp_path):
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "lost+found").mkdir()
+    assert find_checkpoints(tmp_path, None) == []
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    said = (
+        r"is not empty \(pytorch_lora_weights.safetensors\). Name another folder, or .*--resume_from_checkpoint latest"
+    )
+    with pytest.raises(ValueError, match=said):
+        find_checkpoints(tmp_path, None)
+    assert find_checkpoints(tmp_path, "latest") == []
+    with pytest.raises(ValueError, match="--output_dir .* is a file; name a folder"):
+        find_checkpoints(tmp_path / ".hidden", None)
 
 
 def test_nor_does_one_that_comes_from_elsewhere(tmp_path):
@@ -92,9 +112,9 @@ def test_a_run_may_be_gone_on_with_in_another_folder(tmp_path):
     moved = go_on(here, there / "checkpoint-5", run.id)
     here.mkdir()
     moved.write()
-    assert moved.id == run.id and find_checkpoint(here, "latest").resolve() == there / "checkpoint-5"
+    assert moved.id == run.id and find(here, "latest").resolve() == there / "checkpoint-5"
     moved.add(save(here, 6))
-    assert find_checkpoint(here, "latest") == here / "checkpoint-6"
+    assert find(here, "latest") == here / "checkpoint-6"
     moved.drop_beyond(1)  # what lies elsewhere is not this folder's to delete
     assert names(there) == ["checkpoint-5"] and names(here) == ["checkpoint-6"]
     shutil.move(there / "checkpoint-5", here / "kept")  # a copy of the same run's that was put aside
@@ -108,30 +128,30 @@ def test_latest_finds_another_folders_checkpoint_through_a_link(tmp_path):
     run, here = make_run(tmp_path / "there", 5), tmp_path / "outputs" / "here"
     here.mkdir()
     go_on(here, tmp_path / "there" / "checkpoint-5", run.id).write()
-    assert find_checkpoint(here, "latest").resolve() == tmp_path / "there" / "checkpoint-5"
+    assert find(here, "latest").resolve() == tmp_path / "there" / "checkpoint-5"
 
 
 def test_checkpoints_from_before_runs_were_recorded_are_one_runs(tmp_path):
     for step in (2, 9, 10):
         save(tmp_path, step)
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
+    assert find(tmp_path, "latest").name == "checkpoint-10"
     run = go_on(tmp_path, tmp_path / "checkpoint-9", None)
     assert run.line == ["checkpoint-2", "checkpoint-9"] and run.id
     run.write()
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-9"
+    assert find(tmp_path, "latest").name == "checkpoint-9"
     assert go_on(tmp_path, tmp_path / "checkpoint-2", None).id == run.id
 
 
 def test_what_cannot_be_resumed_says_so(tmp_path):
     make_run(tmp_path, 3)
     with pytest.raises(ValueError, match=r"'checkpoint-4' is not a checkpoint .* Checkpoints in .*: checkpoint-3\."):
-        find_checkpoint(tmp_path, "checkpoint-4")
+        find(tmp_path, "checkpoint-4")
     RunRecord(tmp_path).write()  # a run that made none yet
     with pytest.raises(
         ValueError, match=r"latest: the run .* has no checkpoint there; .*\(checkpoint-3\) are of another"
     ):
-        find_checkpoint(tmp_path, "latest")
+        find(tmp_path, "latest")
     for damaged in ("{", "[]", json.dumps({"run": "x"})):
         (tmp_path / RECORD_NAME).write_text(damaged)
         with pytest.raises(ValueError, match=f"{RECORD_NAME} cannot be read .* with the most steps"):
-            find_checkpoint(tmp_path, "latest")
+            find(tmp_path, "latest")

@@ -23,7 +23,7 @@ def test_every_tracker_of_accelerate_is_offered():
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_mcm.training.loop.build_networks", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("diffusers_mcm.training.run.build_networks", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     for name, package in (("wandb", "wandb"), ("comet_ml", "comet-ml"), ("tensorboard", "'diffusers-mcm.train.'")):
         with pytest.raises(

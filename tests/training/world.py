@@ -157,7 +157,7 @@ def double_precision() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setitem(WEIGHT_DTYPES, "no", torch.float64)
-        patch.setattr("diffusers_mcm.training.loop.build_networks", build_in_double)
+        patch.setattr("diffusers_mcm.training.run.build_networks", build_in_double)
         patch.setattr("diffusers_mcm.distillation.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
         torch.set_default_dtype(torch.float64)
         try:
