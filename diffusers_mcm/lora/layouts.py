@@ -38,7 +38,7 @@ WRITTEN = ("peft", "diffusers", "comfyui", "kohya", "motion-module")  # that are
 # Older namings of diffusers, and kohya's, as they are written today.
 _RENAMED = [
     (r"\.processor\.", "."),
-    (r"\.lora_(A|B)\.default\.weight$", r".lora_\1.weight"),  # as peft has them in a network
+    (r"\.lora_(A|B)\.default\.(weight|bias)$", r".lora_\1.\2"),  # as peft has them in a network
     (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
     (r"\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.(?:lora\.|lora_linear_layer\.|lora_)down\.weight$", ".lora_A.weight"),
@@ -46,8 +46,9 @@ _RENAMED = [
 ]
 _RENAMED_IN_TEXT = [(r"\.to_out\.0\.", ".out_proj."), (r"\.to_(q|k|v)\.", r".\1_proj.")]
 # What a tensor is to its module, by how its key ends: half of a pair, the scale, or what is added to weight or bias.
-_ROLES = re.compile(r"(.+)\.(lora_[AB]\.weight|alpha|diff|diff_b|diff_m)")
-DIFFERENCES = ("diff", "diff_b")
+_ROLES = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|alpha|diff|diff_b|diff_m)")
+SCALED_BIAS = "lora_B.bias"  # peft's `lora_bias`, as diffusers writes a `diff_b`: it is scaled as the pair is
+DIFFERENCES = ("diff", "diff_b", SCALED_BIAS)
 MOTION = ".motion_modules."
 _IN_ANIMATEDIFF = ".temporal_transformer."
 # diffusers' names of what is inside a motion module, and AnimateDiff's.
@@ -118,7 +119,7 @@ def is_wan(keys: Iterable[str]) -> bool:
 
 def parameter_of(module: str, role: str) -> str:
     """The parameter that a difference is added to: `x.weight`, `x.bias`, or the table of modulations itself."""
-    return module if module.endswith(TABLES) else f"{module}.{'bias' if role == 'diff_b' else 'weight'}"
+    return module if module.endswith(TABLES) else f"{module}.{'weight' if role == 'diff' else 'bias'}"
 
 
 def original_name(name: str, network: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """The tensors of a LoRA file, each in its place: every key is accounted for, or the file is refused."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
@@ -10,6 +11,7 @@ from .adapter import LoRA
 from .layouts import (
     DENOISER,
     DIFFERENCES,
+    SCALED_BIAS,
     SECOND_DENOISER,
     TEXT_ENCODER,
     check_no_dora,
@@ -29,8 +31,8 @@ _OTHER_KINDS = {
     ".lora_mid.": "LoCon with a third matrix (lora_mid)",
     ".oft_": "OFT",
     ".on_input": "IA3",
-    ".diff": "difference of whole weights",
 }
+_DIFFERENCE = re.compile(r"\.diff(_\w+)?$")
 
 # Component, module and role of a key; no module if it has no place.
 Place = Callable[[str, torch.Tensor], tuple[str, str | None, str]]
@@ -50,6 +52,7 @@ def sort_tensors(
     loras: dict[str, LoRA] = defaultdict(lambda: LoRA({}, source=source))
     alphas: dict[str, dict[str, float]] = defaultdict(dict)
     seen: dict[tuple[str, str], str] = {}
+    scaled: list[tuple[str, str]] = []
     strange = []
     for key, tensor in tensors.items():
         component, module, role = place(key, tensor)
@@ -64,6 +67,7 @@ def sort_tensors(
             alphas[component][module] = float(tensor)
         elif role in DIFFERENCES:
             loras[component].differences[filled] = tensor
+            scaled += [(component, module)] * (role == SCALED_BIAS)
         else:
             loras[component].tensors[filled] = tensor
     for component, lora in loras.items():
@@ -74,8 +78,18 @@ def sort_tensors(
         if alphas[component]:
             lora.check_pairs()
         set_scale(lora, config(component), alphas[component])
+        _scale_biases(lora, [module for of, module in scaled if of == component])
     strange += [seen[name, f"{module}.alpha"] for name in alphas.keys() - loras.keys() for module in alphas[name]]
     return dict(loras), strange
+
+
+def _scale_biases(lora: LoRA, modules: list[str]) -> None:
+    """Scale what is added to the biases of these modules as their pairs are."""
+    scales = lora.scales() if modules else {}
+    for module in modules:
+        if (scale := scales.get(module, 1.0)) != 1.0:
+            bias = lora.differences[f"{module}.bias"]
+            lora.differences[f"{module}.bias"] = scale * bias.to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def _check_once(lora: LoRA, seen: Mapping[tuple[str, str], str], component: str) -> None:
@@ -123,6 +137,8 @@ def _in_wan(key: str, tensor: torch.Tensor) -> tuple[str, str | None, str]:
 def why_strange(keys: list[str]) -> str | None:
     """What other kind of adapter a file is, as far as the keys tell that have no place."""
     kind = next((kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in keys)), None)
+    if kind is None and any(map(_DIFFERENCE.search, keys)):
+        kind = "difference of whole weights"
     return kind and f"is a {kind}, and only plain LoRA is supported"
 
 

@@ -117,6 +117,7 @@ class LoRAVerbs(FusingVerbs):
         if self._adapters.fused:
             names = ", ".join(self._adapters.fused)
             raise ValueError(f"Cannot {what} while a LoRA ({names}) is fused into the weights; `unfuse_lora()` first.")
+        self._require_changeable(what)
 
     # --- loading and unloading ---------------------------------------------------------------------------------------
     def load_lora_weights(
@@ -177,6 +178,7 @@ class LoRAVerbs(FusingVerbs):
 
     def unload_lora_weights(self) -> None:
         """Take out every LoRA; the base model is then bit for bit what it was."""
+        self._require_changeable("take the LoRA out")
         self.unfuse_lora()
         networks = self._networks
         for name, layer in lora_layers(networks).items():
@@ -236,6 +238,7 @@ class LoRAVerbs(FusingVerbs):
 
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
+        self._require_changeable("switch the LoRA on")
         for layer in self._layers.values():
             layer._disable_adapters = False
         self._apply_differences()

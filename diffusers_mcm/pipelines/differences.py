@@ -79,12 +79,7 @@ class DifferenceVerbs(DiffusionPipeline):
             for name, difference in state.differences[adapter].items():
                 if name.startswith(f"{component}."):
                     parts[name].append((strength, difference))
-        names = sorted({*parts, *state.unchanged})
-        if any(self._parameter(name).is_meta for name in names):
-            raise ValueError(
-                "A LoRA adds to parameters that are offloaded; set its strength before enabling the offload."
-            )
-        for name in names:
+        for name in sorted({*parts, *state.unchanged}):
             parameter = self._parameter(name)
             base = state.unchanged.pop(name, parameter.data).to(parameter.device, parameter.dtype)
             if name in parts:
@@ -93,6 +88,17 @@ class DifferenceVerbs(DiffusionPipeline):
                 base = sum((scale * each.to(base.device, exact) for scale, each in parts[name]), base.to(exact))
             parameter.data = base.to(parameter.dtype)
         state.strengths = strengths
+
+    def _require_changeable(self, what: str) -> None:
+        """`ValueError` where parameters that a LoRA adds to are kept elsewhere, so that a change would be lost."""
+        for component in {name.partition(".")[0] for own in self._adapters.differences.values() for name in own}:
+            network = self._networks[component]
+            away = any(parameter.is_meta for parameter in network.parameters())
+            if away or any(map(_is_offloaded_in_groups, network.modules())):
+                raise ValueError(
+                    f"Cannot {what} while the weights of the {component} are offloaded, for a LoRA adds to whole"
+                    " parameters of it; do so before enabling the offload."
+                )
 
     def _differences_of(self, adapter_name: str, component: str) -> dict[str, torch.Tensor]:
         """What an adapter adds to the parameters of a component, as it was loaded."""
@@ -111,3 +117,9 @@ class DifferenceVerbs(DiffusionPipeline):
         finally:
             for name, each in summed.items():
                 self._parameter(name).data = each
+
+
+def _is_offloaded_in_groups(module: nn.Module) -> bool:
+    """Whether diffusers' group offload brings the weights of a module from a copy of its own."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None

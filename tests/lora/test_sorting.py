@@ -121,6 +121,7 @@ def test_one_place_is_not_filled_twice(pipe, tensors):
             "diffusion_model.nowhere.lora_down.weight",
             "1 of its 41 keys are no part of a LoRA.*'diffusion_model.nowhere",
         ),
+        ("model.diffusion_model.x.lora_A.weight", "x.lora_A.weight'. It (is for|was made for) another"),
         ("text_encoders.umt5xxl.shared.lora_A.weight", "'text_encoders.umt5xxl.shared.lora_A.weight'"),
         ("lora_te_encoder_block_0.lora_down.weight", "'lora_te_encoder_block_0.lora_down.weight'"),
         ("diffusion_model.blocks.0.self_attn.q.set_weight", "'diffusion_model.blocks.0.self_attn.q.set_weight'"),

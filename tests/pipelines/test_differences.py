@@ -1,15 +1,18 @@
 """What LoRAs for Wan add to whole parameters: all of it acts, and all of it goes away again."""
 
 import copy
+import json
 
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.lora import LoRA, load_lora_into
 from tests.tiny_wan import tiny_wan_transformer
 from tests.wan_loras import (
     ALPHA,
+    IN_A_BLOCK,
     RANK,
     as_keys,
     original_file,
@@ -168,7 +171,75 @@ def test_differences_that_cannot_be_added(pipe, tensors, differences):
         pipe.load_lora_weights(file | as_keys({"proj_out.bias": differences["proj_out.bias"]}))
 
 
+def test_while_the_weights_are_offloaded_nothing_changes_by_halves(pipe, whole):
+    """Neither as accelerate does it, weight by weight, nor as diffusers does, from copies of its own."""
+    pipe.load_lora_weights(whole, "world")
+    video = sample(pipe)
+    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    verbs = {
+        "change adapters": lambda: pipe.set_adapters("world", 0.5),
+        "switch the LoRA off": pipe.disable_lora,
+        "switch the LoRA on": pipe.enable_lora,
+        "take the LoRA out": pipe.unload_lora_weights,
+        "scale the LoRA by 0.5": lambda: sample(pipe, lora_scale=0.5),
+        "fuse again": pipe.fuse_lora,
+    }
+    for what, verb in verbs.items():
+        with pytest.raises(
+            ValueError, match=rf"Cannot {what} while the weights of the transformer are offloaded, for"
+        ):
+            verb()
+    assert torch.equal(sample(pipe), video)
+
+
+def test_offloaded_weight_by_weight(pipe, whole):
+    from accelerate import cpu_offload
+
+    pipe.load_lora_weights(whole, "world")
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match="Cannot switch the LoRA off while the weights of the transformer are offload"
+    ):
+        pipe.disable_lora()
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHA])
+def test_diffusers_name_of_what_is_added_to_a_bias(pipe, tensors, differences, tmp_path, alpha):
+    """What its converter makes of a `diff_b`; it is scaled as the pair is."""
+    name = "blocks.0.attn1.to_q.bias"
+    header = {"transformer.r": RANK, "transformer.lora_alpha": alpha or RANK}
+    file = {f"transformer.{key}": tensor for key, tensor in tensors.items()}
+    file["transformer.blocks.0.attn1.to_q.lora_B.bias"] = differences[name]
+    path = write(tmp_path / "x.safetensors", file, {"lora_adapter_metadata": json.dumps(header)})
+    pipe.load_lora_weights(path)
+    scale = (alpha or RANK) / RANK
+    expected = sums(tensors, {name: scale * differences[name]}, scale)
+    torch.testing.assert_close(sample(pipe), sample(expected), rtol=0, atol=1e-5)
+
+
 def test_where_there_is_nothing_but_pairs_they_are_not_dropped(tensors, differences):
     lora = LoRA(tensors, differences=differences)
     with pytest.raises(ValueError, match=r"adds to 14 parameters besides .*only its pairs of matrices can be put in"):
         load_lora_into(tiny_wan_transformer(), lora)
+
+
+def test_diffusers_own_pipeline_adds_biases_as_we_do(pipe, tensors, differences, tmp_path):
+    """It reads those of projections, as peft's `lora_bias`."""
+    biases = {name: differences[name] for name in ("blocks.0.attn1.to_q.bias", "blocks.1.ffn.net.2.bias")}
+    rest = {f"diffusion_model.blocks.{i}.{name}.diff_b": torch.zeros(size) for i, name, size in _other_biases(biases)}
+    path = write(tmp_path / "x.safetensors", original_file(tensors) | as_keys(biases) | rest)
+    pipe.to(dtype=torch.float64)  # they are summed up in another order
+    theirs = WanPipeline(**pipe.components)
+    pipe.load_lora_weights(path)
+    video = sample(pipe)
+    pipe.unload_lora_weights()
+    theirs.load_lora_weights(path)
+    torch.testing.assert_close(sample(theirs).double(), video.double(), rtol=0, atol=1e-6)
+
+
+def _other_biases(biases):
+    """The block, name and size of all biases of projections but these; peft has one for every pair, or none."""
+    for i in (0, 1):
+        for ours, name in IN_A_BLOCK.items():
+            if f"blocks.{i}.{ours}.bias" not in biases:
+                yield i, name, 32 if name == "ffn.0" else 24
