@@ -28,7 +28,7 @@ from random_weights import TEACHERS, architectures, materialise
 from results import read_results, write_results
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model, UMT5EncoderModel
 
 from diffusers_mcm.base_models import BaseModel, get_base_model
 from diffusers_mcm.distillation import student as student_module
@@ -117,6 +117,8 @@ def realise(blueprint: nn.Module, dtype: torch.dtype) -> nn.Module:
         for half in (layer.lora_A, layer.lora_B):
             for part in half.values():
                 part.weight = nn.Parameter(part.weight.detach().float())
+    if isinstance(network, UMT5EncoderModel):
+        network.encoder.embed_tokens = network.shared  # as when it is loaded
     return network
 
 
