@@ -59,13 +59,19 @@ TEACHERS = {"modelscope": "modelscope", "animatediff": "animatediff"}
 TEACHERS |= {"wan-1.3b": "wan", "wan-14b": "wan", "wan-5b": "wan-ti2v"}
 
 
-def architectures(teacher: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
-    """Functions that make denoiser, autoencoder and text encoder, as their classes initialise them."""
-    return _wan(teacher, size) if teacher.startswith("wan") else _stable_diffusion(teacher, size)
+WAN_BLOCKS = {"wan-1.3b": 30, "wan-14b": 40, "wan-5b": 30}
 
 
-def _wan(teacher: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
-    heads, layers, ffn = {"wan-1.3b": (12, 30, 8960), "wan-14b": (40, 40, 13824), "wan-5b": (24, 30, 14336)}[teacher]
+def architectures(teacher: str, size: str, blocks: int | None = None) -> tuple[Callable[[], nn.Module], ...]:
+    """Functions that make denoiser, autoencoder and text encoder, as their classes initialise them; a Wan has as many
+    blocks as are asked for."""
+    if teacher not in WAN_BLOCKS:
+        return _stable_diffusion(teacher, size)
+    return _wan(teacher, size, blocks or (2 if size == "tiny" else WAN_BLOCKS[teacher]))
+
+
+def _wan(teacher: str, size: str, blocks: int) -> tuple[Callable[[], nn.Module], ...]:
+    heads, ffn = {"wan-1.3b": (12, 8960), "wan-14b": (40, 13824), "wan-5b": (24, 14336)}[teacher]
     vae = dict(base_dim=96, z_dim=16)
     if teacher == "wan-5b":
         vae = dict(base_dim=160, decoder_base_dim=256, z_dim=48, in_channels=12, out_channels=12, is_residual=True)
@@ -73,12 +79,12 @@ def _wan(teacher: str, size: str) -> tuple[Callable[[], nn.Module], ...]:
     text = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=256384)
     width = 128
     if size == "tiny":
-        heads, layers, ffn, width = 2, 2, 64, 16
+        heads, ffn, width = 2, 64, 16
         vae |= dict(base_dim=16) | ({"decoder_base_dim": 16} if teacher == "wan-5b" else {})
         text = dict(d_model=32, d_ff=64, d_kv=8, num_heads=2, num_layers=2, vocab_size=64)
     channels = vae["z_dim"]
     vae |= dict(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
-    transformer = dict(num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn, num_layers=layers)
+    transformer = dict(num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn, num_layers=blocks)
     transformer |= dict(in_channels=channels, out_channels=channels, text_dim=text["d_model"])
     return (
         lambda: WanTransformer3DModel(**transformer),

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from memory import GIB, TensorBytes
-from random_weights import TEACHERS, architectures, materialise
+from random_weights import TEACHERS, WAN_BLOCKS, architectures, materialise
 from results import read_results, write_results
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model, UMT5EncoderModel
 
 from diffusers_mcm.base_models import BaseModel, get_base_model
 from diffusers_mcm.distillation import student as student_module
@@ -46,6 +46,7 @@ from diffusers_mcm.tables import replace_section, table
 CARDS = (16, 24, 48, 80)  # GB, as they are sold
 SPARE = 1.1  # of what is counted a card must have so much: work space, fragments, the driver
 PROCESSES = 8  # of those that share a sharded row
+FEW_BLOCKS = (4, 8)
 VARIANTS = {"plain": False, "checkpointing": True}  # label -> whether layers are recomputed
 
 
@@ -90,12 +91,12 @@ class Networks:
         ]
 
 
-def blueprints(teacher: str, size: str) -> dict[str, nn.Module]:
-    """The networks of a step on the meta device, the denoiser with its LoRA."""
+def blueprints(teacher: str, size: str, blocks: int | None = None) -> dict[str, nn.Module]:
+    """The networks of a step on the meta device, the denoiser with its LoRA; Wan's with so many of its blocks."""
     base, rank = get_base_model(TEACHERS[teacher]), {"full": 64, "tiny": 2}[size]
     names = ("denoiser", "vae", "text_encoder")
     with init_empty_weights():
-        networks = {name: build() for name, build in zip(names, architectures(teacher, size))}
+        networks = {name: build() for name, build in zip(names, architectures(teacher, size, blocks))}
         width, layers = {"full": (384, 12), "tiny": (32, 12)}[size]
         heads = dict(num_attention_heads=width // 32, num_hidden_layers=layers, hidden_size=width)
         networks["features"] = Dinov2Model(Dinov2Config(**heads, image_size=518, patch_size=14))
@@ -117,6 +118,8 @@ def realise(blueprint: nn.Module, dtype: torch.dtype) -> nn.Module:
         for half in (layer.lora_A, layer.lora_B):
             for part in half.values():
                 part.weight = nn.Parameter(part.weight.detach().float())
+    if isinstance(network, UMT5EncoderModel):
+        network.encoder.embed_tokens = network.shared  # as when it is loaded
     return network
 
 
@@ -216,10 +219,24 @@ def text_shape(base: BaseModel, denoiser: nn.Module) -> tuple[int, int]:
     return (512 if base.name.startswith("wan") else 77), base.text_features(denoiser)
 
 
-def count(row: Row, checkpointing: bool, size: str = "full", real: bool = False) -> dict[str, int]:
-    """Bytes at the peak of a step, and what of them the networks take; `real` for tensors that do hold data."""
+def count(row: Row, checkpointing: bool) -> dict[str, int]:
+    """Bytes at the peak of a step of a full-size network, and what of them the networks take.
+
+    The many blocks of a Wan are alike: each adds the same to everything, so a few are counted, and the others added.
+    """
+    if row.teacher not in WAN_BLOCKS:
+        return count_whole(row, checkpointing)
+    few, more = (count_whole(row, checkpointing, blocks=blocks) for blocks in FEW_BLOCKS)
+    steps = (WAN_BLOCKS[row.teacher] - FEW_BLOCKS[0]) / (FEW_BLOCKS[1] - FEW_BLOCKS[0])
+    return {name: round(few[name] + steps * (more[name] - few[name])) for name in few}
+
+
+def count_whole(
+    row: Row, checkpointing: bool, size: str = "full", real: bool = False, blocks: int | None = None
+) -> dict[str, int]:
+    """The same of the network as it is, or with so many blocks; `real` for tensors that do hold data."""
     dtype = torch.bfloat16 if size == "full" else torch.float32
-    drawings, path = blueprints(row.teacher, size), get_base_model(TEACHERS[row.teacher]).noise_path(None)
+    drawings, path = blueprints(row.teacher, size, blocks), get_base_model(TEACHERS[row.teacher]).noise_path(None)
     fake = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
     with fake, TensorBytes() as alive:
         networks = build(row.teacher, drawings, dtype)

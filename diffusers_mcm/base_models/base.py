@@ -133,9 +133,8 @@ class BaseModel(ABC):
         """Recompute activations of the denoiser in the backward pass instead of keeping them."""
         denoiser.enable_gradient_checkpointing()
 
-    @abstractmethod
-    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:
-        """The same for what `decode_frames` computes with."""
+    def enable_decoder_checkpointing(self, vae: nn.Module) -> None:  # noqa: B027, it saves memory and no more
+        """The same for what `decode_frames` computes with; a base model that has no way to do it keeps them."""
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""

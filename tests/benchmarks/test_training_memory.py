@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 from pathlib import Path
@@ -19,10 +20,20 @@ TARGETS = {"ModelScope 256×256×16": 8, "AnimateDiff 512×512×16": 12.5}
 def test_counted_without_computing_is_what_really_happens():
     """Against the same sums over tensors that hold data."""
     row = training_memory.Row("wan-1.3b", 5, 32, 32)
-    counted, real = (training_memory.count(row, True, "tiny", real) for real in (False, True))
+    counted, real = (training_memory.count_whole(row, True, "tiny", real) for real in (False, True))
     assert counted["peak"] == pytest.approx(real["peak"], rel=0.02)
     del counted["peak"], real["peak"]
     assert counted == real
+
+
+def test_blocks_that_are_alike_add_the_same(monkeypatch):
+    """What is counted of a few gives what is counted of more."""
+    row, count_whole = training_memory.Row("wan-1.3b", 5, 32, 32), training_memory.count_whole
+    whole = functools.partial(count_whole, size="tiny", real=True)
+    monkeypatch.setattr(training_memory, "count_whole", whole)
+    monkeypatch.setattr(training_memory, "FEW_BLOCKS", (2, 4))
+    monkeypatch.setitem(training_memory.WAN_BLOCKS, "wan-1.3b", 7)
+    assert training_memory.count(row, True) == whole(row, True, blocks=7)
 
 
 def test_the_page_says_what_was_counted():
