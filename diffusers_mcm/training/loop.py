@@ -179,7 +179,7 @@ class Trainer:
         if self.last_checkpoint is not None:
             check_data(self.data_sizes, sizes, self.last_checkpoint, batches.skipped)
         self.data_sizes = sizes
-        self.waiting = Waiting(batches.videos.num_workers)
+        self.waiting = Waiting(batches.videos.num_workers, tells=self.accelerator.is_local_main_process)
         return batches
 
     # --- what it tells -----------------------------------------------------------------------------------------------
