@@ -131,8 +131,8 @@ class VideoDataset(KeyedDataset):
     in a list each is drawn equally often.
 
     Args:
-        source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), or a Hub
-            data set id.
+        source: a folder with `metadata.csv` or `.jsonl` (or such a table), WebDataset tars (folder or glob), the
+            address of one of these, or a Hub data set id.
         num_frames: frames per clip.
         frame_interval: every how many frames one is taken; shrinks to fit a short video. Default: 8, without `fps`.
         height, width: size of the clips: the shortest side is scaled, then the centre cropped.

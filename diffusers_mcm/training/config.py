@@ -105,7 +105,8 @@ class TrainingConfig(MethodConfig):
     # -- data
     video_data: str = _data(
         help="Videos with captions: a folder with metadata.csv or .jsonl, such a table of another name, a directory "
-        "or glob of WebDataset tars (mp4 + json), or a Hub data set id.",
+        "or glob of WebDataset tars (mp4 + json), the address of one of these (s3://, hf://, https://), or a Hub data "
+        "set id.",
         filled=True,
         **_source,
     )

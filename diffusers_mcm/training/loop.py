@@ -39,7 +39,7 @@ class Trainer(Run):
     def __init__(self, config: TrainingConfig):
         super().__init__(config)
         self.sums: dict[str, torch.Tensor] = {}  # the losses of a step that is not finished
-        self.waiting = Waiting(self.batches.videos.num_workers)
+        self.waiting = Waiting(self.batches.videos.num_workers, tells=self.accelerator.is_local_main_process)
         self.settled, self.stopping = True, False  # whether all that is trained is of `step`; whether all are to stop
         self.untold: set[str] = set()  # what there was no room for
 

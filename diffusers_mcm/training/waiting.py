@@ -21,10 +21,10 @@ class Waiting:
     `for batch in waiting.watch(batches)` goes over the batches as `for batch in batches` does.
     """
 
-    def __init__(self, num_workers: int, now: Callable[[], float] = time.perf_counter):
+    def __init__(self, num_workers: int, tells: bool = True, now: Callable[[], float] = time.perf_counter):
         self.num_workers, self.now = num_workers, now
         self._spent: deque[tuple[float, float]] = deque(maxlen=_BATCHES)  # seconds waiting for a batch, and in all
-        self._warned = False
+        self._warned = not tells  # of the processes on a machine, whose data come alike, one tells
 
     @property
     def share(self) -> float:

@@ -98,6 +98,16 @@ def test_a_tar_that_shrinks_while_it_is_read_costs_its_samples_only(tmp_path, cl
     assert dataset.skipped == {"1.tar/b.mp4": "its tar has become shorter since it was opened"}
 
 
+def test_a_tar_that_is_written_anew_while_it_is_read_costs_its_samples_only(tmp_path, clip):
+    """Even where other files of the same size have taken the places of its own."""
+    write_tar(tmp_path / "0.tar", {"a.mp4": clip, "a.txt": "one"})
+    write_tar(tmp_path / "1.tar", {"b.mp4": clip, "b.txt": "two"})
+    dataset = VideoDataset(tmp_path, num_frames=2, height=8, width=8)
+    write_tar(tmp_path / "1.tar", {"c.mp4": clip, "c.txt": "new"})
+    assert {dataset[i]["caption"] for i in range(8)} == {"one"}
+    assert dataset.skipped == {"1.tar/b.mp4": "its tar has changed since it was opened"}
+
+
 def many(changed, number=300, kind="mp4"):
     """Samples of which all json is alike but that of `changed`, a name and its content."""
     files = {}

@@ -14,7 +14,7 @@ class Clock:
         return self.seconds
 
 
-def watch(waits, work=1.0, num_workers=3):
+def watch(waits, work=1.0, num_workers=3, tells=True):
     """A run whose batches come after so many seconds each and take `work` seconds to train on."""
     clock = Clock()
 
@@ -23,7 +23,7 @@ def watch(waits, work=1.0, num_workers=3):
             clock.seconds += wait
             yield number
 
-    waiting = Waiting(num_workers, clock)
+    waiting = Waiting(num_workers, tells, clock)
     seen = []
     for number in waiting.watch(batches()):
         clock.seconds += work
@@ -42,6 +42,7 @@ def test_waiting_is_warned_of_once_with_what_to_do(caplog, monkeypatch):
     monkeypatch.setattr("diffusers_mcm.training.waiting.usable_cores", lambda: 8)
     with caplog.at_level(logging.WARNING):
         watch([9.0] + [0.2] * 200)
+        assert watch([9.0] + [0.5] * 200, tells=False).share == pytest.approx(1 / 3)
         assert not caplog.messages
         watch([9.0] + [0.5] * 200)
     (message,) = caplog.messages
