@@ -69,8 +69,8 @@ class DataRequest:
 
     The source is a folder with metadata (`metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`; captions optional
     for images) or such a table itself, a folder or a glob of WebDataset tars, the address of one of these, or a Hub
-    data set id. A local path wins over a Hub id. Columns of tars are the samples' fields ("mp4"), and "json.caption" is
-    a caption inside their json.
+    data set id. A local path wins over a Hub id. Columns of tars are the samples' fields ("mp4"), and "json.caption"
+    is a caption inside their json.
     """
 
     source: str
