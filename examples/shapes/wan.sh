@@ -1,0 +1,20 @@
+#!/bin/sh
+# Makes the miniature Wan, step by step: sh examples/shapes/wan.sh WORK
+# What is done is not done again, and what was stopped goes on from its checkpoint. WORK holds world, data, models, logs.
+set -e
+work=$1
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python}
+
+script() { # NAME OUTPUT FLAGS: train what is not there yet
+  [ -e "$2" ] && return
+  name=$1 output=$2
+  shift 2
+  echo "$(date '+%F %T') $name -> $output"
+  "$python" "$here/$name.py" --data "$work/data" --output "$output" --work "$work/logs" "$@"
+}
+
+[ -e "$work/world" ] ||
+  "$python" -m diffusers_mcm shapes build "$work/world" --num_frames 17 --videos 8256 --images 8256
+[ -e "$work/data/captions.json" ] || "$python" "$here/prepare.py" --built "$work/world" --data "$work/data"
+script train_wan_vae "$work/models/wan_vae" --checkpoint_every 50
