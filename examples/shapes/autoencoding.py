@@ -62,7 +62,7 @@ def like_a_sampler(latents: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 def picture_losses(reconstruction: torch.Tensor, x: torch.Tensor, *, decoder_only: bool) -> dict[str, torch.Tensor]:
-    """How far pictures (B, 3, H, W) are from what they should be: `pixel`, `edge`, `error`, and `loss`, which is minimised.
+    """How far pictures (B, 3, H, W) are off: `pixel`, `edge`, `error`, and `loss`, which is minimised.
 
     A decoder alone is to be sharp, hence absolute errors, for the median of what may be is sharper than the mean, and
     `steepness`.

@@ -91,7 +91,7 @@ class Clips:
     def draw(self, rng: np.random.Generator, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels (size, 3, length, H, W) in [-1, 1], and the numbers of colour and shape (size, 2)."""
         clips, said = [], []
-        for i in range(size):
+        for _ in range(size):
             # a batch may hold three clips, so that whose turn it is may not depend on the place alone
             name = "videos" if rng.random() < 0.5 else self.domains[rng.integers(len(self.domains))]
             number = rng.integers(len(self.said[name]))
