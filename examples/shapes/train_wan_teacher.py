@@ -18,20 +18,24 @@ from torch.nn import functional as F
 from train_teacher import CAPTION_DROPOUT, Latents, oracle_shares
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from diffusers_mcm.base_models.wan import TEXT_LENGTH, Wan
+from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT, TEXT_LENGTH, Wan
 from diffusers_mcm.shapes.captions import all_captions, spaced, training_captions
 
 TEXT_WIDTH = 64
 TEXT_TOKENS = 10  # of a caption, with the end of the text
+UNCONDITIONAL = ("", NEGATIVE_PROMPT)  # what stands for a caption that is left out: guidance may lead away from either
 TRAINING_SHIFT = 2.0  # of the σ that are trained: there is more to decide where there is more noise
 WATCH_SHIFT = 3.0  # of the σ that the oracle's videos are sampled at
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer that knows the grammar's words whole and everything else letter by letter."""
+    """A T5 tokenizer that knows the grammar's words whole and other Latin ones letter by letter.
+
+    What else stands in a row is one unknown token, so that Wan's negative prompt is as short as a caption.
+    """
     words = sorted({word for caption in all_captions() for word in str(caption).split()})
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [chr(c) for c in range(ord("A"), ord("Z") + 1)]
-    letters += [*"0123456789.,'-!?"]
+    letters += [*"0123456789"]
     pieces = [*(f"\u2581{word}" for word in words), "\u2581", *letters]
     vocabulary = ["<pad>", "</s>", "<unk>", *pieces]
     # unigrams: of the ways to cut a text the one with the best sum of scores is taken, so that whole words win
@@ -121,7 +125,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
     tokenizer, latents = build_tokenizer(), Latents(args.data)
-    captions = [*map(str, training_captions()), ""]
+    captions = [*map(str, training_captions()), *UNCONDITIONAL]
     padded = dict(padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt")
     tokens = dict(zip(captions, tokenizer(captions, **padded).input_ids))
     model = MiniatureWan(vae.config.z_dim, len(tokenizer)).eval()  # it has no dropout
@@ -131,8 +135,10 @@ def main() -> None:
         def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
             clips, words = latents.draw(rng, size)
             x = torch.from_numpy(clips).transpose(1, 2)[:, :, :length]  # (B, C, T, H, W)
-            dropped = rng.random(size) < CAPTION_DROPOUT
-            text = model.encode(torch.stack([tokens["" if drop else word] for drop, word in zip(dropped, words)]))
+            dropped = np.flatnonzero(rng.random(size) < CAPTION_DROPOUT)
+            for i in dropped:
+                words[i] = UNCONDITIONAL[rng.integers(2)]
+            text = model.encode(torch.stack([tokens[word] for word in words]))
             # one draw from each of B equal ranges: less variance from batch to batch than independent ones
             u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
             sigma = shifted(u, TRAINING_SHIFT)

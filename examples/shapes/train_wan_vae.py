@@ -142,8 +142,8 @@ def watch(vae: AutoencoderKLWan, folded: bool) -> dict:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=2400, batch=51, lr=1e-3)
-    p.add_argument("--picture_steps", type=int, default=800, help="of single pictures, before the clips")
+    p = parser(__doc__.splitlines()[0], steps=2900, batch=51, lr=1e-3)
+    p.add_argument("--picture_steps", type=int, default=300, help="of single pictures, before the clips")
     p.add_argument("--decoder_steps", type=int, default=1200, help="of the decoder alone, after them")
     p.add_argument("--watch_every", type=int, default=200)
     args = p.parse_args()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from diffusers_mcm.base_models.wan import TEXT_LENGTH, Wan, latent_statistics
+from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT, TEXT_LENGTH, Wan, latent_statistics
 from diffusers_mcm.shapes.captions import all_captions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
@@ -86,7 +86,10 @@ def test_the_tokenizer_knows_words_whole_and_others_by_letters(teacher_script, t
     lengths = {len(tokenizer(str(caption)).input_ids) for caption in all_captions()}
     assert max(lengths) == teacher_script.TEXT_TOKENS
     assert tokenizer.tokenize("a red circle") == ["▁a", "▁red", "▁circle"]
-    assert tokenizer.unk_token_id not in tokenizer("an odd Zebra, 5").input_ids
+    assert tokenizer.unk_token_id not in tokenizer("an odd Zebra 5").input_ids
+    negative = tokenizer(NEGATIVE_PROMPT).input_ids
+    assert negative == tokenizer(NEGATIVE_PROMPT.replace("，", ",")).input_ids  # as ftfy leaves it
+    assert len(negative) <= teacher_script.TEXT_TOKENS
     assert tokenizer("").input_ids == [tokenizer.eos_token_id]
 
 
