@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet3DConditionModel
 
-from diffusers_mcm import MCMPipeline
-from diffusers_mcm.consistency import FlowPath
 from diffusers_mcm.scheduler import MCMFlowScheduler
 from diffusers_mcm.shapes.build import build
 from diffusers_mcm.shapes.captions import held_out_captions
+from diffusers_mcm.shapes.methods import Method
 from tests.tiny import tiny_unet
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
@@ -94,27 +92,26 @@ def test_timesteps_are_the_networks_own_and_end_where_they_end(flow_teacher):
     assert flow_teacher.timestep_of(torch.tensor([0.0, 0.001, 0.999, 1.0])).tolist() == [0, 0, 999, 999]
 
 
-def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_path, monkeypatch, capsys):
+def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_path, monkeypatch):
     import flow
+    import scoring
 
     build(tmp_path / "world", num_videos=4, num_images=4, image_domains=["clean"])
     monkeypatch.setattr(flow, "RECIPE", flow.RECIPE | dict(train_batch_size=1, lora_rank=2, lora_alpha=2))
     monkeypatch.setattr(flow, "WEIGHTS", (0.5,))
-    monkeypatch.setattr(flow, "BASELINES", (flow.Sampled("flow", "euler", 1),))
-    monkeypatch.setattr(flow, "DISTILLED", (flow.Sampled("0.5", "mcm", 1),))
-    monkeypatch.setattr(flow, "held_out_captions", lambda: held_out_captions()[:1])
+    monkeypatch.setattr(flow, "BASELINES", (Method("flow-euler-1", "Euler", "euler", "mcm", 1),))
+    monkeypatch.setattr(flow, "distilled", lambda weight: [Method("adv", f"MCM, {weight}", str(weight), "mcm", 1)])
+    monkeypatch.setattr(scoring, "held_out_captions", lambda: held_out_captions()[:1])
     output, scores = tmp_path / "out", tmp_path / "scores.json"
     flags = [f"--output={output}", f"--scores={scores}", f"--world={tmp_path / 'world'}", "--steps=1", "--seeds=1"]
     flow.main(flags)
     record = json.loads(scores.read_text())
-    assert list(record["lines"]) == ["flow-euler-1", "0.5-mcm-1"]
-    assert all(np.isfinite(line["scores"]["all_right"]).all() for line in record["lines"].values())
+    assert list(record["methods"]) == ["flow-euler-1", "adv"] and record["protocol"]["shift"] == flow.SHIFT
+    assert all(len(line["all_right"]) == 3 for line in record["methods"].values())
     scheduler = json.loads((output / "adv-0.5" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["shift"]) == ("MCMFlowScheduler", flow.SHIFT)
-    pipeline = MCMPipeline.from_pretrained(output / "adv-0.5")
-    assert isinstance(pipeline.base_model.noise_path(pipeline.scheduler.config), FlowPath)
-    capsys.readouterr()
-    flow.main(flags)  # nothing is left to do
-    assert "euler" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was measured by another protocol, .*: name another file"):
-        flow.main([*flags, "--shift=5"])
+
+    monkeypatch.setattr(flow.subprocess, "run", lambda *_, **__: pytest.fail("it is trained already"))
+    monkeypatch.setattr(scoring.Networks, "sample", lambda *_: pytest.fail("it is sampled already"))
+    flow.main(flags)
+    assert json.loads(scores.read_text()) == record
