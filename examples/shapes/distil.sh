@@ -1,5 +1,6 @@
 #!/bin/sh
-# Distils the packaged teacher: [PROCESSES=2] sh distil.sh mcm|lcm WORLD OUTPUT [more flags of train_mcm_distill.py]
+# Distils a teacher: [PROCESSES=2] [TEACHER=FOLDER] sh distil.sh mcm|lcm WORLD OUTPUT [more flags of train_mcm_distill.py]
+# The teacher is mcm-shapes-teacher where no other is named.
 # MCM in two stages, the first in OUTPUT-appearance: a strong adversarial loss takes the appearance of the images, and some
 # of the motion with it; a weaker one keeps the appearance while the motion comes back. An OUTPUT-looks of before goes on.
 set -e
@@ -8,7 +9,7 @@ shift 3
 
 distil() {
   torchrun --nproc_per_node "${PROCESSES:-1}" "$(dirname "$0")/../train_mcm_distill.py" \
-    --pretrained_teacher_model mcm-shapes-teacher --video_data "$world/videos" \
+    --pretrained_teacher_model "${TEACHER:-mcm-shapes-teacher}" --video_data "$world/videos" \
     --frame_interval 1 --train_batch_size $((8 / ${PROCESSES:-1})) --lr_warmup_steps 20 --lora_rank 32 --lora_alpha 32 \
     --no_scale_lr --learning_rate 2e-4 --guidance_min 1 --guidance_max 1 \
     --num_solver_steps 8 --timesteps visited --fuse_lora --ema_decay 0.995 \

@@ -18,6 +18,7 @@ from ablate import ADVERSARY, RECIPE, words
 from flow_teacher import write_repository
 from scoring import FlowNetworks, add_scores
 
+from diffusers_mcm.consistency import FLOW_SHIFT
 from diffusers_mcm.location import WEIGHTS_NAME
 from diffusers_mcm.scheduler import MCMFlowScheduler
 from diffusers_mcm.shapes.figures import Study
@@ -25,7 +26,7 @@ from diffusers_mcm.shapes.methods import Method
 
 WEIGHTS = (0.05, 0.15, 0.5)  # of the adversarial loss
 STEPS = 600
-SHIFT = 3.0
+SHIFT = FLOW_SHIFT  # Euler 4 has 82 % all right of 60 training captions; with a shift of 3 it has 78, DDIM 80
 DISTIL = Path(__file__).resolve().parent / "distil_flow.py"
 # guidance of the teacher as in the packaged figures
 BASELINES = (

@@ -121,6 +121,7 @@ def main() -> None:
     p.add_argument("--frame_steps", type=int, default=900, help="of single frames, before the clips")
     p.add_argument("--frame_batch", type=int, default=96)
     p.add_argument("--watch_every", type=int, default=500)
+    p.add_argument("--watched", type=int, default=16, help="captions that are sampled and read")
     args = p.parse_args()
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
@@ -150,9 +151,9 @@ def main() -> None:
         return loss_step
 
     def watch(step: int, model: MiniatureWan) -> dict:
-        """What the oracle says of 16 training captions, Euler 16."""
+        """What the oracle says of training captions, Euler 16."""
         latents.refresh()
-        words = [str(caption) for caption in spaced(training_captions(), 16)]
+        words = [str(caption) for caption in spaced(training_captions(), args.watched)]
         with torch.no_grad():
             text = model.encode(torch.stack([tokens[word] for word in [*words, ""]]))
         shape = latents.shape[1], latents.shape[0], *latents.shape[2:]

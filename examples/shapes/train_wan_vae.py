@@ -35,7 +35,6 @@ from diffusers_mcm.shapes.render import render_video
 
 LATENT_CHANNELS = 16
 FASTEST = 2  # pixels that a still drifts from frame to frame, at most
-WATCHED = 12  # clips of each domain
 
 
 def build() -> AutoencoderKLWan:
@@ -123,10 +122,10 @@ def fold_normalisation(vae: AutoencoderKLWan, mean: torch.Tensor, deviation: tor
 
 
 @torch.no_grad()
-def watch(vae: AutoencoderKLWan, folded: bool) -> dict:
+def watch(vae: AutoencoderKLWan, folded: bool, count: int) -> dict:
     """How well whole clips come back, and whether they still read as what they are; clean ones are seen only here."""
     record = {}
-    captions = spaced(training_captions(), WATCHED)
+    captions = spaced(training_captions(), count)
     for domain in ("video", "clean"):
         clips = [render_video(c, 10**9 + i, domain, num_frames=17) for i, c in enumerate(captions)]
         x = to_pixels(np.stack(clips)).transpose(1, 2)
@@ -146,6 +145,7 @@ def main() -> None:
     p.add_argument("--picture_steps", type=int, default=300, help="of single pictures, before the clips")
     p.add_argument("--decoder_steps", type=int, default=1200, help="of the decoder alone, after them")
     p.add_argument("--watch_every", type=int, default=200)
+    p.add_argument("--watched", type=int, default=12, help="rendered clips of each domain that are looked at")
     args = p.parse_args()
     clips = Clips(Frames(args.data))
     torch.manual_seed(args.seed)
@@ -177,13 +177,18 @@ def main() -> None:
     def stage(name: str, model: WithWords, steps: int, lengths: tuple[int, ...], decoder_only: bool = False):
         stage_args = Namespace(**{**vars(args), "steps": steps})
         loss_step = loss_of(model, lengths, decoder_only)
-        seen = {"watch": lambda _, model: watch(model.vae, decoder_only), "watch_every": args.watch_every}
+        seen = {
+            "watch": lambda _, model: watch(model.vae, decoder_only, args.watched),
+            "watch_every": args.watch_every,
+        }
         return train(name, model, loss_step, stage_args, decay=0.995, **(seen if max(lengths) > 1 else {}))
 
     model = stage("wan_vae_pictures", model, args.picture_steps, (1,))
     model = stage("wan_vae", model, args.steps, (1, 5, 9, 9))
     rng = np.random.default_rng([args.seed, 1 << 30])
-    fold_normalisation(model.vae, *moments(model.vae, [clips.draw(rng, 8, 9)[0] for _ in range(32)]))
+    fold_normalisation(
+        model.vae, *moments(model.vae, [clips.draw(rng, max(2, args.batch // 9), 9)[0] for _ in range(32)])
+    )
     poor = clips.data.videos[:: max(1, len(clips.data.videos) // 256)]
     measured = moments(model.vae, [to_pixels(clip)[None].transpose(1, 2) for clip in poor])
     model.vae.register_to_config(latents_mean=measured[0].tolist(), latents_std=measured[1].tolist())

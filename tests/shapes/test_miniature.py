@@ -1,13 +1,17 @@
 """The scripts of the miniature Wan: what is particular to them, and two steps of each, to a pipeline that samples."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from diffusers_mcm import MCMPipeline
 from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT, TEXT_LENGTH, Wan, latent_statistics
+from diffusers_mcm.shapes.build import build
 from diffusers_mcm.shapes.captions import all_captions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
@@ -122,3 +126,29 @@ def test_latents_of_unit_scale_are_what_the_config_says(vae_script):
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.transpose(0, 1).flatten(1).std(1), torch.ones(16), rtol=0, atol=1e-4)
     assert latent_statistics(vae, latents)[1].flatten().tolist() == pytest.approx(deviation.tolist())
+
+
+def test_from_files_to_a_miniature_that_samples_as_stock_wan_does(run, tmp_path):
+    built, data, models, logs = (tmp_path / name for name in ("built", "data", "models", "logs"))
+    build(built, num_videos=16, num_images=4, num_frames=17)
+    run("prepare", built=built, data=data)
+    common = {"data": data, "work": logs, "watched": 1}
+    run("train_wan_vae", **common, output=models / "wan_vae", batch=17, picture_steps=1, steps=2, decoder_steps=1)
+    run("encode", data=data, vae=models / "wan_vae", blocks=2)
+    run("train_wan_teacher", **common, output=models / "wan", vae=models / "wan_vae", steps=2, batch=2, frame_steps=1)
+    run("package", models=models, work=logs, world=built, output=tmp_path / "packaged")
+
+    stems = {"wan_vae_pictures", "wan_vae", "wan_vae_decoder", "wan_teacher_frames", "wan_teacher"}
+    last = {file.stem: json.loads(file.read_text().splitlines()[-1]) for file in logs.glob("*.jsonl")}
+    assert set(last) == stems and all(np.isfinite(record["loss"]) for record in last.values())
+    folder = tmp_path / "packaged" / "mcm-shapes-wan-teacher"
+    assert {file.stem for file in (folder / "logs").iterdir()} == stems
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 20e6
+    ours, stock = MCMPipeline.from_pretrained(folder), WanPipeline.from_pretrained(folder)
+    prompt, latents = "a red circle growing on a white background", torch.randn(1, 16, 5, 8, 8)
+    video = ours(prompt, num_inference_steps=1, latents=latents, output_type="np").frames
+    assert video.shape == (1, 17, 64, 64, 3)
+    ours.scheduler = type(stock.scheduler).from_config(stock.scheduler.config)
+    same = dict(num_inference_steps=2, guidance_scale=2.0, latents=latents, output_type="np")
+    expected = stock(prompt, negative_prompt=NEGATIVE_PROMPT, height=64, width=64, num_frames=17, **same).frames
+    np.testing.assert_allclose(ours(prompt, **same).frames, expected, rtol=0, atol=1e-4)
