@@ -17,7 +17,7 @@ script() { # NAME OUTPUT FLAGS: train what is not there yet
 [ -e "$work/world" ] ||
   "$python" -m diffusers_mcm shapes build "$work/world" --num_frames 17 --videos 8256 --images 8256
 [ -e "$work/data/captions.json" ] || "$python" "$here/prepare.py" --built "$work/world" --data "$work/data"
-script train_wan_vae "$work/models/wan_vae" --checkpoint_every 50 --picture_steps 300 --steps 2900
+script train_wan_vae "$work/models/wan_vae" --checkpoint_every 25 --picture_steps 300 --steps 2900
 "$python" "$here/encode.py" --data "$work/data" --vae "$work/models/wan_vae"
 script train_wan_teacher "$work/models/wan" --vae "$work/models/wan_vae" --checkpoint_every 100
 teacher=$work/packaged/mcm-shapes-wan-teacher
