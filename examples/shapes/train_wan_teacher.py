@@ -115,6 +115,40 @@ def sample(model: MiniatureWan, text, blank, shape, generator, steps: int = 16, 
     return x
 
 
+def loss_of(model: MiniatureWan, latents: Latents, tokens: dict[str, torch.Tensor], size: int, length: int | None):
+    """The loss of a step: `size` clips, of which the first `length` latent frames are taken, or all."""
+
+    def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        clips, words = latents.draw(rng, size)
+        x = torch.from_numpy(clips).transpose(1, 2)[:, :, :length]  # (B, C, T, H, W)
+        for i in np.flatnonzero(rng.random(size) < CAPTION_DROPOUT):
+            words[i] = UNCONDITIONAL[rng.integers(len(UNCONDITIONAL))]
+        text = model.encode(torch.stack([tokens[word] for word in words]))
+        # one draw from each of B equal ranges: less variance from batch to batch than independent ones
+        u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+        sigma = shifted(u, TRAINING_SHIFT)
+        noise = torch.randn(x.shape, generator=generator)
+        x_t = x + sigma.view(-1, 1, 1, 1, 1) * (noise - x)
+        output = model.transformer(x_t, 1000 * sigma, with_padding(text), return_dict=False)[0]
+        return {"loss": F.mse_loss(output, noise - x)}
+
+    return loss_step
+
+
+@torch.no_grad()
+def watch(model: MiniatureWan, vae: AutoencoderKLWan, latents: Latents, tokens, count: int, file: Path) -> dict:
+    """What the oracle says of training captions, Euler 16; the videos are kept in a file."""
+    latents.refresh()
+    words = [str(caption) for caption in spaced(training_captions(), count)]
+    text = model.encode(torch.stack([tokens[word] for word in [*words, ""]]))
+    length, channels, *size = latents.shape
+    z = sample(model, text[:-1], text[-1:], (channels, length, *size), torch.Generator().manual_seed(0))
+    pixels = torch.cat([Wan().decode_video(vae, part) for part in z.split(4)])
+    frames = pixels.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+    np.save(file, frames)
+    return oracle_shares(frames, words)
+
+
 def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=8000, batch=16, lr=1e-3)
     p.add_argument("--vae", type=Path, required=True)
@@ -132,42 +166,13 @@ def main() -> None:
     model = MiniatureWan(vae.config.z_dim, len(tokenizer)).eval()  # it has no dropout
     pad_once(model.transformer, TEXT_TOKENS)
 
-    def loss_of(model: MiniatureWan, length: int | None, size: int):
-        def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
-            clips, words = latents.draw(rng, size)
-            x = torch.from_numpy(clips).transpose(1, 2)[:, :, :length]  # (B, C, T, H, W)
-            dropped = np.flatnonzero(rng.random(size) < CAPTION_DROPOUT)
-            for i in dropped:
-                words[i] = UNCONDITIONAL[rng.integers(2)]
-            text = model.encode(torch.stack([tokens[word] for word in words]))
-            # one draw from each of B equal ranges: less variance from batch to batch than independent ones
-            u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-            sigma = shifted(u, TRAINING_SHIFT)
-            noise = torch.randn(x.shape, generator=generator)
-            x_t = x + sigma.view(-1, 1, 1, 1, 1) * (noise - x)
-            output = model.transformer(x_t, 1000 * sigma, with_padding(text), return_dict=False)[0]
-            return {"loss": F.mse_loss(output, noise - x)}
-
-        return loss_step
-
-    def watch(step: int, model: MiniatureWan) -> dict:
-        """What the oracle says of training captions, Euler 16."""
-        latents.refresh()
-        words = [str(caption) for caption in spaced(training_captions(), args.watched)]
-        with torch.no_grad():
-            text = model.encode(torch.stack([tokens[word] for word in [*words, ""]]))
-        shape = latents.shape[1], latents.shape[0], *latents.shape[2:]
-        z = sample(model, text[:-1], text[-1:], shape, torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            pixels = Wan().decode_video(vae, z)
-        frames = pixels.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-        np.save(args.work / "wan_teacher_watch.npy", frames)
-        return oracle_shares(frames, words)
-
     frames_first = Namespace(**{**vars(args), "steps": args.frame_steps})
-    model = train("wan_teacher_frames", model, loss_of(model, 1, args.frame_batch), frames_first, decay=0.998)
-    watching = dict(watch=watch, watch_every=args.watch_every)
-    model = train("wan_teacher", model, loss_of(model, None, args.batch), args, decay=0.998, **watching)
+    loss_step = loss_of(model, latents, tokens, args.frame_batch, 1)
+    model = train("wan_teacher_frames", model, loss_step, frames_first, decay=0.998)
+    loss_step = loss_of(model, latents, tokens, args.batch, None)
+    file = args.work / "wan_teacher_watch.npy"
+    seen = {"watch": lambda _, model: watch(model, vae, latents, tokens, args.watched, file)}
+    model = train("wan_teacher", model, loss_step, args, decay=0.998, watch_every=args.watch_every, **seen)
     if int(os.environ.get("RANK", 0)) == 0:
         for block in model.transformer.blocks:
             block.attn2.set_processor(WanAttnProcessor())

@@ -127,20 +127,57 @@ def fold_normalisation(vae: AutoencoderKLWan, mean: torch.Tensor, deviation: tor
 @torch.no_grad()
 def watch(vae: AutoencoderKLWan, folded: bool, count: int) -> dict:
     """How well whole clips come back, and whether they still read as what they are; clean ones are seen only here."""
-    record = {}
-    captions = spaced(training_captions(), count)
-    for domain in ("video", "clean"):
-        clips = [render_video(c, 10**9 + i, domain, num_frames=17) for i, c in enumerate(captions)]
-        x = to_pixels(np.stack(clips)).transpose(1, 2)
-        z = vae.encode(x).latent_dist.mean
-        back = decode(vae, z if folded else normalise(z)).clamp(-1, 1)
-        record[f"{domain}_psnr"] = round(-10 * math.log10(float((back - x).square().mean()) / 4), 2)
-        frames = back.add(1).mul(127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-        readings = [read_video(clip) for clip in frames]
+    record, captions = {}, spaced(training_captions(), count)
+    truth = {
+        domain: [render_video(c, 10**9 + i, domain, num_frames=17) for i, c in enumerate(captions)]
+        for domain in ("video", "clean")
+    }
+    x = to_pixels(np.stack([clip for clips in truth.values() for clip in clips])).transpose(1, 2)
+    z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(4)])
+    z = z if folded else normalise(z)
+    back = torch.cat([decode(vae, part) for part in z.split(4)]).clamp(-1, 1)
+    errors = (back - x).square().unflatten(0, (2, -1)).flatten(1).mean(1) / 4
+    frames = back.add(1).mul(127.5).round().byte().permute(0, 2, 3, 4, 1).unflatten(0, (2, -1)).numpy()
+    for (domain, clips), error, found in zip(truth.items(), errors, frames):
+        readings = [read_video(clip) for clip in found]
+        sharp = np.nanmean([r.sharpness for r in readings]) / np.nanmean([read_video(c).sharpness for c in clips])
+        record[f"{domain}_psnr"] = round(-10 * math.log10(error), 2)
         record[f"{domain}_right"] = round(float(np.mean([all_right(r, c) for r, c in zip(readings, captions)])), 3)
-        truth = np.nanmean([read_video(clip).sharpness for clip in clips])
-        record[f"{domain}_sharpness"] = round(float(np.nanmean([r.sharpness for r in readings]) / truth), 3)
+        record[f"{domain}_sharpness"] = round(float(sharp), 3)
     return record
+
+
+def loss_of(model: WithWords, clips: Clips, frames: int, lengths: tuple[int, ...], decoder_only: bool):
+    """The loss of a step, on so many `frames` in clips of one of the `lengths`."""
+
+    def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        length = int(rng.choice(lengths))
+        x, said = clips.draw(rng, max(2, frames // length), length)
+        if decoder_only:
+            with torch.no_grad():
+                z = model.vae.encode(x).latent_dist.mean
+                mean, deviation = latent_statistics(model.vae, z)
+                z = like_a_sampler((z - mean) / deviation, generator) * deviation + mean
+        else:
+            z = normalise(model.vae.encode(x).latent_dist.mean)
+            word = word_loss(model.read, z, said, generator)
+            z = z + NOISE * torch.randn(z.shape, generator=generator)
+        pictures = (y.transpose(1, 2).flatten(0, 1) for y in (decode(model.vae, z), x))
+        losses = picture_losses(*pictures, decoder_only=decoder_only)
+        return losses if decoder_only else losses | {"loss": losses["loss"] + WORD_WEIGHT * word, "word": word}
+
+    return loss_step
+
+
+def finish_encoder(model: WithWords, clips: Clips, seed: int, size: int) -> None:
+    """Fold the normalisation of training in, say in the configuration what scale latents of poor videos have, and
+    freeze the encoder."""
+    rng, poor = np.random.default_rng([seed, 1 << 30]), clips.data.videos
+    fold_normalisation(model.vae, *moments(model.vae, [clips.draw(rng, size, 9)[0] for _ in range(32)]))
+    some = poor[:: max(1, len(poor) // 256)]
+    mean, deviation = moments(model.vae, [to_pixels(clip)[None].transpose(1, 2) for clip in some])
+    model.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    nn.ModuleList([model.vae.encoder, model.vae.quant_conv, model.read]).requires_grad_(False)
 
 
 def main() -> None:
@@ -154,32 +191,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = WithWords(build(), nn.Conv3d(LATENT_CHANNELS, WORDS, 1))
 
-    def loss_of(model: WithWords, lengths: tuple[int, ...], decoder_only: bool):
-        """`--batch` frames a step, in clips of one length."""
-
-        def loss_step(rng: np.random.Generator, generator: torch.Generator) -> dict[str, torch.Tensor]:
-            length = int(rng.choice(lengths))
-            x, said = clips.draw(rng, max(2, args.batch // length), length)
-            if decoder_only:
-                with torch.no_grad():
-                    z = model.vae.encode(x).latent_dist.mean
-                    mean, deviation = latent_statistics(model.vae, z)
-                    z = like_a_sampler((z - mean) / deviation, generator) * deviation + mean
-            else:
-                z = normalise(model.vae.encode(x).latent_dist.mean)
-                word = word_loss(model.read, z, said, generator)
-                z = z + NOISE * torch.randn(z.shape, generator=generator)
-            pictures = (y.transpose(1, 2).flatten(0, 1) for y in (decode(model.vae, z), x))
-            losses = picture_losses(*pictures, decoder_only=decoder_only)
-            if decoder_only:
-                return losses
-            return losses | {"loss": losses["loss"] + WORD_WEIGHT * word, "word": word}
-
-        return loss_step
-
     def stage(name: str, model: WithWords, steps: int, lengths: tuple[int, ...], decoder_only: bool = False):
         stage_args = Namespace(**{**vars(args), "steps": steps})
-        loss_step = loss_of(model, lengths, decoder_only)
+        loss_step = loss_of(model, clips, args.batch, lengths, decoder_only)
         seen = {
             "watch": lambda _, model: watch(model.vae, decoder_only, args.watched),
             "watch_every": args.watch_every,
@@ -188,14 +202,7 @@ def main() -> None:
 
     model = stage("wan_vae_pictures", model, args.picture_steps, (1,))
     model = stage("wan_vae", model, args.steps, (1, 5, 9, 9))
-    rng = np.random.default_rng([args.seed, 1 << 30])
-    fold_normalisation(
-        model.vae, *moments(model.vae, [clips.draw(rng, max(2, args.batch // 9), 9)[0] for _ in range(32)])
-    )
-    poor = clips.data.videos[:: max(1, len(clips.data.videos) // 256)]
-    measured = moments(model.vae, [to_pixels(clip)[None].transpose(1, 2) for clip in poor])
-    model.vae.register_to_config(latents_mean=measured[0].tolist(), latents_std=measured[1].tolist())
-    nn.ModuleList([model.vae.encoder, model.vae.quant_conv, model.read]).requires_grad_(False)
+    finish_encoder(model, clips, args.seed, max(2, args.batch // 9))
     model = stage("wan_vae_decoder", model, args.decoder_steps, (5, 9, 17), decoder_only=True)
     if int(os.environ.get("RANK", 0)) == 0:
         save_half(model.vae, args.output)
