@@ -194,11 +194,10 @@ def main() -> None:
     def stage(name: str, model: WithWords, steps: int, lengths: tuple[int, ...], decoder_only: bool = False):
         stage_args = Namespace(**{**vars(args), "steps": steps})
         loss_step = loss_of(model, clips, args.batch, lengths, decoder_only)
-        seen = {
-            "watch": lambda _, model: watch(model.vae, decoder_only, args.watched),
-            "watch_every": args.watch_every,
-        }
-        return train(name, model, loss_step, stage_args, decay=0.995, **(seen if max(lengths) > 1 else {}))
+        if max(lengths) == 1:  # so few steps that an average would hold much of where they began
+            return train(name, model, loss_step, stage_args)
+        seen = {"watch": lambda _, model: watch(model.vae, decoder_only, args.watched)}
+        return train(name, model, loss_step, stage_args, decay=0.995, watch_every=args.watch_every, **seen)
 
     model = stage("wan_vae_pictures", model, args.picture_steps, (1,))
     model = stage("wan_vae", model, args.steps, (1, 5, 9, 9))
