@@ -54,6 +54,8 @@ def build() -> AutoencoderKLWan:
     )
     initialise(vae)
     for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d):  # the past, which single pictures do not have, is learnt of clips
+            module.weight.data[:, :, :-1] = 0
         if name.endswith("time_conv"):  # at first each frame is what the last one that is read was
             frames, width = module.out_channels // module.in_channels, module.in_channels
             nn.init.zeros_(module.weight)
