@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import runpy
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,19 +16,6 @@ from diffusers_mcm.shapes.build import build
 from diffusers_mcm.shapes.captions import held_out_captions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Run a script as `python examples/shapes/NAME.py FLAGS` does."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def call(name: str, **flags) -> None:
-        words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-
-    return call
 
 
 def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
