@@ -1,5 +1,8 @@
 import argparse
+import os
 import random
+import time
+from pathlib import Path
 
 import kill
 import torch
@@ -19,10 +22,6 @@ def test_a_run_that_is_killed_goes_on_until_it_is_compared(tmp_path, monkeypatch
     """With a training that counts to three, of which each process is a real one."""
 
     def train(config: TrainingConfig) -> None:
-        import os
-        import time
-        from pathlib import Path
-
         folder = Path(config.output_dir)
         for step in (1, 2, 3):
             if os.environ["RANK"] == "0" and not (folder / f"checkpoint-{step}").is_dir():
@@ -41,9 +40,9 @@ def test_a_run_that_is_killed_goes_on_until_it_is_compared(tmp_path, monkeypatch
             kill.one_run({}, tmp_path / f"run-{run}", whole, seconds, results, options)
     assert results["kills"] >= 2 and results["runs"] == results["bitwise"] > 0
     assert kill.read_results(options.output)["kills"] >= 2
-    kill.one_run(
-        {}, tmp_path / "other", whole | {"/weights": torch.zeros(2)}, seconds, results | {"kills": 9}, options
-    )
+    other = results | {"kills": options.kills, "unlike": []}  # nobody is killed any more
+    kill.one_run({}, tmp_path / "other", whole | {"/weights": torch.zeros(2)}, seconds, other, options)
+    assert other["unlike"] == ["/weights"] and other["bitwise"] == results["bitwise"]
 
 
 def _config(folder):
@@ -51,13 +50,9 @@ def _config(folder):
     return TrainingConfig(pretrained_teacher_model="x", video_data="x", output_dir=str(folder))
 
 
-def test_a_process_that_does_not_end_by_itself_is_noticed(monkeypatch):
+def test_a_process_that_does_not_end_by_itself_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(kill, "LIMIT", 0.2)
-    monkeypatch.setattr(kill, "train", lambda config: __import__("time").sleep(60))
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        processes = kill.start(_config(Path(folder) / "run"), Path(folder) / "log")
-        killed, took = kill.kill(processes, "the main process", random.Random(0))
+    monkeypatch.setattr(kill, "train", lambda config: time.sleep(60))
+    processes = kill.start(_config(tmp_path / "run"), tmp_path / "log")
+    killed, took = kill.kill(processes, "the main process", random.Random(0))
     assert killed and took == float("inf")
