@@ -283,6 +283,11 @@ def _check_method(config: TrainingConfig) -> None:
         raise ValueError(f"--num_adversarial_frames ({judged}) must not exceed --num_frames ({frames}).")
     if frames < 2 and config.motion in ("diff", "corr"):
         raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+    if frames < 2 and config.lambda_temporal > 0:
+        raise ValueError(
+            f"--lambda_temporal {config.lambda_temporal:g} compares frames with later ones: --num_frames must be 2 or "
+            "more."
+        )
     if frames < 2 and config.lora_modules == "temporal":
         raise ValueError("--lora_modules temporal relates frames to each other: --num_frames must be 2 or more.")
     if not config.adversarial and config.image_data is not None:

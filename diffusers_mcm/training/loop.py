@@ -107,7 +107,7 @@ class Trainer:
         adversary = self.adversary(batch)
         losses = self.student.module(pixels, text, negative_text, self.draw(batch), adversary)
         self.accelerator.backward(losses.total)
-        self.record(loss=losses.total, consistency=losses.consistency)
+        self.record(loss=losses.total, consistency=losses.consistency, temporal=losses.temporal)
         if self.discriminator is None or adversary is None:
             return
         with self.accelerator.autocast():

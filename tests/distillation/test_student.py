@@ -102,6 +102,17 @@ def test_total_is_the_weighted_sum():
     torch.testing.assert_close(losses.total, losses.consistency + 0.25 * losses.generator.loss)
 
 
+def test_the_temporal_distance_adds_to_the_total_and_changes_nothing_else():
+    without, weighed = make_student(lambda_adv=0.25), make_student(lambda_adv=0.25, lambda_temporal=0.5)
+    draws = make_draws(without)
+    plain, losses = (each(PIXELS, TEXT, NEGATIVE, draws, make_adversary(each)) for each in (without, weighed))
+    assert plain.temporal is None and losses.temporal.item() > 0
+    assert torch.equal(plain.consistency, losses.consistency)
+    torch.testing.assert_close(losses.total, plain.total + 0.5 * losses.temporal)
+    alone = make_student(lambda_adv=0.0, lambda_temporal=0.5)(PIXELS, TEXT, NEGATIVE, draws)
+    torch.testing.assert_close(alone.total, plain.consistency + 0.5 * losses.temporal)
+
+
 @pytest.mark.parametrize("timestep, depends", [(999, False), (979, True)])
 def test_a_trajectory_from_the_terminal_timestep_knows_nothing_of_the_video(timestep, depends):
     student = make_student(lambda_real=1.0, lambda_adv=0.0)
