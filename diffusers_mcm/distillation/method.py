@@ -118,6 +118,13 @@ class MethodConfig(FlagConfig):
         "a clip. 0 leaves it out.",
         least=0,
     )
+    lambda_change: float = _ours(
+        0.0,
+        help="Weight of a second adversarial loss, whose heads see how the discriminator's features change from each "
+        "frame that it judges to the next, in generated clips and in the videos themselves, whatever --image_data is: "
+        "against shapes that change within a clip. 0 makes no such heads.",
+        least=0,
+    )
     num_solver_steps: int = _method(50, help="Steps of the teacher's solver grid.", above=0)
     shift: float | None = _ours(
         None,

@@ -18,7 +18,7 @@ from .draws import StepDraws
 from .losses import pseudo_huber, temporal_distance
 from .method import MethodConfig
 from .teacher import teacher_step
-from .trajectory import mixed_start, noisy_start, pick_frames
+from .trajectory import mixed_start, neighbours, noisy_start, pick_frames
 
 
 class StudentLosses(NamedTuple):
@@ -97,6 +97,10 @@ class Student(nn.Module):
         if adversary is None:
             return StudentLosses(total, distance, temporal=temporal)
         frames = pick_frames(pixels.shape[2], draws.frames)  # (B, l)
-        images = self.base.decode_frames(self.vae, prediction, frames, config.frame_decoder)
-        generator = adversary.generator_loss(images)
-        return StudentLosses(total + config.lambda_adv * generator.loss, distance, generator, temporal)
+        decode = partial(self.base.decode_frames, self.vae, prediction, decoder=config.frame_decoder)
+        beside = decode(neighbours(frames, pixels.shape[2])) if config.lambda_change else None
+        generator = adversary.generator_loss(decode(frames), beside)
+        total = total + config.lambda_adv * generator.loss
+        if generator.change_loss is not None:
+            total = total + config.lambda_change * generator.change_loss
+        return StudentLosses(total, distance, generator, temporal)

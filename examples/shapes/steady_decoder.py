@@ -1,8 +1,8 @@
 """Trains the decoder of the shapes world to draw steady outlines from the latents that a few-step sampler leaves.
 
-What such a sampler gets wrong of a latent is different in every frame, and the packaged decoder draws it: a clean frame's
-latents with noise of deviation 0.2 wobble as much as a sampled video. Here every latent is noisy, and what is asked
-for beside `train_vae.py --decoder_only` is the outline as a whole. Latents, and so teacher and LoRA, stay as they are.
+What such a sampler gets wrong of a latent is different in every frame, and the packaged decoder draws it: latents of
+clean frames with noise of deviation 0.2 wobble as much as a sampled video. Here every latent is noisy, and what is
+asked for beside `train_vae.py --decoder_only` is the outline as a whole. Latents, teacher and LoRA stay as they are.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
-from diffusers_mcm.distillation.adversarial import AdversarialStep
+from diffusers_mcm.distillation.adversarial import AdversarialStep, RealPairs
 from diffusers_mcm.distillation.draws import Coins, draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
 from diffusers_mcm.distillation.student import Student
@@ -55,12 +55,29 @@ TEXT, NEGATIVE = encode(CAPTIONS[:2]), encode(["", ""])
 
 
 def make_adversary(student):
-    discriminator = tiny_discriminator()
+    discriminator = tiny_discriminator(judges_changes=student.config.lambda_change > 0)
     text, real_text = discriminator.encode_text(CAPTIONS[:2]).repeat_interleave(2, 0), random_tensor(4, 12)
     draws = draw_adversarial(0, INDICES, 2)
+    pair = (random_tensor(4, 3, SIZE, SIZE, seed=seed) for seed in (2, 3))
+    pairs = RealPairs(*pair, text) if student.config.lambda_change else None
     return AdversarialStep(
-        discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text
+        discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text, pairs
     )
+
+
+def student_prediction(student, draws) -> torch.Tensor:
+    """What the student says of the clean latents, found out from what is decoded of them."""
+    seen = []
+
+    class Watched(type(student.base)):
+        def decode_frames(self, vae, latents, *arguments, **options):
+            seen.append(latents)
+            return super().decode_frames(vae, latents, *arguments, **options)
+
+    base, student.base = student.base, Watched()
+    student(PIXELS, TEXT, NEGATIVE, draws, make_adversary(student))
+    student.base = base
+    return seen[0]
 
 
 def in_double(draws):

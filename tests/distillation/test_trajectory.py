@@ -8,6 +8,7 @@ from diffusers_mcm.distillation.trajectory import (
     TIMESTEPS,
     VISITING_STEPS,
     mixed_start,
+    neighbours,
     noisy_start,
     one_step_sample,
     pick_frames,
@@ -163,3 +164,10 @@ def test_visited_timesteps_are_the_grid_and_what_sampling_visits(path, grid_step
     assert TIMESTEPS["visited"](grid).tolist() == expected
     assert TIMESTEPS["uniform"](grid).tolist() == grid.tolist()
     assert TIMESTEPS["visited"](grid).dtype == torch.int64
+
+
+def test_neighbours_lie_one_frame_on_but_for_the_last():
+    frames = torch.tensor([[0, 3], [2, 1]])
+    assert neighbours(frames, 4).tolist() == [[1, 2], [3, 2]]
+    with pytest.raises(ValueError, match="a clip of 1 has no neighbour: expected 2 frames or more"):
+        neighbours(torch.zeros(1, 1, dtype=torch.long), 1)
