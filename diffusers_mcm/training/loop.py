@@ -25,7 +25,7 @@ from .checkpoint import RunRecord, find_checkpoint, go_on, load_checkpoint, save
 from .config import TrainingConfig
 from .defaults import with_base_defaults
 from .disk import room_for, size_of
-from .networks import build_networks, teacher_index
+from .networks import CachedTextEncoder, build_networks, teacher_index
 from .output import prepare_push, push_to_hub, unusable, write_lora_folder
 from .resuming import check_data, check_identity, check_same_everywhere, circumstances, identity, told_changes
 from .tracking import LossLog, PictureLog, check_finite, saved_in
@@ -169,17 +169,17 @@ class Trainer:
             encode_text(batch.fake_texts)["embedding"],
             batch.images.to(self.device),
             encode_text(batch.real_texts)["embedding"],
-            self.real_pairs(batch, draws) if self.config.lambda_change else None,
+            self.real_pairs(batch, draws, encode_text) if self.config.lambda_change else None,
         )
 
-    def real_pairs(self, batch: Batch, draws: StepDraws) -> RealPairs:
+    def real_pairs(self, batch: Batch, draws: StepDraws, encode_text: CachedTextEncoder) -> RealPairs:
         """Those frames of the videos that the student's are decoded at, and the ones beside them."""
         clips, count = batch.pixels.to(self.device).transpose(1, 2), batch.pixels.shape[2]  # (B, T, 3, H, W)
         frames = pick_frames(count, draws.frames)
         samples = torch.arange(len(clips), device=self.device)[:, None]
-        pair = (clips[samples, each].flatten(0, 1) for each in (frames, neighbours(frames, count)))
+        images, beside = (clips[samples, each].flatten(0, 1) for each in (frames, neighbours(frames, count)))
         captions = [caption for caption in batch.captions for _ in range(frames.shape[1])]
-        return RealPairs(*pair, self.networks.discriminator_text(captions)["embedding"])
+        return RealPairs(images, beside, encode_text(captions)["embedding"])
 
     def open_batches(self) -> Batches:
         batches = build_batches(self.config, self.data, self.step, self.accelerator)
