@@ -16,7 +16,7 @@ from train_vae import NOISE, STEEPNESS_WEIGHT, edges, emphasis, spread, steepnes
 
 from diffusers_mcm.shapes.steadiness import MIN_DISTANCE
 
-SOFTNESS = 0.1  # of an outline: colour distance over which a pixel comes to count as the shape's
+SOFTNESS = 0.05  # of an outline: colour distance over which a pixel comes to count as the shape's
 
 
 def soft_masks(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:

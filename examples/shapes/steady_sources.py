@@ -15,6 +15,7 @@ import torch
 
 from diffusers_mcm import MCMScheduler, make_scheduler
 from diffusers_mcm.files import write_text
+from diffusers_mcm.scheduler import MCMSchedulerOutput
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced
 from diffusers_mcm.shapes.methods import Networks
 from diffusers_mcm.shapes.render import render_video
@@ -36,14 +37,13 @@ class LessNoise(MCMScheduler):
     eta = 1.0
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        fresh, x_0 = super().step(model_output, timestep, sample, generator, return_dict=False)
-        if self.step_index == self.num_inference_steps:  # the last step adds none
-            return fresh, x_0
-        alpha_t, sigma_t = self.coefficients(timestep)
-        alpha, sigma = self.coefficients(self.timesteps[self.step_index])
-        own = (sample - alpha_t * x_0) / sigma_t
-        noise = (fresh - alpha * x_0) / sigma
-        return alpha * x_0 + sigma * (self.eta * noise + (1 - self.eta**2) ** 0.5 * own), x_0
+        prev_sample, x_0 = super().step(model_output, timestep, sample, generator, return_dict=False)
+        if self.step_index < self.num_inference_steps:  # the last step adds none
+            alpha_t, sigma_t = self.coefficients(timestep)
+            alpha, sigma = self.coefficients(self.timesteps[self.step_index])
+            fresh, own = (prev_sample - alpha * x_0) / sigma, (sample - alpha_t * x_0) / sigma_t
+            prev_sample = alpha * x_0 + sigma * (self.eta * fresh + (1 - self.eta**2) ** 0.5 * own)
+        return MCMSchedulerOutput(prev_sample, x_0) if return_dict else (prev_sample, x_0)
 
     def coefficients(self, timestep) -> tuple[torch.Tensor, torch.Tensor]:
         """α and σ of a timestep."""
