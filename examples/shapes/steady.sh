@@ -33,8 +33,8 @@ lora() { # NAME [more flags of train_mcm_distill.py]
   measure "$name-decoder" "$output/$name" --vae "$output/decoder/vae"
 }
 
-measure packaged mcm-shapes
 decoder decoder --steps "${DECODER_STEPS:-2000}"
+measure packaged mcm-shapes
 measure packaged-decoder mcm-shapes --vae "$output/decoder/vae"
 lora paper
 lora temporal --lambda_temporal 1
