@@ -65,7 +65,7 @@ class Patches(torch.nn.Module):
 def small_discriminator(monkeypatch):
     """Such features, and clips that are not decoded, at which nothing here looks."""
 
-    def build(features, text, generator, **options):
+    def build(features, text, generator, judges_changes, **options):
         heads = DiscriminatorHeads(1, FEATURE_DIM, TEXT_DIM, generator)
         return Discriminator(Patches(), heads, TextFeatures(tiny_clip_text(), tiny_tokenizer()), **options)
 
