@@ -48,16 +48,18 @@ def test_two_processes_equal_one_big_batch(world, tmp_path, double):
     """The script, run in two processes over gloo from another directory, against one process with all samples.
 
     Four clips are broken: each process meets some of them, one of them both, and each is counted once. In float64 the
-    two fuse the LoRA, which the one does not. In float32 the two have as many worker processes as is usual.
+    two fuse the LoRA, which the one does not, and how the clips change is judged as well. In float32 the two have as
+    many worker processes as is usual.
     """
+    beyond = dict(lambda_temporal=0.5, lambda_change=0.5) if double else {}
     world = world | {"video_data": str(add_broken(Path(shutil.copytree(world["video_data"], tmp_path / "videos"))))}
     with double_precision() if double else nullcontext():
-        one = Trainer(tiny_config(world, tmp_path / "one", train_batch_size=4, **SPLIT))
+        one = Trainer(tiny_config(world, tmp_path / "one", train_batch_size=4, **beyond, **SPLIT))
         start = flatten(one.state())
         one.train()
     options = dict(train_batch_size=2, checkpointing_steps=2, fuse_lora=double)
     options |= {} if double else dict(dataloader_num_workers=None)
-    two = tiny_config(world, tmp_path / "two", **options, **SPLIT)
+    two = tiny_config(world, tmp_path / "two", **options, **beyond, **SPLIT)
     said = train_in_two_processes(two, tmp_path, *([DOUBLE] if double else []))
     state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
     assert_same_training(start, flatten(one.state()), flatten(state), double)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.data import ImageDataset, VideoDataset
+from diffusers_mcm.distillation.adversarial import GeneratorLoss
 from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads
 from diffusers_mcm.features import TextFeatures
 from diffusers_mcm.training.batches import choose_image_text
@@ -64,7 +65,7 @@ class Patches(torch.nn.Module):
 def small_discriminator(monkeypatch):
     """Such features, and clips that are not decoded, at which nothing here looks."""
 
-    def build(features, text, generator, **options):
+    def build(features, text, generator, judges_changes, **options):
         heads = DiscriminatorHeads(1, FEATURE_DIM, TEXT_DIM, generator)
         return Discriminator(Patches(), heads, TextFeatures(tiny_clip_text(), tiny_tokenizer()), **options)
 
@@ -116,10 +117,11 @@ class Experiment:
         for step in range(STEPS):
             batch = batches[step % len(batches)]
             prompts = [caption for caption in batch.captions for _ in range(2)]
-            adversary = trainer.adversary(change_texts(batch))
+            batch = change_texts(batch)
+            adversary = trainer.adversary(batch, trainer.draw(batch))
             fake = change_fakes(torch.stack([self.draw(prompt) for prompt in prompts]))
-            features = discriminator.extract(fake, adversary.draws.fake)
-            loss, _ = adversary.discriminator_loss(trainer.discriminator.module, features)
+            generated = GeneratorLoss(fake, discriminator.extract(fake, adversary.draws.fake))
+            loss, *_ = adversary.discriminator_loss(trainer.discriminator.module, generated)
             loss.backward()
             trainer.discriminator.update(None)
             discriminator.heads.update_spectral_norm()
