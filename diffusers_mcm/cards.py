@@ -9,7 +9,7 @@ from typing import Any
 
 from .hub import PACKAGED_MODELS, is_local, public_name
 from .location import SCHEDULER_NAME, Location
-from .settings import CONFIG_NAME, Settings
+from .settings import CONFIG_NAME, EXPERTS, HIGH_NOISE, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME = "README.md", "sample.mp4"
@@ -18,6 +18,7 @@ SCORES_NAMES = ("evaluation.json", "scores.json")
 # Of a student on the flow path, where neither its scheduler nor its training is known: what it is trained with if
 # nobody says otherwise (`consistency.FLOW_SHIFT` and `FLOW_STEPS`, which take torch along).
 FLOW_SHIFT, FLOW_GRID = 5.0, 48
+BOUNDARY = 0.875  # of Wan 2.2 A14B, where a pair does not say where its experts meet
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -73,6 +74,30 @@ frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0$size).fr
 
 That is `MCMFlowScheduler(shift=$shift, stochastic=False)` of diffusers-mcm. diffusers' `FlowMatchLCMScheduler` is not
 for this: it shifts twice."""
+_WITH_WAN_PAIR = """```python
+from functools import partial
+
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+$resolve
+pipe = WanPipeline.from_pretrained($repository)
+pipe.load_lora_weights($adapter, weight_name="high_noise_model.safetensors")
+pipe.load_lora_weights($adapter, weight_name="low_noise_model.safetensors", load_into_transformer_2=True)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+sigmas = $sigmas  # of the grid with a shift of $shift
+pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+frames = pipe("$prompt", num_inference_steps=$steps, guidance_scale=1.0$size).frames[0]
+```
+
+These are Euler steps without fresh noise, as `MCMFlowScheduler(shift=$shift, boundary=$boundary, stochastic=False)` of
+diffusers-mcm takes them. Where the experts meet, at $boundary, there has to be a step, a hair below it, so that the
+second is asked. Schedulers that choose their own points step over it, beyond what the first expert learnt."""
+_TO_A_PAIR = """Both halves go into one folder, which `diffusers-mcm push` publishes as a pair:
+
+```bash
+diffusers-mcm convert $where pair --to diffusers
+```
+
+"""
 _CONVERTED = """{reason}:
 
 ```bash
@@ -83,6 +108,7 @@ diffusers-mcm convert $where --to {layout} mcm
 _NO_LOADER = "Its pipeline of this base model has no LoRA loader, so PEFT puts the LoRA in"
 _NO_PEFT_KEYS = "Its LoRA loader passes over PEFT's keys, so they have to be converted"
 _WAN = ("wan", "wan-ti2v")
+_WITH_EXPERTS = "wan-a14b"
 _STOCK = {
     ("modelscope", "diffusers"): _CONVERTED.format(reason=_NO_LOADER, layout="peft", code=_WITH_PEFT),
     ("modelscope", "peft"): f"{_NO_LOADER}:\n\n{_WITH_PEFT}",
@@ -90,6 +116,7 @@ _STOCK = {
     ("animatediff", "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_LORA_LOADER),
     **{(name, "diffusers"): _WITH_WAN for name in _WAN},
     **{(name, "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_WAN) for name in _WAN},
+    (_WITH_EXPERTS, "diffusers"): _WITH_WAN_PAIR,
 }
 _SAMPLE = '\n<video src="{0.file}" controls autoplay loop muted></video>\n\n*{0.prompt}*\n'
 _COMFYUI_WAN = """Its LoRA loader knows the names that Wan's authors gave the modules, and no others:
@@ -106,8 +133,28 @@ diffusers-mcm convert $where --to comfyui mcm.safetensors
 
 The sampler `lcm` adds fresh noise in each step, as diffusers-mcm does; `euler` adds none. With `simple` both visit the
 timesteps of this LoRA's grid. This follows from reading its sources; it was not run in it."""
+_COMFYUI_PAIR = """Its LoRA loader knows the names that Wan's authors gave the modules, and no others:
+
+```bash
+diffusers-mcm convert $where --to comfyui comfyui_pair
+```
+
+| node | setting |
+|---|---|
+| LoraLoaderModelOnly, after the model for high noise | `high_noise_model.safetensors`, strength 1 |
+| LoraLoaderModelOnly, after the one for low noise | `low_noise_model.safetensors`, strength 1 |
+| ManualSigmas | `$sigmas_to_0` |
+| SplitSigmas | step $first_steps |
+| KSamplerSelect | `euler` |
+| SamplerCustom, with the first model and `high_sigmas` | cfg 1, add_noise true |
+| SamplerCustom, with the second, the latent of the first, and `low_sigmas` | cfg 1, add_noise false |
+
+The sigmas are the points of this LoRA's grid, with its shift of $shift; no ModelSamplingSD3 is needed. The sampler
+`lcm` would add fresh noise where the experts meet, at $boundary, where the second starts from what the first predicts.
+This follows from reading its sources; it was not run in it."""
 _COMFYUI = {
     **dict.fromkeys(_WAN, _COMFYUI_WAN),
+    _WITH_EXPERTS: _COMFYUI_PAIR,
     "modelscope": "ComfyUI has no loader for this base model, and so nothing that could take the LoRA.",
     "animatediff": """Its LoRA loader leaves motion layers out, so they go into a motion module:
 
@@ -155,15 +202,21 @@ def render_card(
     scores: Sequence[Mapping[str, Any]] = (),
     about: str = "",
     training_note: str = "From the configuration that was saved with the weights.",
+    second: Settings | None = None,
     **more: Any,
 ) -> str:
     """The card's text. A sample in the settings lies beside the card and is shown.
+
+    The settings of one expert's LoRA make the card of half a pair, and together with those of the other, which are
+    `second`, the card of both.
 
     `place` is the repository, and the subfolder in it, where the LoRA will be, `layout` that of its keys
     (`"diffusers"` or `"peft"`), `scheduler` the configuration of its sampler. `scores` are tables: `about`, `columns`
     and `rows` (each a label and then the cells). `about` is a paragraph on this LoRA, `training_note` says where the
     training's settings are known from, and `more` are fields of the card's YAML, such as `license_link`.
     """
+    trainings = [settings] if second is None else [settings, second]
+    settings = settings if second is None else replace(settings, expert=None)
     prompt = settings.prompt or DEFAULT_PROMPT
     base, *extra = _repositories(settings)
     subfolder = place.subfolder
@@ -186,6 +239,9 @@ def render_card(
     elif layout == "peft":
         values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
     values |= _on_flow_path(settings, scheduler or {})
+    if settings.expert:
+        values |= _half(settings.expert, place.name)
+        stock = _TO_A_PAIR + stock
     appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
@@ -193,27 +249,72 @@ def render_card(
         values,
         front_matter=_front_matter(settings, prompt, more),
         title=title,
+        what=_what(settings, trainings),
+        calls=(calls := "two to eight" if kind == _WITH_EXPERTS else "one to eight"),
+        steps_told=calls.capitalize(),
         base="\nwith ".join(map(_link, _repositories(settings))),
         appearance=appearance,
-        about=f"\n{about}\n" if about else "",
+        about="".join(f"\n{each}\n" for each in (about, _about_half(settings)) if each),
         sample=_SAMPLE.format(sample) if (sample := settings.sample) else "",
         stock=Template(stock).substitute(values),
         comfyui=Template(_COMFYUI.get(kind, "Not known for this base model.")).substitute(values),
-        training=_training_section(settings, training_note),
+        training=_training_section(trainings, training_note),
         scores="\n\n".join(map(_scores_table, scores)) or "None were measured, or none are recorded with the weights.",
     )
+
+
+def _what(settings: Settings, trainings: Sequence[Settings]) -> str:
+    if settings.expert:
+        return "Half of a motion consistency model: one LoRA of two, with which together"
+    return "A motion consistency model: a " + ("LoRA" if len(trainings) == 1 else "pair of LoRAs") + " with which"
+
+
+def _about_half(settings: Settings) -> str:
+    """Which half of a pair a LoRA is, and what it needs; nothing for a whole one."""
+    if not settings.expert:
+        return ""
+    where = "begins a video" if settings.expert == HIGH_NOISE else "finishes it"
+    other = next(each for each in EXPERTS if each != settings.expert)
+    boundary = "" if settings.boundary is None else f" The two meet at σ = {settings.boundary}."
+    return (
+        f"**This is the half for the {settings.expert} expert**, which {where}. It is used together with a LoRA for"
+        f" the {other} expert that was distilled for the same sampler, never alone.{boundary}"
+    )
+
+
+def _half(expert: str, name: str) -> dict[str, str]:
+    """What differs in the code of a card for half a pair: both halves are named, the high-noise one first."""
+    high, low = (name if each == expert else f"path/to/{each}" for each in EXPERTS)
+    return {"load": f'("{high}", "{low}")', "where": f"{high} {low}", "adapter": '"pair"'}
 
 
 def _on_flow_path(settings: Settings, scheduler: Mapping[str, Any]) -> dict[str, str]:
     """What a card says of the grid of a student on the flow path, and of the size of its clips."""
     grid, steps = int(scheduler.get("original_inference_steps", FLOW_GRID)), settings.steps
     size = {name: getattr(settings.sampling, name) for name in ("height", "width", "num_frames")}
+    shift = float(scheduler.get("shift") or settings.training.get("shift") or FLOW_SHIFT)
+    points = [grid - i * grid // steps for i in range(steps)]  # as `MCMFlowScheduler` chooses them
+    boundary = settings.boundary or scheduler.get("boundary") or BOUNDARY
+    sigmas = _with_boundary([shift * point / (grid + (shift - 1) * point) for point in points], boundary)
     return {
-        "shift": str(float(scheduler.get("shift") or settings.training.get("shift") or FLOW_SHIFT)),
+        "shift": str(shift),
         "grid": str(grid),
-        "points": str([grid - i * grid // steps for i in range(steps)]),  # as `MCMFlowScheduler` chooses them
+        "points": str(points),
+        "boundary": str(boundary),
+        "sigmas": str(sigmas),
+        "sigmas_to_0": ", ".join(map(str, [*sigmas, 0.0])),
+        "first_steps": str(sum(sigma >= boundary for sigma in sigmas)),
         "size": "".join(f", {name}={value}" for name, value in size.items() if value),
     }
+
+
+def _with_boundary(sigmas: list[float], boundary: float) -> list[float]:
+    """The points of sampling with two experts: of those that are not above the boundary the first is a hair below it.
+
+    `MCMFlowScheduler` chooses the same; of two steps or more the second expert has one.
+    """
+    first = next((i for i, sigma in enumerate(sigmas) if sigma <= boundary + 1e-6), max(len(sigmas) - 1, 1))
+    return [round(boundary - 1e-6 if i == first else sigma, 6) for i, sigma in enumerate(sigmas)]
 
 
 def render_folder_card(folder: Path, repository: str, settings: Settings | None = None, **more: Any) -> str:
@@ -226,7 +327,7 @@ def render_folder_card(folder: Path, repository: str, settings: Settings | None 
         settings = replace(settings, sample=None)
     title, there = repository.rpartition("/")[2], Location(repository, remote=True)
     scores = [found.get("table", found) for name in SCORES_NAMES if (found := here.json(name))]
-    scheduler = here.json(SCHEDULER_NAME)
+    scheduler = more.pop("scheduler", None) or here.json(SCHEDULER_NAME)
     return render_card(settings, title=title, place=there, scheduler=scheduler, scores=scores, **more)
 
 
@@ -259,12 +360,18 @@ def _link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
-def _training_section(settings: Settings, note: str) -> str:
-    rows = settings.training_rows()
-    if not rows:
+def _training_section(trainings: Sequence[Settings], note: str) -> str:
+    """The trainings of a LoRA, or of both of a pair in columns beside each other."""
+    rows = [each.training_rows() for each in trainings]
+    if not any(rows):
         return "No configuration of the training was saved with the weights."
-    cells = [f"| {label} | {', '.join(map(_text, row))} |" for label, row in rows.items()]
-    return "\n".join([note, "", "| | |", "|---|---|", *cells])
+    labels = list(dict.fromkeys(label for each in rows for label in each))
+    cells = [[", ".join(map(_text, each.get(label, [None]))) for each in rows] for label in labels]
+    names = [""] if len(rows) == 1 else list(EXPERTS)
+    lines = [f"| {' | '.join([label, *row])} |" for label, row in zip(labels, cells)]
+    return "\n".join(
+        [note, "", f"| | {' | '.join(names)} |" if len(rows) > 1 else "| | |", "|" + "---|" * (1 + len(rows)), *lines]
+    )
 
 
 def _text(value: Any) -> str:

@@ -1,12 +1,13 @@
 """Publishing a LoRA folder on the Hub: all of it in one commit, or nothing."""
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,22 @@ from .cards import (
 )
 from .files import atomic_files, disk_full_told, write_text
 from .location import INDEX_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
-from .lora import LoRA, find_pair, open_safetensors, read_beside, read_lora, write_lora_weights, write_settings
-from .settings import CONFIG_NAME, Sample, Settings
+from .lora import (
+    LoRA,
+    LoRAPair,
+    as_pair,
+    check_alike,
+    find_pair,
+    half_named,
+    open_safetensors,
+    read_beside,
+    read_loras,
+    write_lora_pair,
+    write_lora_weights,
+    write_safetensors,
+    write_settings,
+)
+from .settings import CONFIG_NAME, EXPERTS, Sample, Settings
 from .text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -53,9 +68,13 @@ class Destination:
 
 
 def publish_lora(
-    folder: str | os.PathLike, destination: Destination, base_model: str | None = None, lora: LoRA | None = None
+    folder: str | os.PathLike,
+    destination: Destination,
+    base_model: str | None = None,
+    lora: LoRA | LoRAPair | None = None,
 ) -> str:
-    """Put a LoRA folder, as training and `save_mcm_lora` write it or with PEFT's files, on the Hub in one commit.
+    """Put a LoRA folder, as training and `save_mcm_lora` write it or with PEFT's files, on the Hub in one commit; so,
+    too, the pair of LoRAs for two experts.
 
     Everything is read and checked before the Hub is asked anything: `ValueError` for a folder that cannot be published
     as it is. After a `PublishError` the same call finishes the job; what was uploaded is not uploaded again.
@@ -155,46 +174,38 @@ def _told_plainly(destination: Destination, outcome: str) -> Iterator[Any]:
 
 # --- what is published -----------------------------------------------------------------------------------------------
 def stage_lora(
-    folder: Path, target: Path, repo_id: str, base_model: str | None = None, lora: LoRA | None = None
+    folder: Path, target: Path, repo_id: str, base_model: str | None = None, lora: LoRA | LoRAPair | None = None
 ) -> None:
     """Write what will be published of a LoRA folder into `target`; `ValueError` if it cannot be."""
-    _check_one_lora(folder, repo_id)
-    lora = lora or read_lora(folder)
-    if lora.settings.expert is not None:
-        raise ValueError(
-            f"{folder} holds half a pair, the LoRA of the {lora.settings.expert} expert. Load it with the other half,"
-            " and publish what `save_mcm_lora` writes."
-        )
-    lora.check_no_differences("a LoRA is published in diffusers' layout, which has no names for that")
-    kind = base_model_of(lora)
-    recorded = base_model or base_repository_of(lora)
-    settings = replace(lora.settings, base_model=kind.name, base_model_repository=recorded).public()
-    sample = settings.sample
-    if not sample or not (folder / sample.file).is_file():
-        raise ValueError(
-            f"{folder} has no sample clip, without which nobody sees what the LoRA does. Make one:"
-            ' `diffusers-mcm push … --prompt "a corgi running on the beach"`.'
-        )
-    public = replace(lora, settings=settings)
-    if lora.adapter_config:
-        public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
-    write_lora_weights(target / WEIGHTS_NAME, {kind.denoiser_name: public})
-    write_settings(target, public)
+    _check_folder(folder)
+    read = lora or read_loras(folder)
+    loras = [read] if isinstance(read, LoRA) else list(read)
+    _check_whole(loras, folder)
+    public = [_made_public(each, base_model) for each in loras]
+    sample = _sample_in(folder, public)
+    public = [replace(each, settings=replace(each.settings, sample=sample)) for each in public]
+    denoiser = base_model_of(public[0]).denoiser_name
+    if len(public) == 2:
+        write_lora_pair(target, dict(zip(EXPERTS, public)), denoiser)
+    else:
+        write_lora_weights(target / WEIGHTS_NAME, {denoiser: public[0]})
+        write_settings(target, public[0])
     path = folder / CARD_NAME  # as its owner left it; one that nobody has edited is made anew for the repository
-    ours = path.is_file() and (folder / CONFIG_NAME).is_file()  # and no other tool's
-    edited = ours and _card_made_for(folder, lora.settings) is None
-    card = read_text(path) if edited else render_folder_card(folder, repo_id, settings)
+    ours = path.is_file() and _has_settings(folder, loras)  # and no other tool's
+    edited = ours and _card_made_for(folder, loras) is None
+    card = read_text(path) if edited else _card(folder, repo_id, public)
     check_card(card, str(path))
     write_text(target / CARD_NAME, card)
+    wanted, written = (MOTION_HEAD_NAME, *SCORES_NAMES, sample and sample.file), {Path(lora.source) for lora in loras}
     for name in Location.of(folder).files():
         copy = target / name
-        if (name in card or name in (MOTION_HEAD_NAME, *SCORES_NAMES, sample.file)) and not copy.exists():
+        if (name in card or name in wanted) and not copy.exists() and folder / name not in written:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy)
 
 
-def _check_one_lora(folder: Path, repo_id: str) -> None:
-    """`ValueError` unless a folder may hold one LoRA, and that is all."""
+def _check_folder(folder: Path) -> None:
+    """`ValueError` unless a folder may hold LoRAs, and that is all."""
     if not folder.is_dir():
         raise ValueError(f"Expected a LoRA folder, got {str(folder)!r}, which is no folder.")
     if (folder / INDEX_NAME).is_file():
@@ -202,41 +213,116 @@ def _check_one_lora(folder: Path, repo_id: str) -> None:
             f"{folder} holds a whole pipeline. `push` publishes a LoRA folder, such as those in its mcm_adapters/;"
             " `pipe.save_pretrained(folder, push_to_hub=True, repo_id=…)` publishes the whole."
         )
-    if find_pair(Location.of(folder)) is not None:
-        raise ValueError(
-            f"{folder} holds a pair of LoRAs for two experts, each with all that is known of it:"
-            f" `hf upload {repo_id} {folder}` publishes it as it is."
-        )
 
 
-def _card_made_for(folder: Path, settings: Settings) -> str | None:
-    """The repository in the folder's card, if that is as `render_folder_card` made it and nobody has edited it."""
+def _check_whole(loras: Sequence[LoRA], folder: Path) -> None:
+    """`ValueError` unless it is one LoRA for one denoiser, or the pair for two experts, each of them whole."""
+    for lora in loras:
+        lora.check_pairs()
+        lora.check_no_differences("a LoRA is published in diffusers' layout, which has no names for that")
+        kind, expert = base_model_of(lora), half_named(lora).settings.expert
+        if len(loras) == 1 and expert is not None:
+            raise ValueError(
+                f"{folder} holds half a pair, the LoRA of the {expert} expert. Put it into one folder with the other"
+                " half, `diffusers-mcm convert HIGH_NOISE LOW_NOISE pair --to diffusers`, and publish that."
+            )
+        if len(loras) == 2 and not kind.experts:
+            raise ValueError(
+                f"{lora.source} was made for base model {kind.name!r}, which has one denoiser; a pair is for two"
+                " experts, as those of Wan 2.2 A14B."
+            )
+    if len(loras) == 2:
+        check_alike(*loras)
+
+
+def _made_public(lora: LoRA, base_model: str | None) -> LoRA:
+    """The LoRA with its base model's repository, and nothing of this machine."""
+    recorded = base_model or base_repository_of(lora)
+    settings = replace(lora.settings, base_model=base_model_of(lora).name, base_model_repository=recorded).public()
+    public = replace(lora, settings=settings)
+    if lora.adapter_config:
+        public.adapter_config = {**lora.adapter_config, "base_model_name_or_path": recorded}
+    return public
+
+
+def _sample_in(folder: Path, loras: Sequence[LoRA]) -> Sample | None:
+    """The sample clip; `ValueError` where there is none, or a warning of a pair, which not everybody can sample."""
+    sample = loras[0].settings.sample
+    if sample and (folder / sample.file).is_file():
+        return sample
+    told = (
+        f"{folder} has no sample clip, without which nobody sees what the LoRA does. Make one:"
+        ' `diffusers-mcm push … --prompt "a corgi running on the beach"`.'
+    )
+    if len(loras) == 1:
+        raise ValueError(told)
+    logger.warning(told)
+    return None
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+def _has_settings(folder: Path, loras: Sequence[LoRA]) -> bool:
+    """Whether a folder says in our words what is in it; those of a pair are in its files."""
+    return (folder / CONFIG_NAME).is_file() or len(loras) == 2 and loras[0].settings.base_model is not None
+
+
+def _card(folder: Path, repository: str, loras: Sequence[LoRA]) -> str:
+    """The card of a folder with one LoRA, or with a pair, whose settings and scheduler are in its files."""
+    first, *others = loras
+    more = {"second": others[0].settings, "scheduler": first.scheduler_config} if others else {}
+    return render_folder_card(folder, repository, first.settings, **more)
+
+
+def _card_made_for(folder: Path, loras: Sequence[LoRA]) -> str | None:
+    """The repository in the folder's card, if that is as `_card` made it and nobody has edited it."""
     path = folder / CARD_NAME
-    if not path.is_file() or settings.base_model_repository is None:
+    if not path.is_file() or loras[0].settings.base_model_repository is None:
         return None
     text = read_text(path)
     name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
-    return name[1] if name and text == render_folder_card(folder, name[1], settings) else None
+    return name[1] if name and text == _card(folder, name[1], loras) else None
 
 
+# --- the sample ------------------------------------------------------------------------------------------------------
 def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     """Put a clip (T, H, W, 3), float in [0, 1] or uint8, in a LoRA folder, its prompt in the settings, and both in the
-    card, unless somebody has edited that."""
+    card, unless somebody has edited that. The settings of a pair are in the headers of its two files."""
     location = Location.of(folder)
-    weights, settings = location.lora_file(), Settings.read(location)
-    repository = None if settings is None else _card_made_for(folder, settings)
-    if settings is None:
-        with open_safetensors(weights) as file:
-            settings = read_beside(location, file.metadata() or {})[0]
-    with atomic_files(folder, CONFIG_NAME) as temporary:
-        settings = put_sample(temporary, settings, video, prompt, fps)
-        settings.write(temporary)
+    pair = find_pair(location)
+    loras = [_read_settings(location)] if pair is None else list(as_pair([_read_settings(each) for each in pair]))
+    repository = _card_made_for(folder, loras) if _has_settings(folder, loras) else None
+    last = CONFIG_NAME if pair is None else Path(loras[-1].source).name
+    with atomic_files(folder, last) as temporary:
+        sample = put_sample(temporary, loras[0].settings, video, prompt, fps).sample
+        for lora in loras:
+            lora.settings = replace(lora.settings, sample=sample)
+            if pair is None:
+                lora.settings.write(temporary)
+            else:
+                _write_settings_in(Path(lora.source), temporary / Path(lora.source).name, lora.settings)
         if repository is not None:
             for name in (*SCORES_NAMES, SCHEDULER_NAME):  # the card shows what they say
                 if (folder / name).is_file():
                     (temporary / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(folder / name, temporary / name)
-            write_text(temporary / CARD_NAME, render_folder_card(temporary, repository, settings))
+            write_text(temporary / CARD_NAME, _card(temporary, repository, loras))
+
+
+def _read_settings(location: Location) -> LoRA:
+    """A LoRA's file and what is beside it, without its tensors."""
+    weights = location.lora_file()
+    with open_safetensors(weights) as file:
+        settings, scheduler_config, _ = read_beside(location, file.metadata() or {})
+    return LoRA({}, settings=settings, scheduler_config=scheduler_config, source=str(weights))
+
+
+def _write_settings_in(old: Path, new: Path, settings: Settings) -> None:
+    """Write the file `old` as `new`, in the layout that it is in, with other settings in its header."""
+    with open_safetensors(old) as file:
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    write_safetensors(
+        new, tensors, header | {"mcm_config": json.dumps(settings.to_dict(), sort_keys=True, default=str)}
+    )
 
 
 def put_sample(folder: Path, settings: Settings, video, prompt: str, fps: float) -> Settings:

@@ -192,8 +192,8 @@ def break_config(folder):
         (lambda folder: (folder / "sample.mp4").unlink(), "has no sample clip"),
         (lambda folder: (folder / WEIGHTS_NAME).unlink(), "No LoRA in"),
         (lambda folder: (folder / "model_index.json").write_text("{}"), "holds a whole pipeline"),
-        (make_half, "holds half a pair, the LoRA of the low_noise expert. Load it with the other half, and publish"),
-        (make_pair, "holds a pair of LoRAs for two experts, .*: `hf upload me/mcm "),
+        (make_half, "holds half a pair, the LoRA of the low_noise expert. Put it into one folder with the other"),
+        (make_pair, "was made for base model 'modelscope', which has one denoiser; a pair is for two experts"),
     ],
 )
 def test_a_folder_that_is_not_in_order_stays_at_home(server, lora, spoil, message):

@@ -24,8 +24,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="folder, .safetensors file, packaged model or Hub id of a LoRA")
-    add("destination", type=Path, help="folder, or file that ends in .safetensors")
+    add(
+        "source",
+        nargs="+",
+        help="folder, .safetensors file, packaged model or Hub id of a LoRA; for the pair of Wan 2.2 A14B one with"
+        " both its files, or two, HIGH_NOISE LOW_NOISE",
+    )
+    add("destination", type=Path, help="folder, or file that ends in .safetensors; for a pair a folder")
     add("--to", required=True, choices=LAYOUTS, help="the layout")
     add("--subfolder", help="where in SOURCE the LoRA is")
     add("--weight_name", help="the file's name, if it is not one of the usual two")
@@ -37,11 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and say what was written."""
-    options = vars(build_parser().parse_args(argv))
+    options = vars(build_parser().parse_intermixed_args(argv))
+    source = options.pop("source")
     with quiet_libraries():
         from ..formats import convert, describe
 
-        path = convert(options.pop("source"), options.pop("destination"), options.pop("to"), **options)
+        path = convert(
+            source[0] if len(source) == 1 else source, options.pop("destination"), options.pop("to"), **options
+        )
         written = describe(path)
-    contents = f"{written['targets']} modules, " if written["targets"] else ""
-    print(f"{path}  ({written['layout']}: {contents}{written['tensors']} tensors, {written['bytes'] / 1e6:.1f} MB)")
+    for file in written.values() if "high_noise" in written else (written,):
+        contents = f"{file['targets']} modules, " if file["targets"] else ""
+        print(f"{file['file']}  ({file['layout']}: {contents}{file['tensors']} tensors, {file['bytes'] / 1e6:.1f} MB)")

@@ -1,8 +1,9 @@
-"""Tells what is in a LoRA."""
+"""Tells what is in a LoRA, or in each of a pair for two experts."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .startup import quiet_libraries
 
@@ -30,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if as_json:
         print(json.dumps(description, indent=2))
         return
+    _show(description)
+
+
+def _show(description: Mapping[str, Any], indent: str = "") -> None:
     for name, value in description.items():
         if isinstance(value, dict):
-            print(f"{name}:")
-            print(*(f"  {key}: {inner}" for key, inner in value.items()), sep="\n")
+            print(f"{indent}{name}:")
+            _show(value, f"{indent}  ")
         else:
-            print(f"{name}: {'not known' if value is None else value}")
+            print(f"{indent}{name}: {'not known' if value is None else value}")

@@ -3,17 +3,27 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .. import hub
 from ..base_models import base_model_of, base_repository_of
 from ..base_models.animatediff import load_motion_adapter
 from ..files import atomic_file, atomic_files
 from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
-from ..lora import LoRA, lora_header, read_lora, write_lora_weights, write_safetensors, write_settings
+from ..lora import (
+    PAIR_NAMES,
+    LoRA,
+    check_alike,
+    half_named,
+    lora_header,
+    read_loras,
+    write_lora_weights,
+    write_safetensors,
+    write_settings,
+)
 from ..lora.adapter import PEFT_CONFIG_NAME
 from ..lora.layouts import (
     MOTION,
@@ -28,11 +38,14 @@ from ..pipelines.loading import recorded_repositories
 from ..settings import CONFIG_NAME, DEFAULT_STEPS, SamplingDefaults, Settings
 
 # What a LoRA folder may hold; replacing one leaves none of the old behind.
-_LORA_FILES = (WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME)
+_LORA_FILES = (
+    *(WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, CONFIG_NAME, MOTION_HEAD_NAME, SCHEDULER_NAME),
+    *PAIR_NAMES.values(),
+)
 
 
 def convert(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Sequence[str | os.PathLike],
     destination: str | os.PathLike,
     to: str,
     *,
@@ -44,11 +57,12 @@ def convert(
     not left out, but refused.
 
     Where the LoRA has no settings of its own, as those of PEFT, what its base model is sampled with is written down.
-    Returns `destination`.
+    The pair for two experts is converted together, into a folder with `high_noise_model.safetensors` and
+    `low_noise_model.safetensors`. Returns `destination`.
 
     Args:
         source: A LoRA in diffusers' or PEFT's layout, or for Wan in any: a folder, a `.safetensors` file, a packaged
-            model, a Hub id.
+            model, a Hub id. A pair is a folder or repository with both its files, or two of all these, (high, low).
         destination: A folder or, if it ends in `.safetensors`, a single file.
         to: `peft` (a folder), `diffusers` (a folder or file), `comfyui`, `kohya` or `motion-module` (a file).
         overwrite: Replace what is at `destination`; otherwise that is an error.
@@ -56,44 +70,90 @@ def convert(
         where: Where in `source`, as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
     """
     destination = Path(destination)
+    single = destination.suffix == ".safetensors"
+    _check_destination(destination, to, overwrite)
+    read = read_loras(source, **where)
+    loras = [half_named(read)] if isinstance(read, LoRA) else list(read)
+    if len(loras) == 2:
+        _check_pair(loras, to, single)
+    layout = _layout(destination, to, for_pair=len(loras) == 2)
+    for lora in loras:
+        lora.check_pairs()
+        if layout.fused and motion_adapter is None:
+            motion_adapter = _recorded_adapter(lora)
+        _complete(lora)
+        lora.settings = lora.settings.moved(lora.folder, destination.parent if single else destination)
+    if single:
+        with atomic_file(destination) as temporary:
+            layout.write(loras[0], temporary, motion_adapter)
+    elif len(loras) == 2:
+        _write_pair(loras, destination, layout)
+    else:
+        location = Location.of(cast(str, source), **where)
+        head = None if location.is_file else location.file(MOTION_HEAD_NAME)
+        with atomic_files(destination, layout.file_name, stale=_LORA_FILES) as temporary:
+            layout.write(loras[0], temporary / layout.file_name, motion_adapter)
+            write_settings(temporary, loras[0])
+            if head is not None:
+                shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
+    return destination
+
+
+def _layout(destination: Path, to: str, for_pair: bool) -> "Layout":
+    """The layout; `ValueError` if it is not written where it should be."""
     if to not in LAYOUTS:
         raise ValueError(f"Unknown layout {to!r}; valid are {', '.join(LAYOUTS)}.")
     layout = LAYOUTS[to]
     single = destination.suffix == ".safetensors"
-    if not (layout.as_file if single else layout.as_folder):
+    if not (layout.as_file if single else layout.as_folder or for_pair and layout.as_pair):
         expected = "a file that ends in .safetensors" if layout.as_file else "a folder"
         raise ValueError(f"The layout {to!r} is {expected}, got {str(destination)!r}.")
+    return layout
+
+
+def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
+    """What can be told before anything is read."""
+    _layout(destination, to, for_pair=True)
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists already; choose another name, or overwrite it (--overwrite).")
-    if destination.exists() and destination.is_dir() == single:
-        raise FileExistsError(f"{destination} exists already and is a {'folder' if single else 'file'}.")
-    location = Location.of(source, **where)
-    lora = read_lora(location)
-    lora.check_pairs()
-    if layout.fused and motion_adapter is None:
-        motion_adapter = _recorded_adapter(lora)
-    _complete(lora)
-    lora.settings = lora.settings.moved(lora.folder, destination.parent if single else destination)
+    if destination.exists() and destination.is_dir() == (destination.suffix == ".safetensors"):
+        kind = "folder" if destination.is_dir() else "file"
+        raise FileExistsError(f"{destination} exists already and is a {kind}.")
+
+
+def _check_pair(loras: Sequence[LoRA], to: str, single: bool) -> None:
+    """`ValueError` where a pair does not go together, or not into that layout."""
+    check_alike(*loras)
+    names = " and ".join(PAIR_NAMES.values())
+    if not LAYOUTS[to].as_pair:
+        raise ValueError(
+            f"{loras[0].source} and {loras[1].source} are the pair for two experts, which is written as"
+            f" {' or '.join(name for name, layout in LAYOUTS.items() if layout.as_pair)}, not as {to}. For one of them"
+            " alone name its file (--weight_name)."
+        )
     if single:
-        with atomic_file(destination) as temporary:
-            layout.write(lora, temporary, motion_adapter)
-        return destination
-    head = None if location.is_file else location.file(MOTION_HEAD_NAME)
-    with atomic_files(destination, layout.file_name, stale=_LORA_FILES) as temporary:
-        layout.write(lora, temporary / layout.file_name, motion_adapter)
-        write_settings(temporary, lora)
-        if head is not None:
-            shutil.copyfile(head, temporary / MOTION_HEAD_NAME)
-    return destination
+        raise ValueError(
+            f"The pair for two experts is two files, {names}, in a folder; got a file to write. Name a folder, or for"
+            " one of them alone its file (--weight_name)."
+        )
+
+
+def _write_pair(loras: Sequence[LoRA], destination: Path, layout: "Layout") -> None:
+    """Write both files, each with all that is known of its LoRA in its header."""
+    names = list(PAIR_NAMES.values())
+    with atomic_files(destination, names[-1], stale=_LORA_FILES) as temporary:
+        for name, lora in zip(names, loras):
+            layout.write(lora, temporary / name, None)
 
 
 def _complete(lora: LoRA) -> None:
     """Put down what `MCMPipeline.from_pretrained` would infer: base model, steps and scheduler."""
     base_model = base_model_of(lora)
-    if not lora.settings:
+    if not replace(lora.settings, expert=None):
         lora.settings = Settings(
             base_model=base_model.name,
             base_model_repository=base_repository_of(lora),
+            expert=lora.settings.expert,
             sampling=SamplingDefaults(DEFAULT_STEPS),
         )
     if lora.scheduler_config is None:
@@ -170,13 +230,14 @@ class Layout:
     file_name: str  # of the weights in a folder
     as_folder: bool = False
     as_file: bool = True
+    as_pair: bool = False  # as two files in a folder
     fused: bool = False  # into a motion adapter
 
 
 LAYOUTS = {
     "peft": Layout(_write_peft, PEFT_WEIGHTS_NAME, as_folder=True, as_file=False),
-    "diffusers": Layout(_write_diffusers, WEIGHTS_NAME, as_folder=True),
-    "comfyui": Layout(_write_comfyui, "comfyui.safetensors"),
+    "diffusers": Layout(_write_diffusers, WEIGHTS_NAME, as_folder=True, as_pair=True),
+    "comfyui": Layout(_write_comfyui, "comfyui.safetensors", as_pair=True),
     "kohya": Layout(_write_kohya, "kohya.safetensors"),
     "motion-module": Layout(_write_motion_module, "motion_module.safetensors", fused=True),
 }

@@ -3,17 +3,18 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel, infer_base_model
 from ..files import sha256
 from ..location import Location
-from ..lora import TEXT_ENCODER, expert_named, open_safetensors, read_beside, split_key
+from ..lora import TEXT_ENCODER, expert_in_name, find_pair, open_safetensors, read_beside, split_key
 from ..lora.layouts import (
     DENOISER,
     DIFFERENCES,
+    SECOND_DENOISER,
     WRITTEN,
     is_wan,
     kohya_alpha,
@@ -22,7 +23,7 @@ from ..lora.layouts import (
     recorded_config,
     split_prefix,
 )
-from ..settings import SAMPLING_KEYS, Settings
+from ..settings import EXPERTS, LOW_NOISE, SAMPLING_KEYS, Settings
 
 _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
 
@@ -37,9 +38,15 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         `targets`, `kinds` (of layers, with their number), `modules` (last part of their names, with their number),
         `differences` (parameters to which something is added besides), `tensors`, `parameters`, `dtype`, `bytes`,
         `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
-        `training`. `None` where nothing is known.
+        `training`. `None` where nothing is known. Of a pair for two experts these of each, as `high_noise` and
+        `low_noise`.
     """
     location = Location.of(source, **where)
+    pair = find_pair(location)
+    return _describe(location) if pair is None else dict(zip(EXPERTS, map(_describe, pair)))
+
+
+def _describe(location: Location) -> dict[str, Any]:
     path = location.lora_file()
     with open_safetensors(path) as file:
         slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
@@ -54,7 +61,8 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
     config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
-    base_model = _base_model(settings, layout, modules)
+    expert = _expert(settings, path, shapes)
+    base_model = _base_model(settings, layout, modules, expert is not None)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
     alpha = config.get("lora_alpha") if (told := kohya_alpha(header)) is None else told
     return {
@@ -62,7 +70,7 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         "layout": layout,
         "base_model": base_model and base_model.name,
         "base_model_repository": repository or _repository(base_model, modules),
-        "expert": expert_named(path.name),
+        "expert": expert,
         "rank": _one_or_all(Counter(shape[0] for shape in modules.values())),
         "alpha": _one_or_all(alphas) if alphas else alpha,
         "targets": len(modules),
@@ -86,6 +94,13 @@ def _of_wan(keys: Collection[str]) -> str | None:
     if not is_wan(keys):
         return None
     return "several" if any(split_prefix(key)[0] for key in keys) else "original"
+
+
+def _expert(settings: Settings, path: Path, keys: Iterable[str]) -> str | None:
+    """Which of two experts a file is for, as its keys, its settings or its name say."""
+    if {place_of(key)[0] for key in keys} == {SECOND_DENOISER}:
+        return LOW_NOISE
+    return settings.expert or expert_in_name(path)
 
 
 def _is_one(part: Any) -> bool:
@@ -124,11 +139,16 @@ def _last_part(module: str) -> str:
     return found or module.rpartition(".")[2]
 
 
-def _base_model(settings: Settings, layout: str, modules: Mapping[str, tuple[int, ...]]) -> BaseModel | None:
+def _base_model(
+    settings: Settings, layout: str, modules: Mapping[str, tuple[int, ...]], for_an_expert: bool
+) -> BaseModel | None:
     if name := settings.base_model or ("animatediff" if layout == "motion-module" else None):
         return BASE_MODELS.get(name)
+    second = f"{SECOND_DENOISER}."
+    plain = {module.removeprefix(second): shape for module, shape in modules.items()}
+    of_two = is_wan(plain) and (for_an_expert or any(module.startswith(second) for module in modules))
     try:
-        return infer_base_model(lora_modules=modules)
+        return infer_base_model(lora_modules=plain, for_an_expert=of_two)
     except ValueError:
         return None
 
@@ -143,5 +163,9 @@ def _sampled_with(settings: Settings, scheduler: Mapping[str, Any] | None, base_
     sampling = {key: getattr(base_model, key) for key in SAMPLING_KEYS} | settings.sampling.known()
     if not scheduler:
         scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None)).config
+    if settings.boundary is not None:
+        scheduler = {"boundary": settings.boundary} | {
+            key: each for key, each in scheduler.items() if each is not None
+        }
     keys = [key for key in base_model.described_scheduler_keys if key in scheduler]
     return sampling | {"guidance_scale": 1.0} | {key: scheduler[key] for key in keys}

@@ -18,9 +18,13 @@ from .experts import (
     PAIR_NAMES,
     LoRAPair,
     as_pair,
+    by_experts,
+    check_alike,
+    expert_in_name,
     expert_of,
     find_pair,
     for_expert,
+    half_named,
     pair_of,
     read_loras,
     write_lora_pair,
@@ -30,6 +34,7 @@ from .files import (
     open_safetensors,
     read_beside,
     read_lora,
+    read_lora_file,
     write_lora_folder,
     write_lora_weights,
     write_safetensors,
@@ -52,5 +57,4 @@ from .layers import (
     set_lora_state_dict,
     train_only,
 )
-from .layouts import SECOND_DENOISER, TEXT_ENCODER
-from .wan_names import expert_named
+from .layouts import DENOISER, SECOND_DENOISER, TEXT_ENCODER

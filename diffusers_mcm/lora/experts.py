@@ -17,7 +17,8 @@ from ..hub import is_safetensors
 from ..location import INDEX_NAME, MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..settings import CONFIG_NAME, EXPERTS
 from .adapter import LoRA
-from .files import read_lora, write_lora_weights
+from .files import read_lora, read_lora_file, to_lora, to_loras, write_lora_weights
+from .layouts import DENOISER, SECOND_DENOISER, is_wan
 
 PAIR_NAMES = {expert: f"{expert}_model.safetensors" for expert in EXPERTS}
 # "high noise" in a name, however it is written, or else "high" alone.
@@ -38,6 +39,15 @@ def expert_in_name(name: str | os.PathLike) -> str | None:
 def expert_of(lora: LoRA) -> str | None:
     """The expert that a LoRA is for, as its settings say, or else the name of its file; `None` if neither does."""
     return lora.settings.expert or expert_in_name(lora.source)
+
+
+def half_named(lora: LoRA) -> LoRA:
+    """The LoRA with the expert that the name of its file says, where it is one for Wan that says nothing of itself.
+
+    Those of other makers are told by nothing else.
+    """
+    said = None if lora.settings or not is_wan(lora.tensors) else expert_in_name(lora.source)
+    return lora if said is None else for_expert(lora, said)
 
 
 def find_pair(location: Location) -> tuple[Location, Location] | None:
@@ -112,12 +122,37 @@ def for_expert(lora: LoRA, expert: str) -> LoRA:
     return replace(lora, settings=replace(lora.settings, expert=expert))
 
 
+def check_alike(high: LoRA, low: LoRA) -> None:
+    """`ValueError` if two students were distilled for samplers, or base models, that cannot be one."""
+    for name in ("base_model", "boundary"):
+        one, other = (getattr(lora.settings, name) for lora in (high, low))
+        if None not in (one, other) and one != other:
+            raise ValueError(
+                f"The LoRAs of a pair are of one model, with the same {name}; got {one} of {high.source} and"
+                f" {other} of {low.source}."
+            )
+    configs = [lora.scheduler_config or {} for lora in (high, low)]
+    for key in sorted(configs[0].keys() & configs[1].keys()):
+        if key[0] != "_" and configs[0][key] != configs[1][key]:
+            raise ValueError(
+                f"The LoRAs of a pair are sampled together, with the same {key}; got {configs[0][key]} of"
+                f" {high.source} and {configs[1][key]} of {low.source}."
+            )
+
+
 def read_loras(source: Any, **options: Any) -> LoRA | LoRAPair:
-    """Read a LoRA, or the pair for two experts; see `pair_of` and `read_lora`."""
+    """Read a LoRA, or the pair for two experts, of which both may be in one file; see `pair_of` and `read_lora`."""
     pair = pair_of(source, **options)
-    if pair is None:
-        return read_lora(source, **options)
-    return as_pair([each if isinstance(each, LoRA) else read_lora(each) for each in pair])
+    if pair is not None:
+        return as_pair([each if isinstance(each, LoRA) else read_lora(each) for each in pair])
+    file = read_lora_file(Location.of(source, **options))
+    found = to_loras(file)
+    return by_experts(found) if {DENOISER, SECOND_DENOISER} <= found.keys() else to_lora(file)
+
+
+def by_experts(loras: Mapping[str, LoRA]) -> LoRAPair:
+    """The pair of a file whose keys say, by their prefix, which of two denoisers they are for."""
+    return for_expert(loras[DENOISER], EXPERTS[0]), for_expert(loras[SECOND_DENOISER], EXPERTS[1])
 
 
 def write_lora_pair(folder: Path, loras: Mapping[str, LoRA], prefix: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from .. import hub
 from ..files import atomic_file, atomic_files, write_text
 from ..location import SCHEDULER_NAME, WEIGHTS_NAME, Location
-from ..settings import Settings
+from ..settings import LOW_NOISE, Settings
 from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
 from .layouts import (
     DENOISER,
@@ -60,14 +60,17 @@ def read_lora_file(location: Location, *other_names: str) -> LoRAFile:
 
 def to_lora(file: LoRAFile) -> LoRA:
     """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, or for Wan in any, with the settings beside
-    it; `ValueError` for one that is for a second denoiser."""
+    it. One whose keys are of a second denoiser is for the low-noise expert, and its settings say so; `ValueError` for
+    a file with both."""
     loras = to_loras(file)
-    if SECOND_DENOISER in loras:
-        both = "for both experts" if DENOISER in loras else "for the second expert"
+    if {DENOISER, SECOND_DENOISER} <= loras.keys():
         raise ValueError(
-            f"{file.path} holds LoRAs {both} of a Wan that has two ({SECOND_DENOISER}.*); one for the only, or the"
-            " first, denoiser was expected. Load it with `load_lora_weights` of a pipeline with two experts."
+            f"{file.path} holds LoRAs for both experts of a Wan that has two ({SECOND_DENOISER}.*); one was expected."
+            " Load it with `load_lora_weights` of a pipeline with two experts."
         )
+    if SECOND_DENOISER in loras:
+        lora = loras[SECOND_DENOISER]
+        return replace(lora, settings=replace(lora.settings, expert=LOW_NOISE))
     return loras[DENOISER]
 
 

@@ -33,9 +33,6 @@ _OUTSIDE = {
 }  # fmt: skip
 TABLES = "scale_shift_table"  # parameters that are no module's: the modulation of a block, and that of the head
 _BLOCK = re.compile(r"blocks[._](\d+)[._](.+)")
-_HIGH, _LOW = (
-    re.compile(rf"(?i)(?<![a-z]){word}(?![a-z])") for word in ("high(?:[ _-]?noise)?", "low(?:[ _-]?noise)?")
-)
 
 
 def _spellings(names: Iterable[str]) -> dict[str, str]:
@@ -71,13 +68,3 @@ def original_wan_module(module: str) -> str | None:
         theirs = _TO_THEIRS["inside"].get(inside[2])
         return theirs and f"blocks.{inside[1]}.{theirs}"
     return _TO_THEIRS["outside"].get(module)
-
-
-def expert_named(file_name: str) -> str | None:
-    """The expert that a file's name says a LoRA is for, `"high_noise"` or `"low_noise"`.
-
-    `high_noise_model.safetensors`, `…_A14b_low_noise_lora_rank64_…` and `…_HIGH_…` are how the pairs for Wan 2.2 A14B
-    are called; `None` where the name says neither, or both.
-    """
-    high, low = _HIGH.search(file_name), _LOW.search(file_name)
-    return None if bool(high) == bool(low) else "high_noise" if high else "low_noise"

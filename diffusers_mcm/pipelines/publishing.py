@@ -16,7 +16,7 @@ from ..cards import CARD_NAME, DEFAULT_PROMPT
 from ..files import atomic_files, write_text
 from ..hub import check_repository_name, is_local
 from ..location import Location
-from ..lora import LoRA, write_lora_folder, write_lora_pair
+from ..lora import LoRA, as_pair, write_lora_folder, write_lora_pair
 from ..publish import Destination, open_repository, pipeline_card, publish_folder, publish_lora, put_sample
 from ..settings import SAMPLING_KEYS, SamplingDefaults
 from . import loading
@@ -63,15 +63,17 @@ class HubVerbs(LoRAVerbs):
         """
         folder = Path(save_directory)
         name, denoiser = self._one_adapter(adapter_name), self.base_model.denoiser_name
-        experts = {component: expert for expert, component in self.base_model.experts.items()}
-        loras = {experts.get(component): self._to_save(name, folder, component) for component in self._lies_on(name)}
+        loras = [self._to_save(name, folder, component) for component in self._lies_on(name)]
         if len(loras) > 1:
-            write_lora_pair(folder, {expert: lora for expert, lora in loras.items() if expert is not None}, denoiser)
+            write_lora_pair(folder, dict(zip(self.base_model.experts, loras)), denoiser)
         else:
-            write_lora_folder(folder, next(iter(loras.values())), denoiser)
+            write_lora_folder(folder, loras[0], denoiser)
 
     def _lies_on(self, name: str) -> list[str]:
-        """The denoiser, or the experts, that an MCM LoRA lies on; `ValueError` for a LoRA on other networks, too."""
+        """The denoiser, or the experts, that an MCM LoRA lies on; `ValueError` for a LoRA on other networks, too.
+
+        Of two experts the first comes first.
+        """
         components = list(self._networks_of(name))
         if not set(components) <= self.denoisers.keys():
             raise ValueError(f"{name!r} lies on {', '.join(components)}; an MCM LoRA lies on the denoiser alone.")
@@ -109,6 +111,7 @@ class HubVerbs(LoRAVerbs):
     ) -> str:
         """Publish the MCM LoRA: weights, settings, scheduler, model card and a sample clip, in one commit.
 
+        Where two experts share the work it is the pair: two files with settings and scheduler in their headers.
         The base model stays where it is; `save_pretrained(folder, push_to_hub=True, repo_id=...)` publishes that too.
 
         Args:
@@ -127,10 +130,11 @@ class HubVerbs(LoRAVerbs):
         destination = Destination(repo_id, private, token, commit_message, revision, create_pr, overwrite_card)
         check_repository_name(repo_id)
         name = self._one_adapter(adapter_name)
-        if self.base_model.experts:
+        components = self._lies_on(name)
+        if len(components) < len(self.base_model.experts):
             raise ValueError(
-                f"A LoRA for the two experts of a {self.base_model.name} is published as a folder:"
-                ' `save_mcm_lora("folder")`, and then `hf upload owner/name folder`.'
+                f"{name!r} lies on {components[0]} alone, and is half a pair: a LoRA for each of the two experts is"
+                " published together. Load both at once, `load_mcm_lora((high, low))`."
             )
         sample = self._settings(name).sample
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
@@ -138,9 +142,12 @@ class HubVerbs(LoRAVerbs):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            lora = self._to_save(name, folder, *self._lies_on(name))
-            lora.settings = put_sample(folder, lora.settings, np.asarray(video), prompt, self.sampling_default("fps"))
-            return publish_lora(folder, destination, base_model, lora)
+            loras = [self._to_save(name, folder, component) for component in components]
+            clip, fps = np.asarray(video), self.sampling_default("fps")
+            sample = put_sample(folder, loras[0].settings, clip, prompt, fps).sample
+            for lora in loras:
+                lora.settings = replace(lora.settings, sample=sample)
+            return publish_lora(folder, destination, base_model, as_pair(loras) if len(loras) == 2 else loras[0])
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:

@@ -13,7 +13,19 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 
 from ..base_models.wan import WanA14B, check_boundary
 from ..location import Location
-from ..lora import LoRA, as_pair, expert_of, for_expert, pair_of, read_components, write_lora_pair
+from ..lora import (
+    DENOISER,
+    SECOND_DENOISER,
+    LoRA,
+    as_pair,
+    by_experts,
+    check_alike,
+    expert_of,
+    for_expert,
+    pair_of,
+    read_components,
+    write_lora_pair,
+)
 from ..scheduler import MCMFlowScheduler
 from ..settings import EXPERTS, HIGH_NOISE, LOW_NOISE
 from .adapters import ADAPTERS_FILE
@@ -164,13 +176,18 @@ class WanA14BMCMPipeline(WanMCMPipeline):
     def _read_loras(self, source: Any, load_into_transformer_2: bool | None = None, **options: Any) -> dict[str, LoRA]:
         """The LoRAs of a pair, or that for the expert that `load_into_transformer_2` says, by component."""
         pair = pair_of(source, **options)
-        if pair is not None:
+        if pair is None:
+            loras = self._read_file(source, **options)
+        else:
+            loras = [lora for each in pair for lora in self._read_file(each)]
+        if len(loras) > 2:
+            raise ValueError(f"{loras[0].source} holds both LoRAs of a pair; it goes with no other.")
+        if len(loras) == 2:
             if load_into_transformer_2 is not None:
                 raise ValueError("`load_into_transformer_2` is for a LoRA of one expert; got a pair for both.")
-            loras = list(as_pair([self._read_one(each) for each in pair]))
-            check_alike(*loras)
+            loras = list(as_pair(loras))
         else:
-            loras = [self._half(self._read_one(source, **options), load_into_transformer_2)]
+            loras = [self._half(loras[0], load_into_transformer_2)]
         for lora in loras:
             if (component := self.base_model.experts[str(lora.settings.expert)]) not in self.denoisers:
                 raise ValueError(f"{lora.source} is for `{component}`, and this pipeline was loaded without it.")
@@ -179,13 +196,19 @@ class WanA14BMCMPipeline(WanMCMPipeline):
                     f"{lora.source} is for experts that meet at a boundary of {lora.settings.boundary}; those"
                     f" of this pipeline meet at {self.boundary}."
                 )
+        if len(loras) == 2:
+            check_alike(*loras)
         return {self.base_model.experts[str(lora.settings.expert)]: lora for lora in loras}
 
-    def _read_one(self, source: Any, **options: Any) -> LoRA:
+    def _read_file(self, source: Any, **options: Any) -> list[LoRA]:
+        """The LoRA of a file, or both; one whose keys are of `transformer_2` is for the low-noise expert."""
         # Both experts have the same modules, by which it is read.
-        return read_components(source, {"transformer": self._networks[next(iter(self.denoisers))]}, **options)[
-            "transformer"
-        ]
+        network = self._networks[next(iter(self.denoisers))]
+        high, low = self.base_model.experts.values()
+        found = read_components(source, {high: network, low: network}, **options)
+        if len(found) == 2:
+            return list(by_experts({DENOISER: found[high], SECOND_DENOISER: found[low]}))
+        return [found[high]] if high in found else [for_expert(found[low], LOW_NOISE)]
 
     def _half(self, lora: LoRA, load_into_transformer_2: bool | None) -> LoRA:
         """A LoRA with the expert that it is loaded for; `ValueError` where that is the mistake of having but one."""
@@ -209,7 +232,7 @@ class WanA14BMCMPipeline(WanMCMPipeline):
     def _read_adapter(self, place: Location) -> dict[str, LoRA]:
         if pair_of(place) is not None:
             return self._read_loras(place)
-        lora = self._read_one(place)  # which was loaded for one expert alone
+        (lora,) = self._read_file(place)  # which was loaded for one expert alone
         return {self.base_model.experts[str(lora.settings.expert)]: lora}
 
     def _load_adapters(self, location: Location) -> None:
@@ -225,14 +248,3 @@ class WanA14BMCMPipeline(WanMCMPipeline):
             write_lora_pair(folder, named, self.base_model.denoiser_name)
         else:
             super()._write_adapter(folder, {self.base_model.denoiser_name: next(iter(loras.values()))})
-
-
-def check_alike(high: LoRA, low: LoRA) -> None:
-    """`ValueError` if two students were distilled for samplers that cannot be one."""
-    one, other = ({**(lora.scheduler_config or {})} for lora in (high, low))
-    for key in sorted(one.keys() & other.keys()):
-        if key[0] != "_" and one[key] != other[key]:
-            raise ValueError(
-                f"The LoRAs of a pair are sampled together, with the same {key}; got {one[key]} of {high.source}"
-                f" and {other[key]} of {low.source}."
-            )

@@ -199,7 +199,7 @@ def test_every_layout_is_described(tensors, tmp_path, layout, file):
     if layout == "several":
         content = {key: each for key, each in content.items() if "blocks_0_self_attn_q" not in key}
     about = describe(write(tmp_path / "high_noise_model.safetensors", content))
-    assert (about["layout"], about["base_model"], about["expert"]) == (layout, "wan", "high_noise")
+    assert (about["layout"], about["base_model"], about["expert"]) == (layout, "wan-a14b", "high_noise")
     assert (about["rank"], about["targets"]) == (RANK, 21 if layout == "diffusers" else 20)
     assert about["alpha"] == (None if layout == "diffusers" else ALPHA)
     assert about["modules"]["to_q"] == (5 if layout == "diffusers" else 4) and about["modules"]["ffn.net.2"] == 2

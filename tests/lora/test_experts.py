@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusers_mcm.location import WEIGHTS_NAME, Location
 from diffusers_mcm.lora import PAIR_NAMES, LoRA, find_pair, read_lora, read_loras, write_lora_pair
-from diffusers_mcm.lora.experts import as_pair, expert_in_name, expert_of, for_expert, pair_of
+from diffusers_mcm.lora.experts import (
+    as_pair,
+    check_alike,
+    expert_in_name,
+    expert_of,
+    for_expert,
+    half_named,
+    pair_of,
+)
 from diffusers_mcm.settings import Settings
 
 
@@ -24,6 +33,9 @@ def of(pair):
         ("high_noise_model.safetensors", "high_noise"),
         ("wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step.safetensors", "low_noise"),
         ("Wan2.2-T2V-A14B-4steps-lora_HIGH_fp16.safetensors", "high_noise"),
+        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "high_noise"),
+        ("yellow_flowers_highlights.safetensors", None),
+        ("high_and_low.safetensors", None),
         ("folder/high_noise/Wan-LowNoise.safetensors", "low_noise"),
         ("low_rank_high_noise.safetensors", "high_noise"),
         ("lowvram_highres.safetensors", None),
@@ -88,3 +100,33 @@ def test_what_is_no_pair(tmp_path):
 def test_the_expert_is_of_the_settings():
     settings = for_expert(lora(base_model="wan-a14b"), "low_noise").settings
     assert (settings.base_model, settings.expert) == ("wan-a14b", "low_noise")
+
+
+def test_the_prefix_of_the_second_transformer_is_the_low_noise_expert(tmp_path):
+    names = {"high_noise": (1, "transformer"), "low_noise": (2, "transformer_2")}
+    keys = {
+        expert: {f"{name}.{key}": each for key, each in lora(i).tensors.items()} for expert, (i, name) in names.items()
+    }
+    save_file(keys["low_noise"], tmp_path / "low.safetensors")
+    save_file(keys["high_noise"] | keys["low_noise"], tmp_path / "both.safetensors")
+    assert of([read_lora(tmp_path / "low.safetensors")]) == [("low_noise", 2.0)]
+    assert of([read_loras(tmp_path / "low.safetensors")]) == [("low_noise", 2.0)]
+    assert of(read_loras(tmp_path / "both.safetensors")) == [("high_noise", 1.0), ("low_noise", 2.0)]
+    with pytest.raises(ValueError, match="holds LoRAs for both experts of a Wan that has two .*one was expected"):
+        read_lora(tmp_path / "both.safetensors")
+
+
+def test_halves_that_are_no_pair():
+    high = lora(source="a", base_model="wan-a14b", boundary=0.875)
+    check_alike(high, lora(source="b"))
+    with pytest.raises(ValueError, match="of one model, with the same boundary; got 0.875 of a and 0.9 of b"):
+        check_alike(high, lora(source="b", boundary=0.9))
+    with pytest.raises(ValueError, match="of one model, with the same base_model; got wan-a14b of a and wan of b"):
+        check_alike(high, lora(source="b", base_model="wan"))
+
+
+def test_a_file_that_says_nothing_but_its_name():
+    assert half_named(lora(source="x_low_noise.safetensors")).settings.expert == "low_noise"
+    assert half_named(lora(source="x_low_noise.safetensors", base_model="wan")).settings.expert is None
+    other = LoRA({"mid_block.x.lora_A.weight": torch.zeros(2, 2)}, source="high.safetensors")
+    assert half_named(other) is other

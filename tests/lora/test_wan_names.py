@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import nn
 
 from diffusers_mcm.lora.layouts import is_wan, parameter_of, place_of
-from diffusers_mcm.lora.wan_names import expert_named, original_wan_module, wan_module
+from diffusers_mcm.lora.wan_names import original_wan_module, wan_module
 from tests.tiny_wan import tiny_wan_transformer
 
 
@@ -83,24 +83,6 @@ def test_the_parameter_of_a_difference():
     ]
     names = ["a.b.weight", "a.b.bias", "blocks.0.scale_shift_table", "scale_shift_table"]
     assert [parameter_of(*place) for place in places] == names
-
-
-@pytest.mark.parametrize(
-    ("name", "expert"),
-    [
-        ("high_noise_model.safetensors", "high_noise"),
-        ("low_noise_model.safetensors", "low_noise"),
-        ("wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors", "high_noise"),
-        ("wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors", "low_noise"),
-        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "high_noise"),
-        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", "low_noise"),
-        ("pytorch_lora_weights.safetensors", None),
-        ("yellow_flowers_highlights.safetensors", None),
-        ("high_and_low.safetensors", None),
-    ],
-)
-def test_the_expert_in_a_files_name(name, expert):
-    assert expert_named(name) == expert
 
 
 def test_a_convolution_is_among_them():

@@ -273,8 +273,6 @@ def test_the_pair_is_saved_in_two_files_as_the_field_names_them(base, halves, tm
         MCMPipeline.from_pretrained(base, lora=tmp_path.parent, subfolder=tmp_path.name),
     ):
         assert torch.equal(sample(again), video) and again.scheduler.config.shift == 3.0
-    with pytest.raises(ValueError, match="two experts of a wan-a14b is published as a folder: `save_mcm_lora"):
-        pipe.push_to_hub("owner/name")
 
 
 def test_both_files_do_the_same_in_diffusers_own_pipeline(base, halves, tmp_path):
@@ -414,6 +412,38 @@ def test_half_a_pair_is_an_error_that_says_what_is_missing(base, halves, bare):
         ValueError, match="is for the high_noise expert; `load_into_transformer_2=True` means the other"
     ):
         pipe.load_lora_weights(halves[0], load_into_transformer_2=True)
+
+
+def test_keys_of_the_second_transformer_are_the_low_noise_half(base, halves, tmp_path):
+    """Both LoRAs in one file, or the second in a file of its own."""
+    high, low = (load_file(half / WEIGHTS_NAME) for half in halves)
+    second = {key.replace("transformer.", "transformer_2."): tensor for key, tensor in low.items()}
+    save_file(second, tmp_path / "second.safetensors")
+    save_file(high | second, tmp_path / "both.safetensors")
+    expected = MCMPipeline.from_pretrained(base)
+    expected.load_lora_weights(halves)
+    video = sample(expected)
+    for given in (
+        tmp_path / "both.safetensors",
+        high | second,
+        (halves[0], tmp_path / "second.safetensors"),
+        (tmp_path / "second.safetensors", high),
+        (second, high),
+    ):
+        pipe = MCMPipeline.from_pretrained(base)
+        pipe.load_lora_weights(given)
+        assert torch.equal(sample(pipe), video)
+    assert describe(tmp_path / "second.safetensors")["expert"] == "low_noise"
+    assert {describe(tmp_path / f"{name}.safetensors")["base_model"] for name in ("second", "both")} == {"wan-a14b"}
+    pipe = MCMPipeline.from_pretrained(base)
+    with pytest.raises(ValueError, match="second.safetensors is for the low_noise expert, and there is no LoRA for"):
+        pipe.load_lora_weights(tmp_path / "second.safetensors")
+    with pytest.raises(ValueError, match="is for the low_noise expert; `load_into_transformer_2=False` means the ot"):
+        pipe.load_lora_weights(tmp_path / "second.safetensors", load_into_transformer_2=False)
+    with pytest.raises(ValueError, match="both.safetensors holds both LoRAs of a pair; it goes with no other"):
+        pipe.load_lora_weights((tmp_path / "both.safetensors", halves[0]))
+    pipe.load_lora_weights(tmp_path / "second.safetensors", load_into_transformer_2=True)
+    assert pipe.get_list_adapters() == {"transformer_2": ["default"]}
 
 
 def test_half_a_pair_can_be_asked_for(base, halves, bare, tmp_path):
