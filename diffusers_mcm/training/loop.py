@@ -158,10 +158,8 @@ class Trainer(Run):
 
     def real_pairs(self, batch: Batch, draws: StepDraws, encode_text: EncodeTexts) -> RealPairs:
         """Those frames of the videos that the student's are decoded at, and the ones beside them."""
-        clips, count = (
-            to_unit_range(batch.pixels.to(self.device)).transpose(1, 2),
-            batch.pixels.shape[2],
-        )  # (B, T, 3, H, W)
+        clips = to_unit_range(batch.pixels.to(self.device)).transpose(1, 2)  # (B, T, 3, H, W)
+        count = clips.shape[1]
         frames = pick_frames(count, draws.frames)
         samples = torch.arange(len(clips), device=self.device)[:, None]
         images, beside = (clips[samples, each].flatten(0, 1) for each in (frames, neighbours(frames, count)))
