@@ -170,17 +170,21 @@ def _prepare_clips(folder: Path, small: bool) -> None:
 
 
 def _clips(folder: Path, small: bool) -> dict[str, float]:
+    """Clips by the least time that each of them took: what else the machine does only adds to it."""
     from diffusers_mcm.data.video import read_clip
 
     figures = {}
     for name in ("720p", "596x336"):
         media = {"path": str(folder / f"{name}.mp4"), "bytes": None}
-        read_clip(media, 2, 1, 64, 64, 0.0)
-        begun = time.process_time()
-        starts = [0.1, 0.9] if small else [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]
+        starts, least = (0.1, 0.5, 0.9), []
         for start in starts:
-            read_clip(media, 16, 2 if small else 8, 256, 256, start)
-        figures[f"{name}, clips each second"] = len(starts) / (time.process_time() - begun)
+            seconds = []
+            for _ in range(1 if small else 5):
+                begun = time.process_time()
+                read_clip(media, 16, 2 if small else 8, 256, 256, start)
+                seconds.append(time.process_time() - begun)
+            least.append(min(seconds))
+        figures[f"{name}, clips each second"] = len(starts) / sum(least)
     return figures
 
 

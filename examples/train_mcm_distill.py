@@ -40,10 +40,11 @@ def train(config: TrainingConfig) -> None:
         give_up(f"error: {error}")
     except KeyboardInterrupt:
         give_up("Stopped before the first step.", 130)
+    begun_by = command_line()  # now: a launcher may be gone when the run ends
     try:
         trainer.train()
     except Stopped as stopped:
-        command = shlex.join(to_go_on(command_line(), stopped.checkpoint)) if stopped.checkpoint else ""
+        command = shlex.join(to_go_on(begun_by, stopped.checkpoint)) if stopped.checkpoint else ""
         give_up(f"{stopped} Go on with: {command}" if str(stopped) and command else str(stopped), stopped.exit_code)
     except (PublishError, DiskFullError, NonFiniteSample) as error:
         give_up(f"error: {error}")

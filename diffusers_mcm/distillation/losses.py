@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+TEMPORAL_LAGS = (1, 3)  # frames: from one to the next, and over a stretch in which motion shows
+
 
 def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float = 0.001) -> torch.Tensor:
     """d(a, b) = mean of √((a − b)² + c²) − c over the elements (eq. 3), float32."""
@@ -16,6 +18,23 @@ def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float = 0.001) -> torch.Te
         raise ValueError(f"c must be positive; got {c}.")
     difference = a.float() - b.float()
     return ((difference**2 + c**2).sqrt() - c).mean()
+
+
+def temporal_distance(a: torch.Tensor, b: torch.Tensor, c: float = 0.001) -> torch.Tensor:
+    """How differently two clips of latents (B, C, T, H, W) change in time, float32; beyond the paper.
+
+    The mean over the lags k in `TEMPORAL_LAGS` below T of d(a_{f+k} − a_f, b_{f+k} − b_f), with eq. 3's distance d.
+    An error that all frames share costs nothing, one that comes and goes costs up to twice what it does in d(a, b).
+
+    Raises:
+        ValueError: for clips of one frame, or of two shapes.
+    """
+    frames = a.shape[2]
+    if frames < 2:
+        raise ValueError(f"The temporal distance compares frames with later ones: expected 2 or more, got {frames}.")
+    a, b = a.float(), b.float()
+    changes = [(a[:, :, k:] - a[:, :, :-k], b[:, :, k:] - b[:, :, :-k]) for k in TEMPORAL_LAGS if k < frames]
+    return torch.stack([pseudo_huber(one, other, c) for one, other in changes]).mean()
 
 
 class DiscriminatorLoss(NamedTuple):

@@ -7,7 +7,7 @@ from ..flags import FIXED, FlagConfig, flag
 from .discriminator.augment import AUGMENTATIONS, CROPS, MIN_FRAME_AREA, MIN_IMAGE_AREA
 from .discriminator.penalty import GROWTH_INTERVAL, GROWTH_THRESHOLD
 from .image_text import ALIKE, IMAGE_TEXTS
-from .losses import DISCRIMINATOR_LOSSES
+from .losses import DISCRIMINATOR_LOSSES, TEMPORAL_LAGS
 from .motion import MOTION_REPRESENTATIONS
 from .trajectory import FRAME_DECODERS, TIMESTEPS, VISITING_STEPS
 
@@ -110,6 +110,20 @@ class MethodConfig(FlagConfig):
         None,
         help="What the teacher's guidance leads away from. Default: the base model's, for Wan the text of its "
         "authors, which names a still picture among others; for the paper's models the empty text.",
+    )
+    lambda_temporal: float = _ours(
+        0.0,
+        help="Weight of a distance between how the student's latents and the target's change from frame to frame, at "
+        f"lags of {' and '.join(map(str, TEMPORAL_LAGS))}, without the motion head: against shapes that change within "
+        "a clip. 0 leaves it out.",
+        least=0,
+    )
+    lambda_change: float = _ours(
+        0.0,
+        help="Weight of a second adversarial loss, whose heads see how the discriminator's features change from each "
+        "frame that it judges to the next, in generated clips and in the videos themselves, whatever --image_data is: "
+        "against shapes that change within a clip. 0 makes no such heads.",
+        least=0,
     )
     num_solver_steps: int = _method(50, help="Steps of the teacher's solver grid.", above=0)
     shift: float | None = _ours(

@@ -15,16 +15,19 @@ from ..conditioning import Conditioning
 from ..consistency import NoisePath
 from .adversarial import AdversarialStep, GeneratorLoss
 from .draws import StepDraws
-from .losses import pseudo_huber
+from .losses import pseudo_huber, temporal_distance
 from .method import MethodConfig
 from .teacher import teacher_step
-from .trajectory import mixed_start, noisy_start, pick_frames
+from .trajectory import mixed_start, neighbours, noisy_start, pick_frames
 
 
 class StudentLosses(NamedTuple):
+    """The total, which is minimised, and its parts; a part that a run does without is None."""
+
     total: torch.Tensor
     consistency: torch.Tensor
     generator: GeneratorLoss | None = None
+    temporal: torch.Tensor | None = None
 
 
 class Student(nn.Module):
@@ -93,10 +96,16 @@ class Student(nn.Module):
         prediction = path.consistency_function(output, x_t, t)  # f(·; θ)
         with torch.autocast(pixels.device.type, enabled=False):  # what c = 0.001 tells apart, half types do not
             distance = pseudo_huber(self.motion(prediction), self.target_motion(target), config.huber_c)  # eq. 3, 6
+            temporal = temporal_distance(prediction, target, config.huber_c) if config.lambda_temporal else None
+        total = distance if temporal is None else distance + config.lambda_temporal * temporal
         if adversary is None:
-            return StudentLosses(distance, distance)
+            return StudentLosses(total, distance, temporal=temporal)
         frames = pick_frames(pixels.shape[2], draws.frames)  # (B, l)
         clean = prediction if path.ends_clean else path.predict_x0(output, x_t, t)
-        images = self.base.decode_frames(self.vae, clean, frames, config.frame_decoder)
-        generator = adversary.generator_loss(images)
-        return StudentLosses(distance + config.lambda_adv * generator.loss, distance, generator)
+        decode = partial(self.base.decode_frames, self.vae, clean, decoder=config.frame_decoder)
+        beside = decode(neighbours(frames, pixels.shape[2])) if config.lambda_change else None
+        generator = adversary.generator_loss(decode(frames), beside)
+        total = total + config.lambda_adv * generator.loss
+        if generator.change_loss is not None:
+            total = total + config.lambda_change * generator.change_loss
+        return StudentLosses(total, distance, generator, temporal)

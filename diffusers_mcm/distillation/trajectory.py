@@ -96,3 +96,10 @@ def pick_frames(num_frames: int, uniforms: torch.Tensor) -> torch.Tensor:
     edges = torch.arange(l + 1, device=uniforms.device) * num_frames // l
     offsets = (uniforms * edges.diff()).long()
     return torch.minimum(edges[:-1] + offsets, edges[1:] - 1)
+
+
+def neighbours(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The frame after each of these, and before the clip's last one; int64 of the same shape."""
+    if num_frames < 2:
+        raise ValueError(f"A frame of a clip of {num_frames} has no neighbour: expected 2 frames or more.")
+    return torch.where(frames < num_frames - 1, frames + 1, frames - 1)

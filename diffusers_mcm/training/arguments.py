@@ -9,6 +9,7 @@ import time
 import typing
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from .config import TrainingConfig
@@ -54,7 +55,8 @@ def give_up(message: str, exit_code: int = 1) -> NoReturn:
         time.sleep(10)
         message = f"process {os.environ['RANK']}: {message}"
     if message:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone, or what read the pipe
+            print(message, file=sys.stderr, flush=True)
     raise SystemExit(exit_code)
 
 

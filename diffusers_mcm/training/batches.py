@@ -123,7 +123,8 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Co
         seed=config.seed,
         caption_column=config.caption_column,
         video_column=config.video_column,
-        decodes=StartsFromData(config.seed, coins),
+        # Where changes are judged, those of the real clips are looked at, of all of them.
+        decodes=None if config.lambda_change else StartsFromData(config.seed, coins),
         judged_frames=config.num_adversarial_frames if judged else 0,
     )
     images: ImageDataset | None = None

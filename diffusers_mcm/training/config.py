@@ -330,6 +330,15 @@ def _check_method(config: TrainingConfig) -> None:
         raise ValueError(f"--num_adversarial_frames ({judged}) must not exceed --num_frames ({frames}).")
     if frames < 2 and config.motion in ("diff", "corr"):
         raise ValueError(f"--motion {config.motion} compares consecutive frames: --num_frames must be 2 or more.")
+    for name in ("lambda_temporal", "lambda_change"):
+        if frames < 2 and getattr(config, name) > 0:
+            raise ValueError(
+                f"--{name} {getattr(config, name):g} compares a clip's frames: --num_frames must be 2 or more."
+            )
+    if config.lambda_change and not config.adversarial:
+        raise ValueError(
+            f"--lambda_change {config.lambda_change:g} needs the discriminator: --lambda_adv must not be 0."
+        )
     if frames < 2 and config.lora_modules == "temporal":
         raise ValueError("--lora_modules temporal relates frames to each other: --num_frames must be 2 or more.")
     if not config.adversarial and config.image_data is not None:

@@ -13,9 +13,10 @@ from accelerate.utils import gather_object
 from ..cards import DEFAULT_PROMPT
 from ..data import to_unit_range
 from ..data.loading import worker_deaths_told
-from ..distillation.adversarial import AdversarialStep
+from ..distillation.adversarial import AdversarialStep, RealPairs
 from ..distillation.draws import StepDraws, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
+from ..distillation.trajectory import neighbours, pick_frames
 from ..files import atomic_files
 from ..lora import LoRA, lora_state_dict
 from .batches import Batch, told_skipped
@@ -25,6 +26,7 @@ from .output import push_command, push_to_hub, unusable
 from .progress import Clock, Lap, ProgressBar
 from .run import Run
 from .stopping import Stopped
+from .text import EncodeTexts
 from .tracking import LossLog, check_finite, saved_in
 from .trained_module import slow_learning
 from .validation import NonFiniteSample, sample_clip, write_validation
@@ -91,16 +93,19 @@ class Trainer(Run):
         networks, pixels = self.networks, to_unit_range(batch.pixels.to(self.device, non_blocking=True))
         negative = [self.config.negative_prompt or ""] * len(batch.captions)
         text, negative_text = networks.text(batch.captions), networks.text(negative)
-        adversary = self.adversary(batch)
-        losses = self.student.module(pixels, text, negative_text, self.draw(batch), adversary)
+        draws = self.draw(batch)
+        adversary = self.adversary(batch, draws)
+        losses = self.student.module(pixels, text, negative_text, draws, adversary)
         self.accelerator.backward(losses.total)
-        self.record(loss=losses.total, consistency=losses.consistency)
+        self.record(loss=losses.total, consistency=losses.consistency, temporal=losses.temporal)
         if self.discriminator is None or adversary is None:
             return
         with self.accelerator.autocast():
-            hinge, penalty = adversary.discriminator_loss(self.discriminator.module, losses.generator.features)
-        self.accelerator.backward(hinge if penalty is None else hinge + self.penalty_weight.value * penalty)
+            hinge, penalty, of_changes = adversary.discriminator_loss(self.discriminator.module, losses.generator)
+        total = hinge if of_changes is None else hinge + of_changes
+        self.accelerator.backward(total if penalty is None else total + self.penalty_weight.value * penalty)
         self.record(adversarial=losses.generator.loss, discriminator=hinge, gradient_penalty=penalty)
+        self.record(adversarial_change=losses.generator.change_loss, discriminator_change=of_changes)
 
     def update(self) -> dict[str, float]:
         """One step of both optimisers, unless something is missing or not finite; the losses of the whole batch."""
@@ -123,7 +128,7 @@ class Trainer(Run):
             scaler.update()
         update_ema(self.networks.student.target_motion, self.networks.student.motion, self.config.motion_ema_decay)
         if self.networks.discriminator is not None:
-            self.networks.discriminator.heads.update_spectral_norm()
+            self.networks.discriminator.update_spectral_norm()
         if "gradient_penalty" in losses:  # that of all processes: they decide alike on the weight of the next step
             told["gradient_penalty_weight"] = self.penalty_weight.value
             self.penalty_weight.follow(losses["gradient_penalty"], step)
@@ -136,7 +141,7 @@ class Trainer(Run):
         ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)
         return draw_step(config.seed, batch.indices, *ranges, self.coins).to(self.device)
 
-    def adversary(self, batch: Batch) -> AdversarialStep | None:
+    def adversary(self, batch: Batch, draws: StepDraws) -> AdversarialStep | None:
         """The discriminator with what it compares against; None if there is none."""
         discriminator, encode_text = self.networks.discriminator, self.networks.discriminator_text
         if discriminator is None or encode_text is None or batch.images is None:
@@ -148,7 +153,18 @@ class Trainer(Run):
             encode_text(batch.fake_texts)["embedding"],
             to_unit_range(batch.images.to(self.device, non_blocking=True)),
             encode_text(batch.real_texts)["embedding"],
+            self.real_pairs(batch, draws, encode_text) if self.config.lambda_change else None,
         )
+
+    def real_pairs(self, batch: Batch, draws: StepDraws, encode_text: EncodeTexts) -> RealPairs:
+        """Those frames of the videos that the student's are decoded at, and the ones beside them."""
+        clips = to_unit_range(batch.pixels.to(self.device)).transpose(1, 2)  # (B, T, 3, H, W)
+        count = clips.shape[1]
+        frames = pick_frames(count, draws.frames)
+        samples = torch.arange(len(clips), device=self.device)[:, None]
+        images, beside = (clips[samples, each].flatten(0, 1) for each in (frames, neighbours(frames, count)))
+        captions = [caption for caption in batch.captions for _ in range(frames.shape[1])]
+        return RealPairs(images, beside, encode_text(captions)["embedding"])
 
     # --- what it tells -----------------------------------------------------------------------------------------------
     def record(self, **losses: torch.Tensor | None) -> None:

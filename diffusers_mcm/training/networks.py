@@ -66,7 +66,7 @@ class TrainingNetworks:
     def changed(self) -> dict[str, nn.Module]:
         """The modules that a run changes, apart from the denoiser."""
         modules = {"motion": self.student.motion, "target_motion": self.student.target_motion}
-        return modules if self.discriminator is None else {**modules, "heads": self.discriminator.heads}
+        return modules if self.discriminator is None else {**modules, **self.discriminator.trained}
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that a run changes."""
@@ -261,6 +261,7 @@ def build_discriminator(config: TrainingConfig) -> Discriminator:
         PatchFeatures.from_pretrained(config.discriminator_features, dtype=dtype),
         TextFeatures.from_pretrained(config.discriminator_text, dtype=dtype),
         generator=sample_generator(config.seed, "discriminator", 0),
+        judges_changes=config.lambda_change > 0,
         augmentation=config.discriminator_augmentation,
         crop=config.discriminator_crop,
         min_crop_area=MIN_FRAME_AREA if config.image_data is None else MIN_IMAGE_AREA,

@@ -9,17 +9,28 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from prepare import rows
 from train_teacher import SCHEDULE
+from train_wan_teacher import WATCH_SHIFT
 from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextModel,
     CLIPTokenizer,
     Dinov2Model,
+    T5Tokenizer,
+    UMT5EncoderModel,
     VideoMAEImageProcessorPil,
     VideoMAEModel,
 )
@@ -61,6 +72,16 @@ def finish_lora(folder: Path, teacher: Path) -> None:
         path.write_text(shapes_card(folder), encoding="utf-8")
 
 
+def write_pipeline(folder: Path, kind: str, parts: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
+    """A repository of these components, with the grammar beside them; `kind` is diffusers' class for such a one."""
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
+    index = {"_class_name": kind, "_diffusers_version": "0.42.1"} | index | (sizes or {})
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "grammar.json").write_text(json.dumps(grammar(), indent=2) + "\n")
+
+
 def package_teacher(models: Path, teacher: Path) -> None:
     parts = {
         "vae": AutoencoderKL.from_pretrained(models / "vae", torch_dtype=torch.float16),
@@ -69,12 +90,24 @@ def package_teacher(models: Path, teacher: Path) -> None:
         "unet": UNet3DConditionModel.from_pretrained(models / "unet", torch_dtype=torch.float16),
         "scheduler": DDIMScheduler(**SCHEDULE),
     }
-    for name, part in parts.items():
-        part.save_pretrained(teacher / name)
-    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
-    index = {"_class_name": "TextToVideoSDPipeline", "_diffusers_version": "0.42.1"} | index
-    (teacher / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (teacher / "grammar.json").write_text(json.dumps(grammar(), indent=2) + "\n")
+    write_pipeline(teacher, "TextToVideoSDPipeline", parts)
+
+
+def package_wan(models: Path, teacher: Path) -> None:
+    """In the layout of Wan's own repositories, with what a call defaults to."""
+    parts = {
+        "vae": AutoencoderKLWan.from_pretrained(models / "wan_vae", torch_dtype=torch.float16),
+        "text_encoder": UMT5EncoderModel.from_pretrained(models / "wan" / "text_encoder", dtype=torch.float16),
+        "tokenizer": T5Tokenizer.from_pretrained(models / "wan" / "tokenizer"),
+        "transformer": WanTransformer3DModel.from_pretrained(
+            models / "wan" / "transformer", torch_dtype=torch.float16
+        ),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=WATCH_SHIFT
+        ),
+    }
+    sizes = {"height": 64, "width": 64, "num_frames": 17, "fps": 8}
+    write_pipeline(teacher, "WanPipeline", parts, sizes)
 
 
 def package_features(models: Path, target: Path) -> None:
@@ -95,6 +128,7 @@ def package_video(models: Path, target: Path) -> None:
 # what is made, from which models, and the names of their logs
 COMPONENTS = {
     "mcm-shapes-teacher": (package_teacher, ("vae", "clip", "unet"), ("vae", "decoder", "teacher")),
+    "mcm-shapes-wan-teacher": (package_wan, ("wan_vae", "wan"), ("wan_vae", "wan_teacher")),
     "mcm-shapes-features": (package_features, ("features",), ("features",)),
     "mcm-shapes-clip": (package_clip, ("clip",), ("clip",)),
     "mcm-shapes-video": (package_video, ("video",), ("video",)),

@@ -60,12 +60,25 @@ class Latents:
             if number not in self.blocks:
                 self.blocks[number] = np.load(file)
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of one clip: (T, C, H, W)."""
+        return next(iter(self.blocks.values())).shape[1:]
+
     def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[str]]:
         numbers = sorted(self.blocks)
         length = len(self.blocks[numbers[0]])
         picked = [(numbers[rng.integers(len(numbers))], rng.integers(length)) for _ in range(size)]
         clips = np.stack([self.blocks[number][i] for number, i in picked])
         return clips.astype(np.float32), [self.captions[number * length + i] for number, i in picked]
+
+
+def oracle_shares(frames: np.ndarray, captions: list[str]) -> dict[str, float]:
+    """The share of clips uint8 (N, T, H, W, 3) in which the oracle reads each attribute of the caption, and all."""
+    pairs = [(read_video(clip), parse(word)) for clip, word in zip(frames, captions)]
+    shares = {part: np.mean([getattr(r, part) == getattr(c, part) for r, c in pairs]) for part in Caption._fields}
+    shares["all_right"] = np.mean([all_right(reading, caption) for reading, caption in pairs])
+    return {part: round(float(share), 3) for part, share in shares.items()}
 
 
 @torch.no_grad()
@@ -133,10 +146,7 @@ def main() -> None:
         frames = frames.clamp(-1, 1).add(1).mul(127.5).round().byte().unflatten(0, (len(words), -1))
         frames = frames.movedim(-3, -1).numpy()
         np.save(args.work / "teacher_watch.npy", frames)
-        pairs = [(read_video(clip), parse(word)) for clip, word in zip(frames, words)]
-        shares = {part: np.mean([getattr(r, part) == getattr(c, part) for r, c in pairs]) for part in Caption._fields}
-        shares["all_right"] = np.mean([all_right(reading, caption) for reading, caption in pairs])
-        return {part: round(float(share), 3) for part, share in shares.items()}
+        return oracle_shares(frames, words)
 
     if args.init:
         unet = UNet3DConditionModel.from_pretrained(args.init)

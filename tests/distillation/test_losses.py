@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from diffusers_mcm.distillation.losses import DISCRIMINATOR_LOSSES, get_discriminator_loss, pseudo_huber
+from diffusers_mcm.distillation.losses import (
+    DISCRIMINATOR_LOSSES,
+    get_discriminator_loss,
+    pseudo_huber,
+    temporal_distance,
+)
 
 
 def logits(seed=0, shape=(6, 10)):
@@ -45,6 +50,41 @@ def test_half_types_are_compared_in_float32():
     a = torch.tensor([1000.0], dtype=torch.float16)
     assert pseudo_huber(a, -a).dtype == torch.float32
     assert pseudo_huber(a, -a).item() == pytest.approx(2000, rel=1e-4)
+
+
+def test_temporal_distance_is_its_formula():
+    """Frames 0, 1, 3, 6, 10 against still ones: changes 1, 2, 3, 4 at lag 1, and 6, 9 at lag 3; c takes 0.001 off."""
+    clip = torch.tensor([0.0, 1.0, 3.0, 6.0, 10.0]).reshape(1, 1, 5, 1, 1).expand(2, 4, 5, 3, 3)
+    expected = (2.5 + 7.5) / 2
+    assert temporal_distance(clip, torch.zeros_like(clip)).item() == pytest.approx(expected, abs=2e-3)
+    assert temporal_distance(clip[:, :, :3], torch.zeros(2, 4, 3, 3, 3)).item() == pytest.approx(1.5, abs=2e-3)
+    assert temporal_distance(clip, clip, c=3.0).item() == 0
+
+
+def test_temporal_distance_minds_what_comes_and_goes_alone():
+    clip = logits(0, (2, 4, 6, 3, 3)).double()
+    lasting = logits(1, (2, 4, 1, 3, 3)).expand_as(clip)
+    fleeting = lasting * torch.tensor([1.0, -1.0] * 3).reshape(1, 1, 6, 1, 1)
+    assert temporal_distance(clip + lasting, clip).item() == pytest.approx(0, abs=1e-6)
+    assert temporal_distance(clip + fleeting, clip).item() == pytest.approx(
+        2 * pseudo_huber(clip + fleeting, clip).item(), rel=2e-3
+    )
+
+
+def test_temporal_distance_pulls_the_frame_that_stands_out_to_where_its_neighbours_are():
+    clip = torch.zeros(1, 1, 5, 1, 1)
+    clip[:, :, 2] = 1.0
+    clip.requires_grad_()
+    temporal_distance(clip, torch.zeros_like(clip)).backward()
+    # Frame 2 is in two of the four changes at lag 1, and in none of the two at lag 3.
+    torch.testing.assert_close(clip.grad.flatten(), torch.tensor([0.0, -0.125, 0.25, -0.125, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_temporal_distance_needs_two_frames_and_one_shape():
+    with pytest.raises(ValueError, match="expected 2 or more, got 1"):
+        temporal_distance(torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 2))
+    with pytest.raises(ValueError, match="two tensors of one shape"):
+        temporal_distance(torch.zeros(1, 4, 2, 2, 2), torch.zeros(1, 4, 3, 2, 2))
 
 
 @pytest.mark.parametrize("name", sorted(DISCRIMINATOR_LOSSES))

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.consistency import FlowPath
-from diffusers_mcm.distillation.adversarial import AdversarialStep
+from diffusers_mcm.distillation.adversarial import AdversarialStep, RealPairs
 from diffusers_mcm.distillation.draws import Coins, draw_adversarial, draw_step
 from diffusers_mcm.distillation.motion import build_motion
 from diffusers_mcm.distillation.student import Student
@@ -56,12 +56,29 @@ TEXT, NEGATIVE = encode(CAPTIONS[:2]), encode(["", ""])
 
 
 def make_adversary(student):
-    discriminator = tiny_discriminator()
+    discriminator = tiny_discriminator(judges_changes=student.config.lambda_change > 0)
     text, real_text = discriminator.encode_text(CAPTIONS[:2]).repeat_interleave(2, 0), random_tensor(4, 12)
     draws = draw_adversarial(0, INDICES, 2)
+    pair = (random_tensor(4, 3, SIZE, SIZE, seed=seed) for seed in (2, 3))
+    pairs = RealPairs(*pair, text) if student.config.lambda_change else None
     return AdversarialStep(
-        discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text
+        discriminator, student.config, draws, text, random_tensor(4, 3, SIZE, SIZE, seed=1), real_text, pairs
     )
+
+
+def student_prediction(student, draws) -> torch.Tensor:
+    """What the student says of the clean latents, found out from what is decoded of them."""
+    seen = []
+
+    class Watched(type(student.base)):
+        def decode_frames(self, vae, latents, *arguments, **options):
+            seen.append(latents)
+            return super().decode_frames(vae, latents, *arguments, **options)
+
+    base, student.base = student.base, Watched()
+    student(PIXELS, TEXT, NEGATIVE, draws, make_adversary(student))
+    student.base = base
+    return seen[0]
 
 
 def in_double(draws):
@@ -101,6 +118,17 @@ def test_total_is_the_weighted_sum():
     student = make_student(lambda_adv=0.25)
     losses = student(PIXELS, TEXT, NEGATIVE, make_draws(student), make_adversary(student))
     torch.testing.assert_close(losses.total, losses.consistency + 0.25 * losses.generator.loss)
+
+
+def test_the_temporal_distance_adds_to_the_total_and_changes_nothing_else():
+    without, weighed = make_student(lambda_adv=0.25), make_student(lambda_adv=0.25, lambda_temporal=0.5)
+    draws = make_draws(without)
+    plain, losses = (each(PIXELS, TEXT, NEGATIVE, draws, make_adversary(each)) for each in (without, weighed))
+    assert plain.temporal is None and losses.temporal.item() > 0
+    assert torch.equal(plain.consistency, losses.consistency)
+    torch.testing.assert_close(losses.total, plain.total + 0.5 * losses.temporal)
+    alone = make_student(lambda_adv=0.0, lambda_temporal=0.5)(PIXELS, TEXT, NEGATIVE, draws)
+    torch.testing.assert_close(alone.total, plain.consistency + 0.5 * losses.temporal)
 
 
 @pytest.mark.parametrize("timestep, depends", [(999, False), (979, True)])

@@ -8,6 +8,7 @@ from diffusers_mcm.distillation.trajectory import (
     TIMESTEPS,
     VISITING_STEPS,
     mixed_start,
+    neighbours,
     noisy_start,
     one_step_sample,
     pick_frames,
@@ -218,3 +219,10 @@ def test_what_starts_in_the_second_phase_is_no_pure_noise():
     torch.testing.assert_close(
         start[1], keep * latents(1)[1] + (0.9375**2 - (keep * 0.875) ** 2) ** 0.5 * latents(2)[1]
     )
+
+
+def test_neighbours_lie_one_frame_on_but_for_the_last():
+    frames = torch.tensor([[0, 3], [2, 1]])
+    assert neighbours(frames, 4).tolist() == [[1, 2], [3, 2]]
+    with pytest.raises(ValueError, match="a clip of 1 has no neighbour: expected 2 frames or more"):
+        neighbours(torch.zeros(1, 1, dtype=torch.long), 1)

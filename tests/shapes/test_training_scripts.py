@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import runpy
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,19 +18,6 @@ from diffusers_mcm.shapes.captions import held_out_captions
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """Run a script as `python examples/shapes/NAME.py FLAGS` does."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def call(name: str, **flags) -> None:
-        words = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-
-    return call
-
-
 def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     built, data, models, work = (tmp_path / name for name in ("built", "data", "models", "work"))
     build(built, num_videos=16, num_images=4)
@@ -41,6 +26,7 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     common = {"data": data, "work": work, "steps": 2, "batch": 4}
     run("train_vae", **common, output=models / "vae")
     run("train_vae", **common, output=models / "vae", init=models / "vae", decoder_only=True)
+    run("steady_decoder", **common, output=models / "steady", init=models / "vae", middle_steps=2, pool=64)
     run("train_clip", **common, output=models / "clip")
     run("train_features", **common, output=models / "features")
     run("train_video", work=work, steps=2, batch=4, output=models / "video")
@@ -51,7 +37,17 @@ def test_from_files_to_a_teacher_that_samples(run, tmp_path, capsys):
     run("package", models=models, work=work, world=built, output=tmp_path / "weights")
 
     logs = {file.stem: [json.loads(line) for line in file.open()] for file in work.glob("*.jsonl")}
-    assert {"vae", "decoder", "clip", "features", "video", "teacher_frames", "teacher"} == set(logs)
+    assert {
+        "vae",
+        "decoder",
+        "steady_middle",
+        "steady_decoder",
+        "clip",
+        "features",
+        "video",
+        "teacher_frames",
+        "teacher",
+    } == set(logs)
     assert all(np.isfinite(log[-1]["loss"]) for log in logs.values())
     teacher = MCMPipeline.from_pretrained(tmp_path / "weights" / "mcm-shapes-teacher")
     frames = teacher("a red circle growing on a white background", num_inference_steps=1, output_type="np").frames

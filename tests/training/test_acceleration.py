@@ -1,6 +1,5 @@
 import inspect
 import logging
-import os
 import re
 import shutil
 from datetime import timedelta
@@ -83,26 +82,6 @@ def test_nothing_that_accelerate_can_be_told_to_use_is_passed_over():
     honoured = {"ACCELERATE_USE_CPU", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_USE_FSDP"}
     refused = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"}
     assert told - honoured - refused <= {"ACCELERATE_USE_PARALLELISM_CONFIG"}
-
-
-def test_what_of_fsdp_would_be_passed_over_is_refused(config, monkeypatch):
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    for variable, message in (
-        ("FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params is not supported: leave it out"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "give --gradient_checkpointing"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
-            patch.setenv("ACCELERATE_USE_FSDP", "true")
-            patch.setenv(variable, "true")
-            with_accelerate_settings(config())
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="--fuse_lora changes weights, which --fsdp splits"):
-        with_accelerate_settings(config(fuse_lora=True))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    told = with_accelerate_settings(config())
-    assert told.fsdp and os.environ["ACCELERATE_USE_FSDP"] == "false"
-    with pytest.raises(ValueError, match="--fsdp splits the frozen weights among processes, and there is only one"):
-        build_accelerator(told)
 
 
 def test_how_long_a_process_waits_for_the_others_is_a_flag(config):

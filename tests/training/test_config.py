@@ -59,6 +59,19 @@ def test_learning_rates_scale_with_the_batch_and_the_frames():
             dict(num_frames=1, lambda_adv=0.0, lora_modules="temporal"),
             "--lora_modules temporal relates frames to each other: --num_frames must be 2 or more",
         ),
+        (
+            dict(num_frames=1, lambda_adv=0.0, lambda_temporal=0.5),
+            "--lambda_temporal 0.5 compares a clip's frames: --num_frames must be 2 or more",
+        ),
+        (
+            dict(num_frames=1, num_adversarial_frames=1, lambda_change=0.5),
+            "--lambda_change 0.5 compares a clip's frames: --num_frames must be 2 or more",
+        ),
+        (
+            dict(lambda_adv=0.0, lambda_change=0.5),
+            "--lambda_change 0.5 needs the discriminator: --lambda_adv must not",
+        ),
+        (dict(lambda_temporal=-1.0), "--lambda_temporal must be 0 or more, not -1.0"),
         (dict(coin="toss"), "--coin must be one of sample, batch, not 'toss'"),
         (dict(timesteps="late"), "--timesteps must be one of uniform, visited, not 'late'"),
         (dict(fuse_lora=True, mixed_precision="bf16"), "--fuse_lora needs --mixed_precision no: in bf16 most of"),

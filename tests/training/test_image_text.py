@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_mcm.data import ImageDataset, VideoDataset
+from diffusers_mcm.distillation.adversarial import GeneratorLoss
 from diffusers_mcm.distillation.discriminator import Discriminator, DiscriminatorHeads
 from diffusers_mcm.features import TextFeatures
 from diffusers_mcm.training.batches import choose_image_text
@@ -64,7 +65,7 @@ class Patches(torch.nn.Module):
 def small_discriminator(monkeypatch):
     """Such features, and clips that are not decoded, at which nothing here looks."""
 
-    def build(features, text, generator, **options):
+    def build(features, text, generator, judges_changes, **options):
         heads = DiscriminatorHeads(1, FEATURE_DIM, TEXT_DIM, generator)
         return Discriminator(Patches(), heads, TextFeatures(tiny_clip_text(), tiny_tokenizer()), **options)
 
@@ -112,14 +113,15 @@ class Experiment:
         """
         trainer, losses = self.trainer, deque(maxlen=20)
         discriminator = trainer.networks.discriminator
-        batches = list(islice(trainer.open_batches(), 2 * NUM_IMAGES // 8))
+        batches = list(islice(trainer.batches, 2 * NUM_IMAGES // 8))
         for step in range(STEPS):
             batch = batches[step % len(batches)]
             prompts = [caption for caption in batch.captions for _ in range(2)]
-            adversary = trainer.adversary(change_texts(batch))
+            batch = change_texts(batch)
+            adversary = trainer.adversary(batch, trainer.draw(batch))
             fake = change_fakes(torch.stack([self.draw(prompt) for prompt in prompts]))
-            features = discriminator.extract(fake, adversary.draws.fake)
-            loss, _ = adversary.discriminator_loss(trainer.discriminator.module, features)
+            generated = GeneratorLoss(fake, discriminator.extract(fake, adversary.draws.fake))
+            loss, *_ = adversary.discriminator_loss(trainer.discriminator.module, generated)
             loss.backward()
             trainer.discriminator.update(None)
             discriminator.heads.update_spectral_norm()
@@ -199,7 +201,7 @@ def test_frames_have_their_own_captions_and_large_sets_are_not_compared(world, t
     assert choose_image_text("own", images, videos).warning is None  # nothing is known against it
 
 
-def test_the_rule_is_told_recorded_and_kept(world, tmp_path, caplog):
+def test_the_rule_is_told_recorded_and_kept(world, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     options = dict(max_train_steps=1, checkpointing_steps=1)
     out = Trainer(tiny_config(world, tmp_path, image_text="own", **options)).train()
@@ -213,5 +215,6 @@ def test_the_rule_is_told_recorded_and_kept(world, tmp_path, caplog):
     with pytest.raises(ValueError, match="image_text was own, is none"):
         Trainer(tiny_config(world, tmp_path, **again))
     # What counts is what was done, not how it was asked for.
+    monkeypatch.setattr("diffusers_mcm.training.run.check_data", lambda *_: None)  # of other data than before
     captioned = dict(image_data=str(make_images(tmp_path / "images", CAPTIONS)))
     assert Trainer(tiny_config(world | captioned, tmp_path, **again)).step == 1

@@ -74,6 +74,7 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path, monkeypatch):
     """
     monkeypatch.setattr("diffusers_mcm.distillation.discriminator.penalty.GROWTH_THRESHOLD", 0.0)
     options = dict(max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=2, ema_decay=0.5)
+    options |= dict(lambda_temporal=0.5, lambda_change=0.5)
     whole = run(tiny_config(world, tmp_path / "whole", **options))
 
     parts = tmp_path / "parts"
@@ -82,10 +83,13 @@ def test_a_resumed_run_is_bit_identical(world, tmp_path, monkeypatch):
     resumed = run(tiny_config(world, parts, resume_from_checkpoint="latest", **helped))
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert any("change_heads" in name for name in whole)
     assert without_time(read_log(tmp_path / "whole")) == without_time(read_log(parts))
     assert [row["gradient_penalty_weight"] for row in read_log(parts)] == pytest.approx([1e-5, 5e-5, 5e-5])
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
         Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lora_rank=4)))
+    with pytest.raises(ValueError, match="lambda_temporal was 0.5, is 0.0"):
+        Trainer(tiny_config(world, parts, resume_from_checkpoint="latest", **options | dict(lambda_temporal=0.0)))
 
 
 def test_what_is_saved_is_the_moving_average(world, tmp_path):

@@ -92,7 +92,7 @@ def test_a_card_edited_on_the_hub_stays_unless_the_run_may_replace_it(published,
     repository.commit(
         "main", repository.files | {"README.md": repository.files["README.md"] + edit}, "Update README.md"
     )
-    again = dataclasses.replace(config, max_train_steps=2)
+    again = dataclasses.replace(config, max_train_steps=2, resume_from_checkpoint="latest")  # starts anew
     train(again)
     assert edit in repository.files["README.md"] and "--overwrite_card" in caplog.text
     out = train(dataclasses.replace(again, overwrite_card=True))

@@ -57,9 +57,10 @@ def tiny_heads(seed: int = 0) -> DiscriminatorHeads:
     return DiscriminatorHeads(len(BLOCKS), FEATURE_DIM, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_discriminator() -> Discriminator:
+def tiny_discriminator(judges_changes: bool = False) -> Discriminator:
     text = TextFeatures(tiny_clip_text(), tiny_tokenizer())
-    return Discriminator(PatchFeatures(tiny_dinov2(), BLOCKS), tiny_heads(), text)
+    change_heads = tiny_heads(1) if judges_changes else None
+    return Discriminator(PatchFeatures(tiny_dinov2(), BLOCKS), tiny_heads(), text, change_heads=change_heads)
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
