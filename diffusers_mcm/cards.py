@@ -217,31 +217,9 @@ def render_card(
     """
     trainings = [settings] if second is None else [settings, second]
     settings = settings if second is None else replace(settings, expert=None)
-    prompt = settings.prompt or DEFAULT_PROMPT
-    base, *extra = _repositories(settings)
-    subfolder = place.subfolder
-    values = {
-        "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
-        "steps": str(settings.steps),
-        "load": f'"{place.name}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
-        "where": place.name + (f" --subfolder {subfolder}" if subfolder else ""),
-        "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',
-        "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
-        "motion_adapter": public_name(extra[0]) if extra else "",
-    }
-    kind = settings.base_model or ""
-    stock = _STOCK.get((kind, layout), "Not known for this base model.")
-    # Stock code finds adapter and scheduler in the folder that `convert` has written, or where the LoRA is.
-    beside = f'"{place.name}", subfolder="{place.inside("scheduler").subfolder}"'
-    values |= {"adapter": values["load"], "scheduler": f"LCMScheduler.from_pretrained({beside})"}
-    if "convert" in stock:
-        values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
-    elif layout == "peft":
-        values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
+    prompt, kind = settings.prompt or DEFAULT_PROMPT, settings.base_model or ""
+    values, stock = _code(settings, prompt, place, layout)
     values |= _on_flow_path(settings, scheduler or {})
-    if settings.expert:
-        values |= _half(settings.expert, place.name)
-        stock = _TO_A_PAIR + stock
     appearance = (
         "images" if settings.image_data else "those videos too" if settings.training else "those videos or from images"
     )
@@ -261,6 +239,33 @@ def render_card(
         training=_training_section(trainings, training_note),
         scores="\n\n".join(map(_scores_table, scores)) or "None were measured, or none are recorded with the weights.",
     )
+
+
+def _code(settings: Settings, prompt: str, place: Location, layout: str) -> tuple[dict[str, str], str]:
+    """What the code of a card is filled with, and that for stock diffusers."""
+    base, *extra = _repositories(settings)
+    subfolder = place.subfolder
+    values = {
+        "prompt": prompt.replace("\\", "\\\\").replace('"', '\\"'),
+        "steps": str(settings.steps),
+        "load": f'"{place.name}"' + (f', subfolder="{subfolder}"' if subfolder else ""),
+        "where": place.name + (f" --subfolder {subfolder}" if subfolder else ""),
+        "repository": f'resolve("{base}")' if base in PACKAGED_MODELS else f'"{public_name(base)}"',
+        "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
+        "motion_adapter": public_name(extra[0]) if extra else "",
+    }
+    stock = _STOCK.get((settings.base_model or "", layout), "Not known for this base model.")
+    # Stock code finds adapter and scheduler in the folder that `convert` has written, or where the LoRA is.
+    beside = f'"{place.name}", subfolder="{place.inside("scheduler").subfolder}"'
+    values |= {"adapter": values["load"], "scheduler": f"LCMScheduler.from_pretrained({beside})"}
+    if "convert" in stock:
+        values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
+    elif layout == "peft":
+        values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
+    if settings.expert:
+        values |= _half(settings.expert, place.name)
+        stock = _TO_A_PAIR + stock
+    return values, stock
 
 
 def _what(settings: Settings, trainings: Sequence[Settings]) -> str:

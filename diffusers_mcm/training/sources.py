@@ -6,6 +6,7 @@ import torch
 
 from ..base_models.base import component_class
 from ..location import Location
+from ..lora import find_pair
 from .config import TrainingConfig
 from .networks import components_elsewhere, teacher_index
 
@@ -22,7 +23,7 @@ def check_sources(config: TrainingConfig, remote: bool) -> None:
             _check_network(f"--{flag} ", getattr(config, flag), remote)
     if config.pretrained_lora:
         lora = Location.of(config.pretrained_lora, subfolder=config.pretrained_lora_subfolder)
-        if lora.remote == remote:
+        if lora.remote == remote and find_pair(lora) is None:
             lora.lora_file()
 
 
