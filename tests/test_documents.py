@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from diffusers_mcm import BASE_MODELS, AnimateDiffMCMPipeline, MCMPipeline, ModelScopeMCMPipeline
 from diffusers_mcm.base_models import BaseModel
 from diffusers_mcm.base_models.animatediff import ADAPTER
-from diffusers_mcm.lora import CONFIG_NAME, MOTION_HEAD_NAME, WEIGHTS_NAME, lora_state_dict
+from diffusers_mcm.lora import CONFIG_NAME, MOTION_HEAD_NAME, PAIR_NAMES, WEIGHTS_NAME, lora_state_dict
 from diffusers_mcm.video_io import read_metadata
 from tests.distillation.discriminator.tiny import tiny_clip_text, tiny_dinov2
 from tests.documents import NOT_RUN, ROOT, run_document
 from tests.formats.world import MODELSCOPE, sample, save_hub
 from tests.hub_server import hub_server
+from tests.test_publish_pairs import save_half
 from tests.tiny import (
     NUM_FRAMES,
     SIZE,
@@ -106,7 +107,10 @@ def test_the_readme(reader, tmp_path):
 
 def test_the_page_on_publishing(reader, tmp_path):
     save_tiny_lora(tmp_path / "my_mcm", base=MODELSCOPE)
+    for seed, (name, expert) in enumerate({"my_high": "high_noise", "my_low": "low_noise"}.items()):
+        save_half(tmp_path / name, expert, seed, base=BASE_MODELS["wan-a14b"].default_repository)
     (seen,), left_out = run_document("docs/publishing.md")
+    assert reader.repositories["me/my-pair"].files.keys() == {"README.md", *PAIR_NAMES.values()}
     assert left_out == {"hf auth login"}
     assert len(reader.repositories["me/my-mcm"].messages) == 4  # made, pushed, trained, pushed from Python
     whole = reader.repositories["me/my-pipeline"].files

@@ -26,7 +26,7 @@ CLIP = np.zeros((5, SIZE, SIZE, 3), np.uint8)
 def save_half(folder, expert, seed, base="owner/a14b", **options):
     """The folder that a training leaves."""
     a14b, transformer = get_base_model("wan-a14b"), tiny_wan_transformer()
-    add_lora(transformer, a14b.lora_target_modules(transformer), rank=2, alpha=2)
+    add_lora(transformer, a14b.lora_target_modules(transformer), rank=2, alpha=2.0)
     randomise_lora(transformer, seed)
     sampling = dict(num_inference_steps=4, fps=5, num_frames=5, height=SIZE, width=SIZE)
     training = {"expert": expert, "steps": 10 * (seed + 1), "video_data": "../../home/alice/videos"}

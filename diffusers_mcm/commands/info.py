@@ -12,7 +12,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of `diffusers-mcm info`."""
     parser = argparse.ArgumentParser(prog="diffusers-mcm info", description=__doc__)
     add = parser.add_argument
-    add("source", help="folder, .safetensors file, packaged model or Hub id; a motion module or kohya file, too")
+    add("source", help="folder, .safetensors file, packaged model or Hub id; a motion module, kohya file or pair, too")
     add("--subfolder", help="where in SOURCE the LoRA is")
     add("--weight_name", help="the file's name, if it is not one of the usual two")
     add("--revision", help="branch, tag or commit on the Hub")

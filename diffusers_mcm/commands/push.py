@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="diffusers-mcm push", description=__doc__, epilog="After a failure the same command finishes the job."
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="LoRA folder, as training writes it")
+    add("folder", type=Path, metavar="DIR", help="LoRA folder, as training writes it, or one with a pair")
     add("repo_id", metavar="REPO", help="owner/name, or a name in your own namespace; created if it is not there")
     visibility = parser.add_mutually_exclusive_group()
     for name, action in (("private", "store_true"), ("public", "store_false")):

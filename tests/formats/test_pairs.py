@@ -33,7 +33,7 @@ def pair(halves, tmp_path):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
