@@ -13,6 +13,7 @@ from ..data import ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDat
 from ..data.sources import MediaRows
 from ..distillation.draws import Coins
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap, pair_texts
+from ..settings import LOW_NOISE
 from .config import TrainingConfig
 
 MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
@@ -123,8 +124,7 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Co
         seed=config.seed,
         caption_column=config.caption_column,
         video_column=config.video_column,
-        # Where changes are judged, those of the real clips are looked at, of all of them.
-        decodes=None if config.lambda_change else StartsFromData(config.seed, coins),
+        decodes=None if takes_all_clips(config) else StartsFromData(config.seed, coins),
         judged_frames=config.num_adversarial_frames if judged else 0,
     )
     images: ImageDataset | None = None
@@ -138,6 +138,15 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Co
         )
     compared = images if images is not None else videos if judged else None
     return TrainingData(videos, images, choose_image_text(config.image_text, compared, videos))
+
+
+def takes_all_clips(config: TrainingConfig) -> bool:
+    """Whether the clips are looked at of those samples too that start from the student's own video.
+
+    The later of two experts makes its own from the real one with noise, and `--lambda_change` judges beside it how the
+    real one changes.
+    """
+    return config.expert == LOW_NOISE or bool(config.lambda_change)
 
 
 def choose_image_text(asked: str, images: KeyedDataset | None, videos: KeyedDataset) -> ImageText:

@@ -109,6 +109,14 @@ def test_the_clips_that_are_decoded_are_those_of_the_coins(world, tmp_path, shar
         assert [bool(clip.any()) for clip in batch.pixels] == drawn.tolist() and batch.images is None
 
 
+@pytest.mark.parametrize("options", [dict(expert="low_noise"), dict(lambda_change=0.5)])
+def test_all_clips_are_decoded_where_the_students_own_samples_need_the_real_ones(world, tmp_path, options):
+    """The later expert noises real clips for its own samples; heads for changes compare with those of real clips."""
+    config = tiny_config(world, tmp_path, max_train_steps=4, train_batch_size=2, lambda_real=0.5, **options)
+    data = open_data(config, (NUM_FRAMES, 16, 16), Coins(0.5, 2))
+    assert all(clip.any() for batch in build_batches(config, data, 0, Accelerator(cpu=True)) for clip in batch.pixels)
+
+
 def test_captions_that_are_far_away_are_not_compared(world):
     near, far = VideoDataset(world["video_data"], num_frames=2), VideoDataset(world["video_data"], num_frames=2)
     far.rows.far_captions = True
