@@ -160,7 +160,7 @@ def whatever_the_values() -> Iterator[None]:
 
     with ExitStack() as patches:
         start = dict(
-            mixed_start=lambda denoise, path, x_0, *draws: x_0,
+            mixed_start=lambda denoise, path, x_0, *draws, **_: x_0,
             noisy_start=lambda path, x_0, noise, t: path.add_noise(x_0, noise, t),
         )
         patches.enter_context(mock.patch.multiple(student_module, **start, pick_frames=Picked))

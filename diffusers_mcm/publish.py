@@ -289,7 +289,11 @@ def record_sample(folder: Path, video, prompt: str, fps: float) -> None:
     card, unless somebody has edited that. The settings of a pair are in the headers of its two files."""
     location = Location.of(folder)
     pair = find_pair(location)
-    loras = [_read_settings(location)] if pair is None else list(as_pair([_read_settings(each) for each in pair]))
+    if pair is None:
+        alone = Settings.read(location)  # whose file need not be opened for its header
+        loras = [_read_settings(location) if alone is None else LoRA({}, settings=alone)]
+    else:
+        loras = list(as_pair([_read_settings(each) for each in pair]))
     repository = _card_made_for(folder, loras) if _has_settings(folder, loras) else None
     last = CONFIG_NAME if pair is None else Path(loras[-1].source).name
     with atomic_files(folder, last) as temporary:

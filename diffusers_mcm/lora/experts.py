@@ -17,7 +17,7 @@ from ..hub import is_safetensors
 from ..location import INDEX_NAME, MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
 from ..settings import CONFIG_NAME, EXPERTS
 from .adapter import LoRA
-from .files import read_lora, read_lora_file, to_lora, to_loras, write_lora_weights
+from .files import only_lora, read_lora, read_lora_file, to_loras, write_lora_weights
 from .layouts import DENOISER, SECOND_DENOISER, is_wan
 
 PAIR_NAMES = {expert: f"{expert}_model.safetensors" for expert in EXPERTS}
@@ -147,7 +147,7 @@ def read_loras(source: Any, **options: Any) -> LoRA | LoRAPair:
         return as_pair([each if isinstance(each, LoRA) else read_lora(each) for each in pair])
     file = read_lora_file(Location.of(source, **options))
     found = to_loras(file)
-    return by_experts(found) if {DENOISER, SECOND_DENOISER} <= found.keys() else to_lora(file)
+    return by_experts(found) if {DENOISER, SECOND_DENOISER} <= found.keys() else only_lora(found, file.path)
 
 
 def by_experts(loras: Mapping[str, LoRA]) -> LoRAPair:

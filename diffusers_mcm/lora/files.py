@@ -62,10 +62,14 @@ def to_lora(file: LoRAFile) -> LoRA:
     """The LoRA for the denoiser in a file of diffusers' or PEFT's layout, or for Wan in any, with the settings beside
     it. One whose keys are of a second denoiser is for the low-noise expert, and its settings say so; `ValueError` for
     a file with both."""
-    loras = to_loras(file)
+    return only_lora(to_loras(file), file.path)
+
+
+def only_lora(loras: Mapping[str, LoRA], path: Path) -> LoRA:
+    """The one LoRA of those that `to_loras` found in a file, as `to_lora` gives it."""
     if {DENOISER, SECOND_DENOISER} <= loras.keys():
         raise ValueError(
-            f"{file.path} holds LoRAs for both experts of a Wan that has two ({SECOND_DENOISER}.*); one was expected."
+            f"{path} holds LoRAs for both experts of a Wan that has two ({SECOND_DENOISER}.*); one was expected."
             " Load it with `load_lora_weights` of a pipeline with two experts."
         )
     if SECOND_DENOISER in loras:

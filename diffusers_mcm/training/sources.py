@@ -1,5 +1,6 @@
 """What a run reads, looked at before anything large is loaded: a wrong path is told in a second."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -53,11 +54,10 @@ def planned_clip_size(config: TrainingConfig) -> tuple[int, int, int]:
 
 def _without_weights(location: Location, index: dict[str, Any], name: str) -> torch.nn.Module:
     """A component of a pipeline on the meta device, made from its configuration."""
-    import diffusers
-
     kind = component_class(index, name)
     values = location.inside(name).json("config.json")
     if kind is None or values is None:
         raise ValueError(f"{location.name} is not a text-to-video model: it has no {name}/config.json.")
+    library = importlib.import_module(index[name][0])  # as diffusers does to load it
     with torch.device("meta"):
-        return getattr(diffusers, kind).from_config(values)
+        return getattr(library, kind).from_config(values)

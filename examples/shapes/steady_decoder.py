@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from autoencoding import NOISE, STEEPNESS_WEIGHT, edges, emphasis, spread, steepness
 from common import Frames, parser, save_half, to_pixels, train
 from diffusers import AutoencoderKL
 from torch import nn
-from train_vae import NOISE, STEEPNESS_WEIGHT, edges, emphasis, spread, steepness
 
 from diffusers_mcm.shapes.steadiness import MIN_DISTANCE
 

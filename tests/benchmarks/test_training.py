@@ -36,7 +36,8 @@ def test_every_row_measures_what_its_targets_are_about(name, tmp_path, monkeypat
         figures = row.measure(tmp_path, True)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert figures and all(value > 0 for value in figures.values())
+    # So small a data set may need no memory that the process does not have.
+    assert figures and all(value > 0 or name.endswith("MiB at most") for name, value in figures.items())
     assert {figure.replace("100,000", "1,000") for figure in row.targets} <= figures.keys()
 
 

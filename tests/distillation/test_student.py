@@ -203,7 +203,7 @@ def test_the_judge_sees_what_is_clean(path, timestep, monkeypatch):
     monkeypatch.setattr(
         student.base,
         "decode_frames",
-        lambda vae, latents, *_: judged.append(latents) or torch.zeros(4, 3, SIZE, SIZE),
+        lambda vae, latents, *_, **__: judged.append(latents) or torch.zeros(4, 3, SIZE, SIZE),
         raising=False,
     )
     denoise = type(BASE).denoise

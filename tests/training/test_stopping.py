@@ -22,6 +22,17 @@ from .world import flags_of, tiny_config
 PLAIN = dict(lambda_adv=0.0, image_data=None, train_batch_size=1, max_train_steps=3)
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Who runs the tests in the background of a shell, or by nohup, has them ignore signals, which runs respect."""
+    before = {signum: signal.getsignal(signum) for signum in STOPPING}
+    for signum in STOPPING:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 class Told(Trainer):
     """A run that gets a signal in the midst of its step two, as many times as `times` says."""
 

@@ -79,8 +79,8 @@ def test_from_videos_to_a_lora_that_samples(wan, tmp_path):
 @pytest.mark.parametrize(("given", "read"), [(None, NEGATIVE_PROMPT), ("", ""), ("a blur", "a blur")])
 def test_what_guidance_leads_away_from(wan, tmp_path, given, read):
     trainer = Trainer(wan_config(wan, tmp_path, **PLAIN | dict(negative_prompt=given, max_train_steps=1)))
-    encoded, encode = [], trainer.networks.text.encode
-    trainer.networks.text.encode = lambda captions: (encoded.extend(captions), encode(captions))[1]
+    encoded, encode = [], trainer.networks.text.row
+    trainer.networks.text.row = lambda caption: (encoded.append(caption), encode(caption))[1]
     trainer.train()
     assert set(encoded) - set(CAPTIONS) == {read}
 
