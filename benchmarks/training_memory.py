@@ -211,7 +211,7 @@ def run_step(row: Row, networks: Networks, path: Any, dtype: torch.dtype) -> Non
             losses = student(pixels, text, text, draws, adversary)
         losses.total.backward()
         with autocast():
-            hinge, penalty = adversary.discriminator_loss(discriminator, losses.generator.features)
+            hinge, penalty, _ = adversary.discriminator_loss(discriminator, losses.generator)
         (hinge + penalty).backward()
 
 
