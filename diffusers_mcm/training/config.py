@@ -15,6 +15,7 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
+CACHE_DTYPES = ("exact", "fp16", "bf16")
 LORA_MODULES = ("all", "spatial", "temporal")
 # accelerate's trackers, and none.
 TRACKERS = (
@@ -144,6 +145,28 @@ class TrainingConfig(MethodConfig):
         help="Processes that load data beside each training process, for videos and for images; 0 loads in the main "
         "one. Default: a core each, one left over, at most 8, and for images a quarter of that.",
         least=0,
+    )
+    windows_per_clip: int | None = _data(
+        None,
+        help="Of each video see only the clips of the first so many epochs, over and over, so that they can be kept. "
+        "Default: a new one in each epoch; with --cache_latents 1.",
+        above=0,
+        resume=FIXED,
+        beyond_paper=True,
+    )
+    cache_latents: str | None = _data(
+        None,
+        help="Folder with clips and texts that `diffusers-mcm encode` has encoded: neither the VAE's encoder nor a "
+        "text encoder then runs.",
+        recorded=False,
+        beyond_paper=True,
+    )
+    cache_dtype: str = _data(
+        "exact",
+        help="Type in which `diffusers-mcm encode` keeps latents: 'exact', that of the VAE, or half of float32.",
+        choices=CACHE_DTYPES,
+        recorded=False,
+        beyond_paper=True,
     )
 
     # -- optimisation

@@ -14,6 +14,7 @@ from ..distillation.trajectory import TIMESTEPS
 from ..lora import LoRA
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import Batches, build_batches, open_data
+from .caching import CachedVideos, check_complete, open_cache
 from .checkpoint import clear_up, open_checkpoint
 from .config import TrainingConfig
 from .defaults import with_base_defaults
@@ -82,6 +83,10 @@ class Run:
         with told_by_one(self.accelerator), self.accelerator.local_main_process_first():
             self.data = open_data(config, self.clip_size, self.coins)
         check_sources(config, remote=True)
+        self.cache = None
+        if config.cache_latents is not None:
+            self.cache = open_cache(config, self.base, self.data)
+            check_complete(self.cache, config, self.data, self.total_batch * config.max_train_steps)
 
     def go_on(self, folder: Path, state: dict[str, Any]) -> None:
         """Begin where a checkpoint ends, which must be of this run."""
@@ -94,7 +99,8 @@ class Run:
 
     def open_batches(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> Batches:
         """The batches that are still to be trained on, of the same data as before and in all processes."""
-        batches = build_batches(self.config, self.data, self.step, self.accelerator)
+        encoded = None if self.cache is None else CachedVideos(self.data.videos, self.cache.clips)
+        batches = build_batches(self.config, self.data, self.step, self.accelerator, encoded)
         sizes = batches.sizes
         check_same_everywhere(gather_object([sizes]))
         if checkpoint is not None:
@@ -112,7 +118,7 @@ class Run:
     def open_networks(self) -> None:
         """What the run computes with."""
         config = self.config
-        self.networks = build_networks(config, self.device)
+        self.networks = build_networks(config, self.device, self.cache)
         if config.fsdp:
             shard_frozen(self.networks.student, self.accelerator)
         rates = config.learning_rates(self.total_batch)
