@@ -41,22 +41,14 @@ def number_of_clips(videos: VideoDataset) -> int:
     return len(videos) * (videos.windows or 1)
 
 
-def open_cache(config: TrainingConfig, base: BaseModel, data: TrainingData, create: bool = False) -> LatentCache:
-    """The cache of `--cache_latents`, which has to be of this run's data, networks and settings.
-
-    With `create` it may be new, or lack parts, which are added to what it was made of.
-    """
+def open_cache(config: TrainingConfig, base: BaseModel, data: TrainingData) -> LatentCache:
+    """The cache of `--cache_latents`, new or with what is there, which has to be of this run's data, networks and
+    settings; ValueError, with what has changed, if it is not."""
     folder = Path(config.cache_latents or "")
-    then = read_key(folder)
-    if then is None and not create:
-        raise ValueError(
-            f"There is no cache in --cache_latents {folder} yet. Make it with: diffusers-mcm encode, and the flags of"
-            " this run."
-        )
-    known: dict[str, Key] = then or {}
+    known: dict[str, Key] = read_key(folder) or {}
     now = cache_key(config, base, data.videos, known)
     check_key(folder, known, now)
-    if create and now.keys() - known.keys():
+    if now.keys() - known.keys():
         write_key(folder, {**now, **known})
     clips = ClipStore(folder, number_of_clips(data.videos))
     return LatentCache(folder, clips, TextStore(folder, "prompt"), TextStore(folder, "judge"))
@@ -77,20 +69,3 @@ def judged_texts(config: TrainingConfig, data: TrainingData, captions: set[str])
         return {""}
     own = set(data.images.rows.all_texts()) if data.images is not None and choice == "own" else set()
     return captions | own | {""}
-
-
-def check_complete(cache: LatentCache, config: TrainingConfig, data: TrainingData, samples: int) -> None:
-    """Raise ValueError, with what is missing, unless the cache has all that a run of so many samples needs."""
-    wanted = min(samples, number_of_clips(data.videos))
-    captions = cache.clips.captions(wanted)
-    missing: dict[str, list] = {
-        "clips": cache.clips.missing(wanted),
-        "prompts": cache.prompts.missing(prompts_of(config, captions)),
-        "texts for the discriminator": cache.judge.missing(judged_texts(config, data, captions)),
-    }
-    told = [f"{len(each):,} {what}, such as {each[0]!r}" for what, each in missing.items() if each]
-    if told:
-        raise ValueError(
-            f"The cache in --cache_latents {cache.folder} lacks of what this run needs: {'; '.join(told)}. Add it"
-            " with: diffusers-mcm encode, and the flags of this run."
-        )

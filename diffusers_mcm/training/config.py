@@ -156,14 +156,14 @@ class TrainingConfig(MethodConfig):
     )
     cache_latents: str | None = _data(
         None,
-        help="Folder with clips and texts that `diffusers-mcm encode` has encoded: neither the VAE's encoder nor a "
-        "text encoder then runs.",
+        help="Folder in which clips and texts are kept encoded, so that no step runs the VAE's encoder or a text "
+        "encoder. What it lacks is encoded before the first step, or by `diffusers-mcm encode`.",
         recorded=False,
         beyond_paper=True,
     )
     cache_dtype: str = _data(
         "exact",
-        help="Type in which `diffusers-mcm encode` keeps latents: 'exact', that of the VAE, or half of float32.",
+        help="Type in which --cache_latents keeps latents: 'exact', that of the VAE, or half of float32.",
         choices=CACHE_DTYPES,
         recorded=False,
         beyond_paper=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import logging
@@ -16,7 +17,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..base_models import BaseModel
-from ..conditioning import Conditioning
 from ..data import StepLoader, VideoDataset, to_unit_range
 from ..data.loading import worker_deaths_told
 from ..distillation.draws import Coins
@@ -32,7 +32,7 @@ from .disk import readable
 from .networks import WEIGHT_DTYPES, load_vae, teacher_index
 from .sources import check_sources, planned_clip_size
 from .stored import TextStore, in_files
-from .text import CachedTextEncoder
+from .text import CachedTextEncoder, EncodeTexts
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +54,36 @@ def encode(config: TrainingConfig) -> Path:
     config = with_base_defaults(config, base)
     check_sources(config, remote=False)
     with told_by_one(accelerator), accelerator.local_main_process_first():
-        data = open_data(config, planned_clip_size(config), Coins(1.0))
-    data.videos.decodes = None  # every clip, whichever samples start from it
-    with accelerator.main_process_first():
-        cache = open_cache(config, base, data, create=True)
-    with worker_deaths_told():
-        encode_clips(cache, config, base, index, data.videos, accelerator)
-    accelerator.wait_for_everyone()
-    cache.clips.refresh()
+        data = open_data(config, planned_clip_size(config), Coins())
+    cache = fill_cache(config, base, index, data, accelerator, number_of_clips(data.videos))
     if accelerator.is_main_process:
-        encode_texts(cache, config, base, index, data, accelerator.device)
         size = readable(sum(path.stat().st_size for path in cache.folder.glob("*.safetensors")))
         logger.info("The cache in %s has %s clips, %s.", cache.folder, f"{number_of_clips(data.videos):,}", size)
-    accelerator.wait_for_everyone()
     return cache.folder
+
+
+def fill_cache(
+    config: TrainingConfig,
+    base: BaseModel,
+    index: dict[str, Any],
+    data: TrainingData,
+    accelerator: Accelerator,
+    samples: int,
+) -> LatentCache:
+    """The cache with all that a run of so many samples needs; what it lacks is encoded, by all processes together."""
+    with accelerator.main_process_first():
+        cache = open_cache(config, base, data)
+    accelerator.wait_for_everyone()  # all have seen what is there before one of them adds to it
+    wanted = min(samples, number_of_clips(data.videos))
+    with worker_deaths_told():
+        encode_clips(cache, config, base, index, data.videos, accelerator, wanted)
+    accelerator.wait_for_everyone()
+    cache.clips.refresh()
+    encode_texts(cache, config, base, index, data, accelerator, wanted)
+    accelerator.wait_for_everyone()
+    for texts in (cache.prompts, cache.judge):
+        texts.refresh()
+    return cache
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------
@@ -78,12 +94,17 @@ def encode_clips(
     index: dict[str, Any],
     videos: VideoDataset,
     accelerator: Accelerator,
+    wanted: int,
 ) -> None:
-    """Encode those clips that are not in the cache, this process its share of them, each by itself: its bits depend on
-    no clip beside it, nor on the number of processes."""
-    share = cache.clips.missing(number_of_clips(videos))[accelerator.process_index :: accelerator.num_processes]
+    """Encode those of the first `wanted` clips that are not in the cache, this process its share of them.
+
+    Each is encoded by itself: its bits depend on no clip beside it, nor on the number of processes.
+    """
+    share = cache.clips.missing(wanted)[accelerator.process_index :: accelerator.num_processes]
     if not share:
         return
+    videos = copy.copy(videos)
+    videos.decodes = None  # every clip, whichever samples start from it
     dtype = base.vae_dtype or WEIGHT_DTYPES[config.precision]
     vae = load_vae(config, index, dtype).to(accelerator.device).requires_grad_(False).eval()
     workers = num_workers(config, videos, accelerator)
@@ -121,35 +142,36 @@ def encode_texts(
     base: BaseModel,
     index: dict[str, Any],
     data: TrainingData,
-    device: torch.device,
+    accelerator: Accelerator,
+    wanted: int,
 ) -> None:
     """Encode those texts that are not in the cache; an encoder is loaded only if there are any for it."""
-    captions = cache.clips.captions(number_of_clips(data.videos))
+    captions = cache.clips.captions(wanted)
 
-    def prompt_encoder() -> Callable[[list[str]], Conditioning]:
+    def prompt_encoder() -> EncodeTexts:
         tokenizer, network = load_text_encoder(config, index)
-        return partial(base.encode_text, tokenizer, network.to(device))
+        return partial(base.encode_text, tokenizer, network.to(accelerator.device))
 
-    def judge_encoder() -> Callable[[list[str]], Conditioning]:
+    def judge_encoder() -> EncodeTexts:
         network = TextFeatures.from_pretrained(config.discriminator_text, dtype=WEIGHT_DTYPES[config.precision])
-        network.to(device)
+        network.to(accelerator.device)
         return lambda texts: {"embedding": network(texts)}
 
-    fill(cache.prompts, prompts_of(config, captions), prompt_encoder)
-    fill(cache.judge, judged_texts(config, data, captions), judge_encoder)
+    fill(cache.prompts, prompts_of(config, captions), prompt_encoder, accelerator)
+    fill(cache.judge, judged_texts(config, data, captions), judge_encoder, accelerator)
 
 
 def fill(
-    store: TextStore, texts: Iterable[str], make_encoder: Callable[[], Callable[[list[str]], Conditioning]]
+    store: TextStore, texts: Iterable[str], make_encoder: Callable[[], EncodeTexts], accelerator: Accelerator
 ) -> None:
-    """Encode those of the texts that are not in the store, each by itself."""
-    missing = store.missing(texts)
+    """Encode those of the texts that are not in the store, this process its share of them, each by itself."""
+    missing = store.missing(texts)[accelerator.process_index :: accelerator.num_processes]
     if not missing:
         return
-    encoder = CachedTextEncoder(make_encoder(), capacity=1)
+    encoder = CachedTextEncoder(make_encoder(), capacity=1, device=accelerator.device)
 
     def encoded() -> Iterator[tuple[tuple[str, dict], int]]:
-        for text in tqdm(missing, desc=f"texts ({store.kind})"):
+        for text in tqdm(missing, desc=f"texts ({store.kind})", disable=not accelerator.is_main_process):
             row = encoder.encoded(text)
             yield (text, row), sum(kept.rows.nbytes for kept in row.values())
 

@@ -14,11 +14,12 @@ from ..distillation.trajectory import TIMESTEPS
 from ..lora import LoRA
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import Batches, build_batches, open_data
-from .caching import CachedVideos, check_complete, open_cache
+from .caching import CachedVideos
 from .checkpoint import clear_up, open_checkpoint
 from .config import TrainingConfig
 from .defaults import with_base_defaults
 from .disk import room_for, size_of
+from .encoding import fill_cache
 from .keeping import Keeper, check_room
 from .networks import build_networks, teacher_index
 from .output import prepare_push, write_lora_folder
@@ -85,8 +86,8 @@ class Run:
         check_sources(config, remote=True)
         self.cache = None
         if config.cache_latents is not None:
-            self.cache = open_cache(config, self.base, self.data)
-            check_complete(self.cache, config, self.data, self.total_batch * config.max_train_steps)
+            samples, index = self.total_batch * config.max_train_steps, teacher_index(config)[1]
+            self.cache = fill_cache(config, self.base, index, self.data, self.accelerator, samples)
 
     def go_on(self, folder: Path, state: dict[str, Any]) -> None:
         """Begin where a checkpoint ends, which must be of this run."""

@@ -105,7 +105,11 @@ class TextStore:
     def __init__(self, folder: Path, kind: str):
         self.folder, self.kind = folder, kind
         self.places: dict[str, Path] = {}  # by the text's digest
-        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take note of files that were written meanwhile."""
+        for path in sorted(self.folder.glob(f"{self.kind}-*.safetensors")):
             self.places |= dict.fromkeys(_open(path)[1]["texts"], path)
 
     def missing(self, texts: Iterable[str]) -> list[str]:

@@ -6,8 +6,7 @@ from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.distillation.clips import EncodedClips
 from diffusers_mcm.distillation.draws import Coins
 from diffusers_mcm.training.batches import build_batches, open_data
-from diffusers_mcm.training.caching import CachedVideos, check_complete, judged_texts, open_cache, prompts_of
-from diffusers_mcm.training.text import Kept
+from diffusers_mcm.training.caching import CachedVideos, judged_texts, open_cache, prompts_of
 from tests.tiny import NUM_FRAMES, SIZE
 
 from .world import CAPTIONS, tiny_config
@@ -19,11 +18,11 @@ BASE = get_base_model("modelscope")
 def opened(world, tmp_path):
     """The configuration, the data and a new cache of a run."""
 
-    def make(create=True, **options):
+    def make(**options):
         given = dict(cache_latents=str(tmp_path / "cache"), windows_per_clip=2, train_batch_size=2, max_train_steps=6)
         config = tiny_config(world, tmp_path / "out", **(given | options))
         data = open_data(config, (NUM_FRAMES, SIZE, SIZE), Coins(config.lambda_real, config.train_batch_size))
-        return config, data, open_cache(config, BASE, data, create=create)
+        return config, data, open_cache(config, BASE, data)
 
     return make
 
@@ -38,13 +37,9 @@ def fill(cache, videos, numbers, frames=0):
     cache.clips.refresh()
 
 
-def test_a_cache_that_is_not_there_is_an_error_that_says_how_to_make_it(opened):
-    with pytest.raises(
-        ValueError, match="There is no cache in --cache_latents .*cache yet. Make it with: diffusers-mcm"
-    ):
-        opened(create=False)
-    opened()
-    opened(create=False)
+def test_a_cache_of_another_run_is_refused(opened):
+    for _ in range(2):
+        opened()
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         opened(seed=1)
 
@@ -71,25 +66,6 @@ def test_batches_are_those_of_the_videos(opened, workers):
             assert batch.images[2 * place].unique().tolist() == [number]
             seen.append(number)
     assert sorted(seen[:8]) == list(range(8)) and sorted(seen[8:]) == list(range(4))
-
-
-def test_what_is_missing_is_told(opened):
-    config, data, cache = opened(validation_prompts=("a red ring",))
-    fill(cache, data.videos, [0, 1, 2, 4])
-    check_complete_told = (
-        r"lacks of what this run needs: 1 clips, such as 3; 6 prompts, such as '';.*diffusers-mcm encode"
-    )
-    with pytest.raises(ValueError, match=check_complete_told):
-        check_complete(cache, config, data, 4)
-    captions = set(CAPTIONS)
-    for store, texts in (
-        (cache.prompts, prompts_of(config, captions)),
-        (cache.judge, judged_texts(config, data, captions)),
-    ):
-        store.write({text: {"x": Kept(torch.zeros(1, 2), 2)} for text in texts})
-    check_complete(cache, config, data, 3)
-    with pytest.raises(ValueError, match=r"lacks of what this run needs: 4 clips, such as 3\. Add it with"):
-        check_complete(cache, config, data, 100)
 
 
 def test_the_texts_of_a_run(world, opened):

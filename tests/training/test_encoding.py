@@ -1,15 +1,20 @@
 """A training with a cache against one without: the same clips, the same captions, and nothing left to encode."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from diffusers_mcm.base_models.wan import Wan
+from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.encoding import encode
 from diffusers_mcm.training.loop import Trainer
+from diffusers_mcm.training.stored import ClipStore
 from tests.tiny_wan import save_wan_base
 
-from .world import CAPTIONS, SPLIT, double_precision, flatten, tiny_config
+from .test_distributed import train_in_two_processes
+from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, stop_in_step_two, tiny_config
 
 
 def fresh():
@@ -67,3 +72,43 @@ def test_a_step_with_a_cache_encodes_nothing(world, tmp_path, monkeypatch):
     assert trainer.networks.pipeline.text_encoder is None and trainer.networks.pipeline.tokenizer is None
     trainer.train()
     assert calls == [] and (tmp_path / "lora" / "validation" / "step-000002" / "01.mp4").is_file()
+
+
+def test_a_run_encodes_what_the_cache_lacks_and_no_more(world, tmp_path):
+    """The clips of its own steps; a longer run goes on from there, and with what was encoded before."""
+    options = dict(cache_latents=str(tmp_path / "cache"), lambda_adv=0.0, image_data=None, train_batch_size=1)
+    trainer = Trainer(tiny_config(world, tmp_path / "one", max_train_steps=1, **options))
+    assert trainer.cache.clips.missing(4) == [1, 2, 3]
+    fresh()
+    (kept,) = (tmp_path / "cache").glob("clips-*")
+    written = kept.stat().st_mtime_ns
+    trained(tiny_config(world, tmp_path / "two", max_train_steps=5, **options))
+    assert ClipStore(tmp_path / "cache", 4).missing(4) == [] and kept.stat().st_mtime_ns == written
+    fresh()
+    with pytest.raises(ValueError, match="made of something else than this run needs: seed was 0, is 1"):
+        Trainer(tiny_config(world, tmp_path / "three", seed=1, **options))
+
+
+def test_two_processes_with_a_cache_equal_one_without(world, tmp_path):
+    """They encode it together, by the script, and read it in workers."""
+    one = Trainer(tiny_config(world, tmp_path / "one", train_batch_size=4, **SPLIT))
+    start = flatten(one.state())
+    one.train()
+    cached = dict(cache_latents=str(tmp_path / "cache"), dataloader_num_workers=1)
+    two = tiny_config(world, tmp_path / "two", train_batch_size=2, checkpointing_steps=2, **cached, **SPLIT)
+    train_in_two_processes(two, tmp_path)
+    assert len(list((tmp_path / "cache").glob("clips-*"))) == 2
+    state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
+    assert_same_training(start, flatten(one.state()), flatten(state), double=False)
+
+
+def test_a_resumed_run_is_bit_identical_though_the_cache_was_encoded_anew(world, tmp_path):
+    cached = dict(max_train_steps=3, train_batch_size=2, cache_latents=str(tmp_path / "cache"))
+    whole = trained(tiny_config(world, tmp_path / "whole", **cached))
+    fresh()
+    stop_in_step_two(tiny_config(world, tmp_path / "parts", checkpointing_steps=1, **cached))
+    shutil.rmtree(tmp_path / "cache")
+    cached |= dict(cache_latents=str(tmp_path / "anew"))
+    resumed = trained(tiny_config(world, tmp_path / "parts", resume_from_checkpoint="latest", **cached))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
