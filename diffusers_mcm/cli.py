@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": "make videos from prompts",
     "convert": "write a LoRA in the layout of another tool",
     "evaluate": "measure folders of videos: FVD, CLIPSIM, FID and motion",
+    "encode": "encode a training's clips and captions once",
     "info": "tell what is in a LoRA",
     "push": "publish a LoRA folder on the Hub",
 }

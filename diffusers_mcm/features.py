@@ -99,6 +99,33 @@ class PatchFeatures(_Frozen):
         return [self.model.layernorm(hidden[block + 1])[:, 1:].float() for block in self.blocks]
 
 
+def _text_config(name: str) -> Any:
+    """The configuration of a CLIP's text half."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if (kind := config.model_type) not in ("clip", "clip_text_model"):
+        raise ValueError(f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {kind!r}.")
+    if config.model_type == "clip":
+        # The text half of many CLIP configurations keeps the default width, not the model's.
+        config.text_config.projection_dim = config.projection_dim
+        config = config.text_config
+    return config
+
+
+def text_dimension(name: str) -> int:
+    """The width of the embeddings of `TextFeatures`, from the configuration alone."""
+    return _text_config(Location.of(name).name).projection_dim
+
+
+class TextSize(nn.Module):
+    """In the place of `TextFeatures` where all texts were encoded before: it knows how wide their embeddings are."""
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.text_dim = text_dim
+
+
 class TextFeatures(_Frozen):
     """Projected embeddings of prompts by a frozen `transformers.CLIPTextModelWithProjection` and its tokenizer."""
 
@@ -111,18 +138,12 @@ class TextFeatures(_Frozen):
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype | None = None) -> "TextFeatures":
         """Load from a folder, a packaged model or a Hub repository of a CLIP, or its text half, with the tokenizer."""
-        from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
         location = Location.of(name)
-        name, config = location.name, AutoConfig.from_pretrained(location.name)
-        if (kind := config.model_type) not in ("clip", "clip_text_model"):
-            raise ValueError(f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {kind!r}.")
-        if config.model_type == "clip":
-            # The text half of many CLIP configurations keeps the default width, not the model's.
-            config.text_config.projection_dim = config.projection_dim
-            config = config.text_config
+        config = _text_config(location.name)
         model = _weights(CLIPTextModelWithProjection, location, config=config, dtype=dtype or torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(name))
+        return cls(model, AutoTokenizer.from_pretrained(location.name))
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "settings",
         ),
         "text_files",
+        "training",
         "video_io",
     },
     "shapes": {"files", "tables", "video_io"},

@@ -18,6 +18,7 @@ from torch import nn
 from ..conditioning import Conditioning
 from ..consistency import NoisePath
 from ..settings import DEFAULT_STEPS
+from .precision import at_least_float32
 
 
 def component_class(model_index: Mapping[str, Any], name: str) -> str | None:
@@ -150,8 +151,27 @@ class BaseModel(ABC):
         has none."""
 
     @abstractmethod
+    def encode_posterior(self, vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels to the mean and the deviation of the VAE's posterior, of the latents' shape, in the VAE's own scale
+        and in the type that it computes them in: all that is worth keeping of a clip."""
+
+    @abstractmethod
+    def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Latents in the VAE's own scale to those that the denoiser sees."""
+
+    def sample_posterior(
+        self, vae: nn.Module, mean: torch.Tensor, deviation: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `encode_posterior` gives to scaled latents, float32 or wider: a sample with `noise` (latents' shape),
+        or the mode without. Of the VAE only its configuration is used."""
+        latents = at_least_float32(mean)
+        if noise is not None:
+            latents = latents + at_least_float32(deviation) * noise.to(latents.dtype)
+        return self.scale_latents(vae, latents)
+
     def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels to scaled latents, a sample of the posterior with `noise` (latents' shape), or its mode without."""
+        return self.sample_posterior(vae, *self.encode_posterior(vae, pixels), noise)
 
     @abstractmethod
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ..lora import base_layer
 from ..scheduler import MCMScheduler
 from .base import BaseModel
 from .checkpointing import layers_of, recompute
-from .precision import at_least_float32, find_ends
+from .precision import find_ends
 from .tokens import tokenize
 
 # Suffixes of the modules that carry a LoRA. ModelScope's temporal convolutions (Conv3d, in `temp_convs`) and the
@@ -112,15 +112,15 @@ class StableDiffusionModel(BaseModel):
                 raise ValueError(f"`{side}` must be a positive multiple of {factor}, got {size!r}.")
         return denoiser.config.in_channels, num_frames, height // factor, width // factor
 
-    def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_posterior(self, vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         frames = _frames(pixels)
         at_once = max(PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]), 1)
         posteriors = [vae.encode(chunk.to(vae.dtype)).latent_dist for chunk in frames.split(at_once)]
-        latents = torch.cat([at_least_float32(each.mean) for each in posteriors])
-        if noise is not None:
-            deviations = torch.cat([at_least_float32(each.std) for each in posteriors])
-            latents = latents + deviations * _frames(noise).to(latents.dtype)
-        return _videos(latents * vae.config.scaling_factor, pixels.shape[0])
+        mean, deviation = (torch.cat([getattr(each, name) for each in posteriors]) for name in ("mean", "std"))
+        return _videos(mean, pixels.shape[0]), _videos(deviation, pixels.shape[0])
+
+    def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        return latents * vae.config.scaling_factor
 
     def decode_video(self, vae: nn.Module, latents: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         frames = _frames(latents)

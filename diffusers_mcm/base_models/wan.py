@@ -29,7 +29,7 @@ from ..scheduler import MCMFlowScheduler
 from ..settings import HIGH_NOISE, LOW_NOISE
 from .base import BaseModel, component_class
 from .checkpointing import recompute_causal
-from .precision import at_least_float32, no_autocast
+from .precision import no_autocast
 from .tokens import tokenize
 
 LORA_SUFFIXES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ffn.net.0.proj", ".ffn.net.2")  # within a block
@@ -146,13 +146,13 @@ class Wan(BaseModel):
         frames = count_latent_frames(vae, num_frames)
         return denoiser.config.in_channels, frames, height // factor, width // factor
 
-    def encode_video(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_posterior(self, vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count_latent_frames(vae, pixels.shape[2])  # the VAE would leave out without a word what is too much
         with no_autocast(pixels.device.type):
             posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        latents = at_least_float32(posterior.mean)
-        if noise is not None:
-            latents = latents + at_least_float32(posterior.std) * noise
+        return posterior.mean, posterior.std
+
+    def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         mean, std = latent_statistics(vae, latents)
         return (latents - mean) / std
 

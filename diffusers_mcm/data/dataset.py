@@ -41,6 +41,12 @@ def _epoch_order(num_rows: int, seed: int, purpose: str, epoch: int) -> torch.Te
     return torch.randperm(num_rows, generator=generator)
 
 
+@lru_cache(maxsize=4)
+def _epoch_places(num_rows: int, seed: int, purpose: str, epoch: int) -> torch.Tensor:
+    """Where each row comes in an epoch."""
+    return _epoch_order(num_rows, seed, purpose, epoch).argsort()
+
+
 def _candidate_rows(num_rows: int, seed: int, purpose: str, index: int) -> Iterator[int]:
     """The row of a global index, then its replacements: every row once, in an order of the index's own."""
     epoch, position = divmod(index, num_rows)
@@ -75,6 +81,10 @@ class KeyedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def key(self, index: int) -> int:
+        """The index whose draws an item has: its own, where items are not the same again in later epochs."""
+        return index
+
     def read_pixels(self, media: dict, index: int) -> dict[str, torch.Tensor]:
         """Decode one item for one global index: uint8 "pixels", and what else there is of it."""
         raise NotImplementedError
@@ -87,12 +97,13 @@ class KeyedDataset(Dataset):
         if index < 0:
             raise IndexError(f"A global sample index is 0 or more, not {index}.")
         skipped: dict[str, str] = {}
-        candidates = _candidate_rows(len(self.rows), self.seed, self.purpose, index)
+        key = self.key(index)
+        candidates = _candidate_rows(len(self.rows), self.seed, self.purpose, key)
         for row in itertools.islice(candidates, MAX_REPLACEMENTS):
             item = self.rows[row]
             name = self.rows.name(row, item)
             try:
-                caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", index))
+                caption = self.rows.caption(item, keyed_fraction(self.seed, f"{self.purpose} caption", key))
                 return {**self.read_pixels(self.rows.media(item), index), "caption": caption}, skipped
             except UnusableItem as reason:
                 skipped[name] = str(reason)
@@ -143,6 +154,8 @@ class VideoDataset(KeyedDataset):
             (before `to_unit_range`): it is only seen to that there is a film, and one that is long enough.
         judged_frames: with l of them each item has "frames" (l, 3, H, W) too, one of each of l equal parts of the
             clip. Where the clip is not looked at, they alone are decoded.
+        windows: of each video only so many clips are ever seen, those of the first epochs, so that they may be kept;
+            by default each epoch has new ones.
         options: `split`, `caption_column`, `config_name` and `revision`, as in `DataRequest`.
     """
 
@@ -158,6 +171,7 @@ class VideoDataset(KeyedDataset):
         fps: float | None = None,
         decodes: Callable[[int], bool] | None = None,
         judged_frames: int = 0,
+        windows: int | None = None,
         **options: Any,
     ):
         if not 0 <= judged_frames <= num_frames:
@@ -167,14 +181,24 @@ class VideoDataset(KeyedDataset):
         if fps is not None and not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be greater than 0, not {fps}.")
         frame_interval = 8 if frame_interval is None else frame_interval
-        check_at_least_one(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
+        sizes = dict(num_frames=num_frames, frame_interval=frame_interval, height=height, width=width)
+        check_at_least_one(**sizes, windows=1 if windows is None else windows)
         super().__init__(open_rows(source, VIDEOS, media_column=video_column, **options), seed, "videos")
         self.num_frames, self.frame_interval, self.fps = num_frames, frame_interval, fps
         self.height, self.width = height, width
-        self.decodes, self.judged_frames = decodes, judged_frames
+        self.decodes, self.judged_frames, self.windows = decodes, judged_frames, windows
+
+    def key(self, index: int) -> int:
+        """The sample of the first `windows` epochs that has the same video, clip and caption."""
+        epoch, position = divmod(index, len(self))
+        if self.windows is None or epoch < self.windows:
+            return index
+        row = int(_epoch_order(len(self), self.seed, self.purpose, epoch)[position])
+        first = epoch % self.windows
+        return first * len(self) + int(_epoch_places(len(self), self.seed, self.purpose, first)[row])
 
     def read_pixels(self, media: dict, index: int) -> dict[str, torch.Tensor]:
-        judged = self._judged(index)
+        judged = self._judged(self.key(index))
         if self.decodes is None or self.decodes(index):
             clip = _channels_first(self._read(media, index))
             return {"pixels": clip} | ({"frames": clip[:, list(judged)].movedim(1, 0).contiguous()} if judged else {})
@@ -187,7 +211,7 @@ class VideoDataset(KeyedDataset):
 
     def _read(self, media: dict, index: int, only: tuple[int, ...] | None = None) -> np.ndarray:
         size = (self.height, self.width)
-        start = keyed_fraction(self.seed, "clip start", index)
+        start = keyed_fraction(self.seed, "clip start", self.key(index))
         return read_clip(media, self.num_frames, self.frame_interval, *size, start, self.fps, only=only)
 
     def _judged(self, index: int) -> tuple[int, ...]:

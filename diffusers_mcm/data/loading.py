@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -105,7 +105,8 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 
 class StepLoader:
-    """Batches of a data set, in the order of a `StepSampler`; the same ones for any number of workers.
+    """Batches of a data set, in the order of a `StepSampler` or other lists of indices; the same for any number of
+    workers.
 
     Yields `{"pixels": uint8 (B, …), "caption": list of B strings, "index": int64 (B,)}`, and what else the items have;
     `to_unit_range` makes floats of the pixels, on the device that they are for. Items skipped in the workers are
@@ -113,7 +114,9 @@ class StepLoader:
     page-locked batches, for copies to a GPU. A worker that dies is a `WorkerDied`.
     """
 
-    def __init__(self, dataset: KeyedDataset, sampler: StepSampler, num_workers: int = 0, pin_memory: bool = False):
+    def __init__(
+        self, dataset: KeyedDataset, sampler: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
+    ):
         self.dataset, self.num_workers = dataset, num_workers
         self._loader: DataLoader = DataLoader(
             _ReadWithReport(dataset),

@@ -31,6 +31,14 @@ def digest(chunks: Iterable) -> str:
     return state.hexdigest()
 
 
+def _size(path: str) -> int:
+    """The size of a file of this machine in bytes; -1 for one of another, and where there is none."""
+    try:
+        return -1 if is_remote(path) else os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 class MediaRows:
     """The rows of a data set, kept as columns of a `pyarrow.Table` or `datasets.Dataset` and not as objects.
 
@@ -80,6 +88,16 @@ class MediaRows:
         """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
 
+    def content(self) -> str | None:
+        """A digest that changes with the captions and the sizes of the files, as far as both are told without a look
+        into them; None if they are not."""
+        return None
+
+    def all_texts(self) -> Iterator[str]:
+        """Every caption that may be drawn, of all rows; no media is read."""
+        for item in self._caption_items():
+            yield from self.captions(item) or ([] if self.kind.needs_caption else [""])
+
     def all_captions(self) -> Iterator[str]:
         """One caption of each row, as `caption` gives it, but for rows that it refuses; no media is read."""
         for row, item in enumerate(self._caption_items()):
@@ -102,6 +120,13 @@ class FolderRows(MediaRows):
 
     def order(self) -> str:
         return digest(self.table["file"].chunks)
+
+    def content(self) -> str:
+        import pyarrow as pa
+
+        files = (os.fsdecode(file.as_py()) for file in self.table["file"])
+        sizes = pa.array([_size(file if is_remote(file) else join(self.folder, file)) for file in files], pa.int64())
+        return digest([*self.table["captions"].chunks, sizes])
 
     def media(self, item: Mapping) -> dict:
         file = os.fsdecode(item["file"])

@@ -102,6 +102,10 @@ class TarRows(MediaRows):
         paths = pa.array([os.path.basename(tar.path) for tar in self.tars])
         return digest([paths.take(pa.array(self.table["shard"])), *self.table["name"].chunks])
 
+    def content(self) -> str:
+        sizes = [name for name in self.table.column_names if name.endswith(" size")]
+        return digest([chunk for name in sizes for chunk in self.table[name].chunks])
+
     def _read(self, item: Mapping, name: str) -> bytes | None:
         offset, size = item[f"{name} offset"], item[f"{name} size"]
         return None if offset < 0 else self.tars[item["shard"]].read(offset, size)

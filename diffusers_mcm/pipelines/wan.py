@@ -51,7 +51,8 @@ class WanMCMPipeline(MCMPipeline):
         num_inference_steps: int | None = None,
         fps: float | None = None,
     ):
-        check_embeddings(text_encoder)
+        if text_encoder is not None:
+            check_embeddings(text_encoder)
         networks = dict(vae=vae, text_encoder=text_encoder, transformer=transformer, transformer_2=transformer_2)
         sampling = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
         self._set_up(**networks, **sampling, fps=fps, tokenizer=tokenizer, scheduler=scheduler)

@@ -60,13 +60,15 @@ def give_up(message: str, exit_code: int = 1) -> NoReturn:
     raise SystemExit(exit_code)
 
 
-def build_parser() -> argparse.ArgumentParser:
+_DESCRIPTION = (
+    "Distil a text-to-video diffusion model into a few-step LoRA (motion consistency model). "
+    "Plain LCM distillation: --motion raw --lambda_real 1 --lambda_adv 0."
+)
+
+
+def build_parser(prog: str | None = None, description: str = _DESCRIPTION) -> argparse.ArgumentParser:
     """One documented flag per field of `TrainingConfig`."""
-    parser = _Parser(
-        description="Distil a text-to-video diffusion model into a few-step LoRA (motion consistency model). "
-        "Plain LCM distillation: --motion raw --lambda_real 1 --lambda_adv 0.",
-        allow_abbrev=False,
-    )
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     hints, groups = typing.get_type_hints(TrainingConfig), {}
     for entry in dataclasses.fields(TrainingConfig):
         said, required = entry.metadata, entry.default is dataclasses.MISSING
@@ -91,9 +93,12 @@ def _current(arguments: Sequence[str]) -> list[str]:
     return [now.get(word, word) for word in arguments]
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """Read the command line; a value that makes no sense ends the process with a line and exit code 2."""
-    parser = build_parser()
+def parse_config(arguments: Sequence[str] | None = None, **program: str) -> TrainingConfig:
+    """Read the command line; a value that makes no sense ends the process with a line and exit code 2.
+
+    `program` are `prog` and `description` of another program than the training script.
+    """
+    parser = build_parser(**program)
     namespace = parser.parse_args(_current(sys.argv[1:] if arguments is None else arguments))
     try:
         return TrainingConfig(**vars(namespace))

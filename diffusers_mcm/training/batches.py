@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from ..data import ImageDataset, KeyedDataset, StepLoader, StepSampler, VideoDataset, default_workers
 from ..data.sources import MediaRows
+from ..distillation.clips import EncodedClips
 from ..distillation.draws import Coins
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap, pair_texts
 from ..settings import LOW_NOISE
@@ -23,7 +24,8 @@ class Batch(NamedTuple):
     """One micro-batch of one process."""
 
     indices: list[int]  # global sample indices
-    pixels: torch.Tensor  # uint8 (B, 3, T, H, W); zeros where the sample starts from the student's own video
+    # uint8 (B, 3, T, H, W), or what was encoded of it; zeros where the sample starts from the student's own video
+    pixels: torch.Tensor | EncodedClips
     captions: list[str]
     images: torch.Tensor | None = None  # uint8 (B * l, 3, H, W), the l images of a sample side by side
     fake_texts: Sequence[str] = ()  # B * l, what the discriminator reads beside the sample's generated images
@@ -59,6 +61,7 @@ class Batches:
     videos: StepLoader
     images: StepLoader | None
     image_text: str  # a choice of `pair_texts`
+    num_frames: int  # of a clip
 
     @property
     def loaders(self) -> dict[str, StepLoader]:
@@ -93,7 +96,9 @@ class Batches:
         return frames.flatten(0, 1), [caption for caption in clips["caption"] for _ in range(frames.shape[1])]
 
     def _batch(self, clips: dict, images: torch.Tensor | None, captions: list[str]) -> Batch:
-        samples = (clips["index"].tolist(), clips["pixels"], clips["caption"])
+        cached = "mean" in clips
+        pixels = EncodedClips(clips["mean"], clips["deviation"], self.num_frames) if cached else clips["pixels"]
+        samples = (clips["index"].tolist(), pixels, clips["caption"])
         if images is None:
             return Batch(*samples)
         frames = len(captions) // len(clips["caption"])
@@ -126,6 +131,7 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Co
         video_column=config.video_column,
         decodes=None if takes_all_clips(config) else StartsFromData(config.seed, coins),
         judged_frames=config.num_adversarial_frames if judged else 0,
+        windows=config.windows_per_clip,
     )
     images: ImageDataset | None = None
     if config.adversarial and config.image_data is not None:
@@ -180,8 +186,14 @@ def _compare(images: MediaRows, videos: MediaRows) -> tuple[float | None, str]:
     return overlap, f"captions of images and videos overlap by {overlap:.0%}{without}"
 
 
-def build_batches(config: TrainingConfig, data: TrainingData, first_step: int, accelerator: Accelerator) -> Batches:
-    """The micro-batches of this process, from step `first_step` on."""
+def build_batches(
+    config: TrainingConfig,
+    data: TrainingData,
+    first_step: int,
+    accelerator: Accelerator,
+    encoded: KeyedDataset | None = None,
+) -> Batches:
+    """The micro-batches of this process, from step `first_step` on, of the `encoded` videos if there are such."""
     workers = num_workers(config, data.videos, accelerator)
 
     def load(dataset: KeyedDataset, workers: int, items_per_sample: int = 1) -> StepLoader:
@@ -200,7 +212,8 @@ def build_batches(config: TrainingConfig, data: TrainingData, first_step: int, a
     given = config.dataloader_num_workers
     image_workers = given if given is not None else math.ceil(workers / 4)  # a picture takes much less than a clip
     image_loader = None if images is None else load(images, image_workers, config.num_adversarial_frames)
-    return Batches(load(videos, workers), image_loader, image_text.choice)
+    clips = videos if encoded is None else encoded
+    return Batches(load(clips, workers), image_loader, image_text.choice, videos.num_frames)
 
 
 def num_workers(config: TrainingConfig, videos: VideoDataset, accelerator: Accelerator) -> int:

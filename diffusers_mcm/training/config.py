@@ -15,6 +15,7 @@ REFERENCE_BATCH = 128  # the batch for which the paper states its learning rates
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 SAVE_DTYPES = ("fp16", "fp32")
+CACHE_DTYPES = ("exact", "fp16", "bf16")
 LORA_MODULES = ("all", "spatial", "temporal")
 # accelerate's trackers, and none.
 TRACKERS = (
@@ -144,6 +145,28 @@ class TrainingConfig(MethodConfig):
         help="Processes that load data beside each training process, for videos and for images; 0 loads in the main "
         "one. Default: a core each, one left over, at most 8, and for images a quarter of that.",
         least=0,
+    )
+    windows_per_clip: int | None = _data(
+        None,
+        help="Of each video see only the clips of the first so many epochs, over and over, so that they can be kept. "
+        "Default: a new one in each epoch; with --cache_latents 1.",
+        above=0,
+        resume=FIXED,
+        beyond_paper=True,
+    )
+    cache_latents: str | None = _data(
+        None,
+        help="Folder in which clips and texts are kept encoded, so that no step runs the VAE's encoder or a text "
+        "encoder. What it lacks is encoded before the first step, or by `diffusers-mcm encode`.",
+        recorded=False,
+        beyond_paper=True,
+    )
+    cache_dtype: str = _data(
+        "exact",
+        help="Type in which --cache_latents keeps latents: 'exact', that of the VAE, or half of float32.",
+        choices=CACHE_DTYPES,
+        recorded=False,
+        beyond_paper=True,
     )
 
     # -- optimisation
@@ -314,6 +337,11 @@ def _check_method(config: TrainingConfig) -> None:
         raise ValueError(
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
             f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."
+        )
+    if config.cache_latents and config.lambda_change:
+        raise ValueError(
+            f"--lambda_change {config.lambda_change:g} compares with frames of the real clips, which --cache_latents does"
+            " not keep. Leave out one of the two."
         )
     if config.expert is not None and config.push_to_hub:
         raise ValueError(

@@ -20,6 +20,8 @@ def with_base_defaults(config: TrainingConfig, base: BaseModel) -> TrainingConfi
     if config.frame_interval is None and config.data_fps is None:
         by_time = base.data_fps is not None
         taken |= {"data_fps": base.data_fps} if by_time else {"frame_interval": base.frame_interval}
+    if config.cache_latents is not None and config.windows_per_clip is None:
+        taken["windows_per_clip"] = 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of was said when the configuration was made
         return dataclasses.replace(config, **taken)

@@ -14,6 +14,7 @@ from ..cards import DEFAULT_PROMPT
 from ..data import to_unit_range
 from ..data.loading import worker_deaths_told
 from ..distillation.adversarial import AdversarialStep, RealPairs
+from ..distillation.clips import EncodedClips
 from ..distillation.draws import StepDraws, draw_adversarial, draw_step
 from ..distillation.motion import update_ema
 from ..distillation.trajectory import neighbours, pick_frames
@@ -90,12 +91,12 @@ class Trainer(Run):
 
     def backward(self, batch: Batch) -> None:
         """Gradients of one micro-batch: the student's and motion head's, then the discriminator's."""
-        networks, pixels = self.networks, to_unit_range(batch.pixels.to(self.device, non_blocking=True))
+        networks, clips = self.networks, self.clips(batch)
         negative = [self.config.negative_prompt or ""] * len(batch.captions)
         text, negative_text = networks.text(batch.captions), networks.text(negative)
         draws = self.draw(batch)
         adversary = self.adversary(batch, draws)
-        losses = self.student.module(pixels, text, negative_text, draws, adversary)
+        losses = self.student.module(clips, text, negative_text, draws, adversary)
         self.accelerator.backward(losses.total)
         self.record(loss=losses.total, consistency=losses.consistency, temporal=losses.temporal)
         if self.discriminator is None or adversary is None:
@@ -136,6 +137,12 @@ class Trainer(Run):
         return losses | told
 
     # --- its inputs --------------------------------------------------------------------------------------------------
+    def clips(self, batch: Batch) -> torch.Tensor | EncodedClips:
+        """The clips on the device, pixels in [-1, 1]."""
+        if isinstance(batch.pixels, EncodedClips):
+            return batch.pixels.to(self.device)
+        return to_unit_range(batch.pixels.to(self.device, non_blocking=True))
+
     def draw(self, batch: Batch) -> StepDraws:
         config, networks = self.config, self.networks
         ranges = (networks.latent_shape, self.timesteps, networks.guidance_range, config.num_adversarial_frames)

@@ -18,7 +18,7 @@ from ..distillation.discriminator.augment import MIN_FRAME_AREA, MIN_IMAGE_AREA
 from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
-from ..features import PatchFeatures, TextFeatures
+from ..features import PatchFeatures, TextFeatures, TextSize, text_dimension
 from ..location import Location
 from ..lora import (
     MOTION_HEAD_NAME,
@@ -36,8 +36,10 @@ from ..lora import (
 from ..pipelines import MCMPipeline
 from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
 from ..settings import EXPERTS, HIGH_NOISE
+from .caching import LatentCache
 from .config import TrainingConfig
 from .defaults import student_settings, with_base_defaults
+from .stored import StoredTexts
 from .text import CachedTextEncoder, EncodeTexts, build_text_encoder
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,16 +90,23 @@ class TrainingNetworks:
         return f"base model {self.base_model.name}, clips {json.dumps(sizes)}, trained parameters {json.dumps(counts)}"
 
 
-def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetworks:
-    """The teacher as a pipeline, the student that shares its networks, and the discriminator if there is one."""
-    pipeline, extra_repositories = load_teacher(config)
+def build_networks(config: TrainingConfig, device: torch.device, cache: LatentCache | None = None) -> TrainingNetworks:
+    """The teacher as a pipeline, the student that shares its networks, and the discriminator if there is one.
+
+    With a cache, which has all texts, no text encoder is loaded.
+    """
+    pipeline, extra_repositories = load_teacher(config, with_text=cache is None)
     base = pipeline.base_model
     config = with_base_defaults(config, base)
     num_frames, height, width = (
         getattr(config, name) or pipeline.sampling_default(name) for name in ("num_frames", "height", "width")
     )
     latent_shape = base.latent_shape(pipeline.denoiser, pipeline.vae, num_frames, height, width)
-    text = build_text(pipeline, device, config.offload_text_encoder)
+    text: EncodeTexts
+    if cache is None:
+        text = build_text(pipeline, device, config.offload_text_encoder)
+    else:
+        text = StoredTexts(cache.prompts, device)
     student = build_student(pipeline, config, latent_shape[0]).to(device)
     pipeline.to(device)
     boundary = pipeline.config.boundary_ratio if base.experts else None
@@ -107,10 +116,14 @@ def build_networks(config: TrainingConfig, device: torch.device) -> TrainingNetw
         **student_settings(config, base),
         **({} if boundary is None else {"boundary": boundary}),
     )
-    discriminator = discriminator_text = None
+    discriminator: Discriminator | None = None
+    discriminator_text: EncodeTexts | None = None
     if config.adversarial:
-        discriminator = build_discriminator(config)
-        discriminator_text = build_discriminator_text(discriminator, device, config.offload_text_encoder)
+        discriminator = build_discriminator(config, with_text=cache is None)
+        if cache is None:
+            discriminator_text = build_discriminator_text(discriminator, device, config.offload_text_encoder)
+        else:
+            discriminator_text = StoredTexts(cache.judge, device)
         discriminator.to(device)
     low, high = config.guidance_min, config.guidance_max
     return TrainingNetworks(
@@ -184,14 +197,15 @@ def _instead_of(file: str) -> str:
     return f"{file} is a file, and no checkpoint of a whole model: a LoRA to start from would be --pretrained_lora."
 
 
-def load_teacher(config: TrainingConfig) -> tuple[MCMPipeline, dict[str, str]]:
+def load_teacher(config: TrainingConfig, with_text: bool = True) -> tuple[MCMPipeline, dict[str, str]]:
     """The teacher as a pipeline, and where its components lie that are not in its own repository.
 
-    Of two experts it has but the one that is distilled.
+    Of two experts it has but the one that is distilled, and text encoder and tokenizer only `with_text`.
     """
     extra, dtype = components_elsewhere(config), WEIGHT_DTYPES[config.precision]
     base, index = teacher_index(config)
     others: dict[str, Any] = {component: None for expert, component in base.experts.items() if expert != config.expert}
+    others |= {} if with_text else {"text_encoder": None, "tokenizer": None}
     precise = {} if base.vae_dtype in (None, dtype) else {"vae": load_vae(config, index, base.vae_dtype)}
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
@@ -254,12 +268,14 @@ def trained_modules(base: BaseModel, modules: list[str], wanted: str) -> list[st
     return [module for module in modules if base.is_temporal(module) == (wanted == "temporal")]
 
 
-def build_discriminator(config: TrainingConfig) -> Discriminator:
-    """A discriminator with fresh heads on the frozen feature networks."""
+def build_discriminator(config: TrainingConfig, with_text: bool = True) -> Discriminator:
+    """A discriminator with fresh heads on the frozen feature networks, that for texts only `with_text`."""
     dtype = WEIGHT_DTYPES[config.precision]
+    name = config.discriminator_text
+    text: Any = TextFeatures.from_pretrained(name, dtype=dtype) if with_text else TextSize(text_dimension(name))
     return Discriminator.with_fresh_heads(
         PatchFeatures.from_pretrained(config.discriminator_features, dtype=dtype),
-        TextFeatures.from_pretrained(config.discriminator_text, dtype=dtype),
+        text,
         generator=sample_generator(config.seed, "discriminator", 0),
         judges_changes=config.lambda_change > 0,
         augmentation=config.discriminator_augmentation,

@@ -14,10 +14,12 @@ from ..distillation.trajectory import TIMESTEPS
 from ..lora import LoRA
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import Batches, build_batches, open_data
+from .caching import CachedVideos
 from .checkpoint import clear_up, open_checkpoint
 from .config import TrainingConfig
 from .defaults import with_base_defaults
 from .disk import room_for, size_of
+from .encoding import fill_cache
 from .keeping import Keeper, check_room
 from .networks import build_networks, teacher_index
 from .output import prepare_push, write_lora_folder
@@ -82,6 +84,10 @@ class Run:
         with told_by_one(self.accelerator), self.accelerator.local_main_process_first():
             self.data = open_data(config, self.clip_size, self.coins)
         check_sources(config, remote=True)
+        self.cache = None
+        if config.cache_latents is not None:
+            samples, index = self.total_batch * config.max_train_steps, teacher_index(config)[1]
+            self.cache = fill_cache(config, self.base, index, self.data, self.accelerator, samples)
 
     def go_on(self, folder: Path, state: dict[str, Any]) -> None:
         """Begin where a checkpoint ends, which must be of this run."""
@@ -94,7 +100,8 @@ class Run:
 
     def open_batches(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> Batches:
         """The batches that are still to be trained on, of the same data as before and in all processes."""
-        batches = build_batches(self.config, self.data, self.step, self.accelerator)
+        encoded = None if self.cache is None else CachedVideos(self.data.videos, self.cache.clips)
+        batches = build_batches(self.config, self.data, self.step, self.accelerator, encoded)
         sizes = batches.sizes
         check_same_everywhere(gather_object([sizes]))
         if checkpoint is not None:
@@ -112,7 +119,7 @@ class Run:
     def open_networks(self) -> None:
         """What the run computes with."""
         config = self.config
-        self.networks = build_networks(config, self.device)
+        self.networks = build_networks(config, self.device, self.cache)
         if config.fsdp:
             shard_frozen(self.networks.student, self.accelerator)
         rates = config.learning_rates(self.total_batch)

@@ -35,7 +35,13 @@ class CachedTextEncoder:
         weights: AbstractContextManager[Any] | None = None,
     ):
         self.device, self.weights = torch.device(device), weights or nullcontext()
-        self.row = lru_cache(capacity)(lambda caption: {key: _Kept.of(x) for key, x in encode([caption]).items()})
+        self.row = lru_cache(capacity)(lambda caption: {key: Kept.of(x) for key, x in encode([caption]).items()})
+
+    @torch.no_grad()
+    def encoded(self, caption: str) -> dict[str, Kept]:
+        """The encoding of one caption as it is kept."""
+        with self.weights, no_autocast(self.device.type):
+            return self.row(caption)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Conditioning:
@@ -43,17 +49,17 @@ class CachedTextEncoder:
         # Outside autocast: the bits are to depend as little on who asks first, the training or a validation clip.
         with self.weights, no_autocast(self.device.type):
             rows = [self.row(caption) for caption in captions]
-        return {key: _Kept.stack([row[key] for row in rows], self.device) for key in rows[0]}
+        return stack_rows(rows, self.device)
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A tensor of one caption in host memory: `(n, …)` of the `(1, length, …)` that it was, the other rows zeros."""
 
     rows: torch.Tensor
     length: int
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Kept:
+    def of(cls, tensor: torch.Tensor) -> Kept:
         whole = tensor[0].cpu()
         if tensor.ndim < 3:
             return cls(whole, len(whole))
@@ -62,11 +68,16 @@ class _Kept(NamedTuple):
         return cls(whole[:count].clone(), len(whole))  # a view would keep all rows
 
     @staticmethod
-    def stack(kept: list[_Kept], device: torch.device) -> torch.Tensor:
+    def stack(kept: list[Kept], device: torch.device) -> torch.Tensor:
         longest = max(len(each.rows) for each in kept)
         filled = [F.pad(each.rows, _after(each.rows, longest)) for each in kept]
         stacked = torch.stack(filled).to(device)
         return F.pad(stacked, _after(stacked[0], kept[0].length))
+
+
+def stack_rows(rows: Sequence[dict[str, Kept]], device: torch.device) -> Conditioning:
+    """The condition of several captions, in their order and whole."""
+    return {key: Kept.stack([row[key] for row in rows], device) for key in rows[0]}
 
 
 def _after(rows: torch.Tensor, length: int) -> list[int]:

@@ -148,8 +148,8 @@ def double_precision() -> Iterator[None]:
     The penalty's weight grows after the first step, however small the penalty is.
     """
 
-    def build_in_double(config, device):
-        built = build_networks(config, device)
+    def build_in_double(config, device, *rest):
+        built = build_networks(config, device, *rest)
         built.student.double()
         built.discriminator.double()
         return built
