@@ -44,6 +44,11 @@ def number_of_clips(videos: VideoDataset) -> int:
 def open_cache(config: TrainingConfig, base: BaseModel, data: TrainingData) -> LatentCache:
     """The cache of `--cache_latents`, new or with what is there, which has to be of this run's data, networks and
     settings; ValueError, with what has changed, if it is not."""
+    if config.lambda_change:
+        raise ValueError(
+            f"--lambda_change {config.lambda_change:g} compares with frames of the real clips, which --cache_latents"
+            " does not keep. Leave out one of the two."
+        )
     folder = Path(config.cache_latents or "")
     known: dict[str, Key] = read_key(folder) or {}
     now = cache_key(config, base, data.videos, known)

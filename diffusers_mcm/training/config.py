@@ -338,11 +338,6 @@ def _check_method(config: TrainingConfig) -> None:
             f"--num_inference_steps ({config.num_inference_steps}) must not exceed --num_solver_steps "
             f"({config.num_solver_steps}): sampling takes its timesteps from the solver's grid."
         )
-    if config.cache_latents and config.lambda_change:
-        raise ValueError(
-            f"--lambda_change {config.lambda_change:g} compares with frames of the real clips, which --cache_latents does"
-            " not keep. Leave out one of the two."
-        )
     if config.expert is not None and config.push_to_hub:
         raise ValueError(
             f"--push_to_hub would publish half a model, the {config.expert} expert's. Distil both, load them as a"
