@@ -44,6 +44,11 @@ def test_a_cache_of_another_run_is_refused(opened):
         opened(seed=1)
 
 
+def test_what_needs_pixels_of_clips_is_refused(opened):
+    with pytest.raises(ValueError, match="--lambda_change 0.5 compares with frames of the real clips, which --cache_la"):
+        opened(lambda_change=0.5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_videos(opened, workers):
     """Over three epochs of two windows: captions, judged frames, and which clips are read; films are not opened."""
