@@ -45,7 +45,7 @@ def test_a_cache_of_another_run_is_refused(opened):
 
 
 def test_what_needs_pixels_of_clips_is_refused(opened):
-    with pytest.raises(ValueError, match="--lambda_change 0.5 compares with frames of the real clips, which --cache_la"):
+    with pytest.raises(ValueError, match="--lambda_change 0.5 compares with frames of the real clips"):
         opened(lambda_change=0.5)
 
 
