@@ -181,3 +181,20 @@ def test_a_rate_instead_of_an_interval(video_folder):
         VideoDataset(video_folder, frame_interval=8, fps=2)
     with pytest.raises(ValueError, match="fps must be greater than 0, not nan"):
         VideoDataset(video_folder, fps=float("nan"))
+
+
+def test_of_so_many_windows_the_first_epochs_clips_come_again(video_folder):
+    """In a new order, each once in an epoch, with its start and its caption; the first epochs are as without."""
+    every, windows = open_videos(video_folder), open_videos(video_folder, windows=2)
+    count = len(every)
+    assert [windows.key(index) for index in range(2 * count)] == list(range(2 * count))
+    for epoch in range(2, 6):
+        keys = [windows.key(epoch * count + place) for place in range(count)]
+        assert sorted(keys) == [epoch % 2 * count + place for place in range(count)]
+        for place, key in enumerate(keys):
+            one, other = windows[epoch * count + place], every[key]
+            assert torch.equal(one["pixels"], other["pixels"]) and one["caption"] == other["caption"]
+    orders = [[windows.key(epoch * count + place) % count for place in range(count)] for epoch in range(2, 12)]
+    assert any(order != orders[0] for order in orders)
+    with pytest.raises(ValueError, match="windows must be 1 or more, not 0"):
+        open_videos(video_folder, windows=0)

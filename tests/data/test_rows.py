@@ -1,11 +1,12 @@
 """The rows of a data set: their order, their captions and their names, whatever they were opened from."""
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from diffusers_mcm.data.columns import IMAGES, VIDEOS, DataRequest
 from diffusers_mcm.data.faults import UnusableItem
-from diffusers_mcm.data.rows import HubRows
+from diffusers_mcm.data.rows import HubRows, MediaRows
 from diffusers_mcm.data.sources import open_rows
 
 from .conftest import captions, write_tar
@@ -75,3 +76,28 @@ def test_a_row_is_named_by_its_file_within_its_tar():
     rows = HubRows(DataRequest("owner/name", IMAGES), table, "file", None)
     assert [rows.name(row, rows[row]) for row in range(3)] == ["0.tar/x/1.mp4", "k", "row 2"]
     assert captions(rows) == ["", "", ""]
+
+
+def test_what_is_in_the_rows_is_told_by_captions_and_sizes(tmp_path):
+    """Of a folder; of tars by the sizes of their files. Names and places do not matter."""
+    contents = {}
+    for name, caption, data in (("a", "one", b"12"), ("b", "one", b"12"), ("c", "two", b"12"), ("d", "one", b"123")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "0.png").write_bytes(data)
+        (folder / "metadata.csv").write_text(f"file_name,caption\n0.png,{caption}\n")
+        write_tar(tmp_path / f"{name}.tar", {"0.png": data, "0.txt": caption})
+        kinds = (open_rows(folder, IMAGES), open_rows(tmp_path / f"{name}.tar", IMAGES))
+        contents[name] = [rows.content() for rows in kinds]
+    assert contents["a"] == contents["b"] and None not in contents["a"]
+    assert contents["c"][0] != contents["a"][0] != contents["d"][0] and contents["d"][1] != contents["a"][1]
+
+
+def test_all_texts_are_all_that_may_be_drawn():
+    class Listed(MediaRows):
+        def captions(self, item):
+            return item["texts"]
+
+    table = pa.table({"texts": [["a", "b"], [], ["c"], None]})
+    videos, images = (Listed(DataRequest("here", kind), table) for kind in (VIDEOS, IMAGES))
+    assert list(videos.all_texts()) == ["a", "b", "c"] and list(images.all_texts()) == ["a", "b", "", "c", ""]

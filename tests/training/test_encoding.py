@@ -6,7 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from diffusers_mcm import MCMPipeline
+from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.base_models.wan import Wan
+from diffusers_mcm.data import to_unit_range
+from diffusers_mcm.distillation.draws import Coins
+from diffusers_mcm.training.batches import open_data
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.encoding import encode
 from diffusers_mcm.training.loop import Trainer
@@ -15,6 +20,8 @@ from tests.tiny_wan import save_wan_base
 
 from .test_distributed import DOUBLE, train_in_two_processes
 from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, stop_in_step_two, tiny_config
+
+MODELSCOPE = get_base_model("modelscope")
 
 
 def fresh():
@@ -114,3 +121,20 @@ def test_a_resumed_run_is_bit_identical_though_the_cache_was_encoded_anew(world,
     resumed = trained(tiny_config(world, tmp_path / "parts", resume_from_checkpoint="latest", **cached))
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize(("kept_as", "dtype"), [("exact", torch.float32), ("bf16", torch.bfloat16)])
+def test_latents_are_kept_in_the_type_that_is_asked_for(world, tmp_path, kept_as, dtype):
+    """Of the four videos' clips: those of the VAE to the bit, or rounded."""
+    options = dict(cache_latents=str(tmp_path / "cache"), cache_dtype=kept_as, image_data=None)
+    config = tiny_config(world, tmp_path / "out", **options)
+    store = ClipStore(encode(config), 4)
+    data = open_data(config, (4, 16, 16), Coins(1.0))
+    vae = MCMPipeline.from_pretrained(world["pretrained_teacher_model"]).vae
+    for number in range(4):
+        clip, video = store.read(number), data.videos.read(number)[0]
+        with torch.no_grad():
+            expected = MODELSCOPE.encode_posterior(vae, to_unit_range(video["pixels"])[None])
+        for name, tensor in zip(("mean", "deviation"), expected, strict=True):
+            assert clip[name].dtype == dtype and torch.equal(clip[name], tensor[0].to(dtype))
+        assert torch.equal(clip["frames"], video["frames"]) and clip["caption"] == video["caption"]
