@@ -23,5 +23,20 @@ def hub_root(tmp_path_factory):
     return save_hub(tmp_path_factory.mktemp("hub"))
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    """What a test registers, a file of the examples by being imported, is forgotten after it: others list it all."""
+    from diffusers_mcm import MCMPipeline
+    from diffusers_mcm.base_models import BASE_MODELS
+
+    tables = (BASE_MODELS, MCMPipeline._of_base_models)
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        if list(table.items()) != list(content.items()):
+            table.clear()
+            table.update(content)
+
+
 def pytest_unconfigure():
     shutil.rmtree(HOME, ignore_errors=True)

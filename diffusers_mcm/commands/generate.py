@@ -299,7 +299,8 @@ def few_step(arguments: argparse.Namespace) -> "FewStep | None":
             " brings a sampler, too"
         )
     names = ("lora", "subfolder", "weight_name", "base_model", "model")
-    given = [getattr(arguments, name) for name in names]
+    values = [getattr(arguments, name) for name in names]
+    given = [each for value in values for each in (value if isinstance(value, list) else [value])]  # a pair is two
     return few_step_named(arguments.few_step, given)
 
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8
 _AHEAD = 2  # batches that each worker has ready
+_GRACE = 20.0  # seconds for which a worker goes on after SIGTERM; launchers kill after 30
 _SHARED_MEMORY = "/dev/shm"
 _DEAD = r"DataLoader worker .*(exited unexpectedly|killed by signal)"
 
@@ -97,11 +98,21 @@ def default_workers(batch_bytes: int, processes_here: int = 1) -> int:
     return min(wanted, fitting)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A terminal or a scheduler sends its signals to all processes; a worker goes on until the main one ends it."""
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+def _outlive_a_stop(worker: int) -> None:
+    """A terminal or a scheduler sends its signals to all processes; a worker goes on, so that a step may be finished.
+
+    SIGTERM ends it `_GRACE` seconds later: Python ends by it at exit what is left of its workers, and waits for that.
+    """
+    for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(*_: object) -> None:
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, _GRACE)  # SIGALRM, for which there is no handler
 
 
 class StepLoader:
@@ -126,7 +137,7 @@ class StepLoader:
             collate_fn=_collate,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, or starting an epoch would advance torch's global one
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=_outlive_a_stop,
         )
 
     def __iter__(self) -> Iterator[dict]:

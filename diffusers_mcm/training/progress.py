@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
@@ -11,6 +11,18 @@ from tqdm.auto import tqdm
 
 T = TypeVar("T")
 _SHOWN = ("loss", "consistency", "adversarial", "discriminator")
+
+
+def timed(items: Iterable[T], now: Callable[[], float]) -> Iterator[tuple[float, T]]:
+    """The same items, each with the seconds that it took to come."""
+    iterator = iter(items)
+    while True:
+        asked = now()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield now() - asked, item
 
 
 class Lap(NamedTuple):
@@ -33,14 +45,8 @@ class Clock:
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time that each takes to come is counted."""
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
+        for waited, batch in timed(batches, time.perf_counter):
+            self.waited += waited
             yield batch
 
     def lap(self) -> Lap:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from ..data.loading import usable_cores
+from .progress import timed
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,12 @@ class Waiting:
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, timed but for the first, for which the workers have to start."""
-        each, first = iter(batches), True
-        while True:
-            begun = self.now()
-            try:
-                batch = next(each)
-            except StopIteration:
-                return
-            waited = self.now() - begun
+        first = True
+        for waited, batch in timed(batches, self.now):
+            there = self.now()
             yield batch
             if not first:
-                self._spent.append((waited, self.now() - begun))
+                self._spent.append((waited, waited + self.now() - there))
                 self._warn()
             first = False
 

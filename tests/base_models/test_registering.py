@@ -25,19 +25,16 @@ class Puppets(Wan):
 
 
 @pytest.fixture
-def pipeline_class(monkeypatch):
+def pipeline_class():
     """Defined as in a user's file: the class registers itself, the row is put first."""
-    before = dict(BASE_MODELS)
+    others = dict(BASE_MODELS)
     BASE_MODELS.clear()
-    BASE_MODELS.update({Puppets.name: Puppets(), **before})
-    monkeypatch.setattr(MCMPipeline, "_of_base_models", dict(MCMPipeline._of_base_models))
+    BASE_MODELS.update({Puppets.name: Puppets(), **others})
 
     class PuppetsMCMPipeline(WanMCMPipeline):
         base_model = BASE_MODELS["puppets"]
 
-    yield PuppetsMCMPipeline
-    BASE_MODELS.clear()
-    BASE_MODELS.update(before)
+    return PuppetsMCMPipeline
 
 
 def test_a_row_is_enough_to_load_and_sample(pipeline_class, tmp_path):

@@ -123,6 +123,33 @@ def test_a_worker_that_dies_is_told_with_what_to_do(video_folder, number):
     assert re.search(told, done.stderr, re.DOTALL), done.stderr
 
 
+LEFT = """
+import multiprocessing, os, signal, sys
+from diffusers_mcm.data import StepLoader, StepSampler, loading
+from tests.data.test_loading import open_videos
+
+loading._GRACE = 1.0
+loader = StepLoader(open_videos(sys.argv[1]), StepSampler(1, 0, 1, 1, 0, 50), num_workers=1)
+batches = iter(loader)
+print(next(batches)["index"].item())
+(worker,) = multiprocessing.active_children()
+if sys.argv[2] == "signal":
+    os.kill(worker.pid, signal.SIGTERM)
+    print(*(next(batches)["index"].item() for _ in range(4)))  # more than were ready
+kept_to_the_end = [batches]
+"""
+
+
+@pytest.mark.parametrize("way", ["signal", "exit"])
+def test_a_worker_outlives_a_signal_to_all_but_not_the_process(video_folder, way):
+    """What is read half and kept by a global is ended by Python at its exit, with SIGTERM, for which it waits."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT, str(video_folder), way], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    expected = ["0", "1 2 3 4"] if way == "signal" else ["0"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
+
+
 def test_other_errors_are_not_taken_for_a_workers_death():
     with pytest.raises(RuntimeError, match="^out of memory$") as error, module.worker_deaths_told():
         raise RuntimeError("out of memory")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.cli import main
+from diffusers_mcm.commands import generate as command
 from diffusers_mcm.pipelines.few_step import AUTO, FEW_STEP, few_step_named, recognised
 from diffusers_mcm.video_io import read_metadata
 from tests.tiny import SCHEDULER, tiny_components
@@ -182,3 +183,11 @@ def test_a_repository_of_fastvideos_is_a_base_model(base, tmp_path):
     options = dict(num_inference_steps=None, timesteps=FEW_STEP["fastwan"].timesteps)
     frames = [sample(each, generator=torch.Generator().manual_seed(0), **options) for each in (pipe, plain)]
     assert torch.equal(*frames)
+
+
+def test_a_pair_on_the_command_line_is_recognised_by_either_name():
+    names = [f"wan2.2_t2v_A14b_{half}_noise_lora_rank64_lightx2v_4step_1217.safetensors" for half in ("high", "low")]
+    arguments = command.build_parser().parse_args(
+        ["x", "--model", "base", "--lora", names[0], "--lora", names[1], "--few_step", "auto"]
+    )
+    assert command.few_step(arguments) is FEW_STEP["wan2.2-lightning"]

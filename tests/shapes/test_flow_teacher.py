@@ -1,6 +1,8 @@
 """The packaged teacher on the straight path: the same network, by a closed form and by diffusers' DDIM."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
 @pytest.fixture
 def flow_teacher(monkeypatch):
+    """Imported anew for each test, because to be imported registers its base model, and that is forgotten after it."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import flow_teacher
-
-    return flow_teacher
+    sys.modules.pop("flow_teacher", None)
+    return importlib.import_module("flow_teacher")
 
 
 def flow_unet(flow_teacher, seed=0):
