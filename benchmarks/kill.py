@@ -16,6 +16,7 @@ from one that has imported the libraries, so that a start takes seconds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -163,8 +164,8 @@ def one_run(
     world: dict[str, str], folder: Path, whole: dict, seconds: float, results: dict, options: argparse.Namespace
 ) -> None:
     """A run that is killed until it is through, or until there were enough kills."""
-    while True:
-        chance = random.Random(f"{options.seed} {results['kills']} {results['runs']}")
+    for attempt in itertools.count():  # one that met nobody is no kill, and the next moment is another
+        chance = random.Random(f"{options.seed} {results['kills']} {results['runs']} {attempt}")
         processes = start(run_config(world, folder), folder.with_suffix(".log"))
         moment, victim = chance.uniform(0, seconds), chance.choice(VICTIMS)
         enough = results["kills"] >= options.kills

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROW_MODULES = ("training_data", "training_cache")
+ROW_MODULES = ("training_data", "training_step")
 HERE = Path(__file__).resolve().parents[1]
 
 
