@@ -155,6 +155,12 @@ class BaseModel(ABC):
         """Pixels to the mean and the deviation of the VAE's posterior, of the latents' shape, in the VAE's own scale
         and in the type that it computes them in: all that is worth keeping of a clip."""
 
+    def drop_encoder(self, vae: nn.Module) -> None:
+        """Free what only `encode_posterior` computes with: all else goes on as before."""
+        for name in ("encoder", "quant_conv"):
+            if hasattr(vae, name):
+                setattr(vae, name, None)
+
     @abstractmethod
     def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """Latents in the VAE's own scale to those that the denoiser sees."""

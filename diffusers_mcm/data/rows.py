@@ -23,11 +23,13 @@ def examples(reasons: Mapping[str, str]) -> str:
 
 def digest(chunks: Iterable) -> str:
     """A short digest of columns of Arrow, given by their chunks."""
+    return _digest_of(chunk.slice(at, _CHUNK).to_pylist() for chunk in chunks for at in range(0, len(chunk), _CHUNK))
+
+
+def _digest_of(values: Iterable) -> str:
     state = hashlib.blake2b(digest_size=8)
-    for chunk in chunks:
-        for start in range(0, len(chunk), _CHUNK):
-            values = chunk.slice(start, _CHUNK).to_pylist()
-            state.update(repr(values).encode("utf-8", "surrogateescape"))
+    for value in values:
+        state.update(repr(value).encode("utf-8", "surrogateescape"))
     return state.hexdigest()
 
 
@@ -164,6 +166,10 @@ class HubRows(MediaRows):
         for key in self.caption_path or ():
             value = value.get(key) if isinstance(value, Mapping) else None
         return caption_texts(value)
+
+    def content(self) -> str | None:
+        """The captions alone: of the files no size is told."""
+        return None if self.caption_path is None else _digest_of(map(self.captions, self._caption_items()))
 
     def _caption_items(self) -> Iterator[Mapping]:
         if self.caption_path is None:

@@ -177,8 +177,11 @@ def lora_header(lora: LoRA, prefix: str) -> dict[str, str]:
     return header | {key: json.dumps(value, sort_keys=True, default=str) for key, value in ours if value}
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file whole or not at all, for whom the umask allows, and the same bytes each time.
+def write_safetensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], synced: bool = False
+) -> None:
+    """Write a file whole or not at all, for whom the umask allows, and the same bytes each time; `synced` as in
+    `atomic_file`.
 
     `save_file` writes for its own user only, and the metadata in an order that it draws.
     """
@@ -190,7 +193,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metada
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path, synced) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(memoryview(content)[end:])
 

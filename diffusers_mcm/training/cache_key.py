@@ -14,6 +14,7 @@ from .config import TrainingConfig
 
 NAME = "cache.json"
 FORMAT = 1  # of the files; one that is not known is not read
+JUDGED_FRAMES = "judged frames of a clip"
 _NETWORK_FILES = (".safetensors", ".json", ".txt", ".model")
 
 Key = dict[str, Any]
@@ -41,11 +42,12 @@ def cache_key(config: TrainingConfig, base: BaseModel, videos: VideoDataset, kno
         "width": videos.width,
         "data_fps": config.data_fps,
         "frame_interval": config.frame_interval,
-        "windows_per_clip": config.windows_per_clip,
-        "judged frames of a clip": videos.judged_frames,
+        JUDGED_FRAMES: videos.judged_frames,
         "cache_dtype": config.cache_dtype,
         **precision,
     }
+    if clips["order of videos"] is None:  # then their source has to tell them
+        clips |= {"source of videos": str(config.video_data), "video_column": config.video_column}
     key: dict[str, Key] = {
         "clips": clips | network("clips", teacher, "vae"),
         "prompt": {"base_model": base.name} | precision | network("prompt", teacher, "text_encoder", "tokenizer"),
@@ -100,7 +102,8 @@ def write_key(folder: Path, key: dict[str, Key]) -> None:
 def check_key(folder: Path, then: dict[str, Key], now: dict[str, Key]) -> None:
     """Raise ValueError, with what has changed, unless a cache was made of what this run would make it of.
 
-    Parts that only one of them has do not count, nor judged frames that a run does not need.
+    Parts that only one of them has do not count, nor judged frames that a run does not need, nor how many windows of
+    a clip there are: the first ones are the same.
     """
     changed = [change for part in now if part in then for change in _changes(then[part], now[part])]
     if changed:
@@ -117,7 +120,7 @@ def _changes(then: Key, now: Key) -> list[str]:
             sums = [{file: _sum(each) for file, each in networks.items()} for networks in (then[name], value)]
             files = sorted(sums[0].keys() | sums[1].keys())
             changes += [f"{file} is another" for file in files if sums[0].get(file) != sums[1].get(file)]
-        elif then.get(name) != value and not (name.startswith("judged") and not value):
+        elif then.get(name) != value and not (name == JUDGED_FRAMES and not value):
             changes.append(f"{name} was {then.get(name)}, is {value}")
     return changes
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..base_models import BaseModel
 from ..cards import DEFAULT_PROMPT
 from ..data import KeyedDataset, VideoDataset
 from .batches import TrainingData
-from .cache_key import Key, cache_key, check_key, read_key, write_key
+from .cache_key import JUDGED_FRAMES, Key, cache_key, check_key, read_key, write_key
 from .config import TrainingConfig
-from .stored import ClipStore, TextStore
+from .stored import ClipStore, TextStore, clear_up
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LatentCache:
     clips: ClipStore
     prompts: TextStore
     judge: TextStore
+    judged_frames: int  # that each clip has, as those have that are there already
 
 
 class CachedVideos(KeyedDataset):
@@ -50,13 +52,15 @@ def open_cache(config: TrainingConfig, base: BaseModel, data: TrainingData) -> L
             " does not keep. Leave out one of the two."
         )
     folder = Path(config.cache_latents or "")
+    clear_up(folder)
     known: dict[str, Key] = read_key(folder) or {}
     now = cache_key(config, base, data.videos, known)
     check_key(folder, known, now)
-    if now.keys() - known.keys():
-        write_key(folder, {**now, **known})
-    clips = ClipStore(folder, number_of_clips(data.videos))
-    return LatentCache(folder, clips, TextStore(folder, "prompt"), TextStore(folder, "judge"))
+    key = {**now, **known}
+    if key.keys() - known.keys():
+        write_key(folder, key)
+    clips, texts = ClipStore(folder, number_of_clips(data.videos)), partial(TextStore, folder)
+    return LatentCache(folder, clips, texts("prompt"), texts("judge"), key["clips"][JUDGED_FRAMES])
 
 
 def prompts_of(config: TrainingConfig, captions: set[str]) -> set[str]:

@@ -34,6 +34,17 @@ def room_for(what: str, folder: Path, size: int | None = None) -> Iterator[None]
         ) from error
 
 
+def told_room(said: str, needed: float, folder: Path, instead: str, reused: int = 0) -> str:
+    """What is written and what it takes, as `said`, with how much there is for it, `reused` bytes among that.
+
+    ValueError, with what can be done `instead`, if it is less than the bytes that are `needed`.
+    """
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if needed > free + reused:
+        raise ValueError(f"{said}, where {readable(free)} are free: make room, {instead}.")
+    return f"{said}, of {readable(free + reused)} that there are."
+
+
 def existing_parent(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -28,7 +28,7 @@ from .batches import TrainingData, num_workers, open_data, told_skipped
 from .caching import LatentCache, judged_texts, number_of_clips, open_cache, prompts_of
 from .config import CACHE_DTYPES, TrainingConfig
 from .defaults import with_base_defaults
-from .disk import readable
+from .disk import readable, told_room
 from .networks import WEIGHT_DTYPES, load_vae, teacher_index
 from .sources import check_sources, planned_clip_size
 from .stored import TextStore, in_files
@@ -75,10 +75,18 @@ def fill_cache(
         cache = open_cache(config, base, data)
     accelerator.wait_for_everyone()  # all have seen what is there before one of them adds to it
     wanted = min(samples, number_of_clips(data.videos))
+    missing = cache.clips.missing(wanted)
+    if missing and len(missing) < wanted and accelerator.is_main_process:
+        logger.info("Of %s clips %s are in %s already.", f"{wanted:,}", f"{wanted - len(missing):,}", cache.folder)
     with worker_deaths_told():
-        encode_clips(cache, config, base, index, data.videos, accelerator, wanted)
+        encode_clips(cache, config, base, index, data.videos, accelerator, missing)
     accelerator.wait_for_everyone()
     cache.clips.refresh()
+    if lost := cache.clips.missing(wanted):
+        raise ValueError(
+            f"{len(lost)} of {wanted} clips are not in {cache.folder} as process {accelerator.process_index} sees it, "
+            "though they were encoded: processes on several machines need a --cache_latents that they share."
+        )
     encode_texts(cache, config, base, index, data, accelerator, wanted)
     accelerator.wait_for_everyone()
     for texts in (cache.prompts, cache.judge):
@@ -94,17 +102,18 @@ def encode_clips(
     index: dict[str, Any],
     videos: VideoDataset,
     accelerator: Accelerator,
-    wanted: int,
+    missing: list[int],
 ) -> None:
-    """Encode those of the first `wanted` clips that are not in the cache, this process its share of them.
+    """Encode the clips that are missing in the cache, this process its share of them.
 
     Each is encoded by itself: its bits depend on no clip beside it, nor on the number of processes.
     """
-    share = cache.clips.missing(wanted)[accelerator.process_index :: accelerator.num_processes]
+    share = missing[accelerator.process_index :: accelerator.num_processes]
     if not share:
         return
     videos = copy.copy(videos)
     videos.decodes = None  # every clip, whichever samples start from it
+    videos.judged_frames = cache.judged_frames
     dtype = base.vae_dtype or WEIGHT_DTYPES[config.precision]
     vae = load_vae(config, index, dtype).to(accelerator.device).requires_grad_(False).eval()
     workers = num_workers(config, videos, accelerator)
@@ -115,7 +124,7 @@ def encode_clips(
             clip = encode_clip(base, vae, batch, config.cache_dtype, accelerator)
             yield clip, sum(value.nbytes for value in clip.values() if isinstance(value, torch.Tensor))
 
-    for clips in in_files(encoded()):
+    for clips in in_files(with_room(encoded(), "clips", len(missing), cache.folder, accelerator)):
         cache.clips.write(clips)
     if told := told_skipped(set(videos.skipped)):
         logger.warning(told)
@@ -165,17 +174,18 @@ def fill(
     store: TextStore, texts: Iterable[str], make_encoder: Callable[[], EncodeTexts], accelerator: Accelerator
 ) -> None:
     """Encode those of the texts that are not in the store, this process its share of them, each by itself."""
-    missing = store.missing(texts)[accelerator.process_index :: accelerator.num_processes]
-    if not missing:
+    missing = store.missing(texts)
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    if not share:
         return
     encoder = CachedTextEncoder(make_encoder(), capacity=1, device=accelerator.device)
 
     def encoded() -> Iterator[tuple[tuple[str, dict], int]]:
-        for text in tqdm(missing, desc=f"texts ({store.kind})", disable=not accelerator.is_main_process):
+        for text in tqdm(share, desc=f"texts ({store.kind})", disable=not accelerator.is_main_process):
             row = encoder.encoded(text)
             yield (text, row), sum(kept.rows.nbytes for kept in row.values())
 
-    for pairs in in_files(encoded()):
+    for pairs in in_files(with_room(encoded(), f"texts ({store.kind})", len(missing), store.folder, accelerator)):
         store.write(dict(pairs))
 
 
@@ -196,3 +206,20 @@ def load_text_encoder(config: TrainingConfig, index: dict[str, Any]) -> tuple[An
     if hasattr(network, "shared"):
         check_embeddings(network)
     return load("tokenizer"), network.requires_grad_(False).eval()
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+def with_room(
+    encoded: Iterable[tuple[Any, int]], what: str, count: int, folder: Path, accelerator: Accelerator
+) -> Iterator[tuple[Any, int]]:
+    """The same items with their bytes; by the first one it is told how much of the disk so many of them take.
+
+    ValueError, before anything is written, if there is not so much room.
+    """
+    for number, (item, size) in enumerate(encoded):
+        if number == 0:
+            said = f"{count:,} {what} of about {readable(size)} each take {readable(count * size)} in {folder}"
+            told = told_room(said, count * size, folder, "or name a --cache_latents on another disk")
+            if accelerator.is_main_process:
+                logger.info(told)
+        yield item, size

@@ -1,7 +1,6 @@
 """What a run keeps: checkpoints on their turn, when it is stopped and when it fails, and the room that they take."""
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from .checkpoint import RunRecord, go_on, save_checkpoint
 from .config import TrainingConfig
-from .disk import existing_parent, readable, room_for
+from .disk import readable, room_for, told_room
 from .stopping import Stopped
 from .tracking import NonFiniteLoss, saved_in
 from .trained_module import MissingGradient, SkippedSteps
@@ -123,15 +122,10 @@ def check_room(config: TrainingConfig, checkpoint_size: int, lora_size: int, ste
     kept = min(count, limit) if limit else count
     # A checkpoint is written before the oldest one goes, and a run that is stopped writes one out of turn.
     needed = (kept + 1) * checkpoint_size + lora_size
-    free = shutil.disk_usage(existing_parent(folder)).free
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
     said = (
         f"{kept + 1} checkpoints of {readable(checkpoint_size)} each and the LoRA take "
         f"up to {readable(needed)} in {folder}"
     )
-    if needed > free + there:
-        raise ValueError(
-            f"{said}, where {readable(free)} are free: make room, name an --output_dir on another disk, or keep fewer"
-            " checkpoints (--checkpoints_total_limit)."
-        )
-    return f"{said}, of {readable(free + there)} that there are."
+    instead = "name an --output_dir on another disk, or keep fewer checkpoints (--checkpoints_total_limit)"
+    return told_room(said, needed, folder, instead, reused=there)

@@ -93,10 +93,12 @@ class TrainingNetworks:
 def build_networks(config: TrainingConfig, device: torch.device, cache: LatentCache | None = None) -> TrainingNetworks:
     """The teacher as a pipeline, the student that shares its networks, and the discriminator if there is one.
 
-    With a cache, which has all texts, no text encoder is loaded.
+    With a cache, which has all clips and texts, no text encoder is loaded, and the VAE is left without its encoder.
     """
     pipeline, extra_repositories = load_teacher(config, with_text=cache is None)
     base = pipeline.base_model
+    if cache is not None:
+        base.drop_encoder(pipeline.vae)
     config = with_base_defaults(config, base)
     num_frames, height, width = (
         getattr(config, name) or pipeline.sampling_default(name) for name in ("num_frames", "height", "width")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..conditioning import Conditioning
-from ..files import atomic_file
+from ..lora import write_safetensors
 from .text import Kept, stack_rows
 
 SHARD_BYTES = 2**28  # of the tensors in one file: what a run that is killed has to encode again
 _OPEN_FILES = 64  # by each process
+_LEFT_OVER = 60.0  # seconds after which a half-written file that nobody writes to is one of a killed run
 
 
 @lru_cache(maxsize=_OPEN_FILES)
@@ -35,12 +37,21 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], **metadata: Any) -> None:
-    with atomic_file(path, synced=True) as temporary:
-        save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
+    write_safetensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()}, synced=True)
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what killed runs left half-written; what another one is writing just now stays."""
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _LEFT_OVER:
+                path.unlink()
 
 
 class ClipStore:
     """Encoded clips by number, from 0 to `total` - 1, in the files `clips-*.safetensors` of a folder.
+
+    A file's name tells which clips are in it, so that none is ever replaced by one with others, whoever writes it.
 
     A file has "index" int64 (n,), the clips' numbers, "mean" and "deviation" (n, C, T, h, w) as
     `BaseModel.encode_posterior` gives them, and "frames" uint8 (n, l, 3, H, W) where there are judged frames. The
@@ -80,7 +91,12 @@ class ClipStore:
         return found
 
     def read(self, number: int, latents: bool = True, frames: bool = True) -> dict[str, Any]:
-        """ "caption", "mean" and "deviation" of one clip, and "frames" where asked for; without `latents` zeros."""
+        """ "caption", "mean" and "deviation" of one clip, and "frames" where asked for; without `latents` zeros.
+
+        KeyError if there is no such clip.
+        """
+        if number not in self:
+            raise KeyError(f"The cache {self.folder} has no clip {number}.")
         file, said = _open(self.files[self.file_of[number]])
         row = int(self.row_of[number])
         item: dict[str, Any] = {"caption": said["captions"][row]}
@@ -95,12 +111,15 @@ class ClipStore:
         names = [name for name in clips[0] if name not in ("index", "caption")]
         tensors = {name: torch.stack([clip[name] for clip in clips]).contiguous() for name in names}
         index = torch.tensor([clip["index"] for clip in clips])
-        path = self.folder / f"clips-{int(index[0]):09d}.safetensors"
+        path = self.folder / f"clips-{int(index[0]):09d}-{_digest(repr(index.tolist()))[:8]}.safetensors"
         _write(path, {"index": index, **tensors}, captions=[clip["caption"] for clip in clips])
 
 
 class TextStore:
-    """Encoded texts in the files `KIND-*.safetensors` of a folder, without the rows of zeros at their ends."""
+    """Encoded texts in the files `KIND-*.safetensors` of a folder, without the rows of zeros at their ends.
+
+    A file's name tells which texts are in it.
+    """
 
     def __init__(self, folder: Path, kind: str):
         self.folder, self.kind = folder, kind
@@ -130,10 +149,10 @@ class TextStore:
     def write(self, texts: Mapping[str, dict[str, Kept]]) -> None:
         """Keep the encodings of texts, in one file."""
         kept = {_digest(text): encoding for text, encoding in texts.items()}
-        first, encoding = next(iter(kept.items()))
+        encoding = next(iter(kept.values()))
         rows = ((digest, name, each.rows) for digest, of in kept.items() for name, each in of.items())
         tensors = {f"{digest}.{name}": tensor.contiguous() for digest, name, tensor in rows}
-        path = self.folder / f"{self.kind}-{first}.safetensors"
+        path = self.folder / f"{self.kind}-{_digest(' '.join(kept))}.safetensors"
         _write(path, tensors, texts=list(kept), lengths={name: each.length for name, each in encoding.items()})
         self.places |= dict.fromkeys(kept, path)
 

@@ -54,6 +54,8 @@ def test_all_captions_are_those_of_the_rows_less_the_refused_ones():
     values = [["a"], [], ["b"]]
     videos = hub_rows(VIDEOS, list(enumerate({"text": value} for value in values)), "text")
     assert list(videos.all_captions()) == ["a", "b"]
+    other = hub_rows(VIDEOS, list(enumerate({"text": value} for value in [["a"], [], ["c"]])), "text")
+    assert videos.content() != other.content() is not None
     images = hub_rows(IMAGES, list(enumerate({"text": value} for value in values)), "text")
     assert list(images.all_captions()) == ["a", "", "b"]
 

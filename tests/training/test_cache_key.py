@@ -5,6 +5,7 @@ import pytest
 
 from diffusers_mcm.base_models import get_base_model
 from diffusers_mcm.data import VideoDataset
+from diffusers_mcm.data.rows import FolderRows
 from diffusers_mcm.location import Location
 from diffusers_mcm.training import cache_key as module
 from diffusers_mcm.training.cache_key import cache_key, check_key, read_key, write_key
@@ -23,7 +24,7 @@ def own_world(world, tmp_path):
 
 
 def key_of(world, tmp_path, known=None, judged_frames=0, **options):
-    config = tiny_config(world, tmp_path / "out", windows_per_clip=1, **options)
+    config = tiny_config(world, tmp_path / "out", **{"windows_per_clip": 1, **options})
     sizes = dict(num_frames=config.num_frames, height=config.height, width=config.width, seed=config.seed)
     videos = VideoDataset(config.video_data, frame_interval=1, judged_frames=judged_frames, **sizes)
     return cache_key(config, get_base_model("modelscope"), videos, known or {})
@@ -48,6 +49,19 @@ def test_judged_frames_that_a_run_does_not_need_may_be_there(world, tmp_path):
     check_key(tmp_path, frames, without)
     with pytest.raises(ValueError, match="judged frames of a clip was 0, is 2"):
         check_key(tmp_path, without, frames)
+
+
+def test_more_windows_are_added_to_those_that_are_there(world, tmp_path):
+    check_key(tmp_path, key_of(world, tmp_path), key_of(world, tmp_path, windows_per_clip=4))
+
+
+def test_data_that_do_not_tell_their_files_are_known_by_their_name(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(FolderRows, "order", lambda self: None)
+    then = key_of(world, tmp_path)
+    check_key(tmp_path, then, key_of(world, tmp_path))
+    copy = shutil.copytree(world["video_data"], tmp_path / "other")
+    with pytest.raises(ValueError, match="source of videos was .*/videos, is .*/other"):
+        check_key(tmp_path, then, key_of(world | {"video_data": str(copy)}, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ def test_a_cache_of_another_run_is_refused(opened):
         opened(seed=1)
 
 
+def test_clips_have_judged_frames_in_all_files_or_in_none(opened):
+    """A run that judges none adds clips to a cache that has such: the next one that does needs theirs too."""
+    assert opened(image_data=None)[2].judged_frames == 2
+    assert opened()[2].judged_frames == 2
+
+
 def test_what_needs_pixels_of_clips_is_refused(opened):
     with pytest.raises(ValueError, match="--lambda_change 0.5 compares with frames of the real clips"):
         opened(lambda_change=0.5)

@@ -1,3 +1,6 @@
+import os
+import resource
+
 import pytest
 import torch
 
@@ -35,25 +38,71 @@ def test_clips_come_back_bit_for_bit_whatever_file_they_are_in(tmp_path, dtype):
     assert ClipStore(tmp_path, 4).missing(4) == [1, 2]  # of a cache with more windows, those that are asked for
 
 
-def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 500 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, request):
     store = ClipStore(tmp_path, 4)
     store.write([clip(0)])
-
-    def save_half(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(stored, "save_file", save_half)
-    with pytest.raises(DiskFullError, match="no room to write .*clips-000000001.safetensors"):
+    there = list(tmp_path.iterdir())
+    request.getfixturevalue("full_disk")
+    with pytest.raises(DiskFullError, match="no room to write .*clips-000000001-.*safetensors"):
         store.write([clip(1)])
-    assert [path.name for path in tmp_path.iterdir()] == ["clips-000000000.safetensors"]
+    assert list(tmp_path.iterdir()) == there
+
+
+def test_files_are_the_same_bytes_each_time_and_for_whom_the_umask_allows(tmp_path):
+    for name in "ab":
+        ClipStore(tmp_path / name, 4).write([clip(2), clip(0)])
+        TextStore(tmp_path / name, "judge").write({text: {"x": Kept(torch.ones(1, 2), 1)} for text in "pq"})
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1] and len(files[0]) == 2
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "a").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_file_is_not_replaced_by_one_with_other_clips_or_texts(tmp_path):
+    """As two runs write them that share the work among one process and among two: whoever reads goes on reading."""
+    store, texts = ClipStore(tmp_path, 4), TextStore(tmp_path, "judge")
+    encoded = {text: {"x": Kept(torch.full((1, 2), float(number)), 1)} for number, text in enumerate("pqr")}
+    store.write([clip(0), clip(1)])
+    texts.write({text: encoded[text] for text in "pq"})
+    store.refresh()
+    ClipStore(tmp_path, 4).write([clip(0), clip(2)])
+    TextStore(tmp_path, "judge").write({text: encoded[text] for text in "pr"})
+    stored._open.cache_clear()
+    assert store.read(1)["caption"] == "caption 1" and texts.read("q")["x"].rows.unique().tolist() == [1]
+
+
+def test_a_clip_that_is_not_there_is_not_another(tmp_path):
+    store = ClipStore(tmp_path, 4)
+    store.write([clip(0)])
+    store.refresh()
+    with pytest.raises(KeyError, match="has no clip 2"):
+        store.read(2)
+
+
+def test_what_a_killed_run_left_half_written_goes_and_what_is_being_written_stays(tmp_path):
+    ClipStore(tmp_path, 4).write([clip(0)])
+    for name in ("old", "new"):
+        (tmp_path / f".clips-{name}.safetensors.123.tmp").touch()
+    os.utime(tmp_path / ".clips-old.safetensors.123.tmp", (0, 0))
+    stored.clear_up(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*")] == [".clips-new.safetensors.123.tmp"]
+    assert ClipStore(tmp_path, 4).missing(4) == [1, 2, 3]
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path):
     ClipStore(tmp_path, 4).write([clip(0)])
-    path = tmp_path / "clips-000000000.safetensors"
+    (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"clips-000000000.safetensors of the cache is damaged .*Remove it: what was"):
+    with pytest.raises(ValueError, match=r"clips-0+-.*\.safetensors of the cache is damaged .*Remove it: what was"):
         ClipStore(tmp_path, 4)
 
 
