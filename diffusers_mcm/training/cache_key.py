@@ -32,6 +32,7 @@ def cache_key(config: TrainingConfig, base: BaseModel, videos: VideoDataset, kno
         return {"networks": _networks(location, folders, known.get(part, {}).get("networks", {}))}
 
     precision: Key = {"mixed_precision": config.precision}
+    read = precision | {"variant": config.variant}
     clips: Key = {
         "number of videos": len(videos),
         "order of videos": videos.rows.order(),
@@ -44,13 +45,13 @@ def cache_key(config: TrainingConfig, base: BaseModel, videos: VideoDataset, kno
         "frame_interval": config.frame_interval,
         JUDGED_FRAMES: videos.judged_frames,
         "cache_dtype": config.cache_dtype,
-        **precision,
+        **read,
     }
     if clips["order of videos"] is None:  # then their source has to tell them
         clips |= {"source of videos": str(config.video_data), "video_column": config.video_column}
     key: dict[str, Key] = {
         "clips": clips | network("clips", teacher, "vae"),
-        "prompt": {"base_model": base.name} | precision | network("prompt", teacher, "text_encoder", "tokenizer"),
+        "prompt": {"base_model": base.name} | read | network("prompt", teacher, "text_encoder", "tokenizer"),
     }
     if config.adversarial:
         key["judge"] = precision | network("judge", Location.of(config.discriminator_text), "")
@@ -63,15 +64,15 @@ def _networks(location: Location, folders: tuple[str, ...], known: Key) -> Key:
         return {location.name: _commit(location, folders[0])}
     root = Path(location.name, location.subfolder or "")
     paths = [path for folder in folders for path in (root / folder).glob("*") if path.suffix in _NETWORK_FILES]
-    return {path.relative_to(root).as_posix(): _summed(path, known) for path in sorted(paths)}
+    names = {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+    return {name: _summed(path, known.get(name)) for name, path in names.items()}
 
 
-def _summed(path: Path, known: Key) -> Key:
+def _summed(path: Path, before: Any) -> Key:
     stat = path.stat()
     seen = {"size": stat.st_size, "changed": stat.st_mtime_ns}
-    for before in known.values():
-        if isinstance(before, dict) and all(before.get(name) == value for name, value in seen.items()):
-            return before
+    if isinstance(before, dict) and all(before.get(name) == value for name, value in seen.items()):
+        return before
     return {**seen, "sha256": sha256(path)}
 
 
@@ -105,7 +106,8 @@ def check_key(folder: Path, then: dict[str, Key], now: dict[str, Key]) -> None:
     Parts that only one of them has do not count, nor judged frames that a run does not need, nor how many windows of
     a clip there are: the first ones are the same.
     """
-    changed = [change for part in now if part in then for change in _changes(then[part], now[part])]
+    # each once: what several parts depend on has changed in all of them
+    changed = dict.fromkeys(change for part in now if part in then for change in _changes(then[part], now[part]))
     if changed:
         raise ValueError(
             f"The cache in {folder} was made of something else than this run needs: {'; '.join(changed)}. Go back to"

@@ -52,6 +52,8 @@ def open_cache(config: TrainingConfig, base: BaseModel, data: TrainingData) -> L
             " does not keep. Leave out one of the two."
         )
     folder = Path(config.cache_latents or "")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--cache_latents takes a folder, new or with what was encoded before; {folder} is a file.")
     clear_up(folder)
     known: dict[str, Key] = read_key(folder) or {}
     now = cache_key(config, base, data.videos, known)

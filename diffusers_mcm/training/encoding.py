@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..base_models import BaseModel
 from ..data import StepLoader, VideoDataset, to_unit_range
@@ -78,7 +79,7 @@ def fill_cache(
     missing = cache.clips.missing(wanted)
     if missing and len(missing) < wanted and accelerator.is_main_process:
         logger.info("Of %s clips %s are in %s already.", f"{wanted:,}", f"{wanted - len(missing):,}", cache.folder)
-    with worker_deaths_told():
+    with worker_deaths_told(), logging_redirect_tqdm():
         encode_clips(cache, config, base, index, data.videos, accelerator, missing)
     accelerator.wait_for_everyone()
     cache.clips.refresh()
@@ -87,7 +88,8 @@ def fill_cache(
             f"{len(lost)} of {wanted} clips are not in {cache.folder} as process {accelerator.process_index} sees it, "
             "though they were encoded: processes on several machines need a --cache_latents that they share."
         )
-    encode_texts(cache, config, base, index, data, accelerator, wanted)
+    with logging_redirect_tqdm():
+        encode_texts(cache, config, base, index, data, accelerator, wanted)
     accelerator.wait_for_everyone()
     for texts in (cache.prompts, cache.judge):
         texts.refresh()

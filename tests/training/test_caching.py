@@ -44,6 +44,12 @@ def test_a_cache_of_another_run_is_refused(opened):
         opened(seed=1)
 
 
+def test_a_file_in_the_folders_place_is_told(opened, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(ValueError, match="--cache_latents takes a folder, new or with what .*cache is a file"):
+        opened()
+
+
 def test_clips_have_judged_frames_in_all_files_or_in_none(opened):
     """A run that judges none adds clips to a cache that has such: the next one that does needs theirs too."""
     assert opened(image_data=None)[2].judged_frames == 2
