@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,19 @@ def fill_cache(
         encode_clips(cache, config, base, index, data.videos, accelerator, missing)
     accelerator.wait_for_everyone()
     cache.clips.refresh()
-    if lost := cache.clips.missing(wanted):
-        raise ValueError(
-            f"{len(lost)} of {wanted} clips are not in {cache.folder} as process {accelerator.process_index} sees it, "
-            "though they were encoded: processes on several machines need a --cache_latents that they share."
-        )
+    check_shared(cache.clips.missing(wanted), "clips", cache, accelerator)
     with logging_redirect_tqdm():
         encode_texts(cache, config, base, index, data, accelerator, wanted)
-    accelerator.wait_for_everyone()
-    for texts in (cache.prompts, cache.judge):
-        texts.refresh()
     return cache
+
+
+def check_shared(lost: Sequence[Any], what: str, cache: LatentCache, accelerator: Accelerator) -> None:
+    """Raise ValueError if there are some that other processes have encoded, and that this one does not see."""
+    if lost:
+        raise ValueError(
+            f"{len(lost)} {what} are not in {cache.folder} as process {accelerator.process_index} sees it, though "
+            "they were encoded: processes on several machines need a --cache_latents that they share."
+        )
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------
@@ -168,8 +170,13 @@ def encode_texts(
         network.to(accelerator.device)
         return lambda texts: {"embedding": network(texts)}
 
-    fill(cache.prompts, prompts_of(config, captions), prompt_encoder, accelerator)
-    fill(cache.judge, judged_texts(config, data, captions), judge_encoder, accelerator)
+    prompts, judged = prompts_of(config, captions), judged_texts(config, data, captions)
+    fill(cache.prompts, prompts, prompt_encoder, accelerator)
+    fill(cache.judge, judged, judge_encoder, accelerator)
+    accelerator.wait_for_everyone()
+    for store, texts in ((cache.prompts, prompts), (cache.judge, judged)):
+        store.refresh()
+        check_shared(store.missing(texts), "texts", cache, accelerator)
 
 
 def fill(

@@ -22,7 +22,7 @@ from diffusers_mcm.training.batches import open_data
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.encoding import encode
 from diffusers_mcm.training.loop import Trainer
-from diffusers_mcm.training.stored import ClipStore
+from diffusers_mcm.training.stored import ClipStore, TextStore
 from tests.tiny_wan import save_wan_base
 
 from .test_distributed import DOUBLE, train_in_two_processes
@@ -218,10 +218,11 @@ def test_the_room_is_looked_at_before_anything_is_written(world, tmp_path, monke
     assert "Of 8 clips 4 are in" in caplog.text
 
 
-def test_processes_that_do_not_see_each_others_files_are_told(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(ClipStore, "write", lambda self, clips: None)
+@pytest.mark.parametrize(("store", "lost"), [(ClipStore, "4 clips"), (TextStore, "5 texts")])
+def test_processes_that_do_not_see_each_others_files_are_told(world, tmp_path, monkeypatch, store, lost):
+    monkeypatch.setattr(store, "write", lambda self, what: None)
     config = tiny_config(world, tmp_path / "out", cache_latents=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"4 of 4 clips are not in .*cache as process 0 sees it, .* that they share"):
+    with pytest.raises(ValueError, match=rf"{lost} are not in .*cache as process 0 sees it, .* that they share"):
         encode(config)
 
 
