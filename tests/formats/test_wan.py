@@ -16,6 +16,7 @@ from tests.tiny import save_lora
 from tests.tiny_wan import tiny_wan_transformer
 from tests.wan_loras import (
     ALPHA,
+    LORA_TENSORS,
     RANK,
     WAN,
     as_keys,
@@ -25,7 +26,6 @@ from tests.wan_loras import (
     original_file,
     peft_file,
     random_differences,
-    random_tensors,
     sample,
     sums,
     wan_pipeline,
@@ -39,9 +39,7 @@ WIDTHS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return random_tensors()
+tensors = LORA_TENSORS
 
 
 @pytest.fixture
