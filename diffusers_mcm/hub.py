@@ -1,6 +1,7 @@
 """What a name means: a local folder or file, a packaged model, or a repository on the Hub, in that order."""
 
 import os
+import reprlib
 import shlex
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +13,8 @@ PACKAGED_MODELS = ("mcm-shapes", "mcm-shapes-teacher", "mcm-shapes-features", "m
 def resolve(name: str | os.PathLike) -> str:
     """A path that exists, or else a Hub id, unchanged. Something on disk wins over a packaged model of that name."""
     if not isinstance(name, (str, os.PathLike)):
-        raise TypeError(f"Expected a path, a packaged model or a Hub repository such as 'owner/name', got {name!r}.")
+        got = reprlib.repr(name)  # tensors by their keys would be pages
+        raise TypeError(f"Expected a path, a packaged model or a Hub repository such as 'owner/name', got {got}.")
     name = os.fspath(name)
     if os.path.exists(name):
         return name

@@ -28,7 +28,7 @@ from .consistency import (
     check_known,
     working,
 )
-from .scheduler_common import check_in_schedule, check_step, is_positive_integer
+from .scheduler_common import check_in_schedule, check_step, check_trained, is_positive_integer
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -160,6 +160,12 @@ class MCMScheduler(LCMScheduler):
         check_in_schedule(timestep, schedule)
         return super().index_for_timestep(timestep, schedule)
 
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """The timestep after this one in the schedule, -1 after the last; without a schedule that below it."""
+        if self.num_inference_steps is not None:
+            check_in_schedule(timestep, self.timesteps)
+        return super().previous_timestep(timestep)
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -175,6 +181,7 @@ class MCMScheduler(LCMScheduler):
         each sample. Without `return_dict` it returns the tuple `(prev_sample, denoised)`.
         """
         timestep = check_step(self, model_output, timestep, sample, generator)
+        check_in_schedule(timestep, self.timesteps)
         stepped = super().step(working(model_output), timestep, working(sample), generator, return_dict=False)
         prev_sample, denoised = (each.to(sample.dtype) for each in stepped)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
@@ -184,10 +191,12 @@ class MCMScheduler(LCMScheduler):
 
         `timesteps` is (B,) or (1,).
         """
+        check_trained(timesteps, len(self.alphas_cumprod))
         return super().add_noise(working(original_samples), working(noise), timesteps).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = α_t ε − σ_t x_0, computed in float32 for half types, returned in the type of `sample`."""
+        check_trained(timesteps, len(self.alphas_cumprod))
         return super().get_velocity(working(sample), working(noise), timesteps).to(sample.dtype)
 
 

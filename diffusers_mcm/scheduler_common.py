@@ -14,6 +14,12 @@ def check_in_schedule(timestep: float | torch.Tensor, schedule: torch.Tensor) ->
         raise ValueError(f"Timestep {timestep} is not one of the schedule's: {schedule.tolist()}.")
 
 
+def check_trained(timesteps: torch.Tensor, count: int) -> None:
+    """`ValueError` unless these are timesteps of the training, which are 0 to `count` - 1."""
+    if ((timesteps < 0) | (timesteps >= count)).any():
+        raise ValueError(f"`timesteps` must lie in 0..{count - 1}, those of the training; got {timesteps.tolist()}.")
+
+
 def check_step(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any) -> Any:
     """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
     if scheduler.num_inference_steps is None:

@@ -145,7 +145,9 @@ def base_model_table() -> str:
                 "steps": f"{2 if model.experts else 1} to 8, {steps} by default",
                 "guidance": f"off: scale {guidance:g}",
                 "noise": noise(schedule),
-                "teacher's guidance w, when distilling": "{:g} to {:g}".format(*model.guidance_range),
+                "teacher's guidance w, when distilling": " and ".join(
+                    "{:g} to {:g}".format(*model.guidance_range_of(expert)) for expert in model.experts or [None]
+                ),
             }
         )
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]

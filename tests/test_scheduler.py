@@ -389,8 +389,26 @@ def test_steps_past_the_end_are_refused():
 def test_a_timestep_outside_the_schedule_is_refused():
     scheduler = MCMScheduler()
     scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match=r"Timestep 500 is not one of the schedule's: \[999, 499\]"):
+    unknown = r"Timestep {} is not one of the schedule's: \[999, 499\]"
+    with pytest.raises(ValueError, match=unknown.format(500)):
         scheduler.step(latents(), 500, latents())
+    with pytest.raises(ValueError, match=unknown.format(500)):
+        scheduler.previous_timestep(500)
+    scheduler.step(latents(), 999, latents())
+    with pytest.raises(ValueError, match=unknown.format(1000)):  # in later steps, too, where its index is known
+        scheduler.step(latents(), 1000, latents())
+    scheduler.set_timesteps(2)
+    scheduler.set_begin_index(1)
+    with pytest.raises(ValueError, match=unknown.format(998)):
+        scheduler.step(latents(), 998, latents())
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+@pytest.mark.parametrize("name", ["add_noise", "get_velocity"])
+def test_noise_of_a_timestep_that_was_not_trained_is_refused(name, timestep):
+    timesteps = torch.tensor([999, timestep])
+    with pytest.raises(ValueError, match=rf"must lie in 0..999, those of the training; got \[999, {timestep}\]"):
+        getattr(MCMScheduler(), name)(latents(), latents(), timesteps)
 
 
 @pytest.mark.parametrize(

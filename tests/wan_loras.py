@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -135,3 +136,8 @@ def sums(tensors, differences=None, scale=1.0, strength=1.0) -> WanMCMPipeline:
     for name, difference in (differences or {}).items():
         parameters[name].data += strength * difference
     return wan_pipeline(transformer=transformer)
+
+
+# --- fixtures, which a module of tests gives its own names: `tensors, pipe = LORA_TENSORS, WAN_PIPE` -----------------
+LORA_TENSORS = pytest.fixture(random_tensors, scope="module")
+WAN_PIPE = pytest.fixture(wan_pipeline)

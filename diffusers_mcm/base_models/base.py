@@ -42,6 +42,7 @@ class BaseModel(ABC):
     # Components that may lie in repositories of their own, by name: where they are if nothing says otherwise.
     extra_repositories: Mapping[str, str] = {}
     guidance_range: tuple[float, float]  # of the teacher, w ~ U[w_min, w_max]
+    guidance_ranges: Mapping[str, tuple[float, float]] = {}  # instead, of each expert that has one of its own
     height: int
     width: int
     num_frames: int
@@ -139,6 +140,10 @@ class BaseModel(ABC):
 
     def check_components(self, denoiser: nn.Module, vae: nn.Module) -> None:  # noqa: B027, as a rule there is nothing
         """`ValueError` if the denoiser is one that is not sampled from noise and text alone."""
+
+    def guidance_range_of(self, expert: str | None) -> tuple[float, float]:
+        """The ends of w for the teacher's step, where no one says: of a model with experts those of this one."""
+        return self.guidance_ranges.get(expert or "", self.guidance_range)
 
     def sampling_default(self, name: str, denoiser: nn.Module, vae: nn.Module) -> int:
         """The model's own `num_frames`, `height`, `width`, `fps` or `num_inference_steps`."""

@@ -214,12 +214,20 @@ class WanTI2V(Wan):
 
 
 class WanA14B(Wan):
-    """Wan 2.2 A14B, text to video: two transformers of the size of Wan 2.1's 14B, each for a part of the path."""
+    """Wan 2.2 A14B, text to video: two transformers of the size of Wan 2.1's 14B, each for a part of the path.
+
+    The teacher's guidance has a range of its own for each. Wan's authors sample with a scale w + 1 of 4 for the first
+    and 3 for the second (`sample_guide_scale` in their wan/configs/wan_t2v_A14B.py; diffusers' modular pipeline, too),
+    and Self-Forcing-Plus distils with w = 4 and 3 (`guidance_scale` in its configs/wan22_high.yaml and wan22_low.yaml,
+    which multiplies the difference that is added to the conditional prediction). The ranges are as wide as each other,
+    with the middle between the two: 3.5 and 2.5. No student was trained with them yet.
+    """
 
     name = "wan-a14b"
     default_repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     sizes = {5120: default_repository}
     experts = {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
+    guidance_ranges = {HIGH_NOISE: (2.0, 5.0), LOW_NOISE: (1.0, 4.0)}
     described_scheduler_keys = ("shift", "boundary", "original_inference_steps")
 
     def check_repository(self, model_index: Mapping[str, Any]) -> None:

@@ -203,10 +203,16 @@ def tell(text: str | None) -> None:
 
 def headline(arguments: argparse.Namespace, device: str) -> str:
     """The one line that a run begins with: model, device, precision."""
-    lora = f" with {public_name(arguments.lora, given=True)}" if arguments.lora else ""
+    lora = f" with {named(arguments.lora)}" if arguments.lora else ""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     many = f", {processes} processes" if processes > 1 else ""
-    return f"{public_name(arguments.model, given=True)}{lora} on {device}{many}, {arguments.dtype}"
+    return f"{named(arguments.model)}{lora} on {device}{many}, {arguments.dtype}"
+
+
+def named(source: str | list[str]) -> str:
+    """A model or LoRA, or both of a pair, as others may see it."""
+    names = public_name(source, given=True)
+    return names if isinstance(names, str) else " and ".join(names)
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:

@@ -125,16 +125,20 @@ def _check_pair(loras: Sequence[LoRA], to: str, single: bool) -> None:
     """`ValueError` where a pair does not go together, or not into that layout."""
     check_alike(*loras)
     names = " and ".join(PAIR_NAMES.values())
+    files = list(dict.fromkeys(lora.source for lora in loras))
+    have, alone = "are", "name its file (--weight_name)"
+    if len(files) == 1:
+        have, alone = "holds", "convert both to a folder first, and then its file there"
     if not LAYOUTS[to].as_pair:
         raise ValueError(
-            f"{loras[0].source} and {loras[1].source} are the pair for two experts, which is written as"
+            f"{' and '.join(files)} {have} the pair for two experts, which is written as"
             f" {' or '.join(name for name, layout in LAYOUTS.items() if layout.as_pair)}, not as {to}. For one of them"
-            " alone name its file (--weight_name)."
+            f" alone {alone}."
         )
     if single:
         raise ValueError(
             f"The pair for two experts is two files, {names}, in a folder; got a file to write. Name a folder, or for"
-            " one of them alone its file (--weight_name)."
+            f" one of them alone {alone}."
         )
 
 

@@ -39,17 +39,28 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         `differences` (parameters to which something is added besides), `tensors`, `parameters`, `dtype`, `bytes`,
         `sha256`, `settings` (how it is sampled), `settings_recorded` (or else the base model's defaults) and
         `training`. `None` where nothing is known. Of a pair for two experts these of each, as `high_noise` and
-        `low_noise`.
+        `low_noise`, also where one file holds both, whose `bytes` and `sha256` are then those of either.
     """
     location = Location.of(source, **where)
     pair = find_pair(location)
+    if pair is None and _holds_both(location):
+        return {expert: _describe(location, half=expert) for expert in EXPERTS}
     return _describe(location) if pair is None else dict(zip(EXPERTS, map(_describe, pair)))
 
 
-def _describe(location: Location) -> dict[str, Any]:
+def _holds_both(location: Location) -> bool:
+    """Whether one file has the LoRAs of both experts, by the prefixes of its keys."""
+    with open_safetensors(location.lora_file()) as file:
+        keys = list(file.keys())
+    return {DENOISER, SECOND_DENOISER} <= {place_of(key)[0] for key in keys} and is_wan(keys)
+
+
+def _describe(location: Location, half: str | None = None) -> dict[str, Any]:
+    """Of a file with both LoRAs of a pair `half` is the expert whose one is described."""
     path = location.lora_file()
     with open_safetensors(path) as file:
-        slices, header = {key: file.get_slice(key) for key in file.keys()}, file.metadata() or {}
+        keys = [key for key in file.keys() if half is None or _is_of(half, key)]
+        slices, header = {key: file.get_slice(key) for key in keys}, file.metadata() or {}
         alphas = Counter(
             float(file.get_tensor(key)) for key in slices if key.endswith(".alpha") and _is_one(slices[key])
         )
@@ -61,10 +72,9 @@ def _describe(location: Location) -> dict[str, Any]:
         raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
     config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
-    expert = _expert(settings, path, shapes)
+    expert = half or _expert(settings, path, shapes)
     base_model = _base_model(settings, layout, modules, expert is not None)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
-    alpha = config.get("lora_alpha") if (told := kohya_alpha(header)) is None else told
     return {
         "file": str(path),
         "layout": layout,
@@ -72,7 +82,7 @@ def _describe(location: Location) -> dict[str, Any]:
         "base_model_repository": repository or _repository(base_model, modules),
         "expert": expert,
         "rank": _one_or_all(Counter(shape[0] for shape in modules.values())),
-        "alpha": _one_or_all(alphas) if alphas else alpha,
+        "alpha": _alpha(alphas, header, config),
         "targets": len(modules),
         "kinds": dict(Counter(_KINDS[len(shape)] for shape in modules.values())),
         "modules": dict(Counter(_last_part(name) for name in modules)),
@@ -96,6 +106,11 @@ def _of_wan(keys: Collection[str]) -> str | None:
     return "several" if any(split_prefix(key)[0] for key in keys) else "original"
 
 
+def _is_of(expert: str, key: str) -> bool:
+    """Whether a key of a file with both LoRAs of a pair is of this expert's."""
+    return (place_of(key)[0] == SECOND_DENOISER) == (expert == LOW_NOISE)
+
+
 def _expert(settings: Settings, path: Path, keys: Iterable[str]) -> str | None:
     """Which of two experts a file is for, as its keys, its settings or its name say."""
     if {place_of(key)[0] for key in keys} == {SECOND_DENOISER}:
@@ -105,6 +120,14 @@ def _expert(settings: Settings, path: Path, keys: Iterable[str]) -> str | None:
 
 def _is_one(part: Any) -> bool:
     return math.prod(part.get_shape()) == 1
+
+
+def _alpha(alphas: Counter, header: Mapping[str, str], config: Mapping[str, Any]) -> Any:
+    """What the tensors tell, or else kohya's header, or else PEFT's or diffusers' configuration."""
+    if alphas:
+        return _one_or_all(alphas)
+    told = kohya_alpha(header)
+    return config.get("lora_alpha") if told is None else told
 
 
 def _one_or_all(counts: Counter) -> Any:
@@ -144,11 +167,9 @@ def _base_model(
 ) -> BaseModel | None:
     if name := settings.base_model or ("animatediff" if layout == "motion-module" else None):
         return BASE_MODELS.get(name)
-    second = f"{SECOND_DENOISER}."
-    plain = {module.removeprefix(second): shape for module, shape in modules.items()}
-    of_two = is_wan(plain) and (for_an_expert or any(module.startswith(second) for module in modules))
+    plain = {module.removeprefix(f"{SECOND_DENOISER}."): shape for module, shape in modules.items()}
     try:
-        return infer_base_model(lora_modules=plain, for_an_expert=of_two)
+        return infer_base_model(lora_modules=plain, for_an_expert=for_an_expert and is_wan(plain))
     except ValueError:
         return None
 

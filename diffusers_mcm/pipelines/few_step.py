@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
+from ..location import Location
+from ..lora import find_pair
 from ..scheduler import MCMFlowScheduler
 
 AUTO = "auto"  # of `few_step_named`: the row that a name is recognised by
@@ -131,7 +133,8 @@ FEW_STEP: dict[str, FewStep] = {
 
 
 def few_step_named(name: str, files: Iterable[str | os.PathLike | None] = ()) -> FewStep:
-    """A row of the table, or with `"auto"` that for the names of what is loaded.
+    """A row of the table, or with `"auto"` that for the names of what is loaded: of a folder on this machine that
+    holds a pair those of both its files, too.
 
     Raises:
         ValueError: for a name that is not in the table, or if nothing is recognised, or more than one thing.
@@ -141,7 +144,7 @@ def few_step_named(name: str, files: Iterable[str | os.PathLike | None] = ()) ->
     if name != AUTO:
         raise ValueError(f"expected the settings of one of {', '.join((AUTO, *FEW_STEP))}, got {name!r}")
     given = [os.fspath(each) for each in files if each]
-    found = recognised(given)
+    found = recognised([*given, *_pairs_in(given)])
     if len(found) != 1:
         what = f"several: {', '.join(found)}" if found else "none"
         raise ValueError(
@@ -149,6 +152,12 @@ def few_step_named(name: str, files: Iterable[str | os.PathLike | None] = ()) ->
             f" {' and '.join(given) or 'none'}, which tells {what}. Name the settings themselves"
         )
     return FEW_STEP[found[0]]
+
+
+def _pairs_in(names: Iterable[str]) -> list[str]:
+    """The files of the pairs that lie in folders of these names on this machine."""
+    pairs = (find_pair(Location.of(name)) for name in names if os.path.isdir(name))
+    return [os.fspath(half.lora_file()) for pair in pairs if pair for half in pair]
 
 
 def recognised(names: Iterable[str | os.PathLike]) -> list[str]:

@@ -134,7 +134,7 @@ def build_networks(config: TrainingConfig, device: torch.device, cache: LatentCa
         text=text,
         discriminator=discriminator,
         discriminator_text=discriminator_text,
-        guidance_range=base.guidance_range if low is None or high is None else (low, high),
+        guidance_range=base.guidance_range_of(config.expert) if low is None or high is None else (low, high),
         clip_size=(num_frames, height, width),
         latent_shape=latent_shape,
         extra_repositories=extra_repositories,

@@ -132,7 +132,9 @@ def test_defaults():
     names = ("num_frames", "height", "width", "fps", "data_fps", "num_solver_steps", "guidance_range")
     assert [getattr(WAN, name) for name in names] == [81, 480, 832, 16, 16.0, 48, (2.0, 6.0)]
     assert [getattr(TI2V, name) for name in names] == [121, 704, 1280, 24, 24.0, 48, (2.0, 6.0)]
-    assert [getattr(A14B, name) for name in names] == [81, 480, 832, 16, 16.0, 48, (2.0, 6.0)]
+    assert [getattr(A14B, name) for name in names[:-1]] == [81, 480, 832, 16, 16.0, 48]
+    assert [A14B.guidance_range_of(expert) for expert in A14B.experts] == [(2.0, 5.0), (1.0, 4.0)]
+    assert WAN.guidance_range_of(None) == WAN.guidance_range
     assert all(model.negative_prompt == NEGATIVE_PROMPT for model in (WAN, TI2V, A14B))
     assert A14B.experts == {"high_noise": "transformer", "low_noise": "transformer_2"} and not WAN.experts
     assert {"静态", "静止", "静止不动的画面"} < set(NEGATIVE_PROMPT.split("，")) and NEGATIVE_PROMPT.count("，") == 27

@@ -98,6 +98,34 @@ def test_where_a_pair_does_not_go(pair, halves, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["both.safetensors", "both_low_noise.safetensors"])
+def test_one_file_with_both_halves_is_a_pair(pair, tmp_path, capsys, name):
+    """By its keys, whatever its name says."""
+    high, low = (load_file(pair / half) for half in PAIR_NAMES.values())
+    second = {key.replace("transformer.", "transformer_2."): tensor for key, tensor in low.items()}
+    save_file(high | second, tmp_path / name)
+    about = describe(tmp_path / name)
+    assert tuple(about) == EXPERTS and about["high_noise"]["sha256"] == about["low_noise"]["sha256"]
+    for expert in EXPERTS:
+        told = about[expert]
+        assert (told["expert"], told["base_model"], told["layout"]) == (expert, "wan-a14b", "diffusers")
+        assert (told["targets"], told["tensors"], told["rank"]) == (20, 40, 2)
+        assert sum(told["modules"].values()) == 20 and told["parameters"] == sum(map(torch.numel, high.values()))
+    assert main(["info", str(tmp_path / name)]) == 0
+    assert "low_noise:\n" in (printed := capsys.readouterr().out) and "  expert: high_noise\n" in printed
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "made"), "--to", "diffusers"]) == 0
+    assert capsys.readouterr().out.count("(diffusers: 20 modules, 40 tensors") == 2
+    for half, expected in zip(PAIR_NAMES.values(), (high, low)):
+        written = load_file(tmp_path / "made" / half)
+        assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+    for to, where, message in (
+        ("peft", "x", f"{name} holds the pair for two experts, which is written as diffusers or comfyui, not as peft"),
+        ("diffusers", "x.safetensors", "or for one of them alone convert both to a folder first, and then its file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / name, tmp_path / where, to)
+
+
 # --- what they are ---------------------------------------------------------------------------------------------------
 def test_a_pair_is_described_by_its_halves(pair, halves, capsys):
     about = describe(pair)

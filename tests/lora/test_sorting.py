@@ -9,28 +9,20 @@ from diffusers_mcm.lora import fresh_lora
 from tests.tiny_wan import save_wan_base, tiny_wan_transformer
 from tests.wan_loras import (
     ALPHA,
+    LORA_TENSORS,
     RANK,
     WAN,
+    WAN_PIPE,
     diffusers_file,
     musubi_file,
     original_file,
     peft_file,
-    random_tensors,
     sample,
     sums,
-    wan_pipeline,
     write,
 )
 
-
-@pytest.fixture(scope="module")
-def tensors():
-    return random_tensors()
-
-
-@pytest.fixture
-def pipe():
-    return wan_pipeline()
+tensors, pipe = LORA_TENSORS, WAN_PIPE
 
 
 # --- namings ---------------------------------------------------------------------------------------------------------

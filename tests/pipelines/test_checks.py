@@ -167,6 +167,9 @@ def test_verbs_of_the_wrong_kind(modelscope):
         for verb in (modelscope.load_lora_weights, modelscope.load_mcm_lora, type(modelscope).from_pretrained):
             with pytest.raises(TypeError, match="Expected a path, a packaged model or a Hub repository .* got"):
                 verb(wrong)
+    with pytest.raises(TypeError, match="Expected a path, .* got ") as told:
+        modelscope.load_mcm_lora({f"unet.{i}.lora_A.weight": torch.zeros(100, 100) for i in range(100)})
+    assert len(str(told.value)) < 400
     with pytest.raises(TypeError, match="`adapter_names` must be a name or a list of names, got 42"):
         modelscope.fuse_lora(42)
 

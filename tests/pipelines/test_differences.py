@@ -13,26 +13,18 @@ from tests.tiny_wan import tiny_wan_transformer
 from tests.wan_loras import (
     ALPHA,
     IN_A_BLOCK,
+    LORA_TENSORS,
     RANK,
+    WAN_PIPE,
     as_keys,
     original_file,
     random_differences,
-    random_tensors,
     sample,
     sums,
-    wan_pipeline,
     write,
 )
 
-
-@pytest.fixture(scope="module")
-def tensors():
-    return random_tensors()
-
-
-@pytest.fixture
-def pipe():
-    return wan_pipeline()
+tensors, pipe = LORA_TENSORS, WAN_PIPE
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline
+from diffusers_mcm import MCMFlowScheduler, MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, WanA14BMCMPipeline
 from diffusers_mcm.cli import main
 from diffusers_mcm.commands import generate as command
 from diffusers_mcm.pipelines.few_step import AUTO, FEW_STEP, few_step_named, recognised
 from diffusers_mcm.video_io import read_metadata
+from tests.pipelines.hooks import record_calls
 from tests.tiny import SCHEDULER, tiny_components
-from tests.tiny_wan import SIZE, save_wan_base, tiny_wan_transformer
+from tests.tiny_wan import BOUNDARY, SIZE, save_wan_base, tiny_wan_transformer, wan_components
 from tests.wan_loras import (
     ALPHA,
     as_keys,
@@ -122,6 +123,20 @@ def test_what_they_are_not_for():
         FEW_STEP["wan2.2-lightning"].set_up(wan_pipeline())
 
 
+def test_a_pair_is_sampled_with_both_experts_and_no_phases():
+    """Those of Wan2.2-Lightning are students of the whole path, asked in turns."""
+    components = wan_components("wan-a14b") | dict(scheduler=MCMFlowScheduler(boundary=BOUNDARY))
+    pipe = WanA14BMCMPipeline(**components, boundary_ratio=BOUNDARY, height=SIZE, width=SIZE, num_frames=5)
+    FEW_STEP["wan2.2-lightning"].set_up(pipe)
+    assert pipe.scheduler.config.boundary is None and not pipe.scheduler.config.stochastic
+    asked = record_calls(pipe, "transformer", "transformer_2")
+    sample(pipe, num_inference_steps=None)
+    assert asked == ["transformer"] * 2 + ["transformer_2"] * 2
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625])
+    with pytest.raises(ValueError, match="with one expert; this wan-a14b has two experts, which meet at 0.875"):
+        FEW_STEP["lightx2v"].set_up(pipe)
+
+
 # --- from the command line -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -185,9 +200,36 @@ def test_a_repository_of_fastvideos_is_a_base_model(base, tmp_path):
     assert torch.equal(*frames)
 
 
-def test_a_pair_on_the_command_line_is_recognised_by_either_name():
-    names = [f"wan2.2_t2v_A14b_{half}_noise_lora_rank64_lightx2v_4step_1217.safetensors" for half in ("high", "low")]
-    arguments = command.build_parser().parse_args(
-        ["x", "--model", "base", "--lora", names[0], "--lora", names[1], "--few_step", "auto"]
-    )
-    assert command.few_step(arguments) is FEW_STEP["wan2.2-lightning"]
+PAIR = [f"wan2.2_t2v_A14b_{half}_noise_lora_rank64_lightx2v_4step_1217.safetensors" for half in ("high", "low")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A folder whose own name tells nothing."""
+    folder = tmp_path_factory.mktemp("loras")
+    for name, scale in zip(PAIR, (1.0, -0.5)):
+        tensors = {key: scale * tensor for key, tensor in random_tensors().items()}
+        write(folder / name, original_file(tensors, ALPHA))
+    return folder
+
+
+def test_a_pair_on_the_command_line_is_recognised_by_either_name(pair, monkeypatch):
+    monkeypatch.chdir(pair.parent)
+    for loras in (PAIR, PAIR[::-1], [pair], [pair.name]):
+        flags = [flag for lora in loras for flag in ("--lora", str(lora))]
+        arguments = command.build_parser().parse_args(["x", "--model", "base", *flags, "--few_step", "auto"])
+        assert command.few_step(arguments) is FEW_STEP["wan2.2-lightning"]
+
+
+def test_a_foreign_pair_from_the_command_line(pair, tmp_path, capsys):
+    base = save_wan_base(tmp_path / "base", "wan-a14b")
+    halves = [flag for name in PAIR for flag in ("--lora", pair / name)]
+    made = []
+    for number, flags in enumerate(([*halves, "--few_step", "auto"], ["--lora", pair, "--few_step", "auto"], halves)):
+        made.append(generate(base, tmp_path / f"{number}.mp4", *flags))
+        told = f"base with {PAIR[0]} and {PAIR[1]} on cpu" if flags[1] != pair else f"base with {pair.name} on cpu"
+        assert told in capsys.readouterr().err
+    assert made[0]["few_step"] == made[1]["few_step"] == FEW_STEP["wan2.2-lightning"].title
+    assert made[0]["lora_sha256"] == made[1]["lora_sha256"] and len(set(made[0]["lora_sha256"])) == 2
+    assert (made[0]["stochastic"], made[0]["num_inference_steps"], made[0]["shift"]) == (False, 4, 5.0)
+    assert "few_step" not in made[2]

@@ -433,8 +433,13 @@ def test_keys_of_the_second_transformer_are_the_low_noise_half(base, halves, tmp
         pipe = MCMPipeline.from_pretrained(base)
         pipe.load_lora_weights(given)
         assert torch.equal(sample(pipe), video)
+    pipe = MCMPipeline.from_pretrained(base)
+    pipe.load_mcm_lora(tmp_path / "both.safetensors")
+    for each in (pipe, MCMPipeline.from_pretrained(base, lora=tmp_path / "both.safetensors")):
+        assert each.get_list_adapters() == {"transformer": ["mcm"], "transformer_2": ["mcm"]}
+        assert torch.equal(sample(each), video)
     assert describe(tmp_path / "second.safetensors")["expert"] == "low_noise"
-    assert {describe(tmp_path / f"{name}.safetensors")["base_model"] for name in ("second", "both")} == {"wan-a14b"}
+    assert describe(tmp_path / "second.safetensors")["base_model"] == "wan-a14b"
     pipe = MCMPipeline.from_pretrained(base)
     with pytest.raises(ValueError, match="second.safetensors is for the low_noise expert, and there is no LoRA for"):
         pipe.load_lora_weights(tmp_path / "second.safetensors")

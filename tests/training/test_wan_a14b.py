@@ -55,6 +55,8 @@ def test_from_videos_to_a_pair_that_samples(a14b, tmp_path):
         said = json.loads((out / "mcm_config.json").read_text())
         assert (said["base_model"], said["expert"], said["boundary"]) == ("wan-a14b", expert, BOUNDARY)
         assert said["training"]["expert"] == expert and (out / "README.md").is_file()
+        ends = tuple(said["training"][f"guidance_{end}"] for end in ("min", "max"))
+        assert ends == {"high_noise": (2.0, 5.0), "low_noise": (1.0, 4.0)}[expert]
         scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
         own = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True)
         assert {key: value for key, value in scheduler.items() if key[0] != "_"} == own | dict(boundary=BOUNDARY)
