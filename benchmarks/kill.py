@@ -25,6 +25,8 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -114,23 +116,29 @@ def workers_of(processes: list[int]) -> list[int]:
     return found
 
 
-def kill(processes: list[int], victim: str, chance: random.Random) -> tuple[bool, float]:
-    """Kill, and see all end; whether anybody was killed, and how many seconds it took those that were left."""
-    group, killed = processes[0], True
-    if victim == "everything":
+def kill(processes: list[int], ended: Collection[int], victim: str, chance: random.Random) -> tuple[bool, float]:
+    """Kill, and see all end; whether anybody was killed, and how many seconds it took those that were left.
+
+    Of the processes those in `ended` have come to their end already, and been waited for.
+    """
+    group, running = processes[0], [process for process in processes if process not in ended]
+    among = {
+        "everything": running,
+        "the main process": processes[:1],
+        "the other process": processes[1:],
+        "a data worker": workers_of(running),
+    }[victim]
+    alone, killed = [process for process in among if process not in ended], victim == "everything"
+    if alone and not killed:
+        with suppress(ProcessLookupError):  # a worker that ends just now
+            os.kill(chance.choice(alone), signal.SIGKILL)
+            killed = True
+    if victim == "everything" or not killed:
         os.killpg(group, signal.SIGKILL)
-    else:
-        workers = workers_of(processes)
-        alone = {"the main process": processes[:1], "the other process": processes[1:]}.get(victim, workers)
-        killed = bool(alone)
-        for process in [chance.choice(alone)] if alone else []:
-            os.kill(process, signal.SIGKILL)
-        if not killed:  # no worker yet, or none any more
-            os.killpg(group, signal.SIGKILL)
     began = time.monotonic()
-    codes = wait(processes, LIMIT)
+    codes = wait(running, LIMIT)
     seconds = time.monotonic() - began
-    left = [process for process in processes if process not in codes]
+    left = [process for process in running if process not in codes]
     if left:
         os.killpg(group, signal.SIGKILL)
         wait(left, LIMIT)
@@ -170,15 +178,15 @@ def one_run(
         moment, victim = chance.uniform(0, seconds), chance.choice(VICTIMS)
         enough = results["kills"] >= options.kills
         codes = wait(processes, 600 if enough else moment)
+        if any(codes.values()):
+            raise RuntimeError(f"A run could not be gone on with; see {folder.with_suffix('.log')}.")
         if len(codes) == PROCESSES:
-            if set(codes.values()) != {0}:
-                raise RuntimeError(f"A run could not be gone on with; see {folder.with_suffix('.log')}.")
             results["runs"] += 1
             unlike = differences(whole, outcome(folder))
             results["bitwise"] += not unlike
             results["unlike"] += unlike[:3]
             return
-        killed, took = kill(processes, victim, chance)
+        killed, took = kill(processes, codes, victim, chance)
         if killed:
             results["kills"] += 1
             results["victims"][victim] = results["victims"].get(victim, 0) + 1

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import kill
+import pytest
 import torch
 
 from diffusers_mcm.training.checkpoint import save_checkpoint
@@ -54,5 +55,27 @@ def test_a_process_that_does_not_end_by_itself_is_noticed(tmp_path, monkeypatch)
     monkeypatch.setattr(kill, "LIMIT", 0.2)
     monkeypatch.setattr(kill, "train", lambda config: time.sleep(60))
     processes = kill.start(_config(tmp_path / "run"), tmp_path / "log")
-    killed, took = kill.kill(processes, "the main process", random.Random(0))
+    killed, took = kill.kill(processes, (), "the main process", random.Random(0))
     assert killed and took == float("inf")
+
+
+def test_one_that_has_ended_is_not_waited_for_again(tmp_path, monkeypatch):
+    """Of two processes one is through when the other is to be killed, or the very one that is through."""
+    monkeypatch.setattr(kill, "train", lambda config: time.sleep(60 if os.environ["RANK"] == "1" else 0))
+    for victim, met in (("the main process", False), ("the other process", True), ("everything", True)):
+        processes = kill.start(_config(tmp_path / "run"), tmp_path / "log")
+        codes = kill.wait(processes[:1], 30)
+        assert codes == {processes[0]: 0}
+        killed, took = kill.kill(processes, codes, victim, random.Random(0))
+        assert killed is met and took < kill.LIMIT
+
+
+def test_a_run_that_fails_by_itself_is_no_kill(tmp_path, monkeypatch):
+    def train(config: TrainingConfig) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(kill, "train", train)
+    monkeypatch.setattr(kill, "run_config", lambda world, folder: _config(folder))
+    results, options = {"kills": 0, "runs": 0}, argparse.Namespace(seed=0, kills=0, output=tmp_path / "kill.json")
+    with pytest.raises(RuntimeError, match="could not be gone on with"):
+        kill.one_run({}, tmp_path / "run", {}, 1.0, results, options)
