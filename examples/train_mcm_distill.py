@@ -28,6 +28,8 @@ def main() -> None:
 def train(config: TrainingConfig) -> None:
     """Train; an error that the user can mend ends the process with a line, and so does a signal."""
     with quick_imports():  # after the flags, so that --help answers at once
+        from diffusers_mcm.data.faults import MachineError
+        from diffusers_mcm.data.loading import WorkerDied
         from diffusers_mcm.files import DiskFullError
         from diffusers_mcm.publish import PublishError
         from diffusers_mcm.training.loop import Trainer
@@ -46,7 +48,7 @@ def train(config: TrainingConfig) -> None:
     except Stopped as stopped:
         command = shlex.join(to_go_on(begun_by, stopped.checkpoint)) if stopped.checkpoint else ""
         give_up(f"{stopped} Go on with: {command}" if str(stopped) and command else str(stopped), stopped.exit_code)
-    except (PublishError, DiskFullError, NonFiniteSample) as error:
+    except (PublishError, DiskFullError, NonFiniteSample, MachineError, WorkerDied) as error:
         give_up(f"error: {error}")
 
 

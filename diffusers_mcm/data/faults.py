@@ -57,6 +57,7 @@ def check_own_fault(error: BaseException, name: str | None) -> None:
         raise MachineError(f"{name}: {error}", error.errno) from error
     if not is_of_the_machine(error, name):
         return
+    error = _behind(error)
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     message = (
         f"{name or 'Its data'} cannot be read, and not by its own fault: {type(error).__name__}: {error}. "
@@ -74,6 +75,7 @@ def unusable(error: BaseException, name: str | None, what: str) -> UnusableItem:
 
 def is_of_the_machine(error: BaseException, name: str | None) -> bool:
     """Whether an error that reading the file at `name` gave is about the machine or its connection, not the file."""
+    error = _behind(error)
     number = getattr(error, "errno", None)
     if isinstance(error, FFmpegError) and isinstance(error, MemoryError):
         try:  # FFmpeg also says this of a header that asks for gigabytes
@@ -91,6 +93,11 @@ def is_of_the_machine(error: BaseException, name: str | None) -> bool:
         busy = isinstance(status, int) and (status >= 500 or status in _BUSY_SERVER)
         return bool(lost) or busy or isinstance(error, MemoryError)
     return number not in _OF_THE_FILE
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The error itself; where `fsspec` calls each failure over HTTP a file that is not there, what went wrong."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
 
 
 def _can_be_read(path: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .dataset import KeyedDataset, check_at_least_one
+from .faults import MachineError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class StepLoader:
     Yields `{"pixels": uint8 (B, …), "caption": list of B strings, "index": int64 (B,)}`, and what else the items have;
     `to_unit_range` makes floats of the pixels, on the device that they are for. Items skipped in the workers are
     counted and warned of here, in `dataset.skipped`. Without `num_workers` this process decodes; `pin_memory` gives
-    page-locked batches, for copies to a GPU. A worker that dies is a `WorkerDied`.
+    page-locked batches, for copies to a GPU. A worker that dies is a `WorkerDied`, and what the machine cannot read a
+    `MachineError`, in a worker as here.
     """
 
     def __init__(
@@ -150,6 +152,9 @@ class StepLoader:
                 return
             except (ConnectionError, EOFError) as error:  # a batch of which the worker died before it was taken over
                 raise _death(error) from error
+            except MachineError as error:  # of a worker, whose traceback torch puts into the message
+                told = str(error).rpartition(f"{MachineError.__name__}: ")[2].strip()
+                raise MachineError(told, error.errno) from error
             self.dataset.record_skipped(skipped)
             yield batch
 

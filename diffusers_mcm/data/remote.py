@@ -103,7 +103,10 @@ def open_file(path: str) -> IO[bytes]:
     file = _patiently(lambda: system.open(inside, "rb", block_size=_AHEAD, cache_type="readahead"), path)
     try:
         file.seek(1)
-    except ValueError as error:  # what `fsspec` streams
+        if path.startswith(("http://", "https://")) and file.size:  # all other servers give parts
+            file.seek(-1, os.SEEK_END)
+            file.read(1)
+    except ValueError as error:  # what `fsspec` streams, or an answer with the whole file
         raise _no_parts(path) from error
     file.seek(0)
     return file
@@ -124,7 +127,9 @@ def _remote_version(path: str) -> list[Any] | None:
     system, inside = file_system(path)
     try:
         found = system.info(inside)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if is_of_the_machine(error, path):
+            raise
         return None
     lfs = found.get("lfs") or {}
     known = [found.get(name) for name in _VERSIONS] + [lfs.get("sha256") if isinstance(lfs, dict) else None]

@@ -105,6 +105,8 @@ def _find_problem_at_end(file: IO[bytes], end: int, size: int) -> str | None:
 
 
 def _describe_no_tar(path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if isinstance(error, OSError):
         return str(error)
     with open_file(path) as file:

@@ -50,10 +50,11 @@ class Trainer(Run):
     def train(self) -> Path:
         """Run to `max_train_steps`, write the LoRA folder and return its path.
 
-        SIGTERM, SIGINT and SIGHUP end it after the step with a checkpoint and `Stopped`, on all processes.
+        SIGTERM, SIGINT and SIGHUP end it after the step with a checkpoint and `Stopped`, on all processes. A process
+        that loads data and dies ends it with `WorkerDied`.
         """
         try:
-            with self.requests:
+            with worker_deaths_told(), self.requests:
                 lora = self.finish(self.make_steps())
         except Exception as error:
             if self.settled and self.accelerator.is_main_process:
@@ -338,5 +339,4 @@ class Trainer(Run):
 
 def train(config: TrainingConfig) -> Path:
     """Distil as the configuration says; returns the folder with the LoRA."""
-    with worker_deaths_told():
-        return Trainer(config).train()
+    return Trainer(config).train()

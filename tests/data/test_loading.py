@@ -12,6 +12,7 @@ import torch
 
 from diffusers_mcm.data import StepLoader, StepSampler, VideoDataset, to_unit_range
 from diffusers_mcm.data import loading as module
+from diffusers_mcm.data.faults import MachineError
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +149,17 @@ def test_a_worker_outlives_a_signal_to_all_but_not_the_process(video_folder, way
     )
     expected = ["0", "1 2 3 4"] if way == "signal" else ["0"]
     assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
+
+
+def test_what_the_machine_cannot_read_is_told_without_a_workers_traceback(video_folder, monkeypatch):
+    def fail(*_):
+        raise MachineError("a.mp4: its server gives whole files only.")
+
+    dataset = open_videos(video_folder)
+    monkeypatch.setattr(type(dataset), "read", fail)
+    with pytest.raises(MachineError) as error:
+        next(iter(StepLoader(dataset, StepSampler(1), num_workers=1)))
+    assert str(error.value) == "a.mp4: its server gives whole files only."
 
 
 def test_other_errors_are_not_taken_for_a_workers_death():

@@ -2,6 +2,9 @@
 
 import errno
 import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
@@ -213,6 +216,27 @@ def test_what_a_server_answers_is_told_from_a_lost_file(put, clip, monkeypatch, 
         dataset[0]
 
 
+@pytest.mark.parametrize(
+    ("behind", "told"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "0.tar cannot be read, .*: ConnectionRefusedError"),
+        (None, "None of the 1 tars of .* can be read:\\s+memory:///0.tar: there is no such file"),
+    ],
+    ids=["no server", "no file"],
+)
+def test_a_server_that_is_not_there_is_no_missing_file(memory, monkeypatch, behind, told):
+    """As `fsspec` says it over HTTP: whatever went wrong, the file is not found."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def not_found(self, path, *args, **kwargs):
+        raise FileNotFoundError(path) from behind
+
+    monkeypatch.setattr(MemoryFileSystem, "info", not_found)
+    monkeypatch.setattr(MemoryFileSystem, "_open", not_found)
+    with pytest.raises(MachineError if behind else ValueError, match=told):
+        open_rows("memory:///0.tar", VIDEOS)
+
+
 def test_a_server_that_gives_whole_files_only_is_told(put, monkeypatch):
     from fsspec.implementations.memory import MemoryFile
 
@@ -302,3 +326,19 @@ def test_the_web_gives_parts(hub):
     assert rows.media(rows[0])["bytes"] == b"a" * FILM
     with pytest.raises(ValueError, match="None of the 1 tars of .* can be read"):
         open_rows(f"{folder}/nothing.tar", VIDEOS)
+
+
+@pytest.mark.parametrize("size", [1, 200_000], ids=["read at once", "read in parts"])
+def test_a_web_server_without_parts_is_told_when_data_are_opened(tmp_path, size):
+    """As `python -m http.server`: a small tar came whole, and the run failed at its first clip; a large one was
+    called broken, and its first samples were all."""
+    pytest.importorskip("aiohttp", reason="`fsspec` reads http with it, and it is an extra")
+    write_tar(tmp_path / "0.tar", {"a.mp4": b"a" * size, "a.txt": "a dog", "b.mp4": b"b" * size, "b.txt": "a cat"})
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(MachineError, match="0.tar: its server gives whole files only, .* needs parts of them"):
+                open_rows(f"http://127.0.0.1:{server.server_port}/0.tar", VIDEOS)
+        finally:
+            server.shutdown()

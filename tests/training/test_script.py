@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_mcm.data.faults import MachineError
+from diffusers_mcm.training.loop import Trainer
+
 from .world import flags_of, tiny_config
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_mcm_distill.py"
@@ -72,3 +75,24 @@ def test_of_several_processes_one_speaks_first(say, monkeypatch):
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
     assert say("--seed", "x").startswith("process 1: error: argument --seed") and waited == [10]
+
+
+def test_a_run_that_cannot_read_its_data_any_more_ends_with_a_line(world, tmp_path, monkeypatch, capsys):
+    """Not with the tracebacks of two processes: a process that loads data has died, or a disk is gone."""
+    told = iter([RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), MachineError("a.mp4: gone")])
+    config = tiny_config(world, tmp_path / "out", lambda_adv=0.0, image_data=None, max_train_steps=3)
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *flags_of(config), "--resume_from_checkpoint", "latest"])
+    update = Trainer.update
+
+    def fail(trainer):
+        if trainer.step == trainer.keeper.kept_step + 1:
+            raise next(told)
+        return update(trainer)
+
+    monkeypatch.setattr(Trainer, "update", fail)
+    for step, line in enumerate(["error: A process that loads data has died (", "error: a.mp4: gone"], 1):
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT))["main"]()
+        said = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 1 and said[-1].startswith(line), said
+        assert (tmp_path / "out" / f"checkpoint-{step}").is_dir() and "Traceback" not in "".join(said)
