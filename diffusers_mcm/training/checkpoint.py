@@ -180,8 +180,6 @@ def _check_empty(output_dir: Path, present: list[Path]) -> None:
             "write its own. Go on with that run by --resume_from_checkpoint latest, name another --output_dir, or "
             "move or delete those checkpoints."
         )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; name a folder that is empty or not there yet.")
     # Hidden files and the folder of a file system's own belong to no run.
     names = [path.name for path in output_dir.glob("*") if path.name[0] != "." and path.name != "lost+found"]
     if names:

@@ -1,6 +1,7 @@
 """A full disk, told as one: each library that writes has words of its own for it, and some have none."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,15 @@ def told_room(said: str, needed: float, folder: Path, instead: str, reused: int 
     if needed > free + reused:
         raise ValueError(f"{said}, where {readable(free)} are free: make room, {instead}.")
     return f"{said}, of {readable(free + reused)} that there are."
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if the output folder, or the nearest one above it that is there, takes no files."""
+    there = existing_parent(folder)
+    if not there.is_dir():
+        raise ValueError(f"--output_dir {folder}: {there} is a file; name a folder that is empty or not there yet.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder}: nothing may be written to {there}; name another folder.")
 
 
 def existing_parent(folder: Path) -> Path:

@@ -21,7 +21,7 @@ def say(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(*flags, **values):
-        given = [*flags_of(tiny_config(world, tmp_path / "out", **values)), *flags]
+        given = [*flags_of(tiny_config(world, **{"output_dir": tmp_path / "out", **values})), *flags]
         monkeypatch.setattr("sys.argv", [str(SCRIPT), *given])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -44,6 +44,7 @@ def say(world, tmp_path, monkeypatch, capsys):
         (dict(pretrained_lora="/none/lora"), "'/none/lora' is not a file"),
         (dict(resume_from_checkpoint="checkpoint-4"), "'checkpoint-4' is not a checkpoint"),
         (dict(caption_column="words"), "words"),
+        (dict(output_dir=f"{SCRIPT}/out"), "train_mcm_distill.py is a file; name a folder"),
         (dict(shift=3.0), "--shift 3 has no effect on a modelscope"),
         (dict(mixed_precision="fp16"), "--mixed_precision fp16 needs a GPU"),
     ],
