@@ -112,7 +112,7 @@ class KeyedDataset(Dataset):
                 raise
         raise ValueError(
             f"The {self.rows.kind.name} data {self.rows.source!r} yields nothing: none of the {len(skipped)} items "
-            f"tried in a row can be used, for example{examples(skipped)}"
+            f"tried in a row can be used, for example{examples(skipped, 1)}"
         )
 
     def record_skipped(self, skipped: dict[str, str]) -> None:

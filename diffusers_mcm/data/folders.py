@@ -44,7 +44,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
         if not reader.skipped:
             raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
         number = len(reader.skipped)
-        raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped)}")
+        raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped, 1)}")
     unnamed = [path for path in media if path not in reader.used]
     if metadata and unnamed:
         logger.warning(

@@ -16,9 +16,9 @@ NO_CAPTION = "it has no caption"
 NO_TEXT = "its caption is neither a text nor a list of texts"
 
 
-def examples(reasons: Mapping[str, str]) -> str:
+def examples(reasons: Mapping[str, str], count: int = 5) -> str:
     """The first of what was skipped, a line each, for a message."""
-    return "".join(f"\n  {name}: {reason}" for name, reason in itertools.islice(reasons.items(), 5))
+    return "".join(f"\n  {name}: {reason}" for name, reason in itertools.islice(reasons.items(), count))
 
 
 def digest(chunks: Iterable) -> str:

@@ -140,7 +140,7 @@ def open_tars(request: DataRequest, paths: list[str]) -> TarRows:
     if index.shards:
         return TarRows(request, index, _find_captions(index, request))
     if not index.others:
-        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped)}")
+        raise ValueError(f"None of the {len(paths)} tars of {source!r} can be read:{examples(index.skipped, 1)}")
     fields = sorted(index.others - {""})
     if request.media_column is not None:
         raise request.no_media_column(repr(source), fields)

@@ -146,6 +146,15 @@ def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Co
     return TrainingData(videos, images, choose_image_text(config.image_text, compared, videos))
 
 
+def check_usable(data: TrainingData, first: int) -> None:
+    """Read an item of each data set, near the sample `first`: ValueError where none can be used as the flags say."""
+    decodes = data.videos.decodes
+    looked_at = (index for index in range(first, first + 1000) if decodes is None or decodes(index))
+    data.videos.read(next(looked_at, first))
+    if data.images is not None:
+        data.images.read(first)
+
+
 def takes_all_clips(config: TrainingConfig) -> bool:
     """Whether the clips are looked at of those samples too that start from the student's own video.
 

@@ -13,7 +13,7 @@ from ..distillation.draws import Coins
 from ..distillation.trajectory import TIMESTEPS
 from ..lora import LoRA
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
-from .batches import Batches, build_batches, open_data
+from .batches import Batches, build_batches, check_usable, open_data
 from .caching import CachedVideos
 from .checkpoint import clear_up, open_checkpoint
 from .config import TrainingConfig
@@ -102,6 +102,8 @@ class Run:
     def open_batches(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> Batches:
         """The batches that are still to be trained on, of the same data as before and in all processes."""
         encoded = None if self.cache is None else CachedVideos(self.data.videos, self.cache.clips)
+        if encoded is None:
+            check_usable(self.data, self.step * self.total_batch)
         batches = build_batches(self.config, self.data, self.step, self.accelerator, encoded)
         sizes = batches.sizes
         check_same_everywhere(gather_object([sizes]))
