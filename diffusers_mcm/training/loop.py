@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..cards import DEFAULT_PROMPT
 from ..data import to_unit_range
@@ -72,9 +73,8 @@ class Trainer(Run):
         log, clock = self.open_log(), Clock()
         self.agree_to_stop()
         self.stop_if_told()
-        with ProgressBar(
-            self.step, self.config.max_train_steps, self.total_batch, self.device, log is not None
-        ) as bar:
+        steps = (self.step, self.config.max_train_steps, self.total_batch)
+        with logging_redirect_tqdm(), ProgressBar(*steps, self.device, log is not None) as bar:
             for batch in clock.waiting(self.waiting.watch(self.batches)):
                 with self.accelerator.accumulate(*(trained.module for trained in self.trained)):
                     self.backward(batch)

@@ -1,8 +1,13 @@
+import logging
+import sys
 import time
 
 import torch
 
+from diffusers_mcm.training.loop import Trainer
 from diffusers_mcm.training.progress import Clock, Lap, ProgressBar, peak_memory
+
+from .world import tiny_config
 
 
 def test_what_is_waited_for_data_is_counted_and_nothing_else(monkeypatch):
@@ -52,3 +57,19 @@ def test_the_peak_of_a_process_is_that_of_all_it_had():
     held[::4096] = bytes(len(held[::4096]))
     time.sleep(0)
     assert peak_memory(torch.device("cpu")) > 1.5 * before > 2**20
+
+
+def test_what_is_logged_beside_the_bar_stands_on_a_line_of_its_own(world, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("the disk is full")
+
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(root, "handlers", [handler])
+    trainer = Trainer(tiny_config(world, tmp_path, lambda_adv=0.0, image_data=None, checkpointing_steps=1))
+    monkeypatch.setattr(trainer.keeper, "save", full)
+    trainer.train()
+    said = capsys.readouterr().err
+    assert [line[:40] for line in said.replace("\r", "\n").splitlines() if "the disk is full" in line] == [
+        f"No checkpoint of step {step} was written: the disk is full"[:40] for step in (1, 2)
+    ]
+    assert root.handlers == [handler]
