@@ -19,7 +19,8 @@ from diffusers_mcm.training.config import TrainingConfig
 
 
 def main() -> None:
-    config = parse_config()
+    with quiet_libraries(verbose=True):  # which loads none, and tells a warning in one line
+        config = parse_config()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     with quiet_libraries():
         train(config)

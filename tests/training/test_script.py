@@ -64,6 +64,12 @@ def test_so_is_a_network_of_another_kind(say, tmp_path, world):
     assert "it has no unet/config.json" in say("--height", "32", pretrained_teacher_model=str(base), width=None)
 
 
+def test_a_warning_beside_it_is_a_line_too(say):
+    with pytest.warns(UserWarning, match="not read"):  # of the configuration that the flags are of
+        said = say(lambda_adv=0.0, video_data="/none/videos").splitlines()
+    assert said[0].startswith("diffusers-mcm: warning: --image_data is not read") and "/none/videos" in said[1]
+
+
 def test_so_is_a_wrong_flag(say):
     assert "unrecognized arguments: --learning_rat 1. Did you mean --learning_rate? See --help." in say(
         "--learning_rat", "1"
