@@ -1,6 +1,7 @@
 #!/bin/sh
 # Distils a teacher: [PROCESSES=2] [TEACHER=FOLDER] sh distil.sh mcm|lcm WORLD OUTPUT [more flags of train_mcm_distill.py]
-# The teacher is mcm-shapes-teacher where no other is named; FIRST and SECOND are the steps of the two stages.
+# The teacher is mcm-shapes-teacher where no other is named; FIRST and SECOND are the steps of the two stages, SCRIPT is
+# what trains where a base model of the examples has to be known (distil_flow.py).
 # MCM in two stages, the first in OUTPUT-appearance: a strong adversarial loss takes the appearance of the images, and some
 # of the motion with it; a weaker one keeps the appearance while the motion comes back. An OUTPUT-looks of before goes on.
 set -e
@@ -8,7 +9,7 @@ method=$1 world=$2 output=$3 first=${FIRST:-1250} second=${SECOND:-1750}
 shift 3
 
 distil() {
-  torchrun --nproc_per_node "${PROCESSES:-1}" "$(dirname "$0")/../train_mcm_distill.py" \
+  torchrun --nproc_per_node "${PROCESSES:-1}" "${SCRIPT:-$(dirname "$0")/../train_mcm_distill.py}" \
     --pretrained_teacher_model "${TEACHER:-mcm-shapes-teacher}" --video_data "$world/videos" \
     --frame_interval 1 --train_batch_size $((8 / ${PROCESSES:-1})) --lr_warmup_steps 20 --lora_rank 32 --lora_alpha 32 \
     --no_scale_lr --learning_rate 2e-4 --guidance_min 1 --guidance_max 1 \

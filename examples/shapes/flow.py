@@ -1,14 +1,15 @@
 """Distils the flow teacher with three weights of the adversarial loss, and measures what becomes of looks and motion.
 
-    python examples/shapes/flow.py --world world --output work/flow --scores examples/shapes/flow.json
+    python examples/shapes/flow.py --world world --output work/flow --scores examples/shapes/flow.json [--full]
 
-One short recipe, that of ablate.py, with a real clip in nine samples of ten and clean images, and the weight alone
-changed. What was trained or sampled stays, and a training that was stopped goes on from its checkpoint. Beside the
-LoRAs stand the teacher on its own path (DDIM) and on the straight one (Euler), and the flow teacher undistilled, in
-the sampler of the LoRAs.
+With --full the recipe of the packaged LoRA, distil.sh, comes first. For the weights it is one short recipe, that of
+ablate.py, with a real clip in nine samples of ten and clean images, and the weight alone changed. What was trained or
+sampled stays, and a training that was stopped goes on from its checkpoint. Beside the LoRAs stand the teacher on its
+own path (DDIM) and on the straight one (Euler), and the flow teacher undistilled, in the sampler of the LoRAs.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ WEIGHTS = (0.05, 0.15, 0.5)  # of the adversarial loss
 STEPS = 600
 SHIFT = FLOW_SHIFT  # Euler 4 has 82 % all right of 60 training captions; with a shift of 3 it has 78, DDIM 80
 DISTIL = Path(__file__).resolve().parent / "distil_flow.py"
+FULL = (1, 2, 4, 8)  # steps at which the LoRA of the full recipe is measured
 # guidance of the teacher as in the packaged figures
 BASELINES = (
     Method("teacher-ddim-4", "teacher, DDIM, 4 steps", "teacher", "ddim", 4, 1.5),
@@ -39,14 +41,9 @@ BASELINES = (
 )
 
 
-def distilled(weight: float) -> list[Method]:
-    """What is measured of the LoRA of one weight."""
-    return [
-        Method(
-            f"adv-{weight}-{steps}", f"MCM, λ_adv {weight}, {steps} step{'s'[: steps > 1]}", str(weight), "mcm", steps
-        )
-        for steps in (1, 2, 4)
-    ]
+def distilled(network: str, label: str, few: Sequence[int] = (1, 2, 4)) -> list[Method]:
+    """What is measured of a LoRA: `few` steps each."""
+    return [Method(f"{network}-{n}", f"{label}, {n} step{'s'[: n > 1]}", network, "mcm", n) for n in few]
 
 
 def train(weight: float, args: argparse.Namespace) -> None:
@@ -59,13 +56,25 @@ def train(weight: float, args: argparse.Namespace) -> None:
         subprocess.run([sys.executable, str(DISTIL), *words(flags)], check=True)
 
 
+def train_in_full(args: argparse.Namespace) -> None:
+    """Distil the flow teacher as the packaged LoRA was, in both stages; what is there stays."""
+    folder = args.output / "full"
+    if not (folder / WEIGHTS_NAME).is_file():
+        paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun
+        environment = os.environ | {"TEACHER": str(args.output / "teacher"), "SCRIPT": str(DISTIL), "PATH": paths}
+        flags = words(dict(shift=args.shift, seed=args.seed, report_to="none"))
+        command = ["sh", str(DISTIL.parent / "distil.sh"), "mcm", str(args.world), str(folder), *flags]
+        subprocess.run(command, env=environment, check=True)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="where the flow teacher, the LoRAs and what was read are")
     add("--scores", type=Path, required=True, help="JSON file of the scores")
     add("--world", type=Path, help="what `diffusers-mcm shapes build` made; without it nothing is trained")
-    add("--steps", type=int, default=STEPS, help="of each training (default: %(default)s)")
+    add("--full", action="store_true", help="train and measure the recipe of the packaged LoRA as well, first")
+    add("--steps", type=int, default=STEPS, help="of each training of a weight (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the trainings")
     add("--seeds", type=int, default=4, help="videos of each caption (default: %(default)s)")
     add("--shift", type=float, default=SHIFT, help="of the students' grid, and of Euler's (default: %(default)s)")
@@ -78,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (args.output / "teacher").exists():
         write_repository(args.output / "teacher")
     sources = {"teacher": "mcm-shapes-teacher", "flow": args.output / "teacher", "euler": args.output / "teacher"}
-    sources |= {str(weight): args.output / f"adv-{weight}" for weight in WEIGHTS}
+    sources |= {name: args.output / name for name in ("full", *(f"adv-{weight}" for weight in WEIGHTS))}
     samplers = {
         "flow": MCMFlowScheduler(shift=args.shift),
         "euler": MCMFlowScheduler(shift=args.shift, stochastic=False),
@@ -86,9 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(FlowNetworks(sources, samplers), args.output / "readings")
     protocol = {name: getattr(args, name) for name in ("seeds", "training_captions", "shift", "steps", "seed")}
     add_scores(args.scores, protocol, study, BASELINES)
+    if args.full and args.world:
+        train_in_full(args)
+        add_scores(args.scores, protocol, study, distilled("full", "MCM, full recipe", FULL))
     for weight in WEIGHTS if args.world else ():
         train(weight, args)
-        add_scores(args.scores, protocol, study, distilled(weight))
+        add_scores(args.scores, protocol, study, distilled(f"adv-{weight}", f"MCM, λ_adv {weight}"))
 
 
 if __name__ == "__main__":

@@ -102,18 +102,35 @@ def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_
     monkeypatch.setattr(flow, "RECIPE", flow.RECIPE | dict(train_batch_size=1, lora_rank=2, lora_alpha=2))
     monkeypatch.setattr(flow, "WEIGHTS", (0.5,))
     monkeypatch.setattr(flow, "BASELINES", (Method("flow-euler-1", "Euler", "euler", "mcm", 1),))
-    monkeypatch.setattr(flow, "distilled", lambda weight: [Method("adv", f"MCM, {weight}", str(weight), "mcm", 1)])
+    monkeypatch.setattr(flow, "distilled", lambda name, label, few=(): [Method(name, label, name, "mcm", 1)])
     monkeypatch.setattr(scoring, "held_out_captions", lambda: held_out_captions()[:1])
     output, scores = tmp_path / "out", tmp_path / "scores.json"
     flags = [f"--output={output}", f"--scores={scores}", f"--world={tmp_path / 'world'}", "--steps=1", "--seeds=1"]
     flow.main(flags)
     record = json.loads(scores.read_text())
-    assert list(record["methods"]) == ["flow-euler-1", "adv"] and record["protocol"]["shift"] == flow.SHIFT
+    assert list(record["methods"]) == ["flow-euler-1", "adv-0.5"] and record["protocol"]["shift"] == flow.SHIFT
     assert all(len(line["all_right"]) == 3 for line in record["methods"].values())
     scheduler = json.loads((output / "adv-0.5" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["shift"]) == ("MCMFlowScheduler", flow.SHIFT)
 
+    (tmp_path / "bin").mkdir()
+    torchrun = tmp_path / "bin" / "torchrun"  # trains nothing: what is there is the LoRA
+    torchrun.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nwhile [ "$1" != --output_dir ]; do shift; done\n'
+        f'exec cp -r {output}/adv-0.5 "$2"\n'
+    )
+    torchrun.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+        flow.main([*flags, "--full"])
+    first, second = (tmp_path / "said").read_text().splitlines()
+    for said in (first, second):
+        assert f"{flow.DISTIL} --pretrained_teacher_model {output / 'teacher'} " in said and " --shift 5.0 " in said
+    assert "--lambda_adv 0.5" in first and f"--pretrained_lora {output}/full-appearance" in second
+    record = json.loads(scores.read_text())
+    assert list(record["methods"]) == ["flow-euler-1", "adv-0.5", "full"]
+
     monkeypatch.setattr(flow.subprocess, "run", lambda *_, **__: pytest.fail("it is trained already"))
     monkeypatch.setattr(scoring.Networks, "sample", lambda *_: pytest.fail("it is sampled already"))
-    flow.main(flags)
+    flow.main([*flags, "--full"])
     assert json.loads(scores.read_text()) == record
