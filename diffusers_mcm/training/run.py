@@ -76,7 +76,7 @@ class Run:
         config = self.config
         if config.push_to_hub and self.accelerator.is_main_process:
             prepare_push(config)
-        self.base = teacher_index(config)[0]
+        self.base, index = teacher_index(config)
         self.config = config = with_base_defaults(config, self.base)
         check_sources(config, remote=False)
         self.clip_size = planned_clip_size(config)
@@ -87,7 +87,7 @@ class Run:
         check_sources(config, remote=True)
         self.cache = None
         if config.cache_latents is not None:
-            samples, index = self.total_batch * config.max_train_steps, teacher_index(config)[1]
+            samples = self.total_batch * config.max_train_steps
             self.cache = fill_cache(config, self.base, index, self.data, self.accelerator, samples)
 
     def go_on(self, folder: Path, state: dict[str, Any]) -> None:
