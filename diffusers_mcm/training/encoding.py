@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +21,6 @@ from ..data import StepLoader, VideoDataset, to_unit_range
 from ..data.loading import worker_deaths_told
 from ..distillation.draws import Coins
 from ..features import TextFeatures
-from ..location import Location
 from ..pipelines.wan import check_embeddings
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import TrainingData, num_workers, open_data, told_skipped
@@ -30,7 +28,7 @@ from .caching import LatentCache, judged_texts, number_of_clips, open_cache, pro
 from .config import CACHE_DTYPES, TrainingConfig
 from .defaults import with_base_defaults
 from .disk import readable, told_room
-from .networks import WEIGHT_DTYPES, load_vae, teacher_index
+from .networks import WEIGHT_DTYPES, load_component, load_network, teacher_index
 from .sources import check_sources, planned_clip_size
 from .stored import TextStore, in_files
 from .text import CachedTextEncoder, EncodeTexts
@@ -119,7 +117,7 @@ def encode_clips(
     videos.decodes = None  # every clip, whichever samples start from it
     videos.judged_frames = cache.judged_frames
     dtype = base.vae_dtype or WEIGHT_DTYPES[config.precision]
-    vae = load_vae(config, index, dtype).to(accelerator.device).requires_grad_(False).eval()
+    vae = load_network("vae", config, index, dtype).to(accelerator.device).requires_grad_(False).eval()
     workers = num_workers(config, videos, accelerator)
     loader = StepLoader(videos, [[number] for number in share], workers, pin_memory=accelerator.device.type == "cuda")
 
@@ -200,21 +198,10 @@ def fill(
 
 def load_text_encoder(config: TrainingConfig, index: dict[str, Any]) -> tuple[Any, nn.Module]:
     """The teacher's tokenizer and text encoder by themselves; `index` is its `model_index.json`."""
-    location = Location.of(config.pretrained_teacher_model, revision=config.revision)
-
-    def load(name: str, **options: Any) -> Any:
-        library, kind = index[name]
-        place = location.inside(name)
-        with place.never_pickled():
-            return getattr(importlib.import_module(library), kind).from_pretrained(
-                place.name, **place.arguments, **options
-            )
-
-    variant = location.inside("text_encoder").variant(config.variant)
-    network = load("text_encoder", dtype=WEIGHT_DTYPES[config.precision], use_safetensors=True, **variant)
+    network = load_network("text_encoder", config, index, WEIGHT_DTYPES[config.precision])
     if hasattr(network, "shared"):
         check_embeddings(network)
-    return load("tokenizer"), network.requires_grad_(False).eval()
+    return load_component("tokenizer", config, index), network.requires_grad_(False).eval()
 
 
 # --- both ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Everything a run computes with, made from its configuration."""
 
+import importlib
 import json
 import os
 import shlex
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
@@ -160,9 +160,13 @@ def build_discriminator_text(discriminator: Discriminator, device: torch.device,
     return build_text_encoder(lambda prompts: {"embedding": network(prompts)}, network, device, offload)
 
 
+def teacher_location(config: TrainingConfig) -> Location:
+    return Location.of(config.pretrained_teacher_model, revision=config.revision)
+
+
 def teacher_index(config: TrainingConfig) -> tuple[BaseModel, dict[str, Any]]:
     """The base model that the teacher is of, and its `model_index.json`; `ValueError` if there is no teacher."""
-    location = Location.of(config.pretrained_teacher_model, revision=config.revision)
+    location = teacher_location(config)
     if location.is_file:
         raise ValueError(f"--pretrained_teacher_model takes a folder or a repository; {_instead_of(location.name)}")
     index = read_base_index(location)
@@ -208,7 +212,7 @@ def load_teacher(config: TrainingConfig, with_text: bool = True) -> tuple[MCMPip
     base, index = teacher_index(config)
     others: dict[str, Any] = {component: None for expert, component in base.experts.items() if expert != config.expert}
     others |= {} if with_text else {"text_encoder": None, "tokenizer": None}
-    precise = {} if base.vae_dtype in (None, dtype) else {"vae": load_vae(config, index, base.vae_dtype)}
+    precise = {} if base.vae_dtype in (None, dtype) else {"vae": load_network("vae", config, index, base.vae_dtype)}
     pipeline = MCMPipeline.from_pretrained(
         config.pretrained_teacher_model,
         revision=config.revision,
@@ -223,14 +227,19 @@ def load_teacher(config: TrainingConfig, with_text: bool = True) -> tuple[MCMPip
     return pipeline, extra
 
 
-def load_vae(config: TrainingConfig, index: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    """The teacher's autoencoder by itself, in a type of its own; `index` is the teacher's `model_index.json`."""
-    location = Location.of(config.pretrained_teacher_model, revision=config.revision).inside("vae")
-    given = location.arguments | location.variant(config.variant)
+def load_network(name: str, config: TrainingConfig, index: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """A network of the teacher by itself; `index` is its `model_index.json`."""
+    variant = teacher_location(config).inside(name).variant(config.variant)
+    return load_component(name, config, index, dtype=dtype, use_safetensors=True, **variant)
+
+
+def load_component(name: str, config: TrainingConfig, index: dict[str, Any], **options: Any) -> Any:
+    """A component of the teacher by itself, as the class that its `model_index.json`, `index`, names."""
+    library, kind = index[name]
+    location = teacher_location(config).inside(name)
     with location.never_pickled():
-        return getattr(diffusers, index["vae"][1]).from_pretrained(
-            location.name, dtype=dtype, use_safetensors=True, **given
-        )
+        component = getattr(importlib.import_module(library), kind)
+        return component.from_pretrained(location.name, **location.arguments, **options)
 
 
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:

@@ -99,7 +99,7 @@ def test_one_cache_serves_both_experts(world, tmp_path, monkeypatch):
         flags, options = wan_world(world, tmp_path, "wan-a14b", expert=expert, cache_latents=str(tmp_path / "cache"))
         fresh()
         Trainer(tiny_config(flags, tmp_path / expert, **options)).train()
-        monkeypatch.setattr("diffusers_mcm.training.encoding.load_vae", lambda *given: 1 / 0)
+        monkeypatch.setattr("diffusers_mcm.training.encoding.load_network", lambda *given: 1 / 0)
         monkeypatch.setattr("diffusers_mcm.training.encoding.load_text_encoder", lambda *given: 1 / 0)
 
 
