@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from .hub import PACKAGED_MODELS, is_local, public_name
-from .location import SCHEDULER_NAME, Location
+from .location import PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from .settings import CONFIG_NAME, EXPERTS, HIGH_NOISE, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -117,6 +117,7 @@ _STOCK = {
     **{(name, "diffusers"): _WITH_WAN for name in _WAN},
     **{(name, "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_WAN) for name in _WAN},
     (_WITH_EXPERTS, "diffusers"): _WITH_WAN_PAIR,
+    (_WITH_EXPERTS, "peft"): _CONVERTED.format(reason=_NO_PEFT_KEYS, layout="diffusers", code=_WITH_WAN_PAIR),
 }
 _SAMPLE = '\n<video src="{0.file}" controls autoplay loop muted></video>\n\n*{0.prompt}*\n'
 _COMFYUI_WAN = """Its LoRA loader knows the names that Wan's authors gave the modules, and no others:
@@ -254,13 +255,14 @@ def _code(settings: Settings, prompt: str, place: Location, layout: str) -> tupl
         "resolve": "\nfrom diffusers_mcm.hub import resolve\n" if base in PACKAGED_MODELS else "",
         "motion_adapter": public_name(extra[0]) if extra else "",
     }
-    stock = _STOCK.get((settings.base_model or "", layout), "Not known for this base model.")
+    taken = "diffusers" if settings.expert else layout  # half a pair is converted anyway, to stand beside the other
+    stock = _STOCK.get((settings.base_model or "", taken), "Not known for this base model.")
     # Stock code finds adapter and scheduler in the folder that `convert` has written, or where the LoRA is.
     beside = f'"{place.name}", subfolder="{place.inside("scheduler").subfolder}"'
     values |= {"adapter": values["load"], "scheduler": f"LCMScheduler.from_pretrained({beside})"}
     if "convert" in stock:
         values |= {"adapter": '"mcm"', "scheduler": 'LCMScheduler.from_pretrained("mcm", subfolder="scheduler")'}
-    elif layout == "peft":
+    elif taken == "peft":
         values["scheduler"] = "LCMScheduler.from_config(pipe.scheduler.config, timestep_scaling=4.0)"
     if settings.expert:
         values |= _half(settings.expert, place.name)
@@ -333,6 +335,8 @@ def render_folder_card(folder: Path, repository: str, settings: Settings | None 
     title, there = repository.rpartition("/")[2], Location(repository, remote=True)
     scores = [found.get("table", found) for name in SCORES_NAMES if (found := here.json(name))]
     scheduler = more.pop("scheduler", None) or here.json(SCHEDULER_NAME)
+    if (folder / PEFT_WEIGHTS_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
+        more = {"layout": "peft"} | more
     return render_card(settings, title=title, place=there, scheduler=scheduler, scores=scores, **more)
 
 

@@ -11,11 +11,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from diffusers_mcm.cards import TEMPLATE, check_card, render_card, render_folder_card
+from diffusers_mcm.cli import main
 from diffusers_mcm.commands.convert import build_parser
 from diffusers_mcm.hub import PACKAGED_FOLDER, PACKAGED_MODELS
 from diffusers_mcm.location import Location
 from diffusers_mcm.publish import record_sample
-from diffusers_mcm.settings import Settings
+from diffusers_mcm.settings import CONFIG_NAME, Settings
+from tests.formats.world import edit_json
 from tests.tiny import save_tiny_lora
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -117,6 +119,17 @@ def test_prompts_cannot_break_the_card():
     assert metadata(text)["widget"] == [{"text": prompt, "output": {"url": "sample.mp4"}}]
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+
+
+@pytest.mark.parametrize("base", ["modelscope", "animatediff", "wan"])
+def test_a_folder_in_pefts_layout_has_the_code_for_it(tmp_path, base):
+    """The LoRA loaders of diffusers' pipelines pass over its keys without a word."""
+    save_tiny_lora(tmp_path / "ours", base="owner/base")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    edit_json(tmp_path / "peft" / CONFIG_NAME, base_model=base, extra_repositories={"motion_adapter": "owner/adapter"})
+    text = render_folder_card(tmp_path / "peft", "me/mcm")
+    assert ("--to diffusers mcm" in text) == ('load_lora_weights("mcm")' in text) == (base != "modelscope")
+    assert ('PeftModel.from_pretrained(pipe.unet, "me/mcm")' in text) == (base == "modelscope")
 
 
 def test_a_folder_speaks_for_itself(tmp_path):

@@ -79,10 +79,14 @@ def test_a_card_of_a_pair_makes_the_video_of_ours_in_diffusers_alone(halves):
     assert not np.allclose(stock["frames"], video, rtol=0, atol=1e-2)  # which only the LoRAs make
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_card_of_a_half_names_the_other_one(halves, tmp_path, number):
+def test_a_card_of_a_half_names_the_other_one(halves, tmp_path, number, layout):
     """Its commands and its code are run with the other half in the place that the card leaves for it."""
     folder, expert, other = halves[number], EXPERTS[number], EXPERTS[1 - number]
+    if layout == "peft":
+        folder = tmp_path / "me" / "half"
+        assert main(["convert", f"me/{halves[number].name}", "me/half", "--to", "peft"]) == 0
     text = render_folder_card(folder, f"me/{folder.name}")
     check_card(text)
     assert f"**This is the half for the {expert} expert**" in text and f"a LoRA for the {other} expert" in text

@@ -1,6 +1,7 @@
 """Tiny random components with the base models' architectures: a whole base model that runs in milliseconds."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -208,11 +209,13 @@ def save_tiny_base(folder: str | Path, seed: int = 0, class_name: str = "TextToV
 
 
 def randomise_lora(denoiser: UNet3DConditionModel, seed: int = 0, adapter_name: str = "default") -> None:
-    """Give a fresh LoRA, which does nothing, random weights."""
-    generator = torch.Generator().manual_seed(seed)
+    """Give a fresh LoRA, which does nothing, random weights that depend on the seed alone."""
+    for_a, for_b = (torch.Generator().manual_seed(number) for number in (1000 + seed, seed))
     for key, tensor in lora_state_dict(denoiser, adapter_name).items():
         if ".lora_B." in key:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+            tensor.copy_(torch.randn(tensor.shape, generator=for_b) * 0.3)
+        elif ".lora_A." in key:  # as `add_lora` draws it, which need not have been told a generator
+            torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=for_a)
 
 
 def save_lora(
