@@ -213,10 +213,13 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
             not taken over.
         original_inference_steps (`int`, defaults to 48): Points of that grid, u = 1/48, …, 1, of which sampling visits
             some, evenly spaced: 1000, 937.5, 833.33 and 625 in four steps.
-        stochastic (`bool`, defaults to `True`): `False` takes Euler steps instead of adding fresh noise.
+        stochastic (`bool`, defaults to `True`): `False` takes Euler steps instead of adding fresh noise. They need no
+            student, so that more of them than the grid has points can be taken: u = 1/n, …, 1.
         boundary (`float`, *optional*): The σ where two experts meet, each a student of its own phase, as 0.875 of Wan
             2.2 A14B. What the first one predicts lies there, and is what the second one starts from: of all steps that
             are not above the boundary, the first is at it.
+        trained_timesteps (`list[float]`, *optional*): The timesteps of a student that was trained at some that are on
+            no such grid, descending, as those of FastWan. As many steps visit these, another number those of the grid.
     """
 
     order = 1
@@ -230,12 +233,14 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         original_inference_steps: int = FLOW_STEPS,
         stochastic: bool = True,
         boundary: float | None = None,
+        trained_timesteps: Sequence[float] | None = None,
     ):
         if not is_positive_integer(original_inference_steps):
             raise ValueError(f"`original_inference_steps` must be a positive integer; got {original_inference_steps}.")
         self.path = FlowPath(shift, num_train_timesteps)
         self.phases = (self.path,) if boundary is None else self.path.split(boundary)
         self.num_inference_steps: int | None = None
+        self._trained = None if trained_timesteps is None else self._points("trained_timesteps", trained_timesteps)
         self._take(self._grid())
 
     @classmethod
@@ -261,9 +266,10 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the timesteps to sample at. To be called before sampling.
 
-        Exactly one of them is needed: `num_inference_steps`, at most those of the distillation grid, or the points
-        themselves, descending, as `timesteps`, above 0 and at most `num_train_timesteps`, or as `sigmas`, which are
-        those divided by it. They are visited as they are given: nothing is shifted a second time.
+        Exactly one of them is needed: `num_inference_steps`, where noise is added in each at most those of the
+        distillation grid, or the points themselves, descending, as `timesteps`, above 0 and at most
+        `num_train_timesteps`, or as `sigmas`, which are those divided by it. They are visited as they are given:
+        nothing is shifted a second time.
         """
         given = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if sum(each is not None for each in given.values()) != 1:
@@ -272,7 +278,7 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None:
             chosen = self._spread(num_inference_steps)
         elif timesteps is not None:
-            chosen = self._given("timesteps", timesteps, self.config.num_train_timesteps)
+            chosen = self._given("timesteps", timesteps)
         else:
             chosen = self._given("sigmas", sigmas, 1)
         self.num_inference_steps = len(chosen)
@@ -300,14 +306,18 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _spread(self, num_inference_steps: int) -> torch.Tensor:
-        most = self.config.original_inference_steps
-        if not is_positive_integer(num_inference_steps) or num_inference_steps > most:
+        grid = self.config.original_inference_steps
+        if not is_positive_integer(num_inference_steps) or self.config.stochastic and num_inference_steps > grid:
             raise ValueError(
-                f"`num_inference_steps` must be an integer from 1 to the {most} steps of the distillation grid"
-                f" (`original_inference_steps`); got {num_inference_steps}. MCM is made for 1 to 8."
+                f"`num_inference_steps` must be an integer from 1 to the {grid} steps of the distillation grid"
+                f" (`original_inference_steps`); got {num_inference_steps}. MCM is made for 1 to 8. A model that was"
+                " not distilled is sampled in more steps without fresh noise: `stochastic=False`."
             )
-        steps = (num_inference_steps, self.config.original_inference_steps)
-        chosen = [phase.visited_timesteps(*steps) for phase in self.phases]
+        if self._trained is not None and num_inference_steps == len(self._trained):
+            return self._trained
+        chosen = [
+            phase.visited_timesteps(num_inference_steps, max(grid, num_inference_steps)) for phase in self.phases
+        ]
         if not len(chosen[-1]):
             logger.warning(
                 f"No step of {num_inference_steps} lies below the boundary {self.config.boundary}: the second expert,"
@@ -315,19 +325,26 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         return torch.cat(chosen)
 
-    def _given(self, name: str, values: Any, largest: int) -> torch.Tensor:
+    def _points(self, name: str, values: Any, largest: float | None = None) -> torch.Tensor:
+        """What is given as points to visit, of 0 to `largest`, as timesteps; `ValueError` unless it can be visited."""
+        count = self.config.num_train_timesteps
+        largest = largest or count
         points = torch.as_tensor(values, dtype=torch.float64).cpu()
         if points.ndim != 1 or not len(points) or points.min() <= 0 or points.max() > largest:
             raise ValueError(f"`{name}` must be numbers above 0 and at most {largest}; got {values}.")
         if (points.diff() >= 0).any():
             raise ValueError(f"`{name}` must be descending; got {values}.")
-        chosen = points * (self.config.num_train_timesteps / largest)
-        off_grid = [t for t in chosen.tolist() if (self._grid() - t).abs().min() > 1e-2]
-        if off_grid:
+        return (points * (count / largest)).to(torch.float32)
+
+    def _given(self, name: str, values: Any, largest: float | None = None) -> torch.Tensor:
+        chosen = self._points(name, values, largest)
+        trained = self._grid() if self._trained is None else torch.cat([self._grid(), self._trained])
+        off_grid = [t for t in chosen.tolist() if (trained - t).abs().min() > 1e-2]
+        if off_grid and self.config.stochastic:
             logger.warning(f"The timesteps {off_grid} are not on the grid of distillation; no student learnt them.")
         if len(self.phases) == 2:
             self._warn_of_a_step_over(self.phases[1].start_timestep, chosen)
-        return chosen.to(torch.float32)
+        return chosen
 
     def _warn_of_a_step_over(self, start: float, chosen: torch.Tensor) -> None:
         if chosen[0] > start > chosen[-1] and (chosen - start).abs().min() > start * SAME:

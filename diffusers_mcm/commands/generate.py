@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
 # The names of `pipelines.samplers`, which is not imported for the flags' sake: it takes torch along.
-SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler")
+SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler", "unipc")
 SPACINGS = ("trailing", "leading", "linspace")
 FEW_STEP = ("auto", "lightx2v", "wan2.2-lightning", "fastwan", "fastwan-5b", "rcm")  # and of `pipelines.few_step`
 # --format -> how the names in a folder end
@@ -110,11 +110,16 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="denoising steps, 1 to 8 as a rule (default: the model's, or 4)",
     )
-    sampling("--sampler", choices=SAMPLERS, help="how the steps are taken (default: the model's own, as a rule mcm)")
+    sampling(
+        "--sampler",
+        choices=SAMPLERS,
+        help="how the steps are taken; of Wan mcm, euler or unipc (default: the model's own, as a rule mcm)",
+    )
+    sampling("--shift", type=float, help="of Wan's timesteps (default: the LoRA's, or 5; Wan itself has 3 at 480p)")
     sampling(
         "--timestep_spacing",
         choices=SPACINGS,
-        help="of ddim, dpm++ and euler: where their steps lie (default: trailing)",
+        help="of ddim, dpm++, euler and unipc: where their steps lie (default: trailing)",
     )
     sampling(
         "--few_step",
@@ -268,15 +273,16 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     import torch
 
     from .. import MCMPipeline, make_scheduler
-    from ..pipelines.samplers import check_spacing
+    from ..pipelines.samplers import OWN, check_spacing
 
     check_spacing(arguments.sampler, arguments.timestep_spacing)
     row = few_step(arguments)
     names = ("lora", "subfolder", "weight_name", "revision", "base_model", "variant", "num_inference_steps")
     given = {name: value for name in names if (value := getattr(arguments, name))}
     pipeline = MCMPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **given)
-    if arguments.sampler is not None:
-        pipeline.scheduler = make_scheduler(arguments.sampler, pipeline, arguments.timestep_spacing)
+    if arguments.sampler is not None or arguments.shift is not None:
+        options = (arguments.timestep_spacing, arguments.shift)
+        pipeline.scheduler = make_scheduler(arguments.sampler or OWN, pipeline, *options)
     if row is not None:
         row.set_up(pipeline)
     if arguments.fuse_lora:
@@ -299,11 +305,12 @@ def few_step(arguments: argparse.Namespace) -> "FewStep | None":
 
     if arguments.few_step is None:
         return None
-    if arguments.sampler is not None:
-        raise ValueError(
-            f"expected --few_step or --sampler, got both, {arguments.few_step} and {arguments.sampler}: the first"
-            " brings a sampler, too"
-        )
+    for name in ("sampler", "shift"):
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(
+                f"expected --few_step or --{name}, got both, {arguments.few_step} and {value}: the first brings a"
+                f" {name}, too"
+            )
     names = ("lora", "subfolder", "weight_name", "base_model", "model")
     values = [getattr(arguments, name) for name in names]
     given = [each for value in values for each in (value if isinstance(value, list) else [value])]  # a pair is two
@@ -317,14 +324,14 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     given = vars(arguments)
     settings = {name: public_name(given[name], given=True) for name in ("model", "lora", "base_model")}
     settings |= {name: given[name] for name in ("subfolder", "revision", "lora_scale", "guidance_scale", "dtype")}
-    settings |= {"variant": arguments.variant} if arguments.variant else {}
+    settings |= {name: value for name in ("variant", "shift") if (value := given[name])}
     if arguments.guidance_scale is None:
         settings["guidance_scale"] = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
     for name in SAMPLING_KEYS:
         settings[name] = pipeline.sampling_default(name) if given[name] is None else given[name]
     if (row := few_step(arguments)) is not None:
         settings |= {"few_step": row.title, "stochastic": row.stochastic, "shift": row.shift}
-        if row.timesteps and given["num_inference_steps"] is None:
+        if row.timesteps and settings["num_inference_steps"] == len(row.timesteps):
             settings["timesteps"] = list(row.timesteps)
     return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
 
@@ -372,8 +379,6 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
     from ..video_io import write_video
 
     sampling = {name: settings[name] for name in SAMPLING_KEYS if name != "fps"}
-    if "timesteps" in settings:
-        sampling |= {"timesteps": settings["timesteps"], "num_inference_steps": None}
     video = pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,

@@ -29,9 +29,10 @@ class FewStep:
         title: what it is called, by whom it is.
         pattern: what the names of its files or repositories have in them.
         base_model: the repository of what it is for or, of a model, of what it was made from.
+        kind: the name of that base model here.
         shift: of the grid of timesteps.
         steps: how many of its points are visited.
-        timesteps: those that are visited instead, where they are on no such grid.
+        timesteps: those that are visited instead in that many steps, where they are on no such grid.
         stochastic: whether fresh noise is added in each step; else they are Euler's.
         strength: of a LoRA.
         boundary: the σ where the two experts of a pair take turns.
@@ -47,28 +48,31 @@ class FewStep:
     stochastic: bool = False
     strength: float = 1.0
     boundary: float | None = None
+    kind: str = "wan"
     source: str = ""
 
     def set_up(self, pipeline: DiffusionPipeline) -> None:
         """Have a pipeline that holds the LoRA or model sample as its makers do; `ValueError` if it is for another."""
-        if not issubclass(pipeline.base_model.scheduler_class, MCMFlowScheduler):
+        base = pipeline.base_model.name
+        if base != self.kind:
             raise ValueError(
-                f"{self.title} is for Wan, such as {self.base_model}; this is a {pipeline.base_model.name}."
+                f"{self.title} is for a {self.kind}, such as {self.base_model}; this is a {base}. Load that one, or"
+                " take the settings of what you have loaded."
             )
         experts = pipeline.config.get("boundary_ratio")
         if self.boundary != experts:
-            what = "one expert" if experts is None else f"two experts, which meet at {experts}"
             raise ValueError(
-                f"{self.title} is for {self.base_model}, with {self._experts()}; this {pipeline.base_model.name} has"
-                f" {what}."
+                f"{self.title} is for {self.base_model}, whose two experts meet at {self.boundary}; those of this"
+                f" {base} meet at {experts}."
             )
-        pipeline.scheduler = MCMFlowScheduler(shift=self.shift, stochastic=self.stochastic)
+        pipeline.scheduler = MCMFlowScheduler(
+            shift=self.shift,
+            stochastic=self.stochastic,
+            trained_timesteps=None if self.timesteps is None else list(self.timesteps),
+        )
         pipeline.register_to_config(num_inference_steps=self.steps)
         if self.strength != 1.0:
             pipeline.set_adapters(pipeline.get_active_adapters(), self.strength)
-
-    def _experts(self) -> str:
-        return "one expert" if self.boundary is None else f"two experts, which meet at {self.boundary}"
 
 
 def _angles(*angles: float) -> tuple[float, ...]:
@@ -97,6 +101,7 @@ FEW_STEP: dict[str, FewStep] = {
         shift=5.0,
         steps=4,
         boundary=0.875,
+        kind="wan-a14b",
         source="Wan2.2-Lightning, generate.py (Euler); LightX2V, configs/distill/wan22/wan_moe_t2v_distill_lora.json",
     ),
     "fastwan": FewStep(
@@ -117,6 +122,7 @@ FEW_STEP: dict[str, FewStep] = {
         steps=3,
         timesteps=_DMD,
         stochastic=True,
+        kind="wan-ti2v",
         source=_FASTVIDEO,
     ),
     "rcm": FewStep(

@@ -9,7 +9,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_mcm import MCMFlowScheduler, MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, WanA14BMCMPipeline
+from diffusers_mcm import (
+    MCMFlowScheduler,
+    MCMPipeline,
+    MCMScheduler,
+    ModelScopeMCMPipeline,
+    WanA14BMCMPipeline,
+    WanTI2VMCMPipeline,
+)
 from diffusers_mcm.cli import main
 from diffusers_mcm.commands import generate as command
 from diffusers_mcm.pipelines.few_step import AUTO, FEW_STEP, few_step_named, recognised
@@ -84,19 +91,30 @@ def test_the_timesteps_are_those_of_the_makers():
     assert [round(t) for t in FEW_STEP["rcm"].timesteps] == [988, 934, 853, 609]
 
 
+def pipeline_of(kind):
+    """A tiny one of a base model with one expert."""
+    if kind == "wan":
+        return wan_pipeline()
+    components = wan_components(kind) | dict(scheduler=MCMFlowScheduler(stochastic=False))
+    return WanTI2VMCMPipeline(**components, height=32, width=32, num_frames=5)
+
+
 @pytest.mark.parametrize("name", [name for name, row in FEW_STEP.items() if row.boundary is None])
-def test_the_settings_reach_the_sampler(name):
-    row, pipe = FEW_STEP[name], wan_pipeline()
+def test_the_settings_reach_the_sampler(name, caplog):
+    row = FEW_STEP[name]
+    pipe = pipeline_of(row.kind)
     row.set_up(pipe)
     config = pipe.scheduler.config
     assert (config.shift, config.stochastic, pipe.sampling_default("num_inference_steps")) == (
         *(row.shift, row.stochastic),
         row.steps,
     )
-    pipe.scheduler.set_timesteps(row.steps)
-    on_the_grid = [1000, 937.5, 2500 / 3, 625] if row.shift == 5 else None
-    if row.timesteps is None:
-        assert pipe.scheduler.timesteps.tolist() == pytest.approx(on_the_grid)
+    shape = (1, 16, 2, 4, 4) if row.kind == "wan" else (1, 48, 2, 2, 2)
+    pipe("a red ring", latents=torch.zeros(shape), output_type="latent")  # nothing said of steps or timesteps
+    on_the_grid = [1000, 937.5, 2500 / 3, 625]
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx(list(row.timesteps or on_the_grid))
+    pipe.scheduler.set_timesteps(timesteps=list(row.timesteps or on_the_grid))
+    assert not caplog.records  # of points that no student learnt
 
 
 def test_lightx2vs_steps_are_eulers(tmp_path):
@@ -117,10 +135,17 @@ def test_lightx2vs_steps_are_eulers(tmp_path):
 
 def test_what_they_are_not_for():
     other = ModelScopeMCMPipeline(**tiny_components() | dict(scheduler=MCMScheduler(**SCHEDULER)))
-    with pytest.raises(ValueError, match=r"FastWan 2.1 T2V, 1.3B or 14B is for Wan, such as .*; this is a modelscope"):
+    with pytest.raises(
+        ValueError, match=r"FastWan 2.1 T2V, 1.3B or 14B is for a wan, such as .*; this is a modelscope"
+    ):
         FEW_STEP["fastwan"].set_up(other)
-    with pytest.raises(ValueError, match="with two experts, which meet at 0.875; this wan has one expert"):
-        FEW_STEP["wan2.2-lightning"].set_up(wan_pipeline())
+    for name, kind in (("wan2.2-lightning", "wan-a14b"), ("fastwan-5b", "wan-ti2v")):
+        with pytest.raises(ValueError, match=f" is for a {kind}, such as .*; this is a wan. Load that one, or"):
+            FEW_STEP[name].set_up(wan_pipeline())
+    components = wan_components("wan-a14b") | dict(scheduler=MCMFlowScheduler(boundary=0.9))
+    pipe = WanA14BMCMPipeline(**components, boundary_ratio=0.9, height=SIZE, width=SIZE, num_frames=5)
+    with pytest.raises(ValueError, match="whose two experts meet at 0.875; those of this wan-a14b meet at 0.9"):
+        FEW_STEP["wan2.2-lightning"].set_up(pipe)
 
 
 def test_a_pair_is_sampled_with_both_experts_and_no_phases():
@@ -133,7 +158,7 @@ def test_a_pair_is_sampled_with_both_experts_and_no_phases():
     sample(pipe, num_inference_steps=None)
     assert asked == ["transformer"] * 2 + ["transformer_2"] * 2
     assert pipe.scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625])
-    with pytest.raises(ValueError, match="with one expert; this wan-a14b has two experts, which meet at 0.875"):
+    with pytest.raises(ValueError, match="is for a wan, such as .*; this is a wan-a14b"):
         FEW_STEP["lightx2v"].set_up(pipe)
 
 
@@ -180,6 +205,15 @@ def test_flags_that_contradict_each_other(base, tmp_path, capsys):
     flags = ["--few_step", "rcm", "--sampler", "mcm", "-o", tmp_path / "a.mp4"]
     assert main([*map(str, ["generate", "a red ring", "--model", base, *flags])]) != 0
     assert "expected --few_step or --sampler, got both, rcm and mcm" in capsys.readouterr().err
+    flags = ["--few_step", "rcm", "--shift", 3, "-o", tmp_path / "a.mp4"]
+    assert main([*map(str, ["generate", "a red ring", "--model", base, *flags])]) != 0
+    assert "expected --few_step or --shift, got both, rcm and 3.0" in capsys.readouterr().err
+
+
+def test_wans_teacher_from_the_command_line(base, tmp_path):
+    made = generate(base, tmp_path / "a.mp4", "--sampler", "unipc", "--shift", 3, "--steps", 50)
+    assert (made["sampler"], made["shift"], made["num_inference_steps"]) == ("unipc", 3.0, 50)
+    assert generate(base, tmp_path / "b.mp4", "--sampler", "euler")["sampler"] == "euler"
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
@@ -195,7 +229,7 @@ def test_a_repository_of_fastvideos_is_a_base_model(base, tmp_path):
     FEW_STEP["fastwan"].set_up(pipe)
     plain = MCMPipeline.from_pretrained(base)
     FEW_STEP["fastwan"].set_up(plain)
-    options = dict(num_inference_steps=None, timesteps=FEW_STEP["fastwan"].timesteps)
+    options = dict(num_inference_steps=None)
     frames = [sample(each, generator=torch.Generator().manual_seed(0), **options) for each in (pipe, plain)]
     assert torch.equal(*frames)
 
