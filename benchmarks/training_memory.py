@@ -255,13 +255,13 @@ def parts(networks: Networks) -> dict[str, int]:
     """What of the networks need not be on the device, or not whole."""
 
     def size(*modules: nn.Module) -> int:
-        return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+        frozen = (p for module in modules for p in module.parameters() if not p.requires_grad)
+        return sum(parameter.nbytes for parameter in frozen)
 
-    lora = sum(p.nbytes for p in networks.denoiser.parameters() if p.requires_grad)
     blocks = getattr(networks.denoiser, "blocks", [networks.denoiser])
     return {
         "text encoders": size(networks.text_encoder, networks.discriminator.text),
-        "denoiser": size(networks.denoiser) + 2 * lora,  # with AdamW's moments
+        "denoiser": size(networks.denoiser),
         "largest block": max(size(block) for block in blocks),
     }
 
@@ -270,8 +270,8 @@ def parts(networks: Networks) -> dict[str, int]:
 def peaks(counted: dict[str, dict[str, int]], sharded: bool = False) -> dict[str, float]:
     """GiB on one card, by what is done for memory.
 
-    A sharded denoiser is whole in two of its blocks only, the one that computes and the one that comes next. Its
-    gradients are counted as if they were not sharded.
+    Of a sharded denoiser the frozen weights of two blocks only are whole, of the one that computes and of the one that
+    comes next; what is trained is whole in each process, with its gradients and moments.
     """
     found = {}
     for variant, of in counted.items():

@@ -72,7 +72,8 @@ class AnimateDiff(StableDiffusionModel):
     # --- the tensors -------------------------------------------------------------------------------------------------
     def latent_shape(self, denoiser: nn.Module, vae: nn.Module, num_frames: int, height: int, width: int) -> tuple:
         shape = super().latent_shape(denoiser, vae, num_frames, height, width)
-        longest = denoiser.config.motion_max_seq_length
+        # a repository of Stable Diffusion has a UNet without motion modules
+        longest = denoiser.config.get("motion_max_seq_length", num_frames)
         if num_frames > longest and not any(isinstance(m, FreeNoiseTransformerBlock) for m in denoiser.modules()):
             raise ValueError(
                 f"`num_frames` must be at most {longest}, the most that the motion modules can tell apart, got"

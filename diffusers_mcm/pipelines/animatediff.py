@@ -70,7 +70,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        fps: float | None = None,
+        fps: int | float | None = None,
     ):
         given = arguments(locals()) | {"unet": with_motion(unet, motion_adapter), "motion_adapter": None}
         super().__init__(**{name: value for name, value in given.items() if name not in SAMPLING_KEYS})

@@ -35,6 +35,6 @@ class ModelScopeMCMPipeline(MCMPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        fps: float | None = None,
+        fps: int | float | None = None,
     ):
         self._set_up(**arguments(locals()))

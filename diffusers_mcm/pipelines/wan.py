@@ -49,7 +49,7 @@ class WanMCMPipeline(MCMPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        fps: float | None = None,
+        fps: int | float | None = None,
     ):
         if text_encoder is not None:
             check_embeddings(text_encoder)

@@ -72,7 +72,7 @@ class WanA14BMCMPipeline(WanMCMPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        fps: float | None = None,
+        fps: int | float | None = None,
     ):
         if transformer is None and transformer_2 is None:
             raise ValueError("Expected `transformer`, `transformer_2` or both; got neither.")

@@ -2,24 +2,30 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from ..base_models import BASE_MODELS, BaseModel
 from .config import TrainingConfig
 
 
-def with_base_defaults(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
+def with_base_defaults(
+    config: TrainingConfig, base: BaseModel, index: Mapping[str, Any] | None = None
+) -> TrainingConfig:
     """The configuration with what the base model decides, where it is not given; what is filled in stays.
 
+    The teacher's own `fps`, if its `model_index.json` (`index`) has one, comes before that of all models of its kind.
     Raises ValueError for a flag that has no meaning for this base model.
     """
     _check(config, base)
     own: dict[str, Any] = {name: getattr(base, name) for name in ("num_solver_steps", "fps", "negative_prompt")}
     own |= base.student_settings
+    if fps := (index or {}).get("fps"):
+        own["fps"] = fps
     taken = {name: value for name, value in own.items() if getattr(config, name) is None}
     if config.frame_interval is None and config.data_fps is None:
         by_time = base.data_fps is not None
-        taken |= {"data_fps": base.data_fps} if by_time else {"frame_interval": base.frame_interval}
+        taken |= {"data_fps": fps or base.data_fps} if by_time else {"frame_interval": base.frame_interval}
     if config.cache_latents is not None and config.windows_per_clip is None:
         taken["windows_per_clip"] = 1
     with warnings.catch_warnings():

@@ -50,7 +50,7 @@ def encode(config: TrainingConfig) -> Path:
     config = with_accelerate_settings(dataclasses.replace(config, report_to="none"))
     accelerator = build_accelerator(config)
     base, index = teacher_index(config)
-    config = with_base_defaults(config, base)
+    config = with_base_defaults(config, base, index)
     check_sources(config, remote=False)
     with told_by_one(accelerator), accelerator.local_main_process_first():
         data = open_data(config, planned_clip_size(config), Coins())
@@ -185,7 +185,7 @@ def fill(
     share = missing[accelerator.process_index :: accelerator.num_processes]
     if not share:
         return
-    encoder = CachedTextEncoder(make_encoder(), capacity=1, device=accelerator.device)
+    encoder = CachedTextEncoder(make_encoder(), capacity=0, device=accelerator.device)
 
     def encoded() -> Iterator[tuple[tuple[str, dict], int]]:
         for text in tqdm(share, desc=f"texts ({store.kind})", disable=not accelerator.is_main_process):

@@ -277,7 +277,9 @@ class Trainer(Run):
             if any(clip is not None for clip in clips.values()):
                 folder = self.output_dir / "validation" / f"step-{self.step:06d}"
                 with self.going_on_without("the validation clips"):
-                    picture = write_validation(folder, clips, self.config.fps or self.networks.base_model.fps)
+                    picture = write_validation(
+                        folder, clips, self.config.fps or self.networks.pipeline.sampling_default("fps")
+                    )
                     self.pictures.write("validation", picture, self.step)
         self.agree_to_stop()
 

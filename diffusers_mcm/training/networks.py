@@ -305,6 +305,7 @@ def start_from_pretrained(name: str, denoiser: nn.Module, motion: nn.Module, con
             f"{lora.source} is for the {lora.settings.expert} expert, and --expert is {config.expert or 'not given'}."
         )
     check_fits(denoiser, lora)
+    lora.check_no_differences("a training goes on with pairs of matrices alone")
     ranks = sorted(set(lora.ranks().values()))
     alpha = lora.alpha if lora.alpha is not None else ranks[-1]
     if ranks != [config.lora_rank] or alpha != config.lora_alpha or lora.alpha_pattern or lora.use_rslora:

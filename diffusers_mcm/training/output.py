@@ -37,7 +37,7 @@ def write_lora_folder(
     """
     names = ("num_frames", "height", "width", "guidance_min", "guidance_max", "base_model")
     found = dict(zip(names, (*networks.clip_size, *networks.guidance_range, networks.base_model.name)))
-    values, fps = config.to_dict(), config.fps or networks.base_model.fps
+    values, fps = config.to_dict(), config.fps or networks.pipeline.sampling_default("fps")
     recorded = {name: values[name] for name in config.names(recorded=True)}
     lora = extract_lora(networks.student.denoiser).cast(_SAVE_DTYPES[config.save_dtype])
     lora.settings = Settings(

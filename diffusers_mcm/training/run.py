@@ -77,7 +77,7 @@ class Run:
         if config.push_to_hub and self.accelerator.is_main_process:
             prepare_push(config)
         self.base, index = teacher_index(config)
-        self.config = config = with_base_defaults(config, self.base)
+        self.config = config = with_base_defaults(config, self.base, index)
         check_sources(config, remote=False)
         self.clip_size = planned_clip_size(config)
         self.coins = Coins(config.lambda_real, self.total_batch, self.samples_per_coin)

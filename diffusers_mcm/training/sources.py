@@ -39,9 +39,10 @@ def _check_network(flag: str, place: str, remote: bool) -> None:
 
 
 def planned_clip_size(config: TrainingConfig) -> tuple[int, int, int]:
-    """Frames, height and width of the clips, from the teacher's configurations; its weights are not read."""
-    if config.num_frames and config.height and config.width:
-        return config.num_frames, config.height, config.width
+    """Frames, height and width of the clips, from the teacher's configurations; its weights are not read.
+
+    `ValueError` for a size that the teacher has no latents for.
+    """
     base, index = teacher_index(config)
     location = Location.of(config.pretrained_teacher_model, revision=config.revision)
     networks = [_without_weights(location, index, name) for name in (base.denoiser_name, "vae")]
@@ -49,7 +50,9 @@ def planned_clip_size(config: TrainingConfig) -> tuple[int, int, int]:
     def size(name: str) -> int:
         return getattr(config, name) or index.get(name) or base.sampling_default(name, *networks)
 
-    return size("num_frames"), size("height"), size("width")
+    sizes = size("num_frames"), size("height"), size("width")
+    base.latent_shape(*networks, *sizes)
+    return sizes
 
 
 def _without_weights(location: Location, index: dict[str, Any], name: str) -> torch.nn.Module:

@@ -1,10 +1,10 @@
-"""Texts of a run: each is encoded once, and waits in host memory until it is used again."""
+"""Texts of a run: those seen last wait in host memory until they are used again, and are not encoded anew."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,24 +18,40 @@ from ..conditioning import Conditioning
 # encoded them before needs no text encoder, and gives `TrainingNetworks` another function of this type.
 EncodeTexts = Callable[[Sequence[str]], Conditioning]
 
+CAPACITY = 4 * 2**30  # bytes of encodings in host memory: some ten thousand captions of either kind of teacher
+
 
 class CachedTextEncoder:
-    """Encodings of the `capacity` captions seen last, each made by itself: its bits depend on no batch it came in.
+    """Encodings of the captions seen last, each made by itself: its bits depend on no batch it came in.
 
     `encode` makes the condition of a list of captions. It is kept in host memory, without the rows of zeros at its end
-    (Wan pads to 512 rows with them), and comes back whole on `device`, bit for bit. `weights` is open while captions
-    are asked for.
+    (Wan pads to 512 rows with them), and comes back whole on `device`, bit for bit; `capacity` is how many bytes are
+    kept, but for the last one, which always is. `weights` is open while captions are asked for.
     """
 
     def __init__(
         self,
         encode: Callable[[list[str]], Conditioning],
-        capacity: int = 1024,
+        capacity: int = CAPACITY,
         device: torch.device | str = "cpu",
         weights: AbstractContextManager[Any] | None = None,
     ):
+        self.encode, self.capacity = encode, capacity
         self.device, self.weights = torch.device(device), weights or nullcontext()
-        self.row = lru_cache(capacity)(lambda caption: {key: Kept.of(x) for key, x in encode([caption]).items()})
+        self.rows: OrderedDict[str, dict[str, Kept]] = OrderedDict()  # the one that was used last is at the end
+        self.size = 0
+
+    def row(self, caption: str) -> dict[str, Kept]:
+        """The encoding of one caption as it is kept, encoded if it is not there."""
+        if caption in self.rows:
+            self.rows.move_to_end(caption)
+            return self.rows[caption]
+        row = {key: Kept.of(x) for key, x in self.encode([caption]).items()}
+        self.rows[caption] = row
+        self.size += _nbytes(row)
+        while self.size > self.capacity and len(self.rows) > 1:
+            self.size -= _nbytes(self.rows.popitem(last=False)[1])
+        return row
 
     @torch.no_grad()
     def encoded(self, caption: str) -> dict[str, Kept]:
@@ -73,6 +89,10 @@ class Kept(NamedTuple):
         filled = [F.pad(each.rows, _after(each.rows, longest)) for each in kept]
         stacked = torch.stack(filled).to(device)
         return F.pad(stacked, _after(stacked[0], kept[0].length))
+
+
+def _nbytes(row: dict[str, Kept]) -> int:
+    return sum(kept.rows.nbytes for kept in row.values())
 
 
 def stack_rows(rows: Sequence[dict[str, Kept]], device: torch.device) -> Conditioning:

@@ -20,8 +20,9 @@ from tests.documents import ROOT, blocks, commands, launches
 RECIPE = str(ROOT / "examples/recipes/distil.sh")
 
 
-def check(arguments: list[str]) -> None:
-    """`accelerate launch` with these arguments trains with the paper's batch and rates, in half precision."""
+def check(arguments: list[str], papers: bool = True) -> None:
+    """`accelerate launch` with these arguments trains in half precision, with the `papers` batch and rates or those
+    of a Wan."""
     launch = launch_command_parser().parse_args(arguments)
     machine = load_config_from_file(launch.config_file)
     config = parse_config(launch.training_script_args)
@@ -29,9 +30,11 @@ def check(arguments: list[str]) -> None:
     processes = launch.num_processes or machine.num_processes
     assert (machine.distributed_type.value == "MULTI_GPU") == (processes > 1)
     total = config.train_batch_size * config.gradient_accumulation_steps * processes
-    assert total == 128 and config.learning_rates(total) == (5e-6, 1e-4)
-    assert config.max_train_steps == 30_000 and config.dataloader_num_workers > 0 and config.gradient_checkpointing
-    student = TrainedModule("student", nn.Linear(1, 1), 5e-6, config, Accelerator(cpu=True))
+    assert (total, config.learning_rates(total)) == ((128, (5e-6, 1e-4)) if papers else (64, (5e-5, 1e-4)))
+    assert config.max_train_steps == (30_000 if papers else 1000) and config.offload_text_encoder != papers
+    assert config.dataloader_num_workers > 0 and config.gradient_checkpointing
+    assert config.lr_warmup_steps <= config.max_train_steps / 20
+    student = TrainedModule("student", nn.Linear(1, 1), config.learning_rates(total)[0], config, Accelerator(cpu=True))
     assert slow_learning(student, config, total) is None
 
 
@@ -40,7 +43,7 @@ def check(arguments: list[str]) -> None:
 def test_each_base_model_has_a_whole_recipe(name, gpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (call,) = launches(["sh", RECIPE, name, "my videos", "images", "out"], GPUS=gpus, BATCH="2")
-    check(call[1:])
+    check(call[1:], papers=not name.startswith("wan"))
     config = parse_config(call[next(n for n, word in enumerate(call) if word.endswith(".py")) + 1 :])
     assert config.pretrained_teacher_model == BASE_MODELS[name].default_repository
     assert (config.video_data, config.resume_from_checkpoint) == ("my videos", "latest")

@@ -108,9 +108,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
 
 def test_texts_come_back_as_they_were_encoded(tmp_path):
     rows = {"a": torch.tensor([[1.0, 2], [0, 0], [3, 0], [0, 0]]), "": torch.zeros(4, 2)}
-    encoder = CachedTextEncoder(
-        lambda texts: {"prompt_embeds": rows[texts[0]][None], "pooled": torch.ones(1, 2)}, capacity=2
-    )
+    encoder = CachedTextEncoder(lambda texts: {"prompt_embeds": rows[texts[0]][None], "pooled": torch.ones(1, 2)})
     store = TextStore(tmp_path, "prompt")
     assert store.missing(["b", "a", "", "a"]) == ["", "a", "b"]
     store.write({text: encoder.encoded(text) for text in rows})

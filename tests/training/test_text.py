@@ -24,7 +24,7 @@ def test_each_caption_is_encoded_once_and_rows_keep_their_order():
         seen.append(captions)
         return {"prompt_embeds": torch.tensor([[float(len(caption))] for caption in captions])}
 
-    text = CachedTextEncoder(encode, capacity=2)
+    text = CachedTextEncoder(encode, capacity=2 * 4)  # bytes, of two float32
     assert text(["aa", "b", "aa"])["prompt_embeds"].tolist() == [[2], [1], [2]]
     assert text(["b"])["prompt_embeds"].tolist() == [[1]]
     assert seen == [["aa"], ["b"]]
@@ -32,7 +32,13 @@ def test_each_caption_is_encoded_once_and_rows_keep_their_order():
     text(["b"])
     assert seen == [["aa"], ["b"], ["ccc"]]
     text(["aa"])
-    assert seen[-1] == ["aa"] and text.row.cache_info().currsize == 2
+    assert seen[-1] == ["aa"] and list(text.rows) == ["b", "aa"] and text.size == 2 * 4
+
+
+def test_what_is_larger_than_the_whole_memory_is_kept_until_the_next_one():
+    text = CachedTextEncoder(lambda captions: {"prompt_embeds": torch.ones(1, 3)}, capacity=8)
+    for caption in "ab":
+        assert text([caption])["prompt_embeds"].tolist() == [[1, 1, 1]] and list(text.rows) == [caption]
 
 
 def test_rows_of_padding_are_not_kept_and_come_back():

@@ -13,7 +13,9 @@ from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT
 from diffusers_mcm.training.arguments import parse_config
 from diffusers_mcm.training.checkpoint import STATE_FILE
 from diffusers_mcm.training.loop import Trainer, train
-from tests.tiny_wan import save_wan_base
+from tests.formats.world import edit_json
+from tests.tiny_wan import save_wan_base, tiny_wan_transformer
+from tests.wan_loras import RANK, as_keys, original_file, random_differences, random_tensors, write
 
 from .test_distributed import DOUBLE, train_in_two_processes
 from .world import (
@@ -65,7 +67,8 @@ def test_from_videos_to_a_lora_that_samples(wan, tmp_path):
     assert (out / "validation" / "step-000002" / "00.mp4").is_file() and (out / "README.md").is_file()
     pipe = MCMPipeline.from_pretrained(out)
     assert type(pipe) is WanMCMPipeline and type(pipe.scheduler) is MCMFlowScheduler
-    scheduler = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True, boundary=None)
+    scheduler = dict(num_train_timesteps=1000, original_inference_steps=48, shift=8.0, stochastic=True)
+    scheduler |= dict(boundary=None, trained_timesteps=None)
     saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     for found in (saved, pipe.scheduler.config):
         assert {key: value for key, value in found.items() if key[0] != "_"} == scheduler
@@ -74,6 +77,44 @@ def test_from_videos_to_a_lora_that_samples(wan, tmp_path):
         pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), lora_scale=scale).frames for scale in (1.0, 0.0)
     )
     assert with_lora.shape == (1, NUM_FRAMES, 16, 16, 3) and (with_lora != without).any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(num_frames=6), "`num_frames` must be .*; got 6"),
+        (dict(height=20), "`height` must be a positive multiple"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_size_without_latents_is_refused_before_anything_is_loaded(
+    wan, tmp_path, monkeypatch, sizes, message, cached
+):
+    monkeypatch.setattr("diffusers_mcm.training.networks.load_component", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr("diffusers_mcm.training.networks.load_teacher", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr("diffusers_mcm.training.run.open_data", lambda *given, **options: 1 / 0)
+    cache = dict(cache_latents=str(tmp_path / "cache")) if cached else {}
+    with pytest.raises(ValueError, match=message):
+        Trainer(wan_config(wan, tmp_path / "lora", **sizes, **cache)).train()
+
+
+def test_the_teachers_own_rate_of_frames_goes_on(wan, tmp_path):
+    base = shutil.copytree(wan["pretrained_teacher_model"], tmp_path / "wan")
+    edit_json(base / "model_index.json", fps=6)
+    flags = wan | dict(pretrained_teacher_model=str(base))
+    out = train(wan_config(flags, tmp_path / "lora", **PLAIN, frame_interval=1, max_train_steps=1))
+    assert json.loads((out / "mcm_config.json").read_text())["sampling"]["fps"] == 6
+    assert MCMPipeline.from_pretrained(out).sampling_default("fps") == 6
+
+
+def test_a_lora_that_changes_more_than_pairs_is_no_start(wan, tmp_path):
+    whole = original_file(random_tensors(), 2.0) | as_keys(random_differences(tiny_wan_transformer()))
+    file = write(tmp_path / "lightx2v.safetensors", whole)
+    config = wan_config(wan, tmp_path / "lora", **PLAIN, lora_rank=RANK, lora_alpha=2, pretrained_lora=str(file))
+    with pytest.raises(
+        ValueError, match="adds to 14 parameters .*and a training goes on with pairs of matrices alone"
+    ):
+        Trainer(config).train()
 
 
 @pytest.mark.parametrize(("given", "read"), [(None, NEGATIVE_PROMPT), ("", ""), ("a blur", "a blur")])
