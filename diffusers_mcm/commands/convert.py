@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .lora_flags import add_place, take_place
 from .startup import quiet_libraries
 
 LAYOUTS = {
@@ -32,9 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("destination", type=Path, help="folder, or file that ends in .safetensors; for a pair a folder")
     add("--to", required=True, choices=LAYOUTS, help="the layout")
-    add("--subfolder", help="where in SOURCE the LoRA is")
-    add("--weight_name", help="the file's name, if it is not one of the usual two")
-    add("--revision", help="branch, tag or commit on the Hub")
+    add_place(add, "SOURCE")
     add("--motion_adapter", help="what to merge into, as a folder or Hub id (default: what the LoRA was trained with)")
     add("--overwrite", action="store_true", help="replace what is at DESTINATION")
     return parser
@@ -42,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and say what was written."""
-    options = vars(build_parser().parse_intermixed_args(argv))
+    arguments = build_parser().parse_intermixed_args(argv)
+    take_place(arguments)
+    options = vars(arguments)
     source = options.pop("source")
     with quiet_libraries():
         from ..formats import convert, describe

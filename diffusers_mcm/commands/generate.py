@@ -15,6 +15,7 @@ from ..hub import public_name
 from ..location import Location
 from ..settings import SAMPLING_KEYS
 from .grammar import notice
+from .lora_flags import add_place, one_or_pair, take_place
 from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
 
@@ -90,9 +91,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="MCM LoRA: folder, file or Hub id; put in --model, or without one in its own base model; for the two"
         " experts of Wan 2.2 A14B a folder with both, or twice: --lora HIGH_NOISE --lora LOW_NOISE",
     )
-    model("--subfolder", help="where in its folder or repository the LoRA is")
-    model("--weight_name", help="the LoRA's file there, where there are several")
-    model("--revision", help="of --model, on the Hub: branch, tag or commit")
+    add_place(model, "its folder or repository")
     model(
         "--base_model",
         help="put the LoRA or the motion modules in this; for AnimateDiff any Stable Diffusion 1.5 (default: its own)",
@@ -153,7 +152,8 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample every prompt and write one file each."""
     arguments = build_parser().parse_args(argv)
-    arguments.lora = one_or_pair(arguments.lora)
+    arguments.lora = one_or_pair(arguments.lora, "--lora")
+    take_place(arguments)
     if arguments.model is None:
         arguments.model, arguments.lora = arguments.lora or "mcm-shapes", None
     check_numbers(arguments)
@@ -191,13 +191,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{job.path}  ({length} frames, seed {job.seed}): {job.prompt}", flush=True)
         state.wait_for_everyone()
         state.destroy_process_group()
-
-
-def one_or_pair(loras: list[str] | None) -> str | list[str] | None:
-    """What `from_pretrained` takes for all --lora that were given."""
-    if loras is not None and len(loras) > 2:
-        raise ValueError(f"expected --lora once, or twice for two experts, got it {len(loras)} times")
-    return loras[0] if loras is not None and len(loras) == 1 else loras
 
 
 def tell(text: str | None) -> None:
@@ -311,9 +304,13 @@ def few_step(arguments: argparse.Namespace) -> "FewStep | None":
                 f"expected --few_step or --{name}, got both, {arguments.few_step} and {value}: the first brings a"
                 f" {name}, too"
             )
-    names = ("lora", "subfolder", "weight_name", "base_model", "model")
-    values = [getattr(arguments, name) for name in names]
-    given = [each for value in values for each in (value if isinstance(value, list) else [value])]  # a pair is two
+    loras, files, subfolders = (
+        each if isinstance(each, list) else [each]
+        for each in (arguments.lora or arguments.model, arguments.weight_name, arguments.subfolder)
+    )
+    if arguments.weight_name:  # what else lies beside these tells nothing
+        loras = [os.path.join(lora, file) for lora in loras for file in files]
+    given = [*loras, *subfolders, arguments.base_model, arguments.model if arguments.lora else None]
     return few_step_named(arguments.few_step, given)
 
 

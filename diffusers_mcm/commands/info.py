@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .lora_flags import add_place, take_place
 from .startup import quiet_libraries
 
 
@@ -13,16 +14,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-mcm info", description=__doc__)
     add = parser.add_argument
     add("source", help="folder, .safetensors file, packaged model or Hub id; a motion module, kohya file or pair, too")
-    add("--subfolder", help="where in SOURCE the LoRA is")
-    add("--weight_name", help="the file's name, if it is not one of the usual two")
-    add("--revision", help="branch, tag or commit on the Hub")
+    add_place(add, "SOURCE")
     add("--json", action="store_true", help="for programs to read")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the description."""
-    options = vars(build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
+    take_place(arguments)
+    options = vars(arguments)
     as_json = options.pop("json")
     with quiet_libraries():
         from ..formats import describe

@@ -10,7 +10,7 @@ from typing import Any
 from ..base_models import BASE_MODELS, BaseModel, infer_base_model
 from ..files import sha256
 from ..location import Location
-from ..lora import TEXT_ENCODER, expert_in_name, find_pair, open_safetensors, read_beside, split_key
+from ..lora import TEXT_ENCODER, expert_in_name, open_safetensors, pair_of, read_beside, split_key
 from ..lora.layouts import (
     DENOISER,
     DIFFERENCES,
@@ -31,7 +31,8 @@ _KINDS = {2: "Linear", 4: "Conv2d", 5: "Conv3d"}
 def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
     """What is in a LoRA (or motion module): a file, a folder, a packaged model or a Hub repository.
 
-    `where` is as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ...
+    `where` is as in `from_pretrained`: `subfolder`, `weight_name`, `revision`, `token`, ... A pair for two experts is
+    described together, where a place holds one or two of these names are given.
 
     Returns:
         `file`, `layout`, `base_model`, `base_model_repository`, `expert` (of two, which it is for), `rank`, `alpha`,
@@ -41,11 +42,13 @@ def describe(source: str | os.PathLike, **where) -> dict[str, Any]:
         `training`. `None` where nothing is known. Of a pair for two experts these of each, as `high_noise` and
         `low_noise`, also where one file holds both, whose `bytes` and `sha256` are then those of either.
     """
+    pair = pair_of(source, **where)
+    if pair is not None:
+        return dict(zip(EXPERTS, map(_describe, pair)))
     location = Location.of(source, **where)
-    pair = find_pair(location)
-    if pair is None and _holds_both(location):
+    if _holds_both(location):
         return {expert: _describe(location, half=expert) for expert in EXPERTS}
-    return _describe(location) if pair is None else dict(zip(EXPERTS, map(_describe, pair)))
+    return _describe(location)
 
 
 def _holds_both(location: Location) -> bool:

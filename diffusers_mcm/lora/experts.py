@@ -70,7 +70,8 @@ def find_pair(location: Location) -> tuple[Location, Location] | None:
         if len(names) > 1:
             raise ValueError(
                 f"There are several files for the {expert} expert in {location}: {', '.join(names)}; give the two that"
-                " belong together by their paths, or name them with `weight_name=(high, low)`."
+                " belong together by their paths, or name them with `weight_name=(high, low)`, on the command line by"
+                " --weight_name HIGH --weight_name LOW."
             )
     high, low = (replace(location, weight_name=named[expert][0]) for expert in EXPERTS)
     return high, low

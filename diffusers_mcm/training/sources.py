@@ -45,13 +45,13 @@ def planned_clip_size(config: TrainingConfig) -> tuple[int, int, int]:
     """
     base, index = teacher_index(config)
     location = Location.of(config.pretrained_teacher_model, revision=config.revision)
-    networks = [_without_weights(location, index, name) for name in (base.denoiser_name, "vae")]
+    denoiser, vae = (_without_weights(location, index, name) for name in (base.denoiser_name, "vae"))
 
     def size(name: str) -> int:
-        return getattr(config, name) or index.get(name) or base.sampling_default(name, *networks)
+        return getattr(config, name) or index.get(name) or base.sampling_default(name, denoiser, vae)
 
     sizes = size("num_frames"), size("height"), size("width")
-    base.latent_shape(*networks, *sizes)
+    base.latent_shape(denoiser, vae, *sizes)
     return sizes
 
 

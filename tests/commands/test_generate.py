@@ -268,7 +268,9 @@ def test_a_sampler_decides_the_video_and_is_written_down(base, tmp_path, calls):
 def test_a_spacing_needs_a_sampler_that_has_one(tmp_path, capsys, arguments, got):
     assert generate(tmp_path / "no model is looked for", PROMPT, *arguments, "-o", tmp_path / "v.mp4") == 2
     error = capsys.readouterr().err
-    assert f"expected a sampler out of ddim, dpm++, euler with the timestep_spacing {got}: a consistency" in error
+    assert (
+        f"expected a sampler out of ddim, dpm++, euler, unipc with the timestep_spacing {got}: a consistency" in error
+    )
 
 
 # --- the motion modules of others ------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from diffusers_mcm import (
 )
 from diffusers_mcm.cli import main
 from diffusers_mcm.commands import generate as command
+from diffusers_mcm.files import sha256
+from diffusers_mcm.lora import PAIR_NAMES
 from diffusers_mcm.pipelines.few_step import AUTO, FEW_STEP, few_step_named, recognised
 from diffusers_mcm.video_io import read_metadata
 from tests.pipelines.hooks import record_calls
@@ -267,3 +269,25 @@ def test_a_foreign_pair_from_the_command_line(pair, tmp_path, capsys):
     assert made[0]["lora_sha256"] == made[1]["lora_sha256"] and len(set(made[0]["lora_sha256"])) == 2
     assert (made[0]["stochastic"], made[0]["num_inference_steps"], made[0]["shift"]) == (False, 4, 5.0)
     assert "few_step" not in made[2]
+
+
+def test_one_pair_of_several_in_a_folder_is_named_on_the_command_line(pair, tmp_path, capsys):
+    """As in LightX2V's repository, where those that make pictures move lie beside them."""
+    base, folder = save_wan_base(tmp_path / "base", "wan-a14b"), shutil.copytree(pair, tmp_path / "loras")
+    for name in PAIR:
+        shutil.copyfile(folder / name, folder / name.replace("t2v", "i2v"))
+    both = [flag for name in PAIR for flag in ("--weight_name", name)]
+    flags = ["--model", base, "--lora", folder, "-o", tmp_path / "a.mp4"]
+    assert main([*map(str, ["generate", "a red ring", *flags])]) != 0
+    assert "on the command line by --weight_name HIGH --weight_name LOW" in capsys.readouterr().err
+    made = generate(base, tmp_path / "a.mp4", "--lora", folder, *both, "--few_step", "auto")
+    assert made["few_step"] == FEW_STEP["wan2.2-lightning"].title
+    assert made["lora_sha256"] == [sha256(pair / name) for name in PAIR]
+    assert main([*map(str, ["convert", folder, tmp_path / "mine", "--to", "comfyui", *both])]) == 0
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == set(PAIR_NAMES.values())
+    assert main([*map(str, ["info", folder, "--json", *both])]) == 0
+    out = capsys.readouterr().out
+    described = json.loads(out[out.index("{\n") :])
+    assert [described[half]["sha256"] for half in PAIR_NAMES] == made["lora_sha256"]
+    assert main([*map(str, ["info", folder, *both, "--weight_name", "third"])]) != 0
+    assert "expected --weight_name once, or twice for two experts, got it 3 times" in capsys.readouterr().err
