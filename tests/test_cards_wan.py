@@ -109,7 +109,7 @@ def test_the_settings_for_comfyui(folder):
     assert build_parser().parse_args(command.split()).to == "comfyui"
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("steps", range(1, 9))
 @pytest.mark.parametrize("shift", [3.0, 5.0, 8.0])
 def test_comfyuis_simple_visits_the_grid_of_the_student(steps, shift):
     """From its sources: the table σ(i / 1000) for i = 1, …, 1000, of which entry `-(1 + int(x · 1000 / steps))`."""
@@ -117,8 +117,10 @@ def test_comfyuis_simple_visits_the_grid_of_the_student(steps, shift):
     sigmas = torch.tensor([shift * each / (1 + (shift - 1) * each) for each in u])
     scheduler = MCMFlowScheduler(shift=shift)
     scheduler.set_timesteps(steps)
-    # of thirds and sixths its table has none; they are less than one of its thousand entries away
-    torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=0, atol=1e-6 if 1000 % steps == 0 else 2e-3)
+    # of thirds and sixths its table has none; they are less than one of its thousand entries away, as fifths and
+    # sevenths are of one of the 48 of the grid
+    farthest = {3: 2e-3, 6: 2e-3, 5: 2e-2, 7: 2e-2}.get(steps, 1e-6)
+    torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=0, atol=farthest)
 
 
 # --- the card itself -------------------------------------------------------------------------------------------------

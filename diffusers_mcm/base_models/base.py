@@ -61,6 +61,7 @@ class BaseModel(ABC):
     described_scheduler_keys: tuple[str, ...]
     student_settings: Mapping[str, float] = {}  # what of a training decides path and sampler of the student: defaults
     frame_decoders: tuple[str, ...] = ("exact",)  # the ways that `decode_frames` knows
+    decodes_any_frames: bool = True  # whether a few of a clip's frames can be decoded at a time, to save memory
     vae_dtype: torch.dtype | None = None  # of the autoencoder in training; None for that of the other networks
 
     # --- what a repository holds -------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class Wan(BaseModel):
     negative_prompt = NEGATIVE_PROMPT
     expand_timesteps = False  # whether diffusers gives each token a timestep; in text to video they are all the same
     scheduler_class = MCMFlowScheduler
+    decodes_any_frames = False  # each latent is decoded after the one before it
     scheduler_defaults = {"num_train_timesteps": 1000, "shift": FLOW_SHIFT}
     noise_schedule_keys = ("num_train_timesteps",)  # a shift is a way of sampling the teacher; the student has its own
     described_scheduler_keys: tuple[str, ...] = ("shift", "original_inference_steps")

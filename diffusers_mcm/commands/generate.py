@@ -143,8 +143,9 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
     machine("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
     machine("--dtype", choices=DTYPES, default="float32", help="precision of the networks (default: float32)")
     machine("--offload", choices=OFFLOADS, default="none", help="keep weights in host memory until they are needed")
-    machine("--vae_slicing", action="store_true", help="decode one frame at a time")
-    machine("--decode_chunk_size", type=int, default=16, help="decode that many frames at a time (default: 16)")
+    machine("--vae_slicing", action="store_true", help="decode one frame at a time; not for Wan")
+    machine("--vae_tiling", action="store_true", help="decode in overlapping tiles: less memory, most of all for Wan")
+    machine("--decode_chunk_size", type=int, help="decode that many frames at a time; not for Wan (default: 16)")
     machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
     machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
 
@@ -280,8 +281,22 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         row.set_up(pipeline)
     if arguments.fuse_lora:
         pipeline.fuse_lora(lora_scale=arguments.lora_scale)
+    spend_less(pipeline, arguments, device)
+    return pipeline
+
+
+def spend_less(pipeline: "MCMPipeline", arguments: argparse.Namespace, device: str) -> None:
+    """Put a pipeline on its device, as sparing with memory and time as the flags say."""
+    chunks = arguments.vae_slicing or arguments.decode_chunk_size is not None
+    if chunks and not pipeline.base_model.decodes_any_frames:
+        raise ValueError(
+            f"expected neither --vae_slicing nor --decode_chunk_size for a {pipeline.base_model.name}, whose"
+            " autoencoder decodes one latent after the other anyway: --vae_tiling saves memory there"
+        )
     if arguments.vae_slicing:
         pipeline.vae.enable_slicing()
+    if arguments.vae_tiling:
+        pipeline.vae.enable_tiling()
     if arguments.offload == "none":
         pipeline.to(device)
     else:
@@ -289,7 +304,6 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     if arguments.compile:
         for denoiser in pipeline.denoisers.values():
             denoiser.compile()
-    return pipeline
 
 
 def few_step(arguments: argparse.Namespace) -> "FewStep | None":
@@ -321,7 +335,7 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
     given = vars(arguments)
     settings = {name: public_name(given[name], given=True) for name in ("model", "lora", "base_model")}
     settings |= {name: given[name] for name in ("subfolder", "revision", "lora_scale", "guidance_scale", "dtype")}
-    settings |= {name: value for name in ("variant", "shift") if (value := given[name])}
+    settings |= {name: value for name in ("variant", "shift", "vae_tiling") if (value := given[name])}
     if arguments.guidance_scale is None:
         settings["guidance_scale"] = pipeline.motion_model.kind.guidance_scale if pipeline.motion_model else 1.0
     for name in SAMPLING_KEYS:
@@ -380,7 +394,7 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
         job.prompt,
         negative_prompt=job.negative_prompt,
         generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
-        decode_chunk_size=arguments.decode_chunk_size,
+        decode_chunk_size=16 if arguments.decode_chunk_size is None else arguments.decode_chunk_size,
         lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
         guidance_scale=settings["guidance_scale"],
         output_type="np",

@@ -330,7 +330,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 changed tensors, and use the LoRA verbs for the steps to come. diffusers' own callbacks work.
             callback_on_step_end_tensor_inputs: Which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
                 Under guidance `prompt_embeds` are, as in diffusers, the negative ones and then the others.
-            decode_chunk_size: How many frames the VAE decodes at a time; `None` for all at once.
+            decode_chunk_size: How many frames the VAE decodes at a time; `None` for all at once. Wan's decodes one
+                latent after the other in any case; `pipe.vae.enable_tiling()` saves memory there.
             lora_scale: Strength of the active LoRAs during this call, times their weights.
             cross_attention_kwargs: `{"scale": s}` is another way to give `lora_scale`.
 

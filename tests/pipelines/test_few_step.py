@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import (
@@ -216,6 +216,16 @@ def test_wans_teacher_from_the_command_line(base, tmp_path):
     made = generate(base, tmp_path / "a.mp4", "--sampler", "unipc", "--shift", 3, "--steps", 50)
     assert (made["sampler"], made["shift"], made["num_inference_steps"]) == ("unipc", 3.0, 50)
     assert generate(base, tmp_path / "b.mp4", "--sampler", "euler")["sampler"] == "euler"
+
+
+def test_wans_frames_are_decoded_in_tiles_and_not_in_chunks(base, tmp_path, capsys, monkeypatch):
+    tiled = []
+    monkeypatch.setattr(AutoencoderKLWan, "enable_tiling", lambda self: tiled.append(True))
+    assert generate(base, tmp_path / "a.mp4", "--vae_tiling")["vae_tiling"] is True and tiled == [True]
+    for flags in (["--vae_slicing"], ["--decode_chunk_size", 4]):
+        command_line = ["generate", "a red ring", "--model", base, *flags, "--device", "cpu", "-o", tmp_path / "b.mp4"]
+        assert main([*map(str, command_line)]) != 0
+        assert "expected neither --vae_slicing nor --decode_chunk_size for a wan" in capsys.readouterr().err
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
