@@ -133,7 +133,8 @@ diffusers-mcm convert $where --to comfyui mcm.safetensors
 | KSampler | steps $steps, cfg 1, sampler `lcm`, scheduler `simple`, denoise 1 |
 
 The sampler `lcm` adds fresh noise in each step, as diffusers-mcm does; `euler` adds none. With `simple` both visit the
-timesteps of this LoRA's grid, nearly so in 5 and 7 steps. This follows from reading its sources; it was not run in it."""
+timesteps of this LoRA's grid, nearly so in 5 and 7 steps. This follows from reading its sources; it
+was not run in it."""
 _COMFYUI_PAIR = """Its LoRA loader knows the names that Wan's authors gave the modules, and no others:
 
 ```bash

@@ -29,11 +29,11 @@ How it was made, command by command, is in `examples/shapes/README.md`; the loss
 
 
 def shapes_card(folder: Path) -> str:
-    """The packaged LoRA's."""
+    """That of a packaged LoRA."""
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     videos, images = data["videos"], data["images/clean"]
     about = _SHAPES.format(videos=videos["items"], captions=videos["captions"], images=images["items"])
-    return render_folder_card(folder, "mcm-shapes", about=about, license="apache-2.0")
+    return render_folder_card(folder, folder.name, about=about, license="apache-2.0")
 
 
 def released_card(name: str, data: dict[str, Any]) -> str:
@@ -73,7 +73,8 @@ def all_cards() -> dict[str, str]:
     """File name -> text."""
     data = json.loads((HERE / "released.json").read_text(encoding="utf-8"))
     cards = {f"{name}.md": released_card(name, data) for name in data["loras"]}
-    cards["mcm-shapes.md"] = shapes_card(PACKAGED_FOLDER / "mcm-shapes")
+    for file in PACKAGED_FOLDER.glob("*/data.json"):
+        cards[f"{file.parent.name}.md"] = shapes_card(file.parent)
     for name, text in cards.items():
         check_card(text, name)
     return {**cards, "template.md": TEMPLATE.read_text(encoding="utf-8")}

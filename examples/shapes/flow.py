@@ -9,6 +9,7 @@ own path (DDIM) and on the straight one (Euler), and the flow teacher undistille
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flow_teacher import write_repository
 from scoring import FlowNetworks, add_scores
 
 from diffusers_mcm.consistency import FLOW_SHIFT
+from diffusers_mcm.files import write_text
 from diffusers_mcm.location import WEIGHTS_NAME
 from diffusers_mcm.scheduler import MCMFlowScheduler
 from diffusers_mcm.shapes.figures import Study
@@ -44,6 +46,17 @@ BASELINES = (
 def distilled(network: str, label: str, few: Sequence[int] = (1, 2, 4)) -> list[Method]:
     """What is measured of a LoRA: `few` steps each."""
     return [Method(f"{network}-{n}", f"{label}, {n} step{'s'[: n > 1]}", network, "mcm", n) for n in few]
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """ValueError if what lies in the output was trained with other settings; else they are written down there."""
+    file, settings = args.output / "settings.json", {name: getattr(args, name) for name in ("shift", "steps", "seed")}
+    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(
+            f"expected what {args.output} was trained with, {before}, got {settings}: name another folder"
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(settings) + "\n")
 
 
 def train(weight: float, args: argparse.Namespace) -> None:
@@ -84,6 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    check_settings(args)
     if not (args.output / "teacher").exists():
         write_repository(args.output / "teacher")
     sources = {"teacher": "mcm-shapes-teacher", "flow": args.output / "teacher", "euler": args.output / "teacher"}

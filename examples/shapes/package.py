@@ -38,6 +38,7 @@ from transformers import (
 from diffusers_mcm import MCMPipeline
 from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.publish import record_sample
+from diffusers_mcm.settings import CONFIG_NAME
 from diffusers_mcm.shapes.captions import grammar
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -60,16 +61,33 @@ def record_data(world: Path, file: Path) -> None:
     file.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def finish_lora(folder: Path, teacher: Path) -> None:
-    """A sample clip, and the card that shows it."""
-    pipeline = MCMPipeline.from_pretrained(folder, base_model=teacher)
+def package_lora(models: Path, name: str, teacher: Path, world: Path, scores: Path | None, target: Path) -> None:
+    """A LoRA with its logs, what it was trained on, a sample clip, and the card that shows it."""
+    leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
+    shutil.copytree(models / name, target, dirs_exist_ok=True, ignore=leave)
+    if (log := first_stage(models, name) / "train_log.jsonl").exists():
+        shutil.copy(log, target / "train_log-appearance.jsonl")
+    record_data(world, target / "data.json")
+    if scores:
+        shutil.copy(scores, target / "scores.json")
+    name_teacher(target, teacher.name)
+    pipeline = MCMPipeline.from_pretrained(target, base_model=teacher)
     video = pipeline(PROMPT, generator=torch.Generator().manual_seed(0)).frames[0]
-    record_sample(folder, video, PROMPT, fps=8)
+    record_sample(target, video, PROMPT, fps=pipeline.sampling_default("fps"))
     sys.path.append(str(CARDS))
     from render import shapes_card
 
-    for path in (folder / "README.md", CARDS / "mcm-shapes.md"):
-        path.write_text(shapes_card(folder), encoding="utf-8")
+    (target / "README.md").write_text(shapes_card(target), encoding="utf-8")
+    if target.parent == PACKAGED_FOLDER:
+        shutil.copy(target / "README.md", CARDS / f"{name}.md")
+
+
+def name_teacher(folder: Path, name: str) -> None:
+    """Have a LoRA's settings name its teacher as the package does, wherever it lay in training."""
+    file = folder / CONFIG_NAME
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_repository"] = settings["training"]["pretrained_teacher_model"] = name
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_pipeline(folder: Path, kind: str, parts: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
@@ -134,6 +152,8 @@ COMPONENTS = {
     "mcm-shapes-video": (package_video, ("video",), ("video",)),
 }
 
+LORAS = {"mcm-shapes": "mcm-shapes-teacher", "mcm-shapes-wan": "mcm-shapes-wan-teacher"}  # with their teachers
+
 
 def forget_paths(folder: Path) -> None:
     """Leave no trace of where the components lay."""
@@ -143,9 +163,9 @@ def forget_paths(folder: Path) -> None:
             file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def first_stage(models: Path) -> Path:
-    """The folder of distillation's first stage, which has the name of before where there is no other."""
-    folder, former = models / "mcm-shapes-appearance", models / "mcm-shapes-looks"
+def first_stage(models: Path, name: str) -> Path:
+    """The folder of a LoRA's first stage, which has the name of before where there is no other."""
+    folder, former = models / f"{name}-appearance", models / f"{name}-looks"
     if former.exists() and not folder.exists():
         print(f"warning: reading {former}; rename it to {folder}", file=sys.stderr)
         return former
@@ -154,9 +174,7 @@ def first_stage(models: Path) -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--models", type=Path, required=True, help="folder with some of vae, clip, features, video, unet, mcm-shapes"
-    )
+    p.add_argument("--models", type=Path, required=True, help="folder with some of what COMPONENTS and LORAS name")
     p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
     p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
     p.add_argument("--scores", type=Path, help="scores.json of `diffusers-mcm shapes figures`, for the card")
@@ -172,17 +190,9 @@ def main() -> None:
         for log in (file for stem in logs for file in args.work.glob(f"{stem}*.jsonl")):
             (target / "logs").mkdir(exist_ok=True)
             shutil.copy(log, target / "logs")
-    lora = args.models / "mcm-shapes"
-    if lora.exists():
-        target = args.output / "mcm-shapes"
-        leave = shutil.ignore_patterns("checkpoint-*", "logs", "validation*")
-        shutil.copytree(lora, target, dirs_exist_ok=True, ignore=leave)
-        if (log := first_stage(args.models) / "train_log.jsonl").exists():
-            shutil.copy(log, target / "train_log-appearance.jsonl")
-        record_data(args.world, target / "data.json")
-        if args.scores:
-            shutil.copy(args.scores, target / "scores.json")
-        finish_lora(target, args.output / "mcm-shapes-teacher")
+    for name, teacher in LORAS.items():
+        if (args.models / name).exists():
+            package_lora(args.models, name, args.output / teacher, args.world, args.scores, args.output / name)
     total = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {total / 2**20:.1f} MiB")
 

@@ -50,10 +50,15 @@ def scores(study: Study, method: Method, captions: Sequence[Caption], seeds: int
 
 
 def add_scores(file: Path, protocol: Mapping[str, Any], study: Study, methods: Sequence[Method]) -> None:
-    """Write the methods' lines into a JSON file, beside those that are there already and measured in the same way."""
-    record = {"protocol": protocol, "methods": {}}
-    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8")))["protocol"] == protocol:
-        record = before
+    """Write the methods' lines into a JSON file, beside those that are there already.
+
+    ValueError if those were measured in another way.
+    """
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"protocol": protocol, "methods": {}}
+    if record["protocol"] != json.loads(json.dumps(protocol)):
+        raise ValueError(
+            f"expected what {file} was measured with, {record['protocol']}, got {dict(protocol)}: name another file"
+        )
     captions = captions_of(protocol["training_captions"])
     for method in methods:
         line = record["methods"][method.name] = scores(study, method, captions, protocol["seeds"])

@@ -38,3 +38,5 @@ for method in mcm lcm; do
     measure
   fi
 done
+# once more, with the LoRA
+"$python" "$here/package.py" --models "$work/models" --work "$work/logs" --world "$work/world" --output "$work/packaged"

@@ -134,3 +134,8 @@ def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_
     monkeypatch.setattr(scoring.Networks, "sample", lambda *_: pytest.fail("it is sampled already"))
     flow.main([*flags, "--full"])
     assert json.loads(scores.read_text()) == record
+    with pytest.raises(ValueError, match=r"expected what .*out was trained with, \{'shift': 5.0, .*: name another fo"):
+        flow.main([*flags, "--shift=3"])
+    with pytest.raises(ValueError, match=r"expected what .* was measured with, .*: name another file"):
+        scoring.add_scores(scores, record["protocol"] | {"seeds": 2}, None, [])
+    assert json.loads(scores.read_text()) == record

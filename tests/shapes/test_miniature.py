@@ -9,10 +9,12 @@ import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from diffusers_mcm import MCMPipeline
+from diffusers_mcm import MCMFlowScheduler, MCMPipeline
 from diffusers_mcm.base_models.wan import NEGATIVE_PROMPT, TEXT_LENGTH, Wan, latent_statistics
+from diffusers_mcm.lora import add_lora
 from diffusers_mcm.shapes.build import build
 from diffusers_mcm.shapes.captions import all_captions
+from tests.tiny import save_lora
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
@@ -152,3 +154,17 @@ def test_from_files_to_a_miniature_that_samples_as_stock_wan_does(run, tmp_path)
     same = dict(num_inference_steps=2, guidance_scale=2.0, latents=latents, output_type="np")
     expected = stock(prompt, negative_prompt=NEGATIVE_PROMPT, height=64, width=64, num_frames=17, **same).frames
     np.testing.assert_allclose(ours(prompt, **same).frames, expected, rtol=0, atol=1e-4)
+
+    transformer, wan = ours.transformer, ours.base_model
+    add_lora(transformer, wan.lora_target_modules(transformer), 2, 2, torch.Generator().manual_seed(0))
+    lora = models / "mcm-shapes-wan"
+    sampling = dict(num_inference_steps=2, num_frames=17, height=64, width=64, fps=8)
+    options = dict(scheduler=MCMFlowScheduler(), sampling=sampling, training={"pretrained_teacher_model": str(folder)})
+    save_lora(lora, transformer, wan, repository=str(folder), **options)
+    run("package", models=models, work=logs, world=built, output=tmp_path / "packaged")
+    packaged = tmp_path / "packaged" / "mcm-shapes-wan"
+    settings = json.loads((packaged / "mcm_config.json").read_text())
+    assert settings["base_model_repository"] == settings["training"]["pretrained_teacher_model"] == folder.name
+    assert settings["sample"]["file"] == "sample.mp4" and (packaged / "sample.mp4").is_file()
+    card = (packaged / "README.md").read_text()
+    assert "mcm-shapes-wan" in card and str(tmp_path) not in card
