@@ -28,7 +28,7 @@ from .consistency import (
     check_known,
     working,
 )
-from .scheduler_common import check_in_schedule, check_step, check_trained, is_positive_integer
+from .scheduler_common import as_timesteps, check_in_schedule, check_step, check_trained, is_positive_integer
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -240,7 +240,9 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         self.path = FlowPath(shift, num_train_timesteps)
         self.phases = (self.path,) if boundary is None else self.path.split(boundary)
         self.num_inference_steps: int | None = None
-        self._trained = None if trained_timesteps is None else self._points("trained_timesteps", trained_timesteps)
+        self._trained: torch.Tensor | None = None
+        if trained_timesteps is not None:
+            self._trained = as_timesteps("trained_timesteps", trained_timesteps, num_train_timesteps)
         self._take(self._grid())
 
     @classmethod
@@ -325,19 +327,8 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         return torch.cat(chosen)
 
-    def _points(self, name: str, values: Any, largest: float | None = None) -> torch.Tensor:
-        """What is given as points to visit, of 0 to `largest`, as timesteps; `ValueError` unless it can be visited."""
-        count = self.config.num_train_timesteps
-        largest = largest or count
-        points = torch.as_tensor(values, dtype=torch.float64).cpu()
-        if points.ndim != 1 or not len(points) or points.min() <= 0 or points.max() > largest:
-            raise ValueError(f"`{name}` must be numbers above 0 and at most {largest}; got {values}.")
-        if (points.diff() >= 0).any():
-            raise ValueError(f"`{name}` must be descending; got {values}.")
-        return (points * (count / largest)).to(torch.float32)
-
     def _given(self, name: str, values: Any, largest: float | None = None) -> torch.Tensor:
-        chosen = self._points(name, values, largest)
+        chosen = as_timesteps(name, values, self.config.num_train_timesteps, largest)
         trained = self._grid() if self._trained is None else torch.cat([self._grid(), self._trained])
         off_grid = [t for t in chosen.tolist() if (trained - t).abs().min() > 1e-2]
         if off_grid and self.config.stochastic:

@@ -20,6 +20,20 @@ def check_trained(timesteps: torch.Tensor, count: int) -> None:
         raise ValueError(f"`timesteps` must lie in 0..{count - 1}, those of the training; got {timesteps.tolist()}.")
 
 
+def as_timesteps(name: str, values: Any, count: int, largest: float | None = None) -> torch.Tensor:
+    """What the argument `name` gives as points to visit, 0 (which is none) to `largest`, as timesteps up to `count`.
+
+    `largest` is `count` if nothing is said. `ValueError` unless the points can be visited.
+    """
+    largest = largest or count
+    points = torch.as_tensor(values, dtype=torch.float64).cpu()
+    if points.ndim != 1 or not len(points) or points.min() <= 0 or points.max() > largest:
+        raise ValueError(f"`{name}` must be numbers above 0 and at most {largest}; got {values}.")
+    if (points.diff() >= 0).any():
+        raise ValueError(f"`{name}` must be descending; got {values}.")
+    return (points * (count / largest)).to(torch.float32)
+
+
 def check_step(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any) -> Any:
     """Checks the arguments of `step`; returns the timestep as a number or a tensor without dimensions."""
     if scheduler.num_inference_steps is None:

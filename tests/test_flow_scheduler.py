@@ -48,6 +48,28 @@ def test_the_steps_are_those_of_the_shifted_grid(steps, timesteps):
     assert scheduler.num_inference_steps == steps and scheduler.timesteps.dtype == torch.float32
 
 
+def test_a_student_of_points_on_no_grid_visits_them(tmp_path, caplog):
+    """As those of FastWan, also once it was saved; another number of steps is left to the shifted grid."""
+    MCMFlowScheduler(shift=8.0, trained_timesteps=[1000, 757, 522]).save_pretrained(tmp_path)
+    scheduler = MCMFlowScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(3)
+    assert scheduler.timesteps.tolist() == [1000, 757, 522]
+    scheduler.set_timesteps(timesteps=[757, 522])
+    assert not caplog.records
+    scheduler.set_timesteps(2)
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000, 8000 / 9]))
+    with pytest.raises(ValueError, match=r"`trained_timesteps` must be descending; got \[522, 757\]"):
+        MCMFlowScheduler(trained_timesteps=[522, 757])
+
+
+@pytest.mark.parametrize("steps", [49, 50, 100])
+def test_eulers_steps_may_be_finer_than_the_grid(steps):
+    scheduler = MCMFlowScheduler(shift=3.0, stochastic=False)
+    scheduler.set_timesteps(steps)
+    u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    torch.testing.assert_close(scheduler.timesteps, (3000 * u / (1 + 2 * u)).float())
+
+
 def test_points_can_be_given_as_timesteps_or_sigmas():
     points = {"timesteps": [1000, 937.5, 625], "sigmas": [1.0, 0.9375, 0.625]}
     found = []
@@ -152,6 +174,7 @@ def test_the_configuration_is_saved_and_read(tmp_path):
     MCMFlowScheduler(shift=8.0, original_inference_steps=40, stochastic=False).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     own = dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=40, stochastic=False, boundary=None)
+    own["trained_timesteps"] = None
     assert {key: value for key, value in saved.items() if key[0] != "_"} == own
     again = MCMFlowScheduler.from_pretrained(tmp_path)
     assert {key: value for key, value in again.config.items() if key[0] != "_"} == own
@@ -169,7 +192,8 @@ def test_nothing_of_the_teachers_way_of_sampling_is_taken_over(teachers, tmp_pat
     for config in (teachers.config, type(teachers).load_config(tmp_path)):
         scheduler = MCMFlowScheduler.from_config(config)
         content = {key for key in json.loads(scheduler.to_json_string()) if key[0] != "_"}
-        assert content == {"num_train_timesteps", "shift", "original_inference_steps", "stochastic", "boundary"}
+        own = {"num_train_timesteps", "shift", "original_inference_steps", "stochastic", "boundary"}
+        assert content == own | {"trained_timesteps"}
         assert scheduler.config.shift == 5.0
 
 

@@ -16,6 +16,7 @@ from ..location import Location
 from ..settings import SAMPLING_KEYS
 from .grammar import notice
 from .lora_flags import add_place, one_or_pair, take_place
+from .machine import add_machine, check_offload, spend_less
 from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from .. import MCMPipeline
     from ..pipelines.few_step import FewStep
 
-DTYPES = ("float32", "float16", "bfloat16")
-OFFLOADS = ("none", "model", "sequential")
 # The names of `pipelines.samplers`, which is not imported for the flags' sake: it takes torch along.
 SAMPLERS = ("mcm", "lcm", "ddim", "dpm++", "euler", "unipc")
 SPACINGS = ("trailing", "leading", "linspace")
@@ -74,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="make every video, and replace whatever is there")
     add("-v", "--verbose", action="store_true", help="show the libraries' notices and their bars of loading as well")
     _add_model(parser)
-    _add_sampling_and_machine(parser)
+    _add_sampling(parser)
+    add_machine(parser)
     return parser
 
 
@@ -100,7 +100,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: 1)")
 
 
-def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling").add_argument
     sampling(
         "--steps",
@@ -138,16 +138,6 @@ def _add_sampling_and_machine(parser: argparse.ArgumentParser) -> None:
         help="above 1 doubles the network's work (default: the model's, as a rule 1: off)",
     )
     sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
-
-    machine = parser.add_argument_group("machine").add_argument
-    machine("--device", help="cpu, cuda, cuda:1, mps … (default: the best there is)")
-    machine("--dtype", choices=DTYPES, default="float32", help="precision of the networks (default: float32)")
-    machine("--offload", choices=OFFLOADS, default="none", help="keep weights in host memory until they are needed")
-    machine("--vae_slicing", action="store_true", help="decode one frame at a time; not for Wan")
-    machine("--vae_tiling", action="store_true", help="decode in overlapping tiles: less memory, most of all for Wan")
-    machine("--decode_chunk_size", type=int, help="decode that many frames at a time; not for Wan (default: 16)")
-    machine("--fuse_lora", action="store_true", help="add the LoRA to the weights, which saves its cost at every step")
-    machine("--compile", action="store_true", help="torch.compile the denoiser: slow to start, for long lists")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,15 +243,6 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise ValueError(f"expected a finite number as --{name}, got {value}")
 
 
-def check_offload(offload: str, device: str) -> None:
-    """`ValueError` where there is nothing that weights could be kept away from."""
-    if offload != "none" and device == "cpu":
-        raise ValueError(
-            f"expected an accelerator (cuda, mps …) for --offload {offload}, got the cpu: all weights are in host"
-            " memory already; --dtype bfloat16 halves them"
-        )
-
-
 def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
     """The pipeline on its device, set up to use as little memory or time as the flags say."""
     import torch
@@ -283,27 +264,6 @@ def load_pipeline(arguments: argparse.Namespace, device: str) -> "MCMPipeline":
         pipeline.fuse_lora(lora_scale=arguments.lora_scale)
     spend_less(pipeline, arguments, device)
     return pipeline
-
-
-def spend_less(pipeline: "MCMPipeline", arguments: argparse.Namespace, device: str) -> None:
-    """Put a pipeline on its device, as sparing with memory and time as the flags say."""
-    chunks = arguments.vae_slicing or arguments.decode_chunk_size is not None
-    if chunks and not pipeline.base_model.decodes_any_frames:
-        raise ValueError(
-            f"expected neither --vae_slicing nor --decode_chunk_size for a {pipeline.base_model.name}, whose"
-            " autoencoder decodes one latent after the other anyway: --vae_tiling saves memory there"
-        )
-    if arguments.vae_slicing:
-        pipeline.vae.enable_slicing()
-    if arguments.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if arguments.offload == "none":
-        pipeline.to(device)
-    else:
-        getattr(pipeline, f"enable_{arguments.offload}_cpu_offload")(device=device)
-    if arguments.compile:
-        for denoiser in pipeline.denoisers.values():
-            denoiser.compile()
 
 
 def few_step(arguments: argparse.Namespace) -> "FewStep | None":
