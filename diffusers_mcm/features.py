@@ -12,6 +12,7 @@ from .location import Location
 MAX_INPUT_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_TYPES = ("clip", "clip_text_model")  # whose text half is read
 
 
 def check_images(images: torch.Tensor) -> None:
@@ -20,28 +21,45 @@ def check_images(images: torch.Tensor) -> None:
         raise ValueError(f"Expected images of shape (N, 3, H, W), got {tuple(images.shape)}.")
 
 
-def _weights(kind: type, location: Location, **options: Any) -> nn.Module:
-    """A network of transformers from safetensors; `ValueError` if a weight of it is missing or of another shape.
+def pretrained(kind: type, name: str, model_types: Sequence[str], **options: Any) -> nn.Module:
+    """A network of transformers from safetensors, of which nothing is random.
 
-    transformers makes such weights anew, at random, and says so in a table that also lists all the weights of the
-    file that the network has not: those of the vision half of a CLIP, of which nothing is wrong. It is not shown.
+    transformers makes weights that a file lacks anew, at random, and says so in a table that also lists all the
+    weights of the file that the network has not: those of the vision half of a CLIP, of which nothing is wrong. It is
+    not shown.
+
+    Args:
+        kind: a class of transformers.
+        name: a folder, a packaged model or a Hub repository.
+        model_types: what its configuration may call itself.
+        options: of the class's `from_pretrained`.
+
+    Raises:
+        ValueError: if the configuration is another model's, or a weight is missing or of another shape.
     """
+    from transformers import PretrainedConfig
     from transformers.utils import logging
 
+    location = Location.of(name)
+    found_type = PretrainedConfig.get_config_dict(location.name)[0].get("model_type")
+    if found_type not in model_types:
+        expected = " or ".join(map(repr, model_types))
+        raise ValueError(f"Expected a model of type {expected} in {location.name!r}, got {found_type!r}.")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with location.never_pickled():
             model, found = kind.from_pretrained(  # type: ignore[attr-defined]
-                location.name, use_safetensors=True, output_loading_info=True, **options
+                location.name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     finally:
         logging.set_verbosity(level)
-    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking:
         shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
         raise ValueError(
-            f"{location.name} does not hold all weights of a {kind.__name__}: {shown}; they would be random."
+            f"{location.name} does not hold all weights of a {kind.__name__}, or not in their shapes: {shown}; they"
+            " would be random."
         )
     return model
 
@@ -80,13 +98,9 @@ class PatchFeatures(_Frozen):
         cls, name: str, blocks: Sequence[int] = (2, 5, 8, 11), dtype: torch.dtype | None = None
     ) -> "PatchFeatures":
         """Load from a folder, a packaged model or a Hub repository that holds a DINOv2 without registers."""
-        from transformers import Dinov2Config, Dinov2Model
+        from transformers import Dinov2Model
 
-        location = Location.of(name)
-        model_type = Dinov2Config.get_config_dict(location.name)[0].get("model_type")
-        if model_type != "dinov2":
-            raise ValueError(f"Expected a model of type 'dinov2' in {location.name!r}, got {model_type!r}.")
-        return cls(_weights(Dinov2Model, location, dtype=dtype or torch.float32), blocks)
+        return cls(pretrained(Dinov2Model, name, ["dinov2"], dtype=dtype or torch.float32), blocks)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images `(N, 3, H, W)` in [-1, 1] → one `(N, P, C)` float32 per block."""
@@ -104,7 +118,7 @@ def _text_config(name: str) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    if (kind := config.model_type) not in ("clip", "clip_text_model"):
+    if (kind := config.model_type) not in CLIP_TYPES:
         raise ValueError(f"Expected a model of type 'clip' or 'clip_text_model' in {name!r}, got {kind!r}.")
     if config.model_type == "clip":
         # The text half of many CLIP configurations keeps the default width, not the model's.
@@ -142,7 +156,8 @@ class TextFeatures(_Frozen):
 
         location = Location.of(name)
         config = _text_config(location.name)
-        model = _weights(CLIPTextModelWithProjection, location, config=config, dtype=dtype or torch.float32)
+        dtype = dtype or torch.float32
+        model = pretrained(CLIPTextModelWithProjection, name, CLIP_TYPES, config=config, dtype=dtype)
         return cls(model, AutoTokenizer.from_pretrained(location.name))
 
     @torch.no_grad()

@@ -148,7 +148,12 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["layernorm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="does not hold all weights of a Dinov2Model: layernorm.weight; they would"):
+    message = "does not hold all weights of a Dinov2Model, or not in their shapes: layernorm.weight; they would"
+    with pytest.raises(ValueError, match=message):
+        PatchFeatures.from_pretrained(str(tmp_path), BLOCKS)
+    weights["layernorm.weight"] = torch.ones(3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
         PatchFeatures.from_pretrained(str(tmp_path), BLOCKS)
 
 

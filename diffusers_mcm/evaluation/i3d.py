@@ -101,7 +101,7 @@ class InceptionI3d(nn.Module):
         """Load a `.safetensors` file, or the only one of a folder or a Hub repository, under the usual key names.
 
         Raises:
-            ValueError: for a pickled file, with the command that converts it, and for keys that are not I3D's.
+            ValueError: for a pickled file, with the command that converts it, and for other keys or shapes than I3D's.
         """
         from safetensors.torch import load_file
 
@@ -117,6 +117,10 @@ class InceptionI3d(nn.Module):
                 f" such as {min(wanted - found, default='none')!r}, and {len(found - wanted)} others are there, such"
                 f" as {min(found - wanted, default='none')!r}"
             )
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        if other := sorted(key for key in wanted if tuple(state[key].shape) != shapes[key]):
+            got = f"{other[0]!r} of shape {tuple(state[other[0]].shape)}, not {shapes[other[0]]}"
+            raise ValueError(f"{path} does not hold the Inception-I3D: it has {got}")
         model.load_state_dict(state, strict=False)
         return model
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..features import IMAGENET_MEAN, IMAGENET_STD, MAX_INPUT_SIZE
+from ..features import IMAGENET_MEAN, IMAGENET_STD, MAX_INPUT_SIZE, pretrained
 from ..hub import how_to_convert
 from ..location import Location
 from .i3d import INPUT_SIZE, MIN_FRAMES, InceptionI3d
@@ -97,13 +97,6 @@ class Network(NamedTuple):
     source: str | None  # where its weights come from if nothing is said; None: they must be given
 
 
-def _loaded(cls, name: str, **options) -> nn.Module:
-    """A network of transformers, from safetensors only, in float32."""
-    location = Location.of(name)
-    with location.never_pickled():
-        return cls.from_pretrained(location.name, use_safetensors=True, dtype=torch.float32, **options)
-
-
 def _normalisation(name: str) -> dict[str, Any]:
     """Mean and deviation of the channels that a network was trained with: what its files say, or ImageNet's."""
     said = Location.of(name).json(PREPROCESSOR_NAME) or {}
@@ -122,7 +115,7 @@ def load_vjepa2(name: str) -> Features:
     """The mean token of V-JEPA 2's encoder, of any number of frames."""
     from transformers import VJEPA2Model
 
-    model = _loaded(VJEPA2Model, name)
+    model = pretrained(VJEPA2Model, name, ["vjepa2"], dtype=torch.float32)
 
     def read(model, x):
         return model(pixel_values_videos=x.movedim(2, 1), skip_predictor=True).last_hidden_state.mean(1)
@@ -136,7 +129,7 @@ def load_videomae(name: str) -> Features:
     """The mean token of VideoMAE's encoder, which takes one number of frames and no other."""
     from transformers import VideoMAEModel
 
-    model = _loaded(VideoMAEModel, name)
+    model = pretrained(VideoMAEModel, name, ["videomae"], dtype=torch.float32)
 
     def read(model, x):
         return model(pixel_values=x.movedim(2, 1)).last_hidden_state.mean(1)
@@ -150,7 +143,7 @@ def load_dinov2(name: str) -> Features:
     """The class token of DINOv2 after its last norm."""
     from transformers import Dinov2Model
 
-    model = _loaded(Dinov2Model, name)
+    model = pretrained(Dinov2Model, name, ["dinov2"], dtype=torch.float32)
     size = min(model.config.image_size, MAX_INPUT_SIZE)
     return Features(
         model, lambda model, x: model(x).pooler_output, layer="class token", size=size,
@@ -214,9 +207,8 @@ def load_clip(name: str) -> ClipFeatures:
     except ImportError:  # before transformers had two kinds the one there was used Pillow
         from transformers import CLIPImageProcessor as Processor
     folder = Location.of(name).name
-    return ClipFeatures(
-        _loaded(CLIPModel, name), AutoTokenizer.from_pretrained(folder), Processor.from_pretrained(folder)
-    )
+    model = pretrained(CLIPModel, name, ["clip"], dtype=torch.float32)
+    return ClipFeatures(model, AutoTokenizer.from_pretrained(folder), Processor.from_pretrained(folder))
 
 
 def load_inception(name: str) -> Features:
@@ -237,7 +229,12 @@ def load_inception(name: str) -> Features:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "inception.pth")
         torch.save(state, path)
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        try:
+            model = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            )
+        except (RuntimeError, KeyError) as error:  # it loads strictly
+            raise ValueError(f"{name} does not hold the weights of FID's Inception v3: {error}") from error
 
     def read(model, x):
         return model((x * 255).round().to(torch.uint8))[0]

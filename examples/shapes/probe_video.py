@@ -13,7 +13,7 @@ from common import to_pixels
 from transformers import VideoMAEModel
 
 from diffusers_mcm.evaluation.distances import frechet_distance
-from diffusers_mcm.hub import resolve
+from diffusers_mcm.features import pretrained
 from diffusers_mcm.shapes.captions import held_out_captions
 from diffusers_mcm.shapes.render import render_video
 
@@ -61,7 +61,7 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=4, help="clips of each caption")
     p.add_argument("--reference_seeds", type=int, default=16, help="clips of each caption in the reference")
     args = p.parse_args()
-    network = VideoMAEModel.from_pretrained(resolve(args.network), dtype=torch.float32).eval()
+    network = pretrained(VideoMAEModel, args.network, ["videomae"], dtype=torch.float32).eval()
     for name, distance in distances(network, args.seeds, args.reference_seeds).items():
         print(f"| {name} | {distance:.2f} |")
 

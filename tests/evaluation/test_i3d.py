@@ -86,6 +86,10 @@ def test_a_file_of_safetensors_is_read_and_another_refused(tmp_path):
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="1 of its 287 keys are missing, such as 'Mixed_3b.b0.conv3d.weight'"):
         InceptionI3d.from_pretrained(str(tmp_path / "other.safetensors"))
+    state["Mixed_3b.b0.conv3d.weight"] = state.pop("Mixed_9z.b0.conv3d.weight")[:1].clone()
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"it has 'Mixed_3b.b0.conv3d.weight' of shape \(1, 192, .*, not \(64, 192, "):
+        InceptionI3d.from_pretrained(str(tmp_path / "other.safetensors"))
 
 
 def test_a_pickled_file_is_refused_with_what_to_do(tmp_path):

@@ -1,12 +1,13 @@
 """The rows of the tables of networks: pixels go in as each was trained; what comes out is the layer that is named."""
 
+import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Model, VideoMAEModel, VJEPA2Model
 
 from diffusers_mcm.evaluation.networks import (
@@ -56,6 +57,48 @@ def test_vjepa2_reads_how_pixels_go_in_from_its_files(vjepa2):
     np.testing.assert_allclose(load_vjepa2(vjepa2)(frames), expected.numpy(), **SAME)
 
 
+def without(source, folder, part):
+    """A network's folder in which the weights that have `part` in their names are missing."""
+    shutil.copytree(resolve(source), folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if part not in name}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "load, source, part",
+    [
+        (load_videomae, "mcm-shapes-video", "layer.2."),
+        (load_dinov2, "mcm-shapes-features", "layernorm."),
+        (load_clip, "mcm-shapes-clip", "visual_projection"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(load, source, part, tmp_path):
+    with pytest.raises(ValueError, match=f"does not hold all weights of a .*: .*{part}.*; they would be random"):
+        load(without(source, tmp_path / "network", part))
+
+
+def test_a_part_of_a_network_that_is_missing_is_not_made_up(vjepa2, tmp_path):
+    with pytest.raises(ValueError, match="does not hold all weights of a VJEPA2Model, .*: encoder.layernorm.bias, "):
+        load_vjepa2(without(vjepa2, tmp_path / "network", "encoder.layernorm"))
+
+
+@pytest.mark.parametrize(
+    "load, source, message",
+    [
+        (load_vjepa2, "mcm-shapes-video", "type 'vjepa2' in .*, got 'videomae'"),
+        (load_videomae, "mcm-shapes-features", "type 'videomae' in .*, got 'dinov2'"),
+        (load_dinov2, "mcm-shapes-clip", "type 'dinov2' in .*, got 'clip'"),
+        (load_clip, "mcm-shapes-video", "type 'clip' in .*, got 'videomae'"),
+    ],
+)
+def test_a_network_of_another_kind(load, source, message):
+    with pytest.raises(ValueError, match=message):
+        load(source)
+
+
 @torch.no_grad()
 def test_dinov2_is_the_class_token():
     frames = clips(3, 1, 64)[:, 0]
@@ -88,7 +131,6 @@ def test_a_network_is_described_by_its_weights(videomae, tmp_path):
 
 def test_the_same_weights_in_another_configuration_are_another_network(videomae, tmp_path):
     import json
-    import shutil
 
     shutil.copytree(videomae, tmp_path / "heads")
     config = json.loads((tmp_path / "heads" / "config.json").read_text()) | {"num_attention_heads": 4}
@@ -142,7 +184,8 @@ def test_inception_is_filled_from_safetensors(monkeypatch, tmp_path):
     class Extractor(torch.nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path):
             super().__init__()
-            self.weights = torch.nn.Parameter(torch.load(feature_extractor_weights_path)["weights"])
+            self.weights = torch.nn.Parameter(torch.zeros(3, 5))
+            self.load_state_dict(torch.load(feature_extractor_weights_path))
 
         def forward(self, pictures):
             assert pictures.dtype == torch.uint8
@@ -155,3 +198,6 @@ def test_inception_is_filled_from_safetensors(monkeypatch, tmp_path):
     frames = clips(2, 1)[:, 0]
     found = load_inception(str(tmp_path / "inception.safetensors"))(frames)
     np.testing.assert_allclose(found, frames.mean((1, 2)) @ weights.numpy(), rtol=1e-4, atol=1e-3)
+    save_file({"others": weights}, tmp_path / "inception.safetensors")
+    with pytest.raises(ValueError, match="(?s)does not hold the weights of FID's Inception v3: .*Missing key"):
+        load_inception(str(tmp_path / "inception.safetensors"))
