@@ -25,7 +25,7 @@ from .measuring import (
     motion_measure,
     video_measure,
 )
-from .metrics import DEFAULT, Against, Column, Score, columns_of, mean_score
+from .metrics import DEFAULT, ESTIMATOR, KERNEL, Against, Column, Score, columns_of, mean_score
 from .motion import MEASURES
 from .networks import CLIP_SOURCE, FRAME_NETWORKS, VIDEO_NETWORKS, Choice, ClipFeatures, load_clip
 from .pairing import Progress, check_alike, common, differences_of, warn_of_other_captions
@@ -201,6 +201,7 @@ def _plan(
         "seed": options.seed,
         "networks": networks,
         "covariance": options.covariance,
+        **({"kernel": ESTIMATOR} if {column.key.partition(".")[0] for column in columns} & {*KERNEL} else {}),
     }
     weights = {choice.row: public_name(choice.source, given=True) for choice in (*video_choices, *frame_choices)}
     if "clipsim" in networks:

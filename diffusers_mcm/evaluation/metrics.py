@@ -15,6 +15,7 @@ from .distances import (
     moments,
     paired_interval,
     polynomial_kernel,
+    self_sum,
     unit,
 )
 from .motion import MEASURES
@@ -23,6 +24,7 @@ Rows = np.ndarray  # numbers of videos, some of them more than once
 Score = Callable[[Rows], float]  # of one method
 Against = Callable[[np.ndarray], Score]  # a reference: a method's features -> its score
 KID_SCALE = 1000.0
+ESTIMATOR = "unbiased, every two different rows a pair, frames of one video among them"  # of kernel distances
 
 
 def _items(features: np.ndarray) -> np.ndarray:
@@ -65,20 +67,21 @@ def frechet_scores(reference: np.ndarray, covariance: str) -> Against:
 
 
 def kernel_scores(reference: np.ndarray, kernel: Kernel, scale: float) -> Against:
-    """The unbiased kernel distance to a reference, of videos (N, d) or of their frames (N, T, d).
+    """The unbiased kernel distance to a reference, of videos (N, d) or of all their frames (N, T, d).
 
-    Only pairs of frames of two different videos count: frames of one video are alike, and no independent witnesses.
+    Every two different rows are a pair, as in `kernel_distance` and in others' codes, frames of one video among them.
     The kernel is summed once for each pair of videos.
     """
     target = _by_video(reference)
-    own = _between_videos(_sums(target, target, kernel)) / target.shape[1] ** 2
+    own = _unbiased(_sums(target, target, kernel), _traces(target, kernel), target.shape[1])
 
     def of_method(features: np.ndarray) -> Score:
         videos = _by_video(features)
-        within = _sums(videos, videos, kernel) / videos.shape[1] ** 2
-        across = _sums(videos, target, kernel).mean(1) / (videos.shape[1] * target.shape[1])
+        count = videos.shape[1]
+        within, traces = _sums(videos, videos, kernel), _traces(videos, kernel)
+        across = _sums(videos, target, kernel).mean(1) / (count * target.shape[1])
         return lambda rows: float(
-            scale * (_between_videos(within[np.ix_(rows, rows)]) + own - 2 * across[rows].mean())
+            scale * (_unbiased(within[np.ix_(rows, rows)], traces[rows], count) + own - 2 * across[rows].mean())
         )
 
     return of_method
@@ -95,10 +98,15 @@ def _sums(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> np.ndarray:
     return np.stack([kernel(video, rows).sum(0).reshape(len(b), -1).sum(1) for video in a])
 
 
-def _between_videos(products: np.ndarray) -> float:
-    """The mean of a matrix (N, N) without its diagonal."""
-    count = len(products)
-    return float((products.sum() - np.trace(products)) / (count * (count - 1)))
+def _traces(videos: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """The kernel of each frame with itself, summed over each video (N,)."""
+    return np.array([self_sum(video, kernel) for video in videos])
+
+
+def _unbiased(sums: np.ndarray, traces: np.ndarray, frames: int) -> float:
+    """The mean of the kernel's matrix of all frames without its diagonal, from its sums for each pair of videos."""
+    count = len(sums) * frames
+    return float((sums.sum() - traces.sum()) / (count * (count - 1)))
 
 
 def _kid(reference: np.ndarray, covariance: str) -> Against:
@@ -145,6 +153,7 @@ METRICS = {
     "cmmd": Metric("CMMD", "frame", _cmmd, "lower", 2, "clip"),
     "motion": Metric("motion", None, None, "", 3),
 }
+KERNEL = ("kvd", "kid", "cmmd")  # the kernel distances
 DEFAULT = ("fvd", "clipsim", "fid", "motion")
 
 

@@ -47,6 +47,7 @@ def test_scores_are_those_of_the_features(samples, world, tmp_path, options, vid
         *("fvd.videomae", "fid.dinov2", "clipsim", "motion.change", "motion.near_still", "motion.flicker")
     }
     assert found.methods["mcm4"].steps == 4 and found.methods["mcm1"].steps == 1
+    assert "kernel" not in found.protocol  # there is no kernel distance among these
 
 
 def test_a_frozen_video_is_seen_by_its_motion_alone(samples, world, tmp_path, options):
@@ -88,11 +89,12 @@ def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path,
     for number, caption in enumerate(CAPTIONS):
         Image.fromarray(render_image(caption, number, "cartoon", 64)).save(folder / f"{number}.png")
     one = {"mcm4": samples / "mcm4"}
-    options |= dict(metrics=("fid",))
+    options |= dict(metrics=("fid", "kid"))
     own = evaluate(one, str(world), tmp_path / "own", Options(**options))
     other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder))
     fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
     assert fid[1] > 1.2 * fid[0]
+    assert own.protocol["kernel"] == "unbiased, every two different rows a pair, frames of one video among them"
     assert own.protocol["images"] is None and other.protocol["images"]["num_videos"] == 6
     (folder / "4.png").write_bytes(b"no picture")
     fewer = evaluate(one, str(world), tmp_path / "fewer", Options(**options), images=str(folder))
