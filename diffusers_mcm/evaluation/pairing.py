@@ -12,7 +12,7 @@ from .distances import resampled
 from .measuring import Measured
 from .metrics import Score, difference, draws_of
 from .results import Difference
-from .videos import Video, VideoSet
+from .videos import VideoSet
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -53,25 +53,44 @@ def warn_of_other_captions(samples: VideoSet, real: VideoSet) -> None:
 def common(results: Mapping[str, Measured]) -> tuple[dict[str, Measured], int]:
     """All methods' results on the videos that every one of them has, in one order; and how many are left out for that.
 
-    The k-th video of a caption, by its seed and then its name, is compared with the k-th of another method.
+    A video is compared with that of the same caption and seed. Where a method's seeds are not known, or are others,
+    the k-th video of a caption, by its seed and then its name, is compared with the k-th of another method.
     """
-    places = {name: _places(measured.videos) for name, measured in results.items()}
-    shared = sorted(set.intersection(*(set(place) for place in places.values())))
+    places = _places(results, by_seed=True)
+    if len(_shared(places)) < _most_left(results) or any(v.seed is None for m in results.values() for v in m.videos):
+        places = _places(results, by_seed=False)
+    shared = _shared(places)
     everything = set.union(*(set(place) for place in places.values()))
     alike = {name: results[name].only([place[key] for key in shared]) for name, place in places.items()}
     return alike, len(everything) - len(shared)
 
 
-def _places(videos: Sequence[Video]) -> dict[tuple[str, int], int]:
-    """(caption, how many of it came before) -> the video's number."""
-    order = sorted(range(len(videos)), key=lambda n: (videos[n].caption, videos[n].seed or 0, videos[n].name))
-    seen: Counter[str] = Counter()
-    found = {}
-    for number in order:
-        caption = videos[number].caption
-        found[caption, seen[caption]] = number
-        seen[caption] += 1
+_Places = dict[str, dict[tuple[str, int, int], int]]
+
+
+def _places(results: Mapping[str, Measured], by_seed: bool) -> _Places:
+    """Method -> (caption, seed or 0, how many of these came before) -> the video's number."""
+    found: _Places = {}
+    for name, measured in results.items():
+        videos, seen = measured.videos, Counter[tuple[str, int]]()
+        own = found.setdefault(name, {})
+        for number in sorted(
+            range(len(videos)), key=lambda n: (videos[n].caption, videos[n].seed or 0, videos[n].name)
+        ):
+            of = videos[number].caption, (videos[number].seed or 0) if by_seed else 0
+            own[*of, seen[of]] = number
+            seen[of] += 1
     return found
+
+
+def _shared(places: _Places) -> list[tuple[str, int, int]]:
+    return sorted(set.intersection(*(set(place) for place in places.values())))
+
+
+def _most_left(results: Mapping[str, Measured]) -> int:
+    """How many videos all methods have at least, if they were made of the same captions and seeds."""
+    skipped = [len(measured.skipped) for measured in results.values()]
+    return max(len(measured.videos) + len(measured.skipped) for measured in results.values()) - sum(skipped)
 
 
 def differences_of(

@@ -20,8 +20,8 @@ def named(name, *captions, skipped=()):
     return VideoSet(name, f"out/{name}", videos(*captions), dict.fromkeys(skipped, "broken"))
 
 
-def measured(found, values):
-    return Measured(found, {}, {"clipsim": np.array(values, dtype=float)})
+def measured(found, values, skipped=()):
+    return Measured(found, dict.fromkeys(skipped, "broken"), {"clipsim": np.array(values, dtype=float)})
 
 
 def test_the_same_captions_in_any_order_are_alike():
@@ -46,14 +46,41 @@ def test_what_cannot_be_opened_is_no_other_caption():
 
 
 def test_methods_are_compared_on_the_videos_that_all_have():
-    """The k-th video of a caption with the k-th; what one method lacks counts for none."""
+    """By caption and seed; what one method lacks counts for none."""
     a = measured(videos("x", "y", "x", "z", seeds=(1, 0, 0, 0)), [11, 20, 10, 30])
-    b = measured(videos("x", "x", "z", seeds=(0, 1, 0)), [1, 2, 3])
+    b = measured(videos("x", "x", "z", seeds=(0, 1, 0)), [1, 2, 3], skipped=["y"])
     shared, left_out = common({"a": a, "b": b})
     assert left_out == 1
     assert shared["a"].values["clipsim"].tolist() == [10, 11, 30]
     assert shared["b"].values["clipsim"].tolist() == [1, 2, 3]
     assert [video.caption for video in shared["a"].videos] == ["x", "x", "z"]
+
+
+def test_a_seed_that_cannot_be_read_moves_no_other():
+    a = measured(videos(*"xxxx", seeds=(0, 1, 2, 3)), [0, 1, 2, 3])
+    b = measured(videos(*"xxx", seeds=(0, 2, 3)), [0, 2, 3], skipped=["x-1.mp4"])
+    shared, left_out = common({"a": a, "b": b})
+    assert left_out == 1
+    assert shared["a"].values["clipsim"].tolist() == shared["b"].values["clipsim"].tolist() == [0, 2, 3]
+    neither = measured(videos(*"xxx", seeds=(0, 1, 3)), [0, 1, 3], skipped=["x-2.mp4"])
+    shared, left_out = common({"b": b, "neither": neither})
+    assert (left_out, shared["b"].values["clipsim"].tolist()) == (2, [0, 3])
+
+
+@pytest.mark.parametrize("seeds", [(7, 8, 9), (None, None, None)], ids=["others", "unknown"])
+def test_methods_of_other_seeds_are_compared_in_their_order(seeds):
+    a = measured(videos("x", "x", "y", seeds=(1, 0, 0)), [11, 10, 20])
+    b = measured(videos("x", "x", "y", seeds=seeds), [1, 2, 3])
+    shared, left_out = common({"a": a, "b": b})
+    assert left_out == 0
+    assert shared["a"].values["clipsim"].tolist() == [10, 11, 20]
+    assert shared["b"].values["clipsim"].tolist() == [1, 2, 3]
+
+
+def test_a_caption_with_one_seed_twice_is_no_loss():
+    a, b = (measured(videos("x", "x", "y", seeds=(0, 0, 0)), [1, 2, 3]) for _ in range(2))
+    shared, left_out = common({"a": a, "b": b})
+    assert left_out == 0 and shared["a"].values["clipsim"].tolist() == [1, 2, 3]
 
 
 def test_differences_are_of_pairs_over_captions():
