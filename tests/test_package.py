@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cards": {"hub", "location", "settings"},
     "lora": {"files", "hub", "location", "settings"},
     "data": {"text_files"},
-    "evaluation": {"data", "features", "files", "hub", "location", "tables", "video_io"},
+    "evaluation": {"data", "features", "files", "hub", "location", "tables", "text_files", "video_io"},
     "base_models": {"conditioning", "consistency", "hub", "location", "lora", "moved", "scheduler", "settings"},
     "publish": {
         *("base_models", "cards", "files", "hub", "location", "lora", "settings", "text_files", "video_io"),

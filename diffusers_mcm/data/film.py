@@ -81,7 +81,7 @@ def read_packets(container: av.container.InputContainer, streams) -> Iterator[av
         raise UnusableItem("a stream begins in the middle of the file, which is probably damaged") from error
 
 
-def _film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+def film_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
     """The streams that may be the film, the likeliest first: by default flag, then by size. Covers are none."""
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     films = [stream for stream in container.streams.video if not stream.disposition & pictures]
@@ -114,7 +114,7 @@ def read_index(container: av.container.InputContainer, oriented: bool = True) ->
 
     Only if it is to be `oriented` is anything decoded, its first frame.
     """
-    streams = _film_streams(container)
+    streams = film_streams(container)
     durations: dict[int, list[tuple[int | None, int | None]]] = {stream.index: [] for stream in streams}  # by times
     keyframes: dict[int, list[Keyframe]] = {stream.index: [] for stream in streams}
     orientations: dict[int, Orientation | None] = {}

@@ -109,7 +109,7 @@ class _MetadataReader:
     def _read(self, path: str) -> Iterator[tuple[bytes, list[str]]]:
         name = join(self.folder, path)
         asked = [name for name in (self.request.media_column, self.request.caption_column) if name is not None]
-        table, damaged = _open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
+        table, damaged = open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
         if not table.columns:
             problem = next((f"; {table.unit} {row.line}: {row.problem}" for row in table.rows if row.problem), "")
             raise ValueError(
@@ -196,7 +196,7 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:
+def open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:
     """A metadata table, and whether some of its bytes are no text."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".parquet":

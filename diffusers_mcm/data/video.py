@@ -11,7 +11,7 @@ from av.video.reformatter import VideoReformatter
 
 from .counted import counted_film, film_key, remember
 from .faults import UnusableItem, check_own_fault, unusable
-from .film import FilmIndex, open_film, read_index, read_packets
+from .film import FilmIndex, film_streams, open_film, read_index, read_packets
 from .frames import orientation_of, picture
 from .images import open_path
 from .timing import ClipChoice
@@ -172,3 +172,18 @@ def check_clip(media: dict, num_frames: int) -> None:
             read_index(container, oriented=False).positions(ClipChoice(num_frames, 1, None, 0.0))
     except (FFmpegError, OSError, MemoryError) as error:
         raise unusable(error, open_path(media), "the video") from error
+
+
+def frame_rate(media: dict) -> float | None:
+    """Frames a second of a video, by its header; None where that does not say it.
+
+    Raises:
+        UnusableItem, MachineError: as `read_clip`.
+    """
+    try:
+        with open_film(media) as container:
+            film = film_streams(container)[0]
+            rate = film.average_rate or film.guessed_rate
+    except (FFmpegError, OSError, MemoryError) as error:
+        raise unusable(error, open_path(media), "the video") from error
+    return float(rate) if rate else None

@@ -1,6 +1,7 @@
 """Measures folders of videos against a reference: the call behind `diffusers-mcm evaluate`."""
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ..files import write_text
 from ..hub import public_name
 from .distances import COVARIANCES
 from .measuring import (
+    Kept,
     Measure,
     Measured,
     Processes,
@@ -22,17 +24,21 @@ from .measuring import (
     content_measure,
     frame_measure,
     measure,
+    measured_before,
     motion_measure,
     video_measure,
 )
-from .metrics import DEFAULT, ESTIMATOR, KERNEL, Against, Column, Score, columns_of, mean_score
+from .metrics import DEFAULT, ESTIMATOR, Against, Column, Score, columns_of, mean_score
 from .motion import MEASURES
 from .networks import CLIP_SOURCE, FRAME_NETWORKS, VIDEO_NETWORKS, Choice, ClipFeatures, load_clip
+from .page import rate_remarks
 from .pairing import Progress, check_alike, common, differences_of, warn_of_other_captions
-from .results import Evaluation, Method, check_protocols
-from .videos import RESIZE, WINDOWS, VideoSet, Window, digest_of, open_reference, open_samples, size_of
+from .records import Method
+from .results import Evaluation, check_protocols
+from .samples import open_samples, size_of
+from .videos import RESIZE, WINDOWS, VideoSet, Window, digest_of, open_reference, seeds_of
 
-STEPS = "num_inference_steps"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +118,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure folders of videos, and write `evaluation.json`, `evaluation.md` and a picture into `output`.
 
-    Features are kept in `output/features`, so that a run that was stopped goes on. Results that are there already by
-    the same protocol stay beside the new ones; differences are those between the folders of one call.
+    Features are kept in `output/features`, so that a run that was stopped goes on. Methods that are there already by
+    the same protocol stay beside the new ones, and are scored with them as if all had been measured in one call, from
+    their features; where these are gone their scores stay, without intervals beside the new ones.
 
     Args:
-        folders: name -> a folder of samples, see `videos.open_samples`.
+        folders: name -> a folder of samples, see `samples.open_samples`.
         reference: real videos with captions, whatever `data.sources.open_rows` opens.
         output: a folder.
         options: how it is done.
@@ -133,24 +140,24 @@ def evaluate(
     options, processes = options or Options(), processes or Processes()
     before = Evaluation.read(output)
     plan = _plan(folders, reference, images, options, data or {})
-    if before is not None:  # before the work, not after it
-        known = {key: value for key, value in before.protocol.items() if key not in _KNOWN_AFTERWARDS}
-        check_protocols(known, plan.protocol, str(output))
+    as_written = plan.window._replace(frame_interval=1, fps=None, place="start")
+    earlier = _earlier(before, plan, output, as_written, options.seed)
 
     def measured(videos: VideoSet, window: Window, names: Iterable[str]) -> Measured:
-        chosen = {name: plan.measures[name] for name in names} | {"content": content_measure()}
-        return measure(
-            videos, window, options.seed, chosen, Path(output, "features", videos.name), processes, progress
-        )
+        folder = Path(output, "features", videos.name)
+        return measure(videos, window, options.seed, plan.chosen(names), folder, processes, progress)
 
     truth = measured(plan.real, plan.window, plan.names(of_frames=None if plan.pictures is None else False))
     shown = None if plan.pictures is None else measured(plan.pictures, plan.window, plan.names(of_frames=True))
-    as_written = plan.window._replace(frame_interval=1, fps=None, place="start")
     results = {videos.name: measured(videos, as_written, plan.measures) for videos in plan.samples}
     if processes.index == 0:
-        found = _scored(plan, truth, shown, results, options, progress)
+        results = {name: kept.read() for name, kept in earlier.items()} | results
+        found = _scored(plan.beside(earlier), truth, shown, results, options, progress)
         found = replace(found, versions={**(versions or {}), **found.versions})
-        found.with_others(before, str(output)).write(output)
+        found = found.with_others(before, str(output))
+        found.write(output)
+        for remark in rate_remarks(found.reference, found.methods):
+            logger.warning(remark)
     processes.wait()
     written = Evaluation.read(output)
     if written is None:
@@ -158,7 +165,33 @@ def evaluate(
     return written
 
 
-_KNOWN_AFTERWARDS = ("samples", "contents")  # of the protocol, when all has been read
+def _earlier(
+    before: Evaluation | None, plan: "_Plan", output: str | os.PathLike, window: Window, seed: int
+) -> dict[str, Kept]:
+    """What `output` still has of methods that were measured before and are not now; they are scored with the others.
+
+    Raises:
+        ValueError: before the work, if they were measured by another protocol, or show other captions.
+    """
+    if before is None:
+        return {}
+    known = {key: value for key, value in before.protocol.items() if key not in _KNOWN_AFTERWARDS}
+    check_protocols(known, plan.protocol, str(output))
+    names = before.methods.keys() - {videos.name for videos in plan.samples}
+    found = {
+        name: kept
+        for name in before.methods
+        if name in names
+        and (kept := measured_before(Path(output, "features", name), window, seed, plan.chosen(plan.measures)))
+    }
+    try:
+        check_alike([*plan.samples, *(kept.videos for kept in found.values())])
+    except ValueError as error:
+        raise ValueError(f"{error}; {', '.join(found)} were measured before into {output}: or name another") from error
+    return found
+
+
+_KNOWN_AFTERWARDS = ("samples", "contents", "fps")  # of the protocol, when all has been read
 
 
 class _Plan(NamedTuple):
@@ -176,6 +209,14 @@ class _Plan(NamedTuple):
     def names(self, of_frames: bool | None) -> list[str]:
         """The measures, all of them or those of frames or the others alone."""
         return [name for name in self.measures if of_frames is None or name.startswith("frame.") is of_frames]
+
+    def chosen(self, names: Iterable[str]) -> dict[str, Measure]:
+        """These measures, and what tells one content from another."""
+        return {name: self.measures[name] for name in names} | {"content": content_measure()}
+
+    def beside(self, earlier: Mapping[str, Kept]) -> "_Plan":
+        """The same with sets that were measured before."""
+        return self._replace(samples=[*(kept.videos for kept in earlier.values()), *self.samples])
 
 
 def _plan(
@@ -201,7 +242,7 @@ def _plan(
         "seed": options.seed,
         "networks": networks,
         "covariance": options.covariance,
-        **({"kernel": ESTIMATOR} if {column.key.partition(".")[0] for column in columns} & {*KERNEL} else {}),
+        "kernel distances": ESTIMATOR,
     }
     weights = {choice.row: public_name(choice.source, given=True) for choice in (*video_choices, *frame_choices)}
     if "clipsim" in networks:
@@ -222,7 +263,7 @@ def _scored(
     captions = sorted(video.caption for video in next(iter(shared.values())).videos)
     read = [each.contents() for each in (truth, shown) if each is not None]
     samples = {"num_videos": len(captions), "captions": digest_of(captions)}
-    protocol = plan.protocol | {"samples": samples, "contents": read}
+    protocol = plan.protocol | {"samples": samples, "contents": read, "fps": truth.fps()}
     targets = truth.values if shown is None else {**truth.values, **shown.values}
     against = {  # made once for all methods: it takes the reference's moments, or sums its kernel
         column.key: column.metric.against(targets[f"{column.metric.features}.{column.network}"], options.covariance)
@@ -234,7 +275,7 @@ def _scored(
     alone = [column for column in plan.columns if column.metric.against is None]
     described = _method(plan.real, truth, values_of(truth, scores_of(truth, {}, alone)))
     if shown is not None and plan.pictures is not None:
-        described = replace(described, skipped={**described.skipped, **_public(plan.pictures.source, shown.skipped)})
+        described = replace(described, skipped={**described.skipped, **plan.pictures.public(shown.skipped)})
     return Evaluation(
         protocol,
         {**computed_by(), **plan.weights},
@@ -242,6 +283,7 @@ def _scored(
         {videos.name: _method(videos, shared[videos.name], values[videos.name]) for videos in plan.samples},
         differences_of(shared, scores, values, options.resamples, options.seed, progress),
         [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else [],
+        options.resamples,
     )
 
 
@@ -296,22 +338,18 @@ def values_of(measured: Measured, scores: Mapping[str, Score]) -> dict[str, floa
 
 
 def _method(videos: VideoSet, measured: Measured, values: Mapping[str, float]) -> Method:
-    steps = videos.settings.get(STEPS)
     return Method(
         source=public_name(videos.source, given=True),
         num_videos=len(measured.videos),
         num_captions=len({video.caption for video in measured.videos}),
-        skipped=_public(videos.source, measured.skipped),
-        steps=steps if isinstance(steps, int) else None,
+        skipped=videos.public(measured.skipped),
+        steps=videos.steps,
         settings=dict(videos.settings),
         values=dict(values),
+        steps_by_name=videos.steps_by_name,
+        fps=measured.fps(),
+        seeds=seeds_of(measured.videos),
     )
-
-
-def _public(source: str, skipped: Mapping[str, str]) -> dict[str, str]:
-    """Names within the source, which say nothing of the machine."""
-    folder = os.path.join(source, "")
-    return {name.removeprefix(folder): reason.replace(folder, "") for name, reason in skipped.items()}
 
 
 def computed_by() -> dict[str, str]:

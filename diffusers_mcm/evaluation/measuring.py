@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.faults import UnusableItem
-from ..files import atomic_file
+from ..files import atomic_file, write_text
+from ..hub import public_name
 from .distances import unit
 from .motion import motion_of
 from .networks import ClipFeatures, Features
 from .videos import Video, VideoSet, Window
 
 SHARD = 16  # videos whose frames are in memory at one time
+FORMAT = 2  # of the files of features
+INDEX_NAME = "index.json"  # of the features of one set, as they were measured last
 
 
 class Measure(NamedTuple):
@@ -83,7 +86,7 @@ class Measured:
     Attributes:
         videos: those that could be read.
         skipped: the others' names, with the reason.
-        values: measure -> (number of videos, ...).
+        values: measure -> (number of videos, ...); `fps` are the clips' rates, NaN where a file does not say it.
     """
 
     videos: Sequence[Video]
@@ -99,6 +102,11 @@ class Measured:
         """How many were read, and a SHA-256 that other pixels under the same names would not have."""
         state = hashlib.sha256(np.sort(self.values["content"]).tobytes())
         return {"num_videos": len(self.videos), "sha256": state.hexdigest()}
+
+    def fps(self) -> list[float] | None:
+        """The lowest and the highest rate of the clips; None where no file says it."""
+        known = self.values["fps"][np.isfinite(self.values["fps"])]
+        return [round(float(value), 3) for value in (known.min(), known.max())] if len(known) else None
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def measure(
         progress: wraps the numbers of the shards that are worked on.
     """
     processes = processes or Processes()
-    shards = [videos.videos[start : start + SHARD] for start in range(0, len(videos.videos), SHARD)]
+    shards = _shards(videos)
     paths = [
         {name: folder / _file_name(name, number, shard, window, seed, each.key) for name, each in measures.items()}
         for number, shard in enumerate(shards)
@@ -140,11 +148,73 @@ def measure(
     for number in progress(pending[processes.index :: processes.count], videos.name):
         _measure_shard(shards[number], number * SHARD, window, seed, measures, paths[number])
     processes.wait()
+    if processes.index == 0:
+        files = {name: [path[name].name for path in paths] for name in measures}
+        _write_index(folder / INDEX_NAME, videos, files, _recipe(window, seed, measures))
     return _gathered(videos, shards, paths, list(measures))
 
 
+class Kept(NamedTuple):
+    """The features of a set that an earlier call measured, whose files may be elsewhere by now."""
+
+    videos: VideoSet
+    paths: Sequence[Mapping[str, Path]]  # of each shard, by measure
+
+    def read(self) -> Measured:
+        """What was computed of the set, its videos under their names within it."""
+        shards = _shards(self.videos)
+        return _gathered(self.videos, shards, self.paths, list(self.paths[0]))
+
+
+def measured_before(folder: Path, window: Window, seed: int, measures: Mapping[str, Measure]) -> Kept | None:
+    """What the last call of `measure` left in a folder; None if it was of another kind, or files are gone."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return None
+    found = json.loads(index.read_text(encoding="utf-8"))
+    if found.pop("recipe") != _recipe(window, seed, measures) or found.pop("shard") != SHARD:
+        return None
+    files: dict[str, list[str]] = found.pop("files")
+    paths = [{name: folder / file for name, file in zip(files, row)} for row in zip(*files.values())]
+    if not all(path.is_file() for row in paths for path in row.values()):
+        return None
+    videos = [Video(name, caption, own_seed, _gone, None) for name, caption, own_seed in found.pop("videos")]
+    return Kept(VideoSet(videos=videos, **found), paths)
+
+
+def _gone(window: Window, start: float) -> np.ndarray:
+    raise NotImplementedError("of a set that was measured before there are the features alone")
+
+
+def _write_index(path: Path, videos: VideoSet, files: Mapping[str, Sequence[str]], recipe: str) -> None:
+    """Say which files hold a set's features, without a word on where on this machine the set lies."""
+    about = {
+        "recipe": recipe,
+        "shard": SHARD,
+        "files": files,
+        "name": videos.name,
+        "source": public_name(videos.source, given=True),
+        "videos": [[videos.within(video.name), video.caption, video.seed] for video in videos.videos],
+        "skipped": videos.public(videos.skipped),
+        "settings": videos.settings,
+        "steps": videos.steps,
+        "steps_by_name": videos.steps_by_name,
+    }
+    write_text(path, json.dumps(about) + "\n")
+
+
+def _shards(videos: VideoSet) -> list[Sequence[Video]]:
+    return [videos.videos[start : start + SHARD] for start in range(0, len(videos.videos), SHARD)]
+
+
+def _recipe(window: Window, seed: int, measures: Mapping[str, Measure]) -> str:
+    """A digest of what decides the features of a video."""
+    recipe = [FORMAT, window, seed, sorted((name, each.key) for name, each in measures.items())]
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
 def _file_name(name: str, number: int, shard: Sequence[Video], window: Window, seed: int, key: Any) -> str:
-    recipe = [window, seed, key, [(video.name, video.caption, video.stamp) for video in shard]]
+    recipe = [FORMAT, window, seed, key, [(video.name, video.caption, video.stamp) for video in shard]]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return f"{name}-{number:05d}-{digest[:16]}.safetensors"
 
@@ -154,20 +224,24 @@ def _measure_shard(
 ) -> None:
     from safetensors.numpy import save_file
 
-    frames, used, skipped = list[np.ndarray](), list[int](), dict[str, str]()
+    frames, used, rates, skipped = list[np.ndarray](), list[int](), list[float](), dict[str, str]()
     for place, video in enumerate(shard):
         try:
-            frames.append(video.read(window, window.start(seed, first + place)))
-            used.append(place)
+            clip, rate = video.read(window, window.start(seed, first + place)), window.rate(video.rate())
         except UnusableItem as reason:
             skipped[str(place)] = str(reason)
+            continue
+        frames.append(clip)
+        rates.append(rate)
+        used.append(place)
     captions = [shard[place].caption for place in used]
     for name, path in paths.items():
         if path.is_file():
             continue
         values = measures[name].compute(np.stack(frames), captions) if used else np.zeros(0)
         with atomic_file(path) as temporary:
-            tensors = {"values": np.ascontiguousarray(values), "used": np.array(used, dtype=np.int64)}
+            tensors = {"values": np.ascontiguousarray(values), "fps": np.array(rates, dtype=np.float64)}
+            tensors["used"] = np.array(used, dtype=np.int64)
             save_file(tensors, temporary, {"skipped": json.dumps(skipped)})
 
 
@@ -177,14 +251,16 @@ def _gathered(
     from safetensors import safe_open
 
     used, skipped = list[Video](), dict(videos.skipped)
-    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "fps")}
     for shard, files in zip(shards, paths):
         for name, path in files.items():
             with safe_open(path, "np") as file:
                 places = file.get_tensor("used").tolist()
                 if places:
                     values[name].append(file.get_tensor("values"))
+                rates = file.get_tensor("fps")
                 reasons = json.loads(file.metadata()["skipped"])
+        values["fps"].append(rates)
         used += [shard[place] for place in places]
         skipped |= {shard[int(place)].name: reason for place, reason in reasons.items()}
     if len(used) < 2:

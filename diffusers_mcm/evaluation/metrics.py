@@ -153,7 +153,6 @@ METRICS = {
     "cmmd": Metric("CMMD", "frame", _cmmd, "lower", 2, "clip"),
     "motion": Metric("motion", None, None, "", 3),
 }
-KERNEL = ("kvd", "kid", "cmmd")  # the kernel distances
 DEFAULT = ("fvd", "clipsim", "fid", "motion")
 
 

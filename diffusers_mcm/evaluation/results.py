@@ -1,9 +1,7 @@
 """What an evaluation found, with the protocol it was found by: `evaluation.json`, `evaluation.md` and a picture."""
 
-import itertools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,50 +9,14 @@ from typing import Any
 
 from ..files import write_text
 from ..tables import table
+from . import page
 from .distances import Interval
 from .metrics import METRICS, Column, column_of
 from .picture import draw
+from .records import TRAILING_STEPS, Difference, Method
 
 FORMAT = 1  # of evaluation.json
 JSON_NAME, PAGE_NAME, PICTURE_NAME = "evaluation.json", "evaluation.md", "evaluation.png"
-_TRAILING_STEPS = re.compile(r"[-_ ]?(\d+)(?:[-_ ]?steps?)?$")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What was found of one folder of samples.
-
-    Attributes:
-        source: the folder.
-        num_videos: how many were read; `skipped` names the others, with the reason.
-        num_captions: how many different ones.
-        steps: of sampling, where the samples say it.
-        settings: what all samples say of how they were made.
-        values: column's key -> score, None where there is none.
-    """
-
-    source: str
-    num_videos: int
-    num_captions: int
-    skipped: Mapping[str, str]
-    steps: int | None
-    settings: Mapping[str, Any]
-    values: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One method less another in one column, with the paired 95 % interval over captions."""
-
-    method: str
-    less: str
-    column: str
-    interval: Interval
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.interval.low > 0 or self.interval.high < 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +30,7 @@ class Evaluation:
         methods: by name, in the order in which they were given.
         differences: between all pairs of methods that were measured in one call.
         notes: what a reader of the table has to know.
+        resamples: of the captions, for the intervals.
     """
 
     protocol: Mapping[str, Any]
@@ -76,6 +39,7 @@ class Evaluation:
     methods: Mapping[str, Method]
     differences: Sequence[Difference] = field(default_factory=tuple)
     notes: Sequence[str] = ()
+    resamples: int = 0
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Evaluation | None":
@@ -93,25 +57,41 @@ class Evaluation:
             reference = Method(**found["reference"])
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}")
-            return cls(found["protocol"], found["versions"], reference, methods, differences, found["notes"])
+            about = found["protocol"], found["versions"], reference
+            return cls(*about, methods, differences, found["notes"], found.get("resamples", 0))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no result of an evaluation that this version wrote ({error!r}): choose another folder"
             ) from error
 
     def with_others(self, before: "Evaluation | None", where: str) -> "Evaluation":
-        """These results beside those of before; of a method that was measured again the new ones.
+        """These results beside those of before; of a method that is in both, these.
+
+        What stays of before are methods that are not in these, and differences whose scores are the same as they were.
 
         Raises:
             ValueError: if they were found by another protocol; the message names each field that differs.
         """
         if before is None:
             return self
-        check_protocols(before.protocol, self.protocol, where)
-        anew = set(self.methods)
-        kept = [each for each in before.differences if not {each.method, each.less} & anew]
-        notes = list(dict.fromkeys([*before.notes, *self.notes]))
+        stays = before.methods.keys() - self.methods.keys()
+        # which samples these are is settled anew where all methods are scored together
+        known = {key: value for key, value in before.protocol.items() if stays or key != "samples"}
+        check_protocols(
+            known, {key: value for key, value in self.protocol.items() if stays or key != "samples"}, where
+        )
         together = {**before.methods, **self.methods}
+        found = {frozenset((each.method, each.less)) for each in self.differences}
+        kept = [
+            each
+            for each in before.differences
+            if frozenset((each.method, each.less)) not in found
+            and all(
+                before.methods[name].values.get(each.column) == together[name].values.get(each.column)
+                for name in (each.method, each.less)
+            )
+        ]
+        notes = list(dict.fromkeys([*(before.notes if stays else ()), *self.notes]))
         return replace(self, methods=together, differences=[*kept, *self.differences], notes=notes)
 
     def columns(self) -> list[Column]:
@@ -133,7 +113,7 @@ class Evaluation:
         for name, method in self.methods.items():
             if method.steps is None:
                 continue
-            ending = _TRAILING_STEPS.search(name)
+            ending = TRAILING_STEPS.search(name)
             own = ending is not None and int(ending[1]) == method.steps and ending.start() > 0
             found.setdefault(name[: ending.start()] if ending and own else name, []).append(
                 (method.steps, method.values)
@@ -143,7 +123,7 @@ class Evaluation:
     def rows(self) -> list[tuple[str, dict[str, str]]]:
         """The table of methods, the reference first: each name with its cells by column."""
         rows = []
-        for name, method in {"(reference)": self.reference, **self.methods}.items():
+        for name, method in {page.REFERENCE: self.reference, **self.methods}.items():
             cells = {"steps": str(method.steps or "–"), "videos": str(method.num_videos)}
             for column in self.columns():
                 value = method.values.get(column.key)
@@ -152,8 +132,9 @@ class Evaluation:
         return rows
 
     def summary(self) -> str:
-        """The table of methods, in markdown."""
-        return "\n\n".join([table(self.rows(), self._titles()), *self.notes])
+        """The table of methods, in markdown, and what a reader has to know of it."""
+        remarks = page.remarks(self.reference, self.methods)
+        return "\n\n".join([table(self.rows(), self._titles()), *self.notes, *remarks])
 
     def _titles(self) -> list[str]:
         return ["steps", "videos", *(column.title for column in self.columns())]
@@ -170,26 +151,24 @@ class Evaluation:
         return {"about": about, "columns": titles, "rows": rows}
 
     def page(self) -> str:
-        """The results in markdown: protocol, methods, differences, what was skipped."""
-        parts = ["# Evaluation", _head(self.protocol, self.versions), "## Methods", self.summary()]
-        better = [f"{c.title}: {c.metric.better} is better" for c in self.columns() if c.metric.better]
+        """The results in markdown: protocol, methods and how they were made, differences, what was skipped."""
+        columns = self.columns()
+        parts = ["# Evaluation", page.head(self.protocol, self.versions, self.resamples), "## Methods", self.summary()]
+        better = [f"{c.title}: {c.metric.better} is better" for c in columns if c.metric.better]
         still = "A still video raises CLIPSIM and every measure of consistency: read them beside the motion."
         parts.append(". ".join([*(["; ".join(better)] if better else []), still]))
-        if self.differences:
-            parts += ["## Differences", _differences(self, self.columns())]
-        skipped = [
-            f"- {name}: {file}: {reason}"
-            for name, method in {"the reference": self.reference, **self.methods}.items()
-            for file, reason in method.skipped.items()
-        ]
-        if skipped:
-            parts += ["## Skipped", "\n".join(skipped)]
+        parts += ["## How the samples were made", page.settings(self.reference, self.methods)]
+        if len(self.methods) > 1:
+            text = page.differences(self.methods, self.differences, columns, self.resamples)
+            parts += ["## Differences", text]
+        if skipped := page.skipped(self.reference, self.methods):
+            parts += ["## Skipped", skipped]
         return "\n\n".join(parts) + "\n"
 
 
 def check_protocols(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """`ValueError` that names what differs unless two protocols are one."""
-    a, b = _flat(before), _flat(json.loads(json.dumps(now)))
+    a, b = page.flat(before), page.flat(json.loads(json.dumps(now)))
     differ = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     if differ:
         lines = "".join(f"\n  {key}: {a.get(key)!r} there, {b.get(key)!r} now" for key in differ[:8])
@@ -197,39 +176,3 @@ def check_protocols(before: Mapping[str, Any], now: Mapping[str, Any], where: st
             f"the results in {where} were found by another protocol, and numbers of two protocols cannot be laid side "
             f"by side: choose another --output, or measure as before. What differs:{lines}"
         )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    if not isinstance(value, Mapping):
-        return {name: value}
-    parts = (_flat(each, f"{name}.{key}" if name else str(key)) for key, each in value.items())
-    return dict(itertools.chain.from_iterable(part.items() for part in parts))
-
-
-def _head(protocol: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    rows = [(f"`{key}`", {"value": str(value)}) for key, value in _flat(protocol).items()]
-    rows.append(("versions", {"value": ", ".join(f"{name} {version}" for name, version in versions.items())}))
-    return table(rows, ["value"])
-
-
-def _differences(evaluation: Evaluation, columns: Sequence[Column]) -> str:
-    """Every method less the first, with intervals; in bold where 0 lies outside."""
-    first = next(iter(evaluation.methods))
-    rows: dict[str, dict[str, str]] = {}
-    by_key = {column.key: column for column in columns}
-    for each in evaluation.differences:
-        if first not in (each.method, each.less) or each.column not in by_key:
-            continue
-        sign = -1 if each.method == first else 1
-        values = sorted(sign * value for value in each.interval[1:])
-        column = by_key[each.column]
-        text = f"{column.format(sign * each.interval.estimate)} ({' to '.join(map(column.format, values))})"
-        other = each.less if each.method == first else each.method
-        rows.setdefault(other, {})[column.title] = f"**{text}**" if each.is_clear else text
-    shown = [column.title for column in columns if any(column.title in cells for cells in rows.values())]
-    about = (
-        f"Each method less {first}, with the 95 % interval of the paired difference over captions; bold where 0 lies "
-        "outside. It holds for these captions and these weights: another training may differ by more."
-    )
-    return f"{about}\n\n{table(list(rows.items()), shown)}"

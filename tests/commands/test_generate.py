@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusers_mcm import MCMFlowScheduler, MCMPipeline, get_base_model
 from diffusers_mcm.cli import main
-from diffusers_mcm.evaluation.videos import open_samples
+from diffusers_mcm.evaluation.samples import open_samples
 from diffusers_mcm.lora import add_lora
 from diffusers_mcm.video_io import read_metadata
 from tests.hub_server import hub_server

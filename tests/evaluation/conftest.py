@@ -6,10 +6,13 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
 
+from diffusers_mcm.evaluation.records import Method
+from diffusers_mcm.evaluation.results import Evaluation
 from diffusers_mcm.shapes.captions import held_out_captions
 from diffusers_mcm.shapes.render import render_video
 from diffusers_mcm.video_io import write_video
 
+PROTOCOL = {"reference": {"sha256": "ab", "num_videos": 500}, "window": {"num_frames": 16}, "networks": {"i3d": {}}}
 CAPTIONS = [str(caption) for caption in held_out_captions()[:6]]
 
 
@@ -66,3 +69,31 @@ def samples(tmp_path_factory):
     write_samples(root / "mcm4")
     write_samples(root / "mcm1", 1, lambda video: np.repeat(video[:1], 16, 0))
     return root
+
+
+def ramp(count=40):
+    """Frame t has brightness 4 t."""
+    return np.broadcast_to((4 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, 16, 16, 3))
+
+
+@pytest.fixture
+def ramps(tmp_path):
+    for number, length in enumerate((40, 12)):
+        write_video(tmp_path / f"{number}.mp4", ramp(length))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.mp4,long\n1.mp4,short\n2.mp4,gone\n")
+    return tmp_path
+
+
+def brightness(frames):
+    return np.rint(frames.mean((1, 2, 3)) / 4).tolist()
+
+
+def method(fvd=500.0, steps=4, **changes):
+    values = {"fvd.i3d": fvd, "motion.change": 4.0, "motion.near_still": 0.0, "motion.flicker": 0.5}
+    fields = dict(source="out", num_videos=500, num_captions=500, skipped={}, steps=steps, settings={}, values=values)
+    return Method(**fields | changes)
+
+
+def evaluation(protocol=PROTOCOL, differences=(), notes=(), **methods):
+    truth = method(values={"motion.change": 4.5})
+    return Evaluation(protocol, {"torch": "2.13"}, truth, methods, list(differences), list(notes))

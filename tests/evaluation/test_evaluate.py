@@ -11,7 +11,10 @@ from diffusers_mcm.commands.prompts import read_prompts
 from diffusers_mcm.evaluation.distances import frechet_distance
 from diffusers_mcm.evaluation.evaluate import Options, evaluate, write_prompts
 from diffusers_mcm.evaluation.networks import load_videomae
-from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples
+from diffusers_mcm.evaluation.samples import open_samples
+from diffusers_mcm.evaluation.videos import Window, open_reference
+from diffusers_mcm.shapes.render import render_video
+from diffusers_mcm.video_io import write_video
 from tests.evaluation.conftest import CAPTIONS, write_samples
 
 
@@ -47,7 +50,6 @@ def test_scores_are_those_of_the_features(samples, world, tmp_path, options, vid
         *("fvd.videomae", "fid.dinov2", "clipsim", "motion.change", "motion.near_still", "motion.flicker")
     }
     assert found.methods["mcm4"].steps == 4 and found.methods["mcm1"].steps == 1
-    assert "kernel" not in found.protocol  # there is no kernel distance among these
 
 
 def test_a_frozen_video_is_seen_by_its_motion_alone(samples, world, tmp_path, options):
@@ -64,12 +66,72 @@ def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tm
     output = tmp_path / "results"
     evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options))
     again = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
-    assert list(again.methods) == ["mcm4", "mcm1"] and again.differences == []
+    assert list(again.methods) == ["mcm4", "mcm1"]
     written = json.loads((output / "evaluation.json").read_text())
     assert written["versions"]["CLIPSIM"] == "mcm-shapes-clip"
     assert [row[0] for row in written["table"]["rows"]] == ["(reference)", "mcm4", "mcm1"]
     assert Image.open(output / "evaluation.png").size[1] > 100
-    assert "| mcm1 | 1 | 6 |" in (output / "evaluation.md").read_text()
+    page = (output / "evaluation.md").read_text()
+    assert "| mcm1 | 1 | 6 |" in page and "| `resamples` | 20 of" in page
+    assert "- mcm4: num_inference_steps 4, model mcm-shapes, seeds 0 to 5, 8 frames a second" in page
+
+
+def test_what_is_measured_later_is_scored_as_in_one_call(samples, world, tmp_path, options):
+    """From the features that are kept: differences, scores and what is said of the samples are the same."""
+    together = evaluate(folders(samples), str(world), tmp_path / "together", Options(**options))
+    output = tmp_path / "results"
+    for name in ("mcm4", "mcm1", "mcm4"):  # the first of them again
+        found = evaluate({name: samples / name}, str(world), output, Options(**options))
+    assert found.methods == together.methods and found.protocol == together.protocol
+    told = {frozenset((d.method, d.less)): abs(d.interval.estimate) for d in found.differences}
+    assert told == {frozenset((d.method, d.less)): abs(d.interval.estimate) for d in together.differences}
+    assert len(found.differences) == len(together.differences) == 6
+
+
+def test_where_features_are_gone_scores_stay_and_the_page_says_what_has_no_interval(samples, world, tmp_path, options):
+    output, options = tmp_path / "results", options | dict(metrics=("clipsim",))
+    evaluate(folders(samples), str(world), output, Options(**options))
+    shutil.rmtree(output / "features" / "mcm4")
+    kept = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
+    assert len(kept.differences) == 4  # neither has changed
+    third = write_samples(tmp_path / "third4", seeds=range(20, 26))
+    evaluate({"third4": third}, str(world), output, Options(**options))
+    page = (output / "evaluation.md").read_text()
+    assert page.count("Each method less mcm4") == page.count("Each method less mcm1") == 1
+    assert "There are no intervals of third4 less mcm4: the features of the methods that were measured earlier" in page
+    shutil.rmtree(output)
+    evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options))
+    shutil.rmtree(output / "features" / "mcm4")
+    evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
+    page = (output / "evaluation.md").read_text()
+    assert "There are no intervals: the features of the methods that were measured earlier" in page
+
+
+def test_other_captions_than_those_of_earlier_methods_are_refused_before_the_work(samples, world, tmp_path, options):
+    output = tmp_path / "results"
+    evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options))
+    write_samples(tmp_path / "other", captions=[*CAPTIONS[:5], CAPTIONS[0]])
+    with pytest.raises(ValueError, match="mcm4 does not show '.*', as .*other does: .*; mcm4 were measured before"):
+        evaluate({"other": tmp_path / "other"}, str(world), output, Options(**options))
+    assert not (output / "features" / "other").exists()
+
+
+@pytest.mark.parametrize("change, rates, told", [({}, [24, 24], True), ({"frame_interval": 3}, [8, 8], False),
+                                                 ({"fps": 8.0}, [8, 8], False)])  # fmt: skip
+def test_clips_of_other_frame_rates_are_told(change, rates, told, samples, tmp_path, options, caplog):
+    """Samples have 8 frames a second, the reference 24, of which every third is taken, or 8 a second."""
+    lines = ["file_name,caption"]
+    for number, caption in enumerate(CAPTIONS):
+        write_video(tmp_path / "world" / f"{number}.mp4", render_video(caption, number, "video", 64, 16), fps=24)
+        lines.append(f"{number}.mp4,{caption}")
+    (tmp_path / "world" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    options |= dict(metrics=("clipsim",), num_frames=4) | change
+    one = {"mcm4": samples / "mcm4"}
+    found = evaluate(one, str(tmp_path / "world"), tmp_path / "results", Options(**options))
+    assert found.protocol["fps"] == found.reference.fps == rates
+    assert found.methods["mcm4"].fps == [8, 8]
+    sentence = f"The clips of the reference have {rates[0]} frames a second, but those of mcm4 8: at two rates"
+    assert (sentence in caplog.text) == (sentence in found.summary()) == told
 
 
 def test_another_protocol_is_refused_before_the_work(samples, world, tmp_path, options):
@@ -94,7 +156,9 @@ def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path,
     other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder))
     fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
     assert fid[1] > 1.2 * fid[0]
-    assert own.protocol["kernel"] == "unbiased, every two different rows a pair, frames of one video among them"
+    assert (
+        own.protocol["kernel distances"] == "unbiased, every two different rows a pair, frames of one video among them"
+    )
     assert own.protocol["images"] is None and other.protocol["images"]["num_videos"] == 6
     (folder / "4.png").write_bytes(b"no picture")
     fewer = evaluate(one, str(world), tmp_path / "fewer", Options(**options), images=str(folder))
@@ -107,6 +171,7 @@ def test_a_reference_of_broken_videos_is_counted(samples, world, tmp_path, optio
     found = evaluate({"mcm4": samples / "mcm4"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
     assert found.reference.num_videos == 5
     assert list(found.reference.skipped) == ["3.mp4"]
+    assert "Skipped: 1 of the reference." in found.summary()
     assert "- the reference: 3.mp4: " in (tmp_path / "results" / "evaluation.md").read_text()
 
 
@@ -128,6 +193,10 @@ def test_a_video_that_one_method_lacks_counts_for_none(samples, world, tmp_path,
     assert found.methods["mcm4"].values == found.methods["broken"].values
     assert list(found.methods["broken"].skipped) == ["0002-clip.mp4"]  # and no path of this machine
     assert "1 videos count for no method" in (tmp_path / "results" / "evaluation.md").read_text()
+    later = evaluate({"mcm1": samples / "mcm1"}, str(world), tmp_path / "results", Options(**options))
+    assert {method.num_videos for method in later.methods.values()} == {5}
+    shutil.rmtree(tmp_path / "results" / "features" / "broken")
+    shutil.rmtree(tmp_path / "results" / "features" / "mcm4")
     with pytest.raises(ValueError, match="samples.num_videos: 5 there, 6 now"):
         evaluate({"mcm1": samples / "mcm1"}, str(world), tmp_path / "results", Options(**options))
 

@@ -22,7 +22,8 @@ from diffusers_mcm.evaluation.measuring import (
     video_measure,
 )
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
-from diffusers_mcm.evaluation.videos import Window, open_reference, open_samples
+from diffusers_mcm.evaluation.samples import open_samples
+from diffusers_mcm.evaluation.videos import Window, open_reference
 from diffusers_mcm.video_io import encode_mp4, write_video
 from tests.evaluation.conftest import CAPTIONS, write_samples
 
@@ -137,6 +138,7 @@ def test_shapes_of_features(six, tmp_path, videomae):
     }
     values = measure(six, WINDOW, 0, measures, tmp_path / "features").values
     shapes = {name: found.shape for name, found in values.items()}
+    assert shapes.pop("fps") == (6,)
     assert shapes == {"video.videomae": (6, 16), "frame.dinov2": (6, 8, 64), "clipsim": (6,), "motion": (6, 3)}
     assert values["clipsim"].min() > 55  # true captions
     per_video = video_measure(load_videomae(videomae), 1).compute

@@ -5,20 +5,9 @@ import json
 import pytest
 
 from diffusers_mcm.evaluation.distances import Interval
-from diffusers_mcm.evaluation.results import Difference, Evaluation, Method, check_protocols
-
-PROTOCOL = {"reference": {"sha256": "ab", "num_videos": 500}, "window": {"num_frames": 16}, "networks": {"i3d": {}}}
-
-
-def method(fvd=500.0, steps=4, **changes):
-    values = {"fvd.i3d": fvd, "motion.change": 4.0, "motion.near_still": 0.0, "motion.flicker": 0.5}
-    fields = dict(source="out", num_videos=500, num_captions=500, skipped={}, steps=steps, settings={}, values=values)
-    return Method(**fields | changes)
-
-
-def evaluation(protocol=PROTOCOL, differences=(), notes=(), **methods):
-    truth = method(values={"motion.change": 4.5})
-    return Evaluation(protocol, {"torch": "2.13"}, truth, methods, list(differences), list(notes))
+from diffusers_mcm.evaluation.records import Difference
+from diffusers_mcm.evaluation.results import Evaluation, check_protocols
+from tests.evaluation.conftest import PROTOCOL, evaluation, method
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -27,28 +16,6 @@ def test_results_come_back_as_they_were_written(tmp_path):
     written.write(tmp_path)
     assert Evaluation.read(tmp_path) == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
-
-
-def test_the_page_shows_protocol_methods_differences_and_what_was_skipped():
-    clear = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
-    unclear = Difference("lcm4", "mcm4", "motion.change", Interval(0.1, -0.2, 0.3))
-    page = evaluation(
-        differences=[clear, unclear], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "it is broken"})
-    ).page()
-    assert "| `reference.num_videos` | 500 |" in page and "| `window.num_frames` | 16 |" in page
-    assert "| (reference) | 4 | 500 | – | 4.500 |" in page
-    assert "| mcm4 | 4 | 500 | 500.0 | 4.000 |" in page
-    assert "| lcm4 | **200.0 (150.0 to 240.0)** | 0.100 (-0.200 to 0.300) |" in page
-    assert "- lcm4: a.mp4: it is broken" in page and "A still video raises CLIPSIM" in page
-
-
-def test_a_difference_is_turned_so_that_it_is_less_the_first():
-    page = evaluation(
-        differences=[Difference("mcm4", "lcm4", "fvd.i3d", Interval(-200.0, -240.0, -150.0))],
-        mcm4=method(),
-        lcm4=method(700.0),
-    ).page()
-    assert "| lcm4 | **200.0 (150.0 to 240.0)** |" in page
 
 
 def test_another_protocol_is_refused_with_the_field_that_differs():
@@ -69,6 +36,8 @@ def test_methods_of_before_stay_and_those_measured_again_are_replaced():
     found = {name: each.values["fvd.i3d"] for name, each in after.methods.items()}
     assert found == {"mcm4": 500.0, "lcm4": 650.0, "ddim4": 900.0}
     assert after.differences == []  # the one of before was of other numbers
+    same = evaluation(lcm4=method(700.0), ddim4=method(900.0)).with_others(before, "results")
+    assert same.differences == [stays]  # neither has changed
 
 
 def test_a_file_that_is_no_result(tmp_path):
@@ -101,16 +70,6 @@ def test_columns_of_before_stay():
     assert "| lcm4 | 4 | 500 | – | 29.80 | 4.000 | – | – |" in later.page()
 
 
-def test_notes_stand_below_the_table():
-    page = evaluation(notes=["2 videos count for no method."], mcm4=method()).page()
-    assert "| 0.500 |\n\n2 videos count for no method." in page
-
-
 def test_names_that_are_no_utf8(tmp_path):
     evaluation(mcm4=method(skipped={"caf\udce9.mp4": "broken"})).write(tmp_path)
     assert "caf\\udce9.mp4" in (tmp_path / "evaluation.md").read_text()
-
-
-def test_motion_alone():
-    page = evaluation(mcm4=method(values={"motion.change": 4.0})).page()
-    assert "\n\nA still video raises CLIPSIM" in page

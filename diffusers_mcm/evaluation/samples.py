@@ -1,0 +1,262 @@
+"""Folders of samples: of this package, of any other tool with a table beside them, or named as VBench names them."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.columns import VIDEOS
+from ..data.faults import UnusableItem, unusable
+from ..data.folders import open_table
+from ..data.images import fit
+from ..data.remote import file_version
+from ..data.video import frame_rate
+from ..text_files import find_name
+from ..video_io import read_metadata
+from .records import steps_in_name
+from .videos import Video, VideoSet, Window, normalised, open_reference, read_window
+
+_METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
+_ANIMATIONS = (".gif", ".webp")  # which Pillow reads with how long each picture stays
+_SUFFIXES = (*VIDEOS.extensions, *_ANIMATIONS)
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STEPS = "num_inference_steps"
+# columns of a table beside samples, and what `generate` calls the same in a file's own metadata
+_TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
+_TOLD["steps"] = STEPS
+_NUMBERED = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")  # VBench's naming
+
+
+def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet:
+    """The videos of a folder: `diffusers-mcm generate`'s, any tool's beside a `metadata.csv`, or VBench's names.
+
+    The prompt is what a table beside the files says, else what the files' own metadata say, else the files' names
+    without `-0` at their ends. Seeds and steps are taken from the same places, the steps else from the number at the
+    end of the name. Folders of frames are read as well. Samples are read from their first frame on, each
+    frame. What cannot be opened at all is skipped, with the reason.
+
+    Raises:
+        ValueError: if there are no videos, or some do not say what they show.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "not there"
+        raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
+    name = name or folder.name or folder.resolve().name
+    if any((folder / table).is_file() for table in _METADATA_NAMES):
+        return _listed_samples(name, folder)
+    paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
+    if not paths:
+        raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SUFFIXES)}")
+    metadata = {path: read_metadata(path) or {} for path in paths}
+    if any("prompt" in found for found in metadata.values()):
+        return _own_samples(name, folder, metadata)
+    return _named_samples(name, folder, paths)
+
+
+def _holds_frames(path: Path) -> bool:
+    return bool(frame_files(path)) if path.is_dir() else path.suffix.lower() in _SUFFIXES
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The pictures of a folder, by the numbers in their names: 2 comes before 10."""
+    pictures = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != "."]
+    return sorted(pictures, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
+
+
+def _listed_samples(name: str, folder: Path) -> VideoSet:
+    """Samples that a table beside them lists."""
+    listed = open_reference(str(folder), None, 0, name=name)
+    tables = _said_in_tables(folder)
+    said = [
+        {**(read_metadata(video.name) or {}), **tables.get(os.path.normpath(video.name), {})}
+        for video in listed.videos
+    ]
+    videos = [_sample(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)]
+    return _described(name, folder, videos, listed.skipped, said)
+
+
+def _said_in_tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """File -> what the tables beside it say of how it was made, under the names of `generate`'s own metadata."""
+    found = {}
+    for path in (folder / name for name in _METADATA_NAMES):
+        if not path.is_file():
+            continue
+        table, _ = open_table(str(path), (*VIDEOS.file_columns, *_TOLD))
+        names = {column: _TOLD[known] for known in _TOLD if (column := find_name(table.columns, known))}
+        file = next((column for known in VIDEOS.file_columns if (column := find_name(table.columns, known))), None)
+        if file is None or not names:
+            continue
+        for row in table.rows:
+            values = {key: row.values.get(column) for column, key in names.items()}
+            told = {key: value for key, value in values.items() if value not in (None, "")}
+            found[os.path.normpath(folder / str(row.values.get(file)))] = told
+    return found
+
+
+def _own_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:
+    """Samples of which at least one says its prompt in its metadata."""
+    videos, skipped = list[Video](), dict[str, str]()
+    for path, found in metadata.items():
+        if "prompt" in found:
+            videos.append(_sample(path, str(found["prompt"]), found))
+        elif reason := _why_unreadable(path):
+            skipped[str(path)] = reason
+        else:
+            raise ValueError(f"{path} does not say what it shows, as others of {folder} do: move it elsewhere")
+    said = [found for found in metadata.values() if "prompt" in found]
+    return _described(name, folder, videos, skipped, said)
+
+
+def _described(
+    name: str, folder: Path, videos: Sequence[Video], skipped: Mapping[str, str], said: Sequence[Mapping[str, Any]]
+) -> VideoSet:
+    """A set of samples with what their metadata say of all of them."""
+    settings = _alike(said, ("prompt", "negative_prompt", "seed"))
+    mentioned = {_whole(each.get(STEPS)) for each in said}
+    steps = mentioned.pop() if len(mentioned) == 1 else None
+    by_name = None if mentioned - {None} or steps is not None else steps_in_name(name)
+    return VideoSet(name, str(folder), videos, skipped, settings, steps or by_name, by_name is not None)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, as JSON or a table has it; None for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
+    """Samples that are called by their prompts."""
+    videos = []
+    for path in paths:
+        numbered = _NUMBERED.fullmatch(path.name if path.is_dir() else path.stem)
+        if not numbered:
+            raise ValueError(
+                f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
+                " and caption beside it, or a name such as 'a prompt-0.mp4'"
+            )
+        videos.append(_sample(path, numbered["prompt"], {"seed": int(numbered["index"])}))
+    if len(videos) > 1 and len({video.caption for video in videos}) == 1:
+        raise ValueError(
+            f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
+            " metadata.csv with file_name and caption beside them that says what they show"
+        )
+    return _described(name, folder, videos, {}, [])
+
+
+def _sample(path: Path, caption: str, metadata: Mapping[str, Any]) -> Video:
+    stamp = [[each.name, file_version(each)] for each in frame_files(path)] if path.is_dir() else file_version(path)
+
+    def read(window: Window, start: float) -> np.ndarray:
+        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
+            return _fitted(_pictures(path, metadata), window)
+        return read_window({"path": str(path), "bytes": None}, window, start)
+
+    def rate() -> float | None:
+        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
+            return _shown_rate(path, metadata)
+        return frame_rate({"path": str(path), "bytes": None})
+
+    return Video(str(path), normalised(caption), _whole(metadata.get("seed")), read, stamp, rate)
+
+
+def _shown_rate(path: Path, metadata: Mapping[str, Any]) -> float | None:
+    """Frames a second of an animation or a folder of frames, by what was written into it or how long pictures stay."""
+    from PIL import Image, ImageSequence
+
+    if isinstance(said := metadata.get("fps"), (int, float)):
+        return float(said)
+    if path.is_dir():
+        return None
+    with Image.open(path) as image:
+        stays = [each.info.get("duration", 0) for each in ImageSequence.Iterator(image)]
+    return 1000 / min(stays) if stays and min(stays) > 0 else None
+
+
+def _alike(rows: Sequence[Mapping[str, Any]], but: Sequence[str]) -> dict[str, Any]:
+    """What all rows say, and say alike."""
+    first = rows[0] if rows else {}
+    return {k: value for k, value in first.items() if k not in but and all(row.get(k) == value for row in rows)}
+
+
+def _pictures(path: Path, metadata: Mapping[str, Any]) -> list:
+    """The frames of a folder or of an animation, each as often as it stays.
+
+    A writer of animations makes one picture of equal ones in a row, and a picture without times of a still video; of
+    one that says its `fps` and `num_frames` the frames are known all the same.
+    """
+    from PIL import Image, ImageSequence
+
+    try:
+        if path.is_dir():
+            return [Image.open(frame).convert("RGB") for frame in frame_files(path)]
+        with Image.open(path) as image:
+            shown = [(each.convert("RGB"), each.info.get("duration", 0)) for each in ImageSequence.Iterator(image)]
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        raise unusable(error, str(path), "the video") from error
+    count, fps = metadata.get("num_frames"), metadata.get("fps")
+    if not count or not fps or len(shown) >= count:
+        return [picture for picture, _ in shown]
+    if len(shown) == 1:
+        return [shown[0][0]] * count
+    return [picture for picture, duration in shown for _ in range(max(1, round(duration * fps / 1000)))]
+
+
+def _fitted(pictures: Sequence, window: Window) -> np.ndarray:
+    """The first frames of a clip, of the size that is asked for."""
+    if len(pictures) < window.span:
+        raise UnusableItem(f"it has {len(pictures)} frames, fewer than the {window.span} asked for")
+    chosen = pictures[: window.span : window.frame_interval]
+    return np.stack([np.asarray(fit(picture, window.height, window.width)) for picture in chosen])
+
+
+def _why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be opened; None if it can."""
+    try:
+        _size(path)
+    except UnusableItem as reason:
+        return str(reason)
+    return None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width of the frames of a sample."""
+    if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
+        width, height = _pictures(path, {})[0].size
+        return height, width
+    import av
+
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            return stream.height, stream.width
+    except (OSError, IndexError, ValueError) as error:
+        raise unusable(error, str(path), "the video") from error
+
+
+def size_of(samples: Sequence[VideoSet]) -> tuple[int, int]:
+    """Height and width that all methods' samples have, told from the first of each that can be opened.
+
+    Raises:
+        ValueError: if none can be opened, or they differ.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for each in samples:
+        for video in each.videos:
+            try:
+                sizes[each.source] = _size(Path(video.name))
+                break
+            except UnusableItem:
+                continue
+        else:
+            raise ValueError(f"none of the {len(each.videos)} videos of {each.source} can be opened")
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{width}×{height} in {source}" for source, (height, width) in sizes.items())
+        raise ValueError(f"expected samples of one size, got {told}: say with --size to which all are brought")
+    return next(iter(sizes.values()))

@@ -1,0 +1,196 @@
+"""Folders of samples: what each video shows, how it was made, and which of its frames are read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_mcm.data.faults import UnusableItem
+from diffusers_mcm.evaluation.samples import open_samples, size_of
+from diffusers_mcm.evaluation.videos import Window, seeds_of
+from diffusers_mcm.video_io import write_video
+from tests.evaluation.conftest import CAPTIONS, brightness, ramp, write_samples
+
+WINDOW = Window(4, 1, None, "start", 64, 64)
+
+
+def test_own_samples_say_prompt_seed_and_settings(tmp_path):
+    found = open_samples(write_samples(tmp_path / "mcm4"))
+    assert found.name == "mcm4"
+    assert [(video.caption, video.seed) for video in found.videos] == list(zip(CAPTIONS, range(6)))
+    assert found.settings == {"num_inference_steps": 4, "model": "mcm-shapes"}
+
+
+def test_only_what_all_samples_say_alike_is_a_setting(tmp_path):
+    write_samples(tmp_path / "all", 4)
+    write_video(tmp_path / "all" / "last.mp4", ramp(8), metadata={"prompt": "p", "num_inference_steps": 8})
+    assert open_samples(tmp_path / "all").settings == {}
+
+
+def test_a_table_beside_the_files_says_the_prompts(ramps):
+    found = open_samples(ramps, "theirs")
+    assert [video.caption for video in found.videos] == ["long", "short"] and found.name == "theirs"
+    assert len(found.skipped) == 1
+
+
+@pytest.mark.parametrize("column", ["steps", "num_inference_steps", "Num Inference Steps"])
+def test_a_table_may_say_seeds_steps_and_settings(ramps, column):
+    lines = [f"file_name,caption,seed,{column},sampler", "0.mp4,long,7,4,ddim", "1.mp4,short,9,4,ddim"]
+    (ramps / "metadata.csv").write_text("\n".join(lines))
+    found = open_samples(ramps, "theirs")
+    assert [video.seed for video in found.videos] == [7, 9] and seeds_of(found.videos) == "7 and 9"
+    assert (found.steps, found.steps_by_name, found.settings["sampler"]) == (4, False, "ddim")
+    (ramps / "metadata.csv").write_text("\n".join([lines[0], "0.mp4,long,,4,ddim", "1.mp4,short,,8,dpm++"]))
+    mixed = open_samples(ramps, "theirs8")
+    assert mixed.steps is None and mixed.settings == {} and seeds_of(mixed.videos) is None
+
+
+def test_the_files_own_metadata_count_beside_a_table(tmp_path):
+    folder = Path(write_samples(tmp_path / "mcm"))
+    (folder / "metadata.csv").write_text("file_name,caption\n0001-clip.mp4,one\n0002-clip.mp4,two\n")
+    found = open_samples(folder)
+    assert [(video.caption, video.seed) for video in found.videos] == [("one", 0), ("two", 1)]
+    assert found.steps == 4 and found.settings["model"] == "mcm-shapes"
+
+
+def test_steps_are_taken_from_the_name_where_nothing_else_says_them(ramps, tmp_path):
+    found = open_samples(ramps, "lcm4")
+    assert (found.steps, found.steps_by_name) == (4, True)
+    assert (open_samples(ramps, "lcm").steps, open_samples(ramps, "lcm").steps_by_name) == (None, False)
+    own = open_samples(write_samples(tmp_path / "mcm8", steps=4))
+    assert (own.steps, own.steps_by_name) == (4, False)
+
+
+@pytest.mark.parametrize("name", ["a-0.mp4", "a-0.gif", "a-0.webp", "a-0"])
+def test_frame_rates_of_samples(tmp_path, name):
+    write_video(tmp_path / name, ramp(8), fps=12.5, metadata={"prompt": "p", "fps": 12.5})
+    (video,) = open_samples(tmp_path).videos
+    assert video.rate() == pytest.approx(12.5)
+    rates = [Window(4, 1, None, "start", 8, 8), Window(4, 5, None, "start", 8, 8), Window(4, 1, 6.0, "start", 8, 8)]
+    assert [window.rate(12.5) for window in rates] == [12.5, 2.5, 6.0]
+    assert np.isnan(rates[0].rate(None)) and rates[2].rate(None) == 6.0
+
+
+@pytest.mark.parametrize("name", ["a-0.gif", "a-0"])
+def test_frame_rates_that_nothing_says(tmp_path, name):
+    write_video(tmp_path / name, ramp(8), fps=10)
+    assert open_samples(tmp_path).videos[0].rate() == (None if name == "a-0" else pytest.approx(10))
+
+
+def test_vbench_names(tmp_path):
+    write_video(tmp_path / "a blue ring-0.mp4", ramp(8))
+    for index in range(2):
+        write_video(tmp_path / f"a red-hot ring-{index}.mp4", ramp(8))
+    found = [(video.caption, video.seed) for video in open_samples(tmp_path).videos]
+    assert found == [("a blue ring", 0), ("a red-hot ring", 0), ("a red-hot ring", 1)]
+
+
+@pytest.mark.parametrize("name", ["a-0.mp4", "a-0.gif", "a-0.webp", "a-0"])
+def test_every_format_that_holds_frames(tmp_path, name):
+    write_video(tmp_path / name, ramp(8))
+    (video,) = open_samples(tmp_path).videos
+    frames = video.read(Window(4, 1, None, "start", 16, 16), 0)
+    assert frames.shape == (4, 16, 16, 3) and brightness(frames) == [0, 1, 2, 3]
+    assert size_of([open_samples(tmp_path)]) == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["a-0.webp", "a-0"])
+def test_too_few_pictures(tmp_path, name):
+    write_video(tmp_path / name, ramp(3))
+    with pytest.raises(UnusableItem, match="it has 3 frames, fewer than the 4 asked for"):
+        open_samples(tmp_path).videos[0].read(WINDOW, 0)
+
+
+def test_names_that_only_count_are_no_captions(tmp_path):
+    for index in range(3):
+        write_video(tmp_path / f"sample-{index:04d}.mp4", ramp(8))
+    with pytest.raises(
+        ValueError, match="all 3 videos of .* would show 'sample', by their names: write a metadata.csv"
+    ):
+        open_samples(tmp_path)
+
+
+def test_frames_are_read_by_the_numbers_in_their_names(tmp_path):
+    (tmp_path / "a-0").mkdir()
+    for t in range(12):
+        Image.fromarray(ramp()[t]).save(tmp_path / "a-0" / f"{t}.png")
+    frames = open_samples(tmp_path).videos[0].read(Window(12, 1, None, "start", 16, 16), 0)
+    assert brightness(frames) == list(range(12))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("shown", [[5] * 8, [0, 0, 0, 9, 9, 20, 20, 20]], ids=["still", "in part"])
+def test_animations_whose_writer_joins_equal_frames(tmp_path, suffix, shown):
+    path = tmp_path / f"clip{suffix}"
+    write_video(path, ramp()[shown], fps=8, metadata={"prompt": "p", "seed": 0, "num_frames": 8, "fps": 8})
+    frames = open_samples(tmp_path).videos[0].read(Window(8, 1, None, "start", 16, 16), 0)
+    np.testing.assert_allclose(brightness(frames), shown, atol=1)
+
+
+def test_a_table_beside_animations(tmp_path):
+    write_video(tmp_path / "a.webp", ramp(8))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.webp,one\n")
+    (video,) = open_samples(tmp_path).videos
+    assert video.caption == "one" and len(video.read(WINDOW, 0)) == 4
+
+
+def test_what_cannot_be_opened_is_skipped_where_others_say_their_prompts(tmp_path):
+    folder = Path(write_samples(tmp_path / "mcm4"))
+    (folder / "0002-clip.mp4").write_bytes((folder / "0002-clip.mp4").read_bytes()[:700])
+    (folder / "0003-clip.mp4").write_bytes(b"")
+    (folder / "._0001-clip.mp4").write_bytes(b"what macOS leaves")
+    found = open_samples(folder)
+    assert [video.caption for video in found.videos] == [CAPTIONS[0], *CAPTIONS[3:]]
+    assert {Path(name).name for name in found.skipped} == {"0002-clip.mp4", "0003-clip.mp4"}
+    assert all("cannot be read" in reason for reason in found.skipped.values())
+
+
+def test_a_video_without_a_prompt_among_others_that_have_one(tmp_path):
+    write_samples(tmp_path / "mcm4")
+    write_video(tmp_path / "mcm4" / "other.mp4", ramp(8))
+    with pytest.raises(ValueError, match="other.mp4 does not say what it shows, as others of .* do"):
+        open_samples(tmp_path / "mcm4")
+
+
+@pytest.mark.parametrize("name", ["a-0.webp", "a-0"])
+def test_a_broken_picture_is_the_videos_fault(tmp_path, name):
+    write_video(tmp_path / name, ramp(8))
+    broken = tmp_path / name / "0003.png" if name == "a-0" else tmp_path / name
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(UnusableItem, match="the video cannot be read"):
+        open_samples(tmp_path).videos[0].read(WINDOW, 0)
+
+
+def test_samples_of_several_sizes(tmp_path):
+    write_samples(tmp_path / "a")
+    write_video(tmp_path / "b" / "a-0.mp4", ramp(8))
+    with pytest.raises(ValueError, match=r"samples of one size, got 64×64 in .*a, 16×16 in .*b: say with --size"):
+        size_of([open_samples(tmp_path / "a"), open_samples(tmp_path / "b")])
+
+
+def test_captions_are_the_same_however_unicode_writes_them(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(8), metadata={"prompt": "cafe\u0301"})
+    assert open_samples(tmp_path).videos[0].caption == "caf\u00e9"
+
+
+def test_a_video_that_does_not_say_what_it_shows(tmp_path):
+    write_video(tmp_path / "clip.mp4", ramp(8))
+    with pytest.raises(ValueError, match=r"clip.mp4 does not say what it shows: .* metadata.csv with file_name"):
+        open_samples(tmp_path)
+
+
+def test_folders_without_videos(tmp_path):
+    with pytest.raises(ValueError, match="holds no videos"):
+        open_samples(tmp_path)
+    with pytest.raises(ValueError, match="which is not there"):
+        open_samples(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="which is a file"):
+        open_samples(tmp_path / "file")
+
+
+def test_the_size_of_what_cannot_be_read(tmp_path):
+    (tmp_path / "a-0.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="none of the 1 videos of .* can be opened"):
+        size_of([open_samples(tmp_path)])
