@@ -3,14 +3,15 @@
     python examples/shapes/measure.py --runs work/ablate --world world --output examples/shapes/ablation
 
 Each LoRA becomes `ROW-SEED.json` with its training's record, its scores, and the scores on resampled captions that
-paired intervals are made of; `protocol.json` says how all of them were measured. What is there already stays.
+paired intervals are made of; `protocol.json` says how all of them were measured, spacing and guidance of the samplers
+too. What is there already stays.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ablate import ROWS, SEEDS, runs
@@ -21,8 +22,10 @@ from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, me
 from diffusers_mcm.evaluation.motion import MEASURES
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
 from diffusers_mcm.files import write_text
+from diffusers_mcm.pipelines.samplers import SPACINGS
 from diffusers_mcm.shapes.build import compress
-from diffusers_mcm.shapes.captions import Caption, held_out_captions
+from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced, training_captions
+from diffusers_mcm.shapes.figures import GUIDANCES, Study
 from diffusers_mcm.shapes.methods import Method, Networks
 from diffusers_mcm.shapes.render import render_image, render_video
 from diffusers_mcm.shapes.scores import outcomes, read
@@ -32,8 +35,23 @@ REFERENCE_SEEDS = range(1000, 1016)  # none that is sampled or that a world was 
 DOMAINS = ("clean", "cartoon")  # of the images of Table 3
 ORACLE = ("all_right", "shape", "motion", "identity_kept", "wobble", "flicker", "displacement", "watermark_seen")
 DIGITS = 5
-# The teacher without distillation: no row of the training, but lines of Table 1.
-BASELINES = {"teacher-ddim": ("ddim", 2.0), "teacher-dpm": ("dpm++", 2.0)}
+SEARCH_CAPTIONS = 40  # of the training, as many as shapes figures takes
+GUIDANCE = "the best of seven by the oracle's all right on 40 training captions, as in shapes figures"
+
+
+class Baseline(NamedTuple):
+    """The teacher without distillation: no row of the training, but a line of Table 1."""
+
+    sampler: str
+    guidances: dict[int, float]  # at each number of steps that which `--search` finds
+    spacing: str = SPACINGS[0]
+
+
+BASELINES = {
+    "teacher-ddim": Baseline("ddim", {1: 3.0, 2: 2.0, 4: 1.5, 8: 2.0}),
+    "teacher-dpm": Baseline("dpm++", {1: 3.0, 2: 2.0, 4: 2.0, 8: 1.5}),
+}
+STUDENT = Baseline("mcm", dict.fromkeys(STEPS, 1.0), "that of the distillation")
 
 
 class Ruler:
@@ -59,6 +77,9 @@ class Ruler:
             "images": f"{len(self.captions) * len(REFERENCE_SEEDS)} rendered images each, {', '.join(DOMAINS)}",
             "networks": {name: measure.key for name, measure in self.measures.items()},
             "resamples": resamples,
+            "seeds": f"0 to {seeds - 1}",
+            "samplers": {name: described(row) for name, row in (BASELINES | {"trained": STUDENT}).items()},
+            "guidance": GUIDANCE,
         }
 
     def _truth(self) -> dict[str, Callable[[np.ndarray], Score]]:
@@ -115,11 +136,17 @@ def _rounded(values: Any) -> Any:
     return None if np.isnan(values) else float(f"{values:.{DIGITS}g}")
 
 
-def measure_one(ruler: Ruler, networks: Networks, network: str, sampler: str, guidance: float) -> dict[str, Any]:
+def described(row: Baseline) -> dict[str, Any]:
+    """How a network is sampled, as plain values."""
+    guidance = {str(steps): row.guidances[steps] for steps in STEPS}
+    return {"sampler": row.sampler, "spacing": row.spacing, "guidance": guidance}
+
+
+def measure_one(ruler: Ruler, networks: Networks, network: str) -> dict[str, Any]:
     """Step count -> what the ruler says of a network."""
-    found = {}
+    found, row = {}, BASELINES.get(network, STUDENT)
     for steps in STEPS:
-        method = Method(network, network, network, sampler, steps, guidance)
+        method = Method(network, network, network, row.sampler, steps, row.guidances[steps])
         found[str(steps)] = ruler.score(lambda captions, seeds, m=method: networks.sample(m, captions, seeds))
         print(f"{network}, {steps} steps: fvd {found[str(steps)]['values']['fvd']:.4g}", flush=True)
     return found
@@ -131,12 +158,23 @@ def write(path: Path, content: Any) -> None:
 
 
 def check_protocol(folder: Path, protocol: dict[str, Any]) -> None:
-    """Write the protocol; ValueError if what is there was measured by another one."""
+    """Write the protocol; ValueError if something is there that was measured by another one."""
     path, said = folder / "protocol.json", json.loads(json.dumps(protocol))
-    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != said:
-        differ = [key for key in said if before.get(key) != said[key]]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else said
+    if before != said and any(file.name != path.name for file in folder.glob("*.json")):
+        differ = [key for key in sorted({*said, *before}) if before.get(key) != said.get(key)]
         raise ValueError(f"{folder} was measured by another protocol ({', '.join(differ)}): name another --output.")
     write(path, said)
+
+
+def search(folder: Path, batch_size: int) -> None:
+    """Say which guidance is best for the teacher's samplers, for `BASELINES`; readings are kept in `folder`."""
+    study = Study(Networks({"teacher": "mcm-shapes-teacher"}), folder, batch_size)
+    for name, row in BASELINES.items():
+        for steps in STEPS:
+            method = Method(f"{name}-{steps}", name, "teacher", row.sampler, steps)
+            best, shares = study.best_guidance(method, GUIDANCES, spaced(training_captions(), SEARCH_CAPTIONS))
+            print(f"{name}, {steps} steps: guidance {best:g}, all right {shares}", flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -156,12 +194,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--videos", type=int, default=8, help="of each of the 60 captions (default: 8)")
     add("--resamples", type=int, default=100, help="of the captions (default: 100)")
     add("--batch_size", type=int, default=16, help="videos at once (default: 16)")
+    add("--search", action="store_true", help="say which guidance is best for the teacher, and measure nothing")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(arguments)
-    ruler = None
+    args, ruler = parse(arguments), None
+    if args.search:
+        search(args.runs / "search", args.batch_size)
+        return
     for row in args.rows:
         if row in BASELINES:
             jobs = [(args.output / f"{row}.json", None)]
@@ -169,16 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             finished = [run for run in runs([row], args.seeds, args.runs, args.world) if run.finished()]
             jobs = [(args.output / f"{row}-{run.seed}.json", run) for run in finished]
         for path, run in jobs:
-            record = run.record() if run else {"row": row}
+            record = run.record() if run else {"row": row, **described(BASELINES[row])}
             if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["run"] == record:
                 continue
             if ruler is None:
                 ruler = Ruler(args.videos, args.resamples, args.batch_size)
                 check_protocol(args.output, ruler.protocol)
             networks = Networks({row: str(run.folder) if run else "mcm-shapes-teacher"})
-            sampler, guidance = BASELINES.get(row, ("mcm", 1.0))
-            steps = measure_one(ruler, networks, row, sampler, guidance)
-            write(path, {"run": record, "steps": steps})
+            write(path, {"run": record, "steps": measure_one(ruler, networks, row)})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python examples/shapes/tables.py          # or: make tables
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,17 @@ TITLES = {"fvd": "FVD", "clipsim": "CLIPSIM", "fid.clean": "FID (clean)", "fid.c
 
 
 class Ordering(NamedTuple):
-    """What the paper's numbers say of two lines: in `measure`, `better` is better than `worse`."""
+    """What the paper's numbers say of two lines: in `measure`, `better` is better than `worse`.
+
+    With a `margin` by at least that share of the worse one, of a measure of which less is better; with `steps` there
+    alone.
+    """
 
     measure: str
     better: str
     worse: str
+    margin: float = 0
+    steps: tuple[str, ...] = STEPS
 
 
 class Table(NamedTuple):
@@ -47,6 +54,16 @@ class Table(NamedTuple):
     title: str
     measures: tuple[str, str]
     orderings: tuple[Ordering, ...]
+    note: str = ""
+
+
+class Found(NamedTuple):
+    """The worse line less the better one, of what its margin leaves of it."""
+
+    interval: Interval  # over captions
+    agreeing: int  # trainings of which it is above 0
+    trained: int
+    worse: float  # the worse line's own score
 
 
 def orderings(measure: str, *chain: str) -> tuple[Ordering, ...]:
@@ -64,11 +81,19 @@ TABLES = {
             *(Ordering("fvd", "mixed", other) for other in ("lcm", "teacher-ddim", "teacher-dpm")),
             *orderings("clipsim", "mixed", "lcm"),
         ),
+        "FVD is that to the poor videos of the world. MCM with clean images is trained away from how they look: where"
+        " it lies far from them, it succeeded. The paper's MCM is the one with the videos' own frames.",
     ),
     3: Table(
         "Table 3: frames like the images, in one stage or in two",
         ("fid.clean", "fid.cartoon"),
-        tuple(Ordering(f"fid.{domain}", domain, f"two-stage-{domain}") for domain in ("clean", "cartoon")),
+        tuple(
+            Ordering(f"fid.{domain}", domain, f"two-stage-{domain}", margin, steps)
+            for margin, steps in ((0, STEPS), (0.3, ("4",)))
+            for domain in ("clean", "cartoon")
+        ),
+        "FID is that of the videos' frames to clean and to cartoon images. A line is meant for the column of its own"
+        " images; what the other says of it is no merit and no fault.",
     ),
     4: Table(
         "Table 4: what each component gives",
@@ -119,29 +144,28 @@ class Results:
         spread = f" ± {np.nanstd(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.nanmean(values):.{digits}f}{spread}"
 
-    def difference(self, ordering: Ordering, steps: str) -> tuple[Interval, int, int] | None:
-        """The worse line less the better one over captions, in how many of how many trainings it is so; None without.
+    def shared(self, ordering: Ordering) -> list[int]:
+        """The seeds of which both lines have a training; the teacher, which has none, goes with each of the other."""
+        seeds = [set(self.rows.get(row, {})) for row in (ordering.worse, ordering.better)]
+        if ordering.worse in SAMPLERS.values() and seeds[0]:
+            return sorted(seeds[1])
+        return sorted(seeds[0] & seeds[1])
 
-        Trainings are compared by their seeds, the teacher, of which there is one, with each of them.
-        """
-        sign = -1 if ordering.measure == "clipsim" else 1  # there more is better
-        worse, better = (self.rows.get(row, {}) for row in (ordering.worse, ordering.better))
-        if not worse or not better:
-            return None
-        if ordering.worse in SAMPLERS.values():
-            worse = dict.fromkeys(better, worse[0])
-        seeds = sorted(worse.keys() & better.keys())
+    def difference(self, ordering: Ordering, steps: str) -> Found | None:
+        """How far apart the two lines of an ordering are; None where no training of both was measured."""
+        seeds, measure = self.shared(ordering), ordering.measure
         if not seeds:
             return None
-        apart = [
-            sign * (worse[seed][steps]["values"][ordering.measure] - better[seed][steps]["values"][ordering.measure])
-            for seed in seeds
-        ]
-        draws = [
-            np.mean([of[seed][steps]["draws"][ordering.measure] for seed in seeds], axis=0) for of in (worse, better)
-        ]
-        found = paired_interval(float(np.mean(apart)), sign * (draws[0] - draws[1]))
-        return found, sum(value > 0 for value in apart), len(seeds)
+        sign = -1 if measure == "clipsim" else 1  # there more is better
+        better = [self.rows[ordering.better][seed][steps] for seed in seeds]
+        rows = self.rows[ordering.worse]
+        worse = [rows[seed if ordering.worse in ROWS else 0][steps] for seed in seeds]
+        left = 1 - ordering.margin
+        apart = [sign * (left * w["values"][measure] - b["values"][measure]) for w, b in zip(worse, better)]
+        draws = [np.mean([each["draws"][measure] for each in line], axis=0) for line in (worse, better)]
+        interval = paired_interval(float(np.mean(apart)), sign * (left * draws[0] - draws[1]))
+        own = float(np.mean([each["values"][measure] for each in worse]))
+        return Found(interval, sum(value > 0 for value in apart), len(seeds), own)
 
 
 def paper_table(said: Mapping[str, Any]) -> str:
@@ -183,28 +207,35 @@ def oracle_table(number: int, results: Results) -> str:
     return table(rows, [title for title, *_ in ORACLE.values()])
 
 
-def verdicts(which: Table, results: Results) -> str:
+def verdicts(number: int, results: Results) -> str:
     """Which of the paper's orderings hold here, step by step."""
-    rows = []
-    for ordering in which.orderings:
-        cells = {}
-        for steps in STEPS:
-            if (found := results.difference(ordering, steps)) is None:
-                continue
-            interval, agreeing, trained = found
-            estimate, low, high = (f"{value:.{DIGITS[ordering.measure]}f}" for value in interval)
-            word = f"{_verdict(interval, agreeing, trained)}, {agreeing} of {trained}: " if trained > 1 else ""
-            cells[f"@{steps}"] = f"{word}{estimate} ({low} to {high})"
-            cells["trainings"] = str(trained) if trained > 1 else "1: not ranked"
-        rows.append((f"{TITLES[ordering.measure]}: {ordering.better} better than {ordering.worse}", cells))
+    rows, names = [], {row: name for name, row in lines(number).items()}
+    for ordering in TABLES[number].orderings:
+        trained = len(results.shared(ordering))
+        cells = {"trainings": str(trained) if trained > 1 else f"{trained}: not ranked"}
+        for steps in ordering.steps:
+            if (found := results.difference(ordering, steps)) is not None:
+                cells[f"@{steps}"] = _told(found, ordering)
+        by = f" by {ordering.margin:.0%} and more" if ordering.margin else ""
+        label = f"{names[ordering.better]}, better than {names[ordering.worse]}{by}"
+        rows.append((f"{TITLES[ordering.measure]}: {label}", cells))
     return table(rows, [*(f"@{steps}" for steps in STEPS), "trainings"])
 
 
-def _verdict(found: Interval, agreeing: int, trained: int) -> str:
+def _told(found: Found, ordering: Ordering) -> str:
+    """The difference with its interval, and whether the ordering holds; with a margin, in parts of the worse line."""
+    texts = [f"{value:.{DIGITS[ordering.measure]}f}" for value in found.interval]
+    if ordering.margin:
+        texts = [f"{value / found.worse + ordering.margin:.0%}" for value in found.interval]
+    word = f"{_verdict(found)}, {found.agreeing} of {found.trained}: " if found.trained > 1 else ""
+    return f"{word}{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def _verdict(found: Found) -> str:
     """Ranked only where the captions decide and no training says otherwise."""
-    if found.low > 0 and agreeing == trained:
+    if found.interval.low > 0 and found.agreeing == found.trained:
         return "holds"
-    return "**does not hold**" if found.high < 0 and not agreeing else "unclear"
+    return "**does not hold**" if found.interval.high < 0 and not found.agreeing else "unclear"
 
 
 HEAD = """# The paper's tables in miniature
@@ -218,34 +249,64 @@ FVD is the Fréchet distance on `mcm-shapes-video`, a small video network that w
 `mcm-shapes-features`, CLIPSIM that of `mcm-shapes-clip`. Absolute numbers have nothing to do with the paper's, whose
 networks, videos and sizes are others; orderings can be compared. {protocol}
 
+{samplers}
+
 A number is the mean over the trainings ± their deviation. Below each table: the paper's orderings, as the worse line
 less the better one, with the 95 % interval of the paired difference over captions, and in how many of the trainings it
-has that sign. The interval says how far these captions decide, not how far another training would differ; where there
-is one training of a line, nothing is ranked. The last table of each shows what neither measure sees: what the oracle
-reads off four steps.
+has that sign; where the paper says by how much, in parts of the worse line. The interval says how far these captions
+decide, not how far another training would differ; where there is one training of a line, nothing is ranked. The last
+table of each shows what neither measure sees: what the oracle reads off four steps. What stands between comment marks
+is written by hand, and stays when the page is written again.
 """
 
 
-def page(results: Results, paper: Mapping[str, Any]) -> str:
-    """The whole page, in markdown."""
-    protocol = results.protocol
+def told_samplers(protocol: Mapping[str, Any]) -> str:
+    """How the lines were sampled: spacing and guidance decide a baseline."""
+    names, parts = {row: name for name, row in SAMPLERS.items()}, []
+    for row, how in protocol["samplers"].items():
+        scales = {f"{scale:g}" for scale in how["guidance"].values()}
+        steps = ", ".join(f"{scale:g} at {steps}" for steps, scale in how["guidance"].items())
+        guidance = f"guidance {scales.pop()} at all steps" if len(scales) == 1 else f"guidance {steps} steps"
+        parts.append(f"{names.get(row, 'what is trained')}: `{how['sampler']}`, spacing {how['spacing']}, {guidance}")
+    return f"Samplers: {'; '.join(parts)}. The teacher's guidance is {protocol['guidance']}."
+
+
+def page(results: Results, paper: Mapping[str, Any], findings: Mapping[int, str]) -> str:
+    """The whole page, in markdown; `findings` are written by hand, by the numbers of the tables."""
+    protocol, samplers = results.protocol, "Samplers, their spacing and guidance are said here when that is done."
     said = "Nothing has been measured yet."
     if protocol:
+        samplers = told_samplers(protocol)
         said = f"Each has {protocol['videos']} videos of {protocol['captions']} held-out captions, which are compared "
         said += f"with {protocol['reference']}; images: {protocol['images']}."
     trained = sum(results.seeds(row) for row in ROWS)
-    parts = [HEAD.format(trained=trained, all=len(ROWS) * len(SEEDS), protocol=said)]
+    parts = [HEAD.format(trained=trained, all=len(ROWS) * len(SEEDS), protocol=said, samplers=samplers).rstrip("\n")]
     for number, which in TABLES.items():
-        parts += [
-            f"## {which.title}",
-            "The paper:",
-            paper_table(paper[str(number)]),
-            "Here:",
-            our_table(number, results),
-        ]
-        parts += ["The paper's orderings:", verdicts(which, results)]
+        parts += [f"## {which.title}", *([which.note] if which.note else [])]
+        parts += ["The paper:", paper_table(paper[str(number)]), "Here:", our_table(number, results)]
+        parts += ["The paper's orderings:", verdicts(number, results)]
         parts += ["Four steps, read by the oracle and from pixels:", oracle_table(number, results)]
+        parts.append(f"<!-- findings {number} -->\n{findings.get(number, '')}\n<!-- /findings {number} -->")
     return "\n\n".join(parts) + "\n"
+
+
+def findings_of(path: Path) -> dict[int, str]:
+    """What was written by hand into a page, by the numbers of its tables.
+
+    Raises:
+        ValueError: where the marks of a table are not there once each, in their order.
+    """
+    if not path.is_file():
+        return {}
+    text, found = path.read_text(encoding="utf-8"), {}
+    for number in TABLES:
+        parts = re.split(f"<!-- /?findings {number} -->", text)
+        opening, closing = f"<!-- findings {number} -->", f"<!-- /findings {number} -->"
+        if len(parts) == 3 and opening in text and closing in text and text.index(opening) < text.index(closing):
+            found[number] = parts[1].strip("\n")
+        elif len(parts) > 1:
+            raise ValueError(f"expected one {opening} and then one {closing} in {path}: what lies between them stays")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -256,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     paper = json.loads((HERE / "paper.json").read_text(encoding="utf-8"))
-    write_text(args.page, page(Results(args.results), paper))
+    write_text(args.page, page(Results(args.results), paper, findings_of(args.page)))
     print(args.page)
 
 

@@ -1,9 +1,14 @@
 """Measuring what was trained for the tables, on two captions: what is written, what stays, and what is refused."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from diffusers_mcm import MCMPipeline, make_scheduler
+from diffusers_mcm.shapes.methods import TEACHER_METHODS
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
@@ -37,6 +42,7 @@ def test_a_baseline_is_measured_once_and_shown_in_its_table(scripts, tmp_path, c
     assert values["fvd"] > 0 and -100 < values["clipsim"] < 100
     assert all(len(draws) == 3 for draws in written["steps"]["4"]["draws"].values())
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    assert protocol["samplers"]["teacher-ddim"]["guidance"]["4"] == 1.5 and protocol["seeds"] == "0 to 1"
     assert protocol["videos"] == 4 and len(protocol["networks"]["fvd"]["sha256"]) == 64
 
     measure.main(flags(tmp_path, "--videos", 2))
@@ -44,7 +50,9 @@ def test_a_baseline_is_measured_once_and_shown_in_its_table(scripts, tmp_path, c
     tables.main(["--results", str(tmp_path / "out"), "--page", str(tmp_path / "tables.md")])
     page = (tmp_path / "tables.md").read_text()
     assert (
-        f"| DDIM (not trained) | {values['fvd']:.2f} |" in page and "Each has 4 videos of 2 held-out captions" in page
+        f"| DDIM (not trained) | {values['fvd']:.2f} |" in page
+        and "DDIM: `ddim`, spacing trailing, guidance" in page
+        and "Each has 4 videos of 2 held-out captions" in page
     )
 
 
@@ -52,5 +60,51 @@ def test_another_protocol_is_refused(scripts, tmp_path):
     measure, _ = scripts
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "protocol.json").write_text(json.dumps({"captions": 60}))
+    (tmp_path / "out" / "lcm-0.json").write_text("{}")
     with pytest.raises(ValueError, match=r"was measured by another protocol \(captions, .*\): name another --output"):
         measure.main(flags(tmp_path, "--videos", 1))
+    (tmp_path / "out" / "lcm-0.json").unlink()  # nothing was measured by it
+    measure.check_protocol(tmp_path / "out", {"captions": 2})
+    assert json.loads((tmp_path / "out" / "protocol.json").read_text()) == {"captions": 2}
+
+
+def test_the_baselines_are_sampled_at_the_guidance_that_figures_take(scripts, monkeypatch):
+    """Which is not one for all steps; it stands in the protocol with the spacing, and is what the sampler gets."""
+    measure, _ = scripts
+    best = {(row.sampler, row.steps): row.guidance for row in TEACHER_METHODS}
+    given = {(row.sampler, 4): row.guidances[4] for row in measure.BASELINES.values()}
+    assert given == {key: best[key] for key in given}
+    ddim = measure.BASELINES["teacher-ddim"]
+    assert measure.described(ddim) == {
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "guidance": {"1": ddim.guidances[1], "4": 1.5},
+    }
+    sampled = []
+    networks = SimpleNamespace(sample=lambda method, captions, seeds: sampled.append(method))
+    ruler = SimpleNamespace(score=lambda sample: sample([], []) or {"values": {"fvd": 0.0}})
+    measure.measure_one(ruler, networks, "teacher-ddim")
+    assert [(method.sampler, method.steps, method.guidance) for method in sampled] == [
+        ("ddim", 1, ddim.guidances[1]),
+        ("ddim", 4, 1.5),
+    ]
+
+
+def test_the_spacing_that_is_stated_is_that_of_the_sampler(scripts):
+    measure, _ = scripts
+    pipeline = MCMPipeline.from_pretrained("mcm-shapes-teacher")
+    for row in measure.BASELINES.values():
+        assert make_scheduler(row.sampler, pipeline).config.timestep_spacing == row.spacing
+
+
+def test_the_best_guidance_is_searched(scripts, tmp_path, monkeypatch, capsys):
+    measure, _ = scripts
+    monkeypatch.setattr(measure, "STEPS", (1,))
+    monkeypatch.setattr(measure, "GUIDANCES", (1.0, 8.0))
+    monkeypatch.setattr(measure, "SEARCH_CAPTIONS", 2)
+    measure.main(flags(tmp_path, "--search"))
+    said = re.findall(
+        r"(teacher-\w+), 1 steps: guidance (1|8), all right \{1.0: .*, 8.0: .*\}", capsys.readouterr().out
+    )
+    assert [name for name, _ in said] == ["teacher-ddim", "teacher-dpm"]
+    assert not (tmp_path / "out").exists()
