@@ -170,11 +170,17 @@ def plain_names(prompts: Sequence[str], num_videos: int) -> list[str]:
 def vbench_names(prompts: Sequence[str], num_videos: int) -> list[str]:
     """`a cat-0` and so on, as VBench finds the videos of a prompt: by the prompt itself, letter for letter.
 
+    Of a prompt that comes again, with another seed, the numbers go on.
+
     Raises:
-        ValueError: for a prompt that no file can be called by, and for one that comes twice.
+        ValueError: for a prompt that no file can be called by.
     """
+    names, made = list[str](), Counter[str]()
     for prompt in prompts:
-        longest = len(f"{prompt}-{num_videos - 1}".encode())
+        indices = range(made[prompt], made[prompt] + num_videos)
+        made[prompt] += num_videos
+        names += [f"{prompt}-{index}" for index in indices]
+        longest = len(names[-1].encode())
         wrong = "it holds a '/'" if "/" in prompt else "it begins with a dot" if prompt.startswith(".") else None
         if not prompt.isprintable():
             wrong = "it holds characters that are not printed, such as the end of a line"
@@ -182,13 +188,7 @@ def vbench_names(prompts: Sequence[str], num_videos: int) -> list[str]:
             wrong = f"it is {longest} bytes long with its number, and a name has {_LONGEST_NAME} at most"
         if wrong:
             raise ValueError(f"expected prompts that files can be called by, for --layout vbench; {prompt!r}: {wrong}")
-    twice = [prompt for prompt, count in Counter(prompts).items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"expected every prompt once for --layout vbench, which names files by them, got {twice[0]!r}"
-            f" {prompts.count(twice[0])} times; --num_videos makes several videos of each"
-        )
-    return [f"{prompt}-{index}" for prompt in prompts for index in range(num_videos)]
+    return names
 
 
 LAYOUTS = {"plain": plain_names, "vbench": vbench_names}

@@ -344,10 +344,6 @@ def test_the_layout_of_vbench_is_read_by_evaluate(base, tmp_path, calls):
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        (
-            [PROMPT, PROMPT],
-            f"expected every prompt once for --layout vbench, which names files by them, got {PROMPT!r}",
-        ),
         (["open 24/7"], "expected prompts that files can be called by, for --layout vbench; 'open 24/7': it holds a"),
     ],
 )
