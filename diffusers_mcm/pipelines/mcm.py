@@ -206,6 +206,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
+        if kwargs.get("device_map") is None:  # which leaves weights elsewhere
+            for name in pipeline.components.keys() - kwargs.keys():
+                loading.check_whole(pipeline.components[name], f"{name} of {location.name}")
         pipeline.scheduler = pipeline.few_step_scheduler()
         if lora is None and saved:
             pipeline._load_adapters(location)

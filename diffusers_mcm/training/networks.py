@@ -34,7 +34,7 @@ from ..lora import (
     train_only,
 )
 from ..pipelines import MCMPipeline
-from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
+from ..pipelines.loading import check_whole, how_to_unpack, is_checkpoint, read_base_index
 from ..settings import EXPERTS, HIGH_NOISE
 from .caching import LatentCache
 from .config import TrainingConfig
@@ -239,7 +239,9 @@ def load_component(name: str, config: TrainingConfig, index: dict[str, Any], **o
     location = teacher_location(config).inside(name)
     with location.never_pickled():
         component = getattr(importlib.import_module(library), kind)
-        return component.from_pretrained(location.name, **location.arguments, **options)
+        loaded = component.from_pretrained(location.name, **location.arguments, **options)
+    check_whole(loaded, str(location))
+    return loaded
 
 
 def build_student(pipeline: MCMPipeline, config: TrainingConfig, channels: int) -> Student:

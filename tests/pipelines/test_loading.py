@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet3DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_mcm import MCMPipeline, MCMScheduler, ModelScopeMCMPipeline, hub
 from diffusers_mcm.location import Location
@@ -255,6 +255,18 @@ def test_from_the_hub(world, tmp_path, video, monkeypatch):
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "part, weight", [("text_encoder", "k_proj"), ("unet", "conv_out"), ("vae", "decoder.conv_in")]
+)
+def test_weights_that_a_base_model_lacks_are_not_made_up(world, tmp_path, part, weight):
+    shutil.copytree(world / "base", tmp_path / "base")
+    (file,) = (tmp_path / "base" / part).glob("*.safetensors")
+    kept = {name: tensor for name, tensor in load_file(file).items() if weight not in name}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part} of .*base does not hold all weights of a \w+: .*{weight}.* random"):
+        MCMPipeline.from_pretrained(world / "lora", base_model=tmp_path / "base")
+
+
 def test_neither_a_pipeline_nor_a_lora(tmp_path):
     with pytest.raises(ValueError, match="holds neither a pipeline .model_index.json. nor a LoRA"):
         MCMPipeline.from_pretrained(tmp_path)
