@@ -249,3 +249,21 @@ class Location:
                 ) from error
             advice = self._how_to_convert(Path(next(filter(hub.is_pickled, files), "pytorch_model.bin")))
             raise OSError(f"{self.name} has no safetensors weights ({error}), and {advice}") from error
+
+
+def check_whole(network: Any, where: str) -> None:
+    """`ValueError` where a network that was just loaded has weights that its files lack; anything else may be given.
+
+    transformers makes them anew, at random, with a warning, and marks those that were read; diffusers leaves them
+    without values. What carries no marks at all was put together otherwise, and is not judged.
+    """
+    if not hasattr(network, "named_parameters") or getattr(network, "is_quantized", False):
+        return
+    weights = dict(network.named_parameters())
+    read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
+    lacking = sorted(name for name, weight in weights.items() if weight.is_meta or (read and name not in read))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+        raise ValueError(
+            f"{where} does not hold all weights of a {type(network).__name__}: {shown}; they would be random."
+        )

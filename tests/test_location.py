@@ -1,8 +1,10 @@
 """Where files are: one rule for what a name means, and what is found there."""
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_mcm.location import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location
+from diffusers_mcm.location import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, Location, check_whole
 
 
 def test_what_is_here_wins_over_the_hub(tmp_path, monkeypatch):
@@ -46,3 +48,19 @@ def test_the_file_of_a_lora(tmp_path):
     (tmp_path / PEFT_WEIGHTS_NAME).write_bytes(b"")
     assert location.lora_file() == tmp_path / PEFT_WEIGHTS_NAME
     assert Location.of(tmp_path, weight_name="a.safetensors").lora_file() == tmp_path / "a.safetensors"
+
+
+def test_a_network_whose_weights_were_not_all_read(tmp_path):
+    """What carries no marks of transformers is not judged, nor what is no network."""
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    CLIPTextModel(config).save_pretrained(tmp_path)
+    check_whole(CLIPTextModel.from_pretrained(tmp_path), "a")
+    check_whole(CLIPTextModel(config), "a")
+    check_whole("a tokenizer", "a")
+    kept = {key: value for key, value in load_file(tmp_path / "model.safetensors").items() if "fc1" not in key}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    made_up = CLIPTextModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^here does not hold all weights of a CLIPTextModel: .*fc1.bias, .*random.$"):
+        check_whole(made_up, "here")

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import hub
 from ..conditioning import Conditioning
-from ..location import Location
+from ..location import Location, check_whole
 from ..lora import open_safetensors
 from ..moved import moved
 from .base import component_class
@@ -126,7 +126,9 @@ def load_motion_adapter(
         return read_motion_modules(location.name if location.is_file else _only_file(location), dtype)
     given = location.arguments | location.variant(variant) | ({} if dtype is None else {"dtype": dtype})
     with location.never_pickled():
-        return MotionAdapter.from_pretrained(location.name, use_safetensors=True, **given)
+        adapter = MotionAdapter.from_pretrained(location.name, use_safetensors=True, **given)
+    check_whole(adapter, location.name)
+    return adapter
 
 
 def _only_file(location: Location) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import hub
 from ..base_models import base_model_of, base_repository_of
@@ -172,21 +171,3 @@ def _advice(path: str, problem: str) -> str:
         f"{path} is a single-file checkpoint, and {problem}. `config=` names another folder or repository with the"
         f" configurations of a Stable Diffusion 1.5; or make a folder of the file: {how_to_unpack(path)}"
     )
-
-
-def check_whole(component: Any, where: str) -> None:
-    """`ValueError` where a network that was just loaded has weights that its files lack.
-
-    transformers makes them anew, at random, with a warning, and marks those that were read; diffusers leaves them
-    without values. What carries no marks at all was put together otherwise, and is not judged.
-    """
-    if not isinstance(component, nn.Module) or getattr(component, "is_quantized", False):
-        return
-    weights = dict(component.named_parameters())
-    read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
-    lacking = sorted(name for name, weight in weights.items() if weight.is_meta or (read and name not in read))
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
-        raise ValueError(
-            f"{where} does not hold all weights of a {type(component).__name__}: {shown}; they would be random."
-        )

@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import nn
 
 from ..base_models import BaseModel, infer_base_model
-from ..location import HUB_OPTIONS, Location
+from ..location import HUB_OPTIONS, Location, check_whole
 from ..lora import LoRA, LoRAPair, find_pair, read_loras
 from ..settings import SAMPLING_KEYS
 from . import checks, loading
@@ -208,7 +208,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
         if kwargs.get("device_map") is None:  # which leaves weights elsewhere
             for name in pipeline.components.keys() - kwargs.keys():
-                loading.check_whole(pipeline.components[name], f"{name} of {location.name}")
+                check_whole(pipeline.components[name], f"{name} of {location.name}")
         pipeline.scheduler = pipeline.few_step_scheduler()
         if lora is None and saved:
             pipeline._load_adapters(location)

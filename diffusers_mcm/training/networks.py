@@ -19,7 +19,7 @@ from ..distillation.draws import sample_generator
 from ..distillation.motion import build_motion
 from ..distillation.student import Student
 from ..features import PatchFeatures, TextFeatures, TextSize, text_dimension
-from ..location import Location
+from ..location import Location, check_whole
 from ..lora import (
     MOTION_HEAD_NAME,
     LoRA,
@@ -34,7 +34,7 @@ from ..lora import (
     train_only,
 )
 from ..pipelines import MCMPipeline
-from ..pipelines.loading import check_whole, how_to_unpack, is_checkpoint, read_base_index
+from ..pipelines.loading import how_to_unpack, is_checkpoint, read_base_index
 from ..settings import EXPERTS, HIGH_NOISE
 from .caching import LatentCache
 from .config import TrainingConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_mcm.base_models.animatediff import load_motion_adapter
 from diffusers_mcm.lora.layouts import animatediff_keys
@@ -54,4 +54,15 @@ def test_what_is_no_motion_module(adapter, tmp_path):
     with pytest.raises(ValueError, match="1 weights are missing, unknown or of another shape"):
         load_motion_adapter(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="several motion modules in .*: a.safetensors, b.safetensors; give the path"):
+        load_motion_adapter(tmp_path)
+
+
+def test_weights_that_an_adapter_lacks_are_not_made_up(adapter, tmp_path):
+    adapter.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    kept = {name: tensor for name, tensor in load_file(file).items() if "norm.bias" not in name}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match="does not hold all weights of a MotionAdapter: .*norm.bias, …; they would be"
+    ):
         load_motion_adapter(tmp_path)
