@@ -130,13 +130,20 @@ def named_folders(texts: Sequence[str]) -> dict[str, str]:
     return folders
 
 
+def _size(given: list[int] | None) -> tuple[int, int] | None:
+    """Height and width, of which one number may stand for both."""
+    if given is None:
+        return None
+    if len(given) > 2 or min(given) < 1:
+        raise ValueError(f"expected --size as one number, or height and width, got {' '.join(map(str, given))}")
+    return given[0], given[-1]
+
+
 def _measure(arguments: argparse.Namespace) -> None:
     if not arguments.folders or arguments.output is None:
         raise ValueError("expected folders of videos and --output, or --write_prompts")
     folders = named_folders(arguments.folders)
-    size = arguments.size
-    if size is not None and (len(size) > 2 or min(size) < 1):
-        raise ValueError(f"expected --size as one number, or height and width, got {' '.join(map(str, size))}")
+    size = _size(arguments.size)
     with quick_imports():
         from accelerate import PartialState
         from tqdm import tqdm
@@ -152,7 +159,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
         device = str(state.device)
-    options = Options(**given, size=None if size is None else (size[0], size[-1]), device=device)
+    options = Options(**given, size=size, device=device)
 
     def progress(items, name):
         return tqdm(items, desc=name, disable=not state.is_main_process or not items)
