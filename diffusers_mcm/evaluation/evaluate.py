@@ -191,7 +191,7 @@ def _earlier(
     return found
 
 
-_KNOWN_AFTERWARDS = ("samples", "contents", "fps")  # of the protocol, when all has been read
+_KNOWN_AFTERWARDS = ("samples", "contents", "reference_fps")  # of the protocol, when all has been read
 
 
 class _Plan(NamedTuple):
@@ -263,7 +263,7 @@ def _scored(
     captions = sorted(video.caption for video in next(iter(shared.values())).videos)
     read = [each.contents() for each in (truth, shown) if each is not None]
     samples = {"num_videos": len(captions), "captions": digest_of(captions)}
-    protocol = plan.protocol | {"samples": samples, "contents": read, "fps": truth.fps()}
+    protocol = plan.protocol | {"samples": samples, "contents": read, "reference_fps": truth.fps()}
     targets = truth.values if shown is None else {**truth.values, **shown.values}
     against = {  # made once for all methods: it takes the reference's moments, or sums its kernel
         column.key: column.metric.against(targets[f"{column.metric.features}.{column.network}"], options.covariance)

@@ -128,7 +128,7 @@ def test_clips_of_other_frame_rates_are_told(change, rates, told, samples, tmp_p
     options |= dict(metrics=("clipsim",), num_frames=4) | change
     one = {"mcm4": samples / "mcm4"}
     found = evaluate(one, str(tmp_path / "world"), tmp_path / "results", Options(**options))
-    assert found.protocol["fps"] == found.reference.fps == rates
+    assert found.protocol["reference_fps"] == found.reference.fps == rates
     assert found.methods["mcm4"].fps == [8, 8]
     sentence = f"The clips of the reference have {rates[0]} frames a second, but those of mcm4 8: at two rates"
     assert (sentence in caplog.text) == (sentence in found.summary()) == told
