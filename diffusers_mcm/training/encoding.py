@@ -31,7 +31,7 @@ from .disk import readable, told_room
 from .networks import WEIGHT_DTYPES, load_component, load_network, teacher_index
 from .sources import check_sources, planned_clip_size
 from .stored import TextStore, in_files
-from .text import CachedTextEncoder, EncodeTexts
+from .text import CachedTextEncoder, EncodeTexts, nbytes_of
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def fill(
     def encoded() -> Iterator[tuple[tuple[str, dict], int]]:
         for text in tqdm(share, desc=f"texts ({store.kind})", disable=not accelerator.is_main_process):
             row = encoder.encoded(text)
-            yield (text, row), sum(kept.rows.nbytes for kept in row.values())
+            yield (text, row), nbytes_of(row)
 
     for pairs in in_files(with_room(encoded(), f"texts ({store.kind})", len(missing), store.folder, accelerator)):
         store.write(dict(pairs))

@@ -9,7 +9,7 @@ from ..base_models.base import component_class
 from ..location import Location
 from ..lora import find_pair
 from .config import TrainingConfig
-from .networks import components_elsewhere, teacher_index
+from .networks import components_elsewhere, teacher_index, teacher_location
 
 
 def check_sources(config: TrainingConfig, remote: bool) -> None:
@@ -44,7 +44,7 @@ def planned_clip_size(config: TrainingConfig) -> tuple[int, int, int]:
     `ValueError` for a size that the teacher has no latents for.
     """
     base, index = teacher_index(config)
-    location = Location.of(config.pretrained_teacher_model, revision=config.revision)
+    location = teacher_location(config)
     denoiser, vae = (_without_weights(location, index, name) for name in (base.denoiser_name, "vae"))
 
     def size(name: str) -> int:

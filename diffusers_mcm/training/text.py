@@ -48,9 +48,9 @@ class CachedTextEncoder:
             return self.rows[caption]
         row = {key: Kept.of(x) for key, x in self.encode([caption]).items()}
         self.rows[caption] = row
-        self.size += _nbytes(row)
+        self.size += nbytes_of(row)
         while self.size > self.capacity and len(self.rows) > 1:
-            self.size -= _nbytes(self.rows.popitem(last=False)[1])
+            self.size -= nbytes_of(self.rows.popitem(last=False)[1])
         return row
 
     @torch.no_grad()
@@ -91,7 +91,8 @@ class Kept(NamedTuple):
         return F.pad(stacked, _after(stacked[0], kept[0].length))
 
 
-def _nbytes(row: dict[str, Kept]) -> int:
+def nbytes_of(row: dict[str, Kept]) -> int:
+    """The bytes that the encoding of one caption takes in host memory."""
     return sum(kept.rows.nbytes for kept in row.values())
 
 
