@@ -350,11 +350,12 @@ def make(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any], arguments:
     from ..video_io import write_video
 
     sampling = {name: settings[name] for name in SAMPLING_KEYS if name != "fps"}
+    if arguments.decode_chunk_size is not None:
+        sampling["decode_chunk_size"] = arguments.decode_chunk_size
     video = pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,
         generator=torch.Generator().manual_seed(job.seed),  # of the CPU: the same noise on every device
-        decode_chunk_size=16 if arguments.decode_chunk_size is None else arguments.decode_chunk_size,
         lora_scale=1.0 if arguments.fuse_lora else arguments.lora_scale,
         guidance_scale=settings["guidance_scale"],
         output_type="np",

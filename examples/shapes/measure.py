@@ -21,7 +21,8 @@ from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, m
 from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, mean_score
 from diffusers_mcm.evaluation.motion import MEASURES
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
-from diffusers_mcm.files import write_text
+from diffusers_mcm.files import sha256, write_text
+from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.pipelines.samplers import SPACINGS
 from diffusers_mcm.shapes.build import compress
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced, training_captions
@@ -32,6 +33,7 @@ from diffusers_mcm.shapes.scores import outcomes, read
 
 STEPS = (1, 2, 4, 8)
 REFERENCE_SEEDS = range(1000, 1016)  # none that is sampled or that a world was built with
+TEACHER = "mcm-shapes-teacher"
 DOMAINS = ("clean", "cartoon")  # of the images of Table 3
 ORACLE = ("all_right", "shape", "motion", "identity_kept", "wobble", "flicker", "displacement", "watermark_seen")
 DIGITS = 5
@@ -76,6 +78,7 @@ class Ruler:
             "reference": f"{len(self.captions) * len(REFERENCE_SEEDS)} rendered videos of the same captions, H.264",
             "images": f"{len(self.captions) * len(REFERENCE_SEEDS)} rendered images each, {', '.join(DOMAINS)}",
             "networks": {name: measure.key for name, measure in self.measures.items()},
+            "teacher": weights_of(TEACHER),
             "resamples": resamples,
             "seeds": f"0 to {seeds - 1}",
             "samplers": {name: described(row) for name, row in (BASELINES | {"trained": STUDENT}).items()},
@@ -136,6 +139,11 @@ def _rounded(values: Any) -> Any:
     return None if np.isnan(values) else float(f"{values:.{DIGITS}g}")
 
 
+def weights_of(packaged: str) -> dict[str, str]:
+    """Component -> hash of its weights: its decoder has drawn every video, also those of a LoRA."""
+    return {file.parent.name: sha256(file) for file in sorted((PACKAGED_FOLDER / packaged).glob("*/*.safetensors"))}
+
+
 def described(row: Baseline) -> dict[str, Any]:
     """How a network is sampled, as plain values."""
     guidance = {str(steps): row.guidances[steps] for steps in STEPS}
@@ -169,7 +177,7 @@ def check_protocol(folder: Path, protocol: dict[str, Any]) -> None:
 
 def search(folder: Path, batch_size: int) -> None:
     """Say which guidance is best for the teacher's samplers, for `BASELINES`; readings are kept in `folder`."""
-    study = Study(Networks({"teacher": "mcm-shapes-teacher"}), folder, batch_size)
+    study = Study(Networks({"teacher": TEACHER}), folder, batch_size)
     for name, row in BASELINES.items():
         for steps in STEPS:
             method = Method(f"{name}-{steps}", name, "teacher", row.sampler, steps)
@@ -216,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if ruler is None:
                 ruler = Ruler(args.videos, args.resamples, args.batch_size)
                 check_protocol(args.output, ruler.protocol)
-            networks = Networks({row: str(run.folder) if run else "mcm-shapes-teacher"})
+            networks = Networks({row: str(run.folder) if run else TEACHER})
             write(path, {"run": record, "steps": measure_one(ruler, networks, row)})
 
 

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ablate import ROWS, SEEDS
 from ablate import TABLES as LINES
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_mcm.evaluation.distances import Interval, paired_interval
-from diffusers_mcm.files import write_text
+from diffusers_mcm.files import sha256, write_text
+from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.tables import table
 
 HERE = Path(__file__).resolve().parent
@@ -271,6 +273,18 @@ def told_samplers(protocol: Mapping[str, Any]) -> str:
     return f"Samplers: {'; '.join(parts)}. The teacher's guidance is {protocol['guidance']}."
 
 
+def told_decoder(protocol: Mapping[str, Any]) -> str:
+    """Whether the decoder that drew the videos is the packaged one: another draws other videos of the same latents."""
+    measured = protocol["teacher"]["vae"]
+    packaged = sha256(PACKAGED_FOLDER / "mcm-shapes-teacher" / "vae" / SAFETENSORS_WEIGHTS_NAME)
+    if measured == packaged:
+        return "All were drawn by the teacher's packaged decoder."
+    return (
+        f"All were drawn by a decoder of the teacher (sha256 {measured[:12]}…) that came before the packaged one"
+        f" ({packaged[:12]}…)."
+    )
+
+
 def page(results: Results, paper: Mapping[str, Any], findings: Mapping[int, str]) -> str:
     """The whole page, in markdown; `findings` are written by hand, by the numbers of the tables."""
     protocol, samplers = results.protocol, "Samplers, their spacing and guidance are said here when that is done."
@@ -278,7 +292,7 @@ def page(results: Results, paper: Mapping[str, Any], findings: Mapping[int, str]
     if protocol:
         samplers = told_samplers(protocol)
         said = f"Each has {protocol['videos']} videos of {protocol['captions']} held-out captions, which are compared "
-        said += f"with {protocol['reference']}; images: {protocol['images']}."
+        said += f"with {protocol['reference']}; images: {protocol['images']}. {told_decoder(protocol)}"
     trained = sum(results.seeds(row) for row in ROWS)
     parts = [HEAD.format(trained=trained, all=len(ROWS) * len(SEEDS), protocol=said, samplers=samplers).rstrip("\n")]
     for number, which in TABLES.items():

@@ -1,13 +1,16 @@
 """Measuring what was trained for the tables, on two captions: what is written, what stays, and what is refused."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_mcm import MCMPipeline, make_scheduler
+from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.shapes.methods import TEACHER_METHODS
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
@@ -44,6 +47,9 @@ def test_a_baseline_is_measured_once_and_shown_in_its_table(scripts, tmp_path, c
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
     assert protocol["samplers"]["teacher-ddim"]["guidance"]["4"] == 1.5 and protocol["seeds"] == "0 to 1"
     assert protocol["videos"] == 4 and len(protocol["networks"]["fvd"]["sha256"]) == 64
+    vae = hashlib.sha256((PACKAGED_FOLDER / measure.TEACHER / "vae" / SAFETENSORS_WEIGHTS_NAME).read_bytes())
+    assert set(protocol["teacher"]) == {"text_encoder", "unet", "vae"}
+    assert protocol["teacher"]["vae"] == vae.hexdigest()
 
     measure.main(flags(tmp_path, "--videos", 2))
     assert capsys.readouterr().out == ""  # it is there

@@ -1,10 +1,13 @@
 """The page of tables, from results that are made up so that what it must say is known."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from diffusers_mcm.hub import PACKAGED_FOLDER
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
@@ -43,6 +46,7 @@ def folder(tmp_path):
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     protocol = {"videos": 480, "captions": 60, "reference": "960 videos", "images": "960 images"}
+    protocol["teacher"] = {"vae": "0" * 64}
     guidance = {"1": 3.0, "2": 2.0, "4": 1.5, "8": 2.0}
     samplers = {
         "teacher-ddim": {"sampler": "ddim", "spacing": "trailing", "guidance": guidance},
@@ -63,6 +67,17 @@ def test_each_table_stands_beside_the_papers(tables, folder):
     assert "| MCM | 526 | 450 | 456 | 503 | 29.81 | 30.63 | 30.55 | 29.58 |" in page
     assert page.count("Here:") == 5 and "9 of 39 trainings" in page
     assert "Each has 480 videos of 60 held-out captions" in page
+
+
+def test_the_page_says_whose_decoder_drew_the_videos(tables, folder):
+    assert "by a decoder of the teacher (sha256 000000000000…) that came before the packaged one" in written(
+        tables, folder
+    )
+    path = folder / "protocol.json"
+    weights = PACKAGED_FOLDER / "mcm-shapes-teacher" / "vae" / "diffusion_pytorch_model.safetensors"
+    packaged = {"teacher": {"vae": hashlib.sha256(weights.read_bytes()).hexdigest()}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | packaged))
+    assert "All were drawn by the teacher's packaged decoder." in written(tables, folder)
 
 
 def test_a_line_is_the_mean_over_its_trainings(tables, folder):
