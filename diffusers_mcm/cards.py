@@ -390,4 +390,4 @@ def _text(value: Any) -> str:
 
 def _scores_table(scores: Mapping[str, Any]) -> str:
     lines = [["", *scores["columns"]], ["---"] * (len(scores["columns"]) + 1), *scores["rows"]]
-    return "\n".join([scores["about"], "", *(f"| {' | '.join(map(str, line))} |" for line in lines)])
+    return "\n".join([scores["about"], "", *(f"| {' | '.join(map(_text, line))} |" for line in lines)])

@@ -137,10 +137,11 @@ def test_a_folder_speaks_for_itself(tmp_path):
     assert "sample.mp4" not in render_folder_card(tmp_path, "me/mcm")
     record_sample(tmp_path, [[[[0.0] * 3] * 16] * 16] * 4, "a blue ring", fps=8)
     scores = {"about": "On two prompts.", "columns": ["right, %"], "rows": [["MCM, 4 steps", "75.0"]]}
+    scores["rows"].append(["rendered", None])  # not measured
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     text = render_folder_card(tmp_path, "me/mcm")
     assert metadata(text)["widget"][0] == {"text": "a blue ring", "output": {"url": "sample.mp4"}}
-    assert "On two prompts.\n\n|  | right, % |\n| --- | --- |\n| MCM, 4 steps | 75.0 |" in text
+    assert "On two prompts.\n\n|  | right, % |\n| --- | --- |\n| MCM, 4 steps | 75.0 |\n| rendered | – |" in text
     evaluation = {"about": "Of 500 videos.", "columns": ["FVD (i3d)"], "rows": [["mcm4", "501.3"]]}
     (tmp_path / "evaluation.json").write_text(json.dumps({"protocol": {}, "table": evaluation}))
     both = render_folder_card(tmp_path, "me/mcm")

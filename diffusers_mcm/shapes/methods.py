@@ -24,8 +24,8 @@ class Method(NamedTuple):
 
 # the teacher's guidance is what `diffusers-mcm shapes figures` found best on training captions
 TEACHER_METHODS = (
-    Method("teacher-ddim-50", "teacher, DDIM, 50 steps", "teacher", "ddim", 50, 2.0),
-    Method("teacher-ddim-4", "teacher, DDIM, 4 steps", "teacher", "ddim", 4, 1.5),
+    Method("teacher-ddim-50", "teacher, DDIM, 50 steps", "teacher", "ddim", 50, 3.0),
+    Method("teacher-ddim-4", "teacher, DDIM, 4 steps", "teacher", "ddim", 4, 3.0),
     Method("teacher-dpm-4", "teacher, DPM++, 4 steps", "teacher", "dpm++", 4, 2.0),
 )
 MCM_METHODS = tuple(

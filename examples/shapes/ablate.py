@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mcm.files import sha256, write_text
+from diffusers_mcm.hub import PACKAGED_FOLDER
 from diffusers_mcm.location import WEIGHTS_NAME
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_mcm_distill.py"
+TEACHER = "mcm-shapes-teacher"
 STEPS, SEEDS = 600, (0, 1, 2)
 LOSSES = ("loss", "consistency", "adversarial", "discriminator", "gradient_penalty")
 LAST_STEPS = 50  # over which the final losses are averaged: a step's own says little
@@ -34,7 +36,7 @@ Flags = dict[str, Any]
 
 # What all rows have in common, as in distil.sh. A folder of data is named as it is in the world.
 RECIPE: Flags = dict(
-    pretrained_teacher_model="mcm-shapes-teacher",
+    pretrained_teacher_model=TEACHER,
     frame_interval=1,
     train_batch_size=8,
     lora_rank=32,
@@ -108,6 +110,11 @@ TABLES: dict[int, dict[str, str]] = {
     },
     6: {"λ_real = 1": "mcd", "λ_real = 0.5": "mixed", "λ_real = 0": "generated"},
 }
+
+
+def weights_of(packaged: str) -> dict[str, str]:
+    """Component -> hash of its weights; a teacher's decoder draws every video, also those of a LoRA."""
+    return {file.parent.name: sha256(file) for file in sorted((PACKAGED_FOLDER / packaged).glob("*/*.safetensors"))}
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ablate import ROWS, SEEDS, runs
+from ablate import ROWS, SEEDS, TEACHER, runs, weights_of
 
 from diffusers_mcm.evaluation.distances import resampled
 from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, motion_measure, video_measure
 from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, mean_score
 from diffusers_mcm.evaluation.motion import MEASURES
 from diffusers_mcm.evaluation.networks import load_clip, load_dinov2, load_videomae
-from diffusers_mcm.files import sha256, write_text
-from diffusers_mcm.hub import PACKAGED_FOLDER
+from diffusers_mcm.files import write_text
 from diffusers_mcm.pipelines.samplers import SPACINGS
 from diffusers_mcm.shapes.build import compress
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced, training_captions
@@ -33,7 +32,6 @@ from diffusers_mcm.shapes.scores import outcomes, read
 
 STEPS = (1, 2, 4, 8)
 REFERENCE_SEEDS = range(1000, 1016)  # none that is sampled or that a world was built with
-TEACHER = "mcm-shapes-teacher"
 DOMAINS = ("clean", "cartoon")  # of the images of Table 3
 ORACLE = ("all_right", "shape", "motion", "identity_kept", "wobble", "flicker", "displacement", "watermark_seen")
 DIGITS = 5
@@ -50,7 +48,7 @@ class Baseline(NamedTuple):
 
 
 BASELINES = {
-    "teacher-ddim": Baseline("ddim", {1: 3.0, 2: 2.0, 4: 1.5, 8: 2.0}),
+    "teacher-ddim": Baseline("ddim", {1: 3.0, 2: 2.0, 4: 3.0, 8: 2.0}),
     "teacher-dpm": Baseline("dpm++", {1: 3.0, 2: 2.0, 4: 2.0, 8: 1.5}),
 }
 STUDENT = Baseline("mcm", dict.fromkeys(STEPS, 1.0), "that of the distillation")
@@ -137,11 +135,6 @@ def _rounded(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return [_rounded(float(value)) for value in values]
     return None if np.isnan(values) else float(f"{values:.{DIGITS}g}")
-
-
-def weights_of(packaged: str) -> dict[str, str]:
-    """Component -> hash of its weights: its decoder has drawn every video, also those of a LoRA."""
-    return {file.parent.name: sha256(file) for file in sorted((PACKAGED_FOLDER / packaged).glob("*/*.safetensors"))}
 
 
 def described(row: Baseline) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def package_video(models: Path, target: Path) -> None:
 
 # what is made, from which models, and the names of their logs
 COMPONENTS = {
-    "mcm-shapes-teacher": (package_teacher, ("vae", "clip", "unet"), ("vae", "decoder", "teacher")),
+    "mcm-shapes-teacher": (package_teacher, ("vae", "clip", "unet"), ("vae", "decoder", "steady", "teacher")),
     "mcm-shapes-wan-teacher": (package_wan, ("wan_vae", "wan"), ("wan_vae", "wan_teacher")),
     "mcm-shapes-features": (package_features, ("features",), ("features",)),
     "mcm-shapes-clip": (package_clip, ("clip",), ("clip",)),

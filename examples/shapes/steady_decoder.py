@@ -1,9 +1,9 @@
 """Trains the decoder of the shapes world to draw steady outlines from the latents that a few-step sampler leaves.
 
-What such a sampler gets wrong of a latent is different in every frame, and the packaged decoder draws it: latents of
-clean frames with noise of deviation 0.2 wobble as much as a sampled video. Here every latent is noisy, and what is
-asked for beside `train_vae.py --decoder_only` is the outline as a whole. Latents, teacher and LoRA stay as they are.
-The decoder's middle, where a frame is seen as a whole, is trained first, by itself.
+What such a sampler gets wrong of a latent is different in every frame, and the decoder of `train_vae.py` draws it:
+latents of clean frames with noise of deviation 0.2 wobble as much as a sampled video. Here every latent is noisy, and
+what is asked for beside `train_vae.py --decoder_only` is the outline as a whole. Latents, teacher and LoRA stay what
+they are. The decoder's middle, where a frame is seen as a whole, is trained first, by itself.
 """
 
 import argparse
@@ -97,11 +97,11 @@ def frames(data: Frames, rng: np.random.Generator, count: int) -> torch.Tensor:
 
 
 def main() -> None:
-    p = parser(__doc__.splitlines()[0], steps=2000, batch=16, lr=1e-3)
+    p = parser(__doc__.splitlines()[0], steps=6000, batch=16, lr=1e-3)
     p.add_argument("--init", required=True, help="the autoencoder whose decoder is trained")
     p.add_argument("--noise", type=float, default=0.5, help="largest deviation of the noise added to the latents")
     p.add_argument("--outline", type=float, default=0.3, help="weight of the outline")
-    p.add_argument("--middle_steps", type=int, default=1500, help="steps of its middle alone, which come first")
+    p.add_argument("--middle_steps", type=int, default=12000, help="steps of its middle alone, which come first")
     p.add_argument("--pool", type=int, default=8192, help="frames whose latents those steps draw from")
     args = p.parse_args()
     data = Frames(args.data)

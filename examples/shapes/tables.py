@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ablate import ROWS, SEEDS
+from ablate import ROWS, SEEDS, TEACHER, weights_of
 from ablate import TABLES as LINES
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_mcm.evaluation.distances import Interval, paired_interval
-from diffusers_mcm.files import sha256, write_text
-from diffusers_mcm.hub import PACKAGED_FOLDER
+from diffusers_mcm.files import write_text
 from diffusers_mcm.tables import table
 
 HERE = Path(__file__).resolve().parent
@@ -276,11 +274,11 @@ def told_samplers(protocol: Mapping[str, Any]) -> str:
 def told_decoder(protocol: Mapping[str, Any]) -> str:
     """Whether the decoder that drew the videos is the packaged one: another draws other videos of the same latents."""
     measured = protocol["teacher"]["vae"]
-    packaged = sha256(PACKAGED_FOLDER / "mcm-shapes-teacher" / "vae" / SAFETENSORS_WEIGHTS_NAME)
+    packaged = weights_of(TEACHER)["vae"]
     if measured == packaged:
         return "All were drawn by the teacher's packaged decoder."
     return (
-        f"All were drawn by a decoder of the teacher (sha256 {measured[:12]}…) that came before the packaged one"
+        f"All were drawn by a decoder of the teacher (sha256 {measured[:12]}…) that is not the packaged one"
         f" ({packaged[:12]}…)."
     )
 

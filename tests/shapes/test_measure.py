@@ -45,7 +45,7 @@ def test_a_baseline_is_measured_once_and_shown_in_its_table(scripts, tmp_path, c
     assert values["fvd"] > 0 and -100 < values["clipsim"] < 100
     assert all(len(draws) == 3 for draws in written["steps"]["4"]["draws"].values())
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
-    assert protocol["samplers"]["teacher-ddim"]["guidance"]["4"] == 1.5 and protocol["seeds"] == "0 to 1"
+    assert protocol["samplers"]["teacher-ddim"]["guidance"]["4"] == 3.0 and protocol["seeds"] == "0 to 1"
     assert protocol["videos"] == 4 and len(protocol["networks"]["fvd"]["sha256"]) == 64
     vae = hashlib.sha256((PACKAGED_FOLDER / measure.TEACHER / "vae" / SAFETENSORS_WEIGHTS_NAME).read_bytes())
     assert set(protocol["teacher"]) == {"text_encoder", "unet", "vae"}
@@ -84,7 +84,7 @@ def test_the_baselines_are_sampled_at_the_guidance_that_figures_take(scripts, mo
     assert measure.described(ddim) == {
         "sampler": "ddim",
         "spacing": "trailing",
-        "guidance": {"1": ddim.guidances[1], "4": 1.5},
+        "guidance": {"1": ddim.guidances[1], "4": 3.0},
     }
     sampled = []
     networks = SimpleNamespace(sample=lambda method, captions, seeds: sampled.append(method))
@@ -92,7 +92,7 @@ def test_the_baselines_are_sampled_at_the_guidance_that_figures_take(scripts, mo
     measure.measure_one(ruler, networks, "teacher-ddim")
     assert [(method.sampler, method.steps, method.guidance) for method in sampled] == [
         ("ddim", 1, ddim.guidances[1]),
-        ("ddim", 4, 1.5),
+        ("ddim", 4, 3.0),
     ]
 
 
