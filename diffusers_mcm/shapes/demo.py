@@ -27,16 +27,20 @@ def sample_all(
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
     """Per method the videos uint8 (T, H, W, 3) of all prompts, and the median seconds of one.
 
-    Each prompt has a noise of its own, from `seed` on, and the same one for every method.
+    Each prompt has a noise of its own, from `seed` on, and the same one for every method. The methods take turns, so
+    that other load on the machine falls on all.
     """
-    videos, seconds = {}, {}
+    videos: dict[str, list[np.ndarray]] = {method.name: [] for method in methods}
+    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     for method in methods:
         networks.sample(method._replace(steps=1), prompts[:1], [seed])  # the first call of all is slower
-        timed = [networks.timed(method, [prompt], [seed + index]) for index, prompt in enumerate(prompts)]
-        videos[method.name] = [video for (video,), _ in timed]
-        seconds[method.name] = statistics.median(spent for _, spent in timed)
-        print(f"{method.label}: {len(prompts)} videos, {seconds[method.name]:.2f} s each", flush=True)
-    return videos, seconds
+    for index, prompt in enumerate(prompts):
+        for method in methods:
+            (video,), spent = networks.timed(method, [prompt], [seed + index])
+            videos[method.name].append(video)
+            seconds[method.name].append(spent)
+        print(f"{index + 1} of {len(prompts)} prompts", flush=True)
+    return videos, {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def score(videos: Sequence[np.ndarray], prompts: Sequence[Caption]) -> dict[str, float]:
