@@ -48,8 +48,8 @@ class Baseline(NamedTuple):
 
 
 BASELINES = {
-    "teacher-ddim": Baseline("ddim", {1: 3.0, 2: 2.0, 4: 3.0, 8: 2.0}),
-    "teacher-dpm": Baseline("dpm++", {1: 3.0, 2: 2.0, 4: 2.0, 8: 1.5}),
+    "teacher-ddim": Baseline("ddim", {1: 2.0, 2: 3.0, 4: 3.0, 8: 2.0}),
+    "teacher-dpm": Baseline("dpm++", {1: 2.0, 2: 3.0, 4: 2.0, 8: 2.0}),
 }
 STUDENT = Baseline("mcm", dict.fromkeys(STEPS, 1.0), "that of the distillation")
 
