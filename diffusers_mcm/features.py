@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .location import Location
+from .location import Location, refuse_lacking
 
 MAX_INPUT_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,13 +54,10 @@ def pretrained(kind: type, name: str, model_types: Sequence[str], **options: Any
             )
     finally:
         logging.set_verbosity(level)
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
-        raise ValueError(
-            f"{location.name} does not hold all weights of a {kind.__name__}, or not in their shapes: {shown}; they"
-            " would be random."
-        )
+    refuse_lacking(
+        {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])},
+        f"{location.name} does not hold all weights of a {kind.__name__}, or not in their shapes",
+    )
     return model
 
 

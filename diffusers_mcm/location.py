@@ -261,9 +261,14 @@ def check_whole(network: Any, where: str) -> None:
         return
     weights = dict(network.named_parameters())
     read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
-    lacking = sorted(name for name, weight in weights.items() if weight.is_meta or (read and name not in read))
+    refuse_lacking(
+        {name for name, weight in weights.items() if weight.is_meta or (read and name not in read)},
+        f"{where} does not hold all weights of a {type(network).__name__}",
+    )
+
+
+def refuse_lacking(lacking: set[str], refusal: str) -> None:
+    """`ValueError`, the refusal and the first names of weights, if any weight is lacking."""
     if lacking:
-        shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
-        raise ValueError(
-            f"{where} does not hold all weights of a {type(network).__name__}: {shown}; they would be random."
-        )
+        shown = ", ".join(sorted(lacking)[:3]) + (", …" if len(lacking) > 3 else "")
+        raise ValueError(f"{refusal}: {shown}; they would be random.")
