@@ -32,14 +32,12 @@ def sample_all(
     """
     videos: dict[str, list[np.ndarray]] = {method.name: [] for method in methods}
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-    for method in methods:
-        networks.sample(method._replace(steps=1), prompts[:1], [seed])  # the first call of all is slower
-    for index, prompt in enumerate(prompts):
-        for method in methods:
-            (video,), spent = networks.timed(method, [prompt], [seed + index])
-            videos[method.name].append(video)
-            seconds[method.name].append(spent)
-        print(f"{index + 1} of {len(prompts)} prompts", flush=True)
+    batches = [([prompt], [seed + index]) for index, prompt in enumerate(prompts)]
+    for method, (video,), spent in networks.timed_in_turns(methods, batches):
+        videos[method.name].append(video)
+        seconds[method.name].append(spent)
+        if method is methods[-1]:
+            print(f"{len(videos[method.name])} of {len(prompts)} prompts", flush=True)
     return videos, {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -102,12 +102,9 @@ def time_methods(
     """Median seconds per video, prompt to pixels; the methods take turns so that load falls on all."""
     prompts = [captions[index % len(captions)] for index in range(runs + batch_size - 1)]
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-    for method in methods:
-        networks.sample(method._replace(steps=1), prompts[:batch_size], range(batch_size))  # warms up
-    for turn in range(runs):
-        for method in methods:
-            seeds = range(turn, turn + batch_size)
-            seconds[method.name].append(networks.timed(method, prompts[turn : seeds.stop], seeds)[1])
+    spans = [range(turn, turn + batch_size) for turn in range(runs)]
+    for method, _, spent in networks.timed_in_turns(methods, [(prompts[s.start : s.stop], s) for s in spans]):
+        seconds[method.name].append(spent)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,19 @@ class Networks:
         start = time.perf_counter()
         videos = self.sample(method, prompts, seeds)
         return videos, (time.perf_counter() - start) / len(videos)
+
+    def timed_in_turns(
+        self, methods: Sequence[Method], batches: Sequence[tuple[Sequence[Caption | str], Sequence[int]]]
+    ) -> Iterator[tuple[Method, np.ndarray, float]]:
+        """Of each batch, prompts and their seeds, what `timed` says of every method, the methods in turn.
+
+        So other load on the machine falls on all. Each has made a first batch before, which is slower.
+        """
+        for method in methods:
+            self.sample(method._replace(steps=1), *batches[0])
+        for batch in batches:
+            for method in methods:
+                yield method, *self.timed(method, *batch)
 
 
 def machine(device: str) -> str:
