@@ -25,21 +25,22 @@ from diffusers_mcm.files import write_text
 from diffusers_mcm.location import WEIGHTS_NAME
 from diffusers_mcm.scheduler import MCMFlowScheduler
 from diffusers_mcm.shapes.figures import Study
-from diffusers_mcm.shapes.methods import Method
+from diffusers_mcm.shapes.methods import TEACHER_METHODS, Method
 
 WEIGHTS = (0.05, 0.15, 0.5)  # of the adversarial loss
 STEPS = 600
-SHIFT = FLOW_SHIFT  # Euler 4 has 82 % all right of 60 training captions; with a shift of 3 it has 78, DDIM 80
+SHIFT = FLOW_SHIFT  # of 60 training captions Euler 4 had 82 % all right, with a shift of 3 78, DDIM 80 (guidance 1.5)
 DISTIL = Path(__file__).resolve().parent / "distil_flow.py"
 FULL = (1, 2, 4, 8)  # steps at which the LoRA of the full recipe is measured
+DDIM = {method.steps: method for method in TEACHER_METHODS if method.sampler == "ddim"}
 # guidance of the teacher as in the packaged figures
 BASELINES = (
-    Method("teacher-ddim-4", "teacher, DDIM, 4 steps", "teacher", "ddim", 4, 1.5),
-    Method("flow-euler-4", "flow teacher, Euler, 4 steps", "euler", "mcm", 4, 1.5),
+    DDIM[4],
+    Method("flow-euler-4", "flow teacher, Euler, 4 steps", "euler", "mcm", 4, DDIM[4].guidance),
     Method("flow-1", "flow teacher undistilled, 1 step", "flow", "mcm", 1),
     Method("flow-4", "flow teacher undistilled, 4 steps", "flow", "mcm", 4),
-    Method("teacher-ddim-50", "teacher, DDIM, 50 steps", "teacher", "ddim", 50, 2.0),
-    Method("flow-euler-48", "flow teacher, Euler, 48 steps", "euler", "mcm", 48, 2.0),
+    DDIM[50],
+    Method("flow-euler-48", "flow teacher, Euler, 48 steps", "euler", "mcm", 48, DDIM[50].guidance),
 )
 
 
