@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from . import hub
+from .wording import first_names
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -270,5 +271,4 @@ def check_whole(network: Any, where: str) -> None:
 def refuse_lacking(lacking: set[str], refusal: str) -> None:
     """`ValueError`, the refusal and the first names of weights, if any weight is lacking."""
     if lacking:
-        shown = ", ".join(sorted(lacking)[:3]) + (", …" if len(lacking) > 3 else "")
-        raise ValueError(f"{refusal}: {shown}; they would be random.")
+        raise ValueError(f"{refusal}: {first_names(sorted(lacking))}; they would be random.")

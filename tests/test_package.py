@@ -18,8 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The units from the bottom to the top, each with those it may import; "" is the package itself.
 MAY_IMPORT: dict[str, set[str]] = {
     **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
-    **{unit: set() for unit in ("moved", "scheduler_common", "text_files")},
-    "location": {"hub"},
+    **{unit: set() for unit in ("moved", "scheduler_common", "text_files", "wording")},
+    "location": {"hub", "wording"},
     "settings": {"files", "hub", "location"},
     "tables": {"files"},
     "features": {"location"},
@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "video_io": {"files"},
     "cards": {"hub", "location", "settings"},
     "lora": {"files", "hub", "location", "settings"},
-    "data": {"text_files"},
+    "data": {"text_files", "wording"},
     "evaluation": {"data", "features", "files", "hub", "location", "tables", "text_files", "video_io"},
     "base_models": {"conditioning", "consistency", "hub", "location", "lora", "moved", "scheduler", "settings"},
     "publish": {
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"base_models", "pipelines", "scheduler"},
     "training": {
         *("base_models", "cards", "conditioning", "data", "distillation", "features", "files", "flags", "hub"),
-        *("location", "lora", "pipelines", "publish", "settings", "video_io"),
+        *("location", "lora", "pipelines", "publish", "settings", "video_io", "wording"),
     },
     "formats": {"base_models", "files", "hub", "location", "lora", "pipelines", "settings"},
     "commands": {

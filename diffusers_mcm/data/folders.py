@@ -13,6 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from ..text_files import Row, Table, decode_text, read_table
+from ..wording import first_names
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
 from .remote import join, open_file
@@ -40,7 +41,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     reader = _MetadataReader(request, folder, files)
     table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
     if not len(table):
-        names = ", ".join(join(folder, path) for path in metadata[:3]) + (", …" if len(metadata) > 3 else "")
+        names = first_names(join(folder, path) for path in metadata)
         if not reader.skipped:
             raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
         number = len(reader.skipped)

@@ -15,6 +15,7 @@ from ..distillation.clips import EncodedClips
 from ..distillation.draws import Coins
 from ..distillation.image_text import ALIKE, ImageText, caption_overlap, pair_texts
 from ..settings import LOW_NOISE
+from ..wording import first_names
 from .config import TrainingConfig
 
 MAX_COMPARED = 1_000_000  # rows of a data set whose captions are compared, which takes seconds
@@ -108,8 +109,7 @@ class Batches:
 
 def told_skipped(names: set[str]) -> str | None:
     """What to warn of at the end of a run: the items of the data that were of no use; None if all were."""
-    first = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} items of the data could not be used: {first}" if names else None
+    return f"{len(names)} items of the data could not be used: {first_names(sorted(names), 5)}" if names else None
 
 
 def open_data(config: TrainingConfig, clip_size: tuple[int, int, int], coins: Coins) -> TrainingData:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..files import atomic_folder, put_back, write_text
+from ..wording import first_names
 from .disk import room_for, save_state, size_of
 
 logger = logging.getLogger(__name__)
@@ -183,10 +184,10 @@ def _check_empty(output_dir: Path, present: list[Path]) -> None:
     # Hidden files and the folder of a file system's own belong to no run.
     names = [path.name for path in output_dir.glob("*") if path.name[0] != "." and path.name != "lost+found"]
     if names:
-        shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
         raise ValueError(
-            f"--output_dir {output_dir} is not empty ({shown}). Name another folder, or write there all the same with "
-            "--resume_from_checkpoint latest, which starts anew where there is no checkpoint."
+            f"--output_dir {output_dir} is not empty ({first_names(sorted(names))}). Name another folder, or "
+            "write there all the same with --resume_from_checkpoint latest, which starts anew where there is "
+            "no checkpoint."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..files import DiskFullError, is_disk_full
+from ..wording import readable
 
 
 @contextmanager
@@ -73,12 +74,3 @@ def size_of(state: Any) -> int:
     if isinstance(state, dict):
         return sum(map(size_of, state.values()))
     return sum(map(size_of, state)) if isinstance(state, list | tuple) else 0
-
-
-def readable(size: float) -> str:
-    """Bytes for a reader: 1.23 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -22,12 +22,13 @@ from ..data.loading import worker_deaths_told
 from ..distillation.draws import Coins
 from ..features import TextFeatures
 from ..pipelines.wan import check_embeddings
+from ..wording import readable
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import TrainingData, num_workers, open_data, told_skipped
 from .caching import LatentCache, judged_texts, number_of_clips, open_cache, prompts_of
 from .config import CACHE_DTYPES, TrainingConfig
 from .defaults import with_base_defaults
-from .disk import readable, told_room
+from .disk import told_room
 from .networks import WEIGHT_DTYPES, load_component, load_network, teacher_index
 from .sources import check_sources, planned_clip_size
 from .stored import TextStore, in_files

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..wording import readable
 from .checkpoint import RunRecord, go_on, save_checkpoint
 from .config import TrainingConfig
-from .disk import readable, room_for, told_room
+from .disk import room_for, told_room
 from .stopping import Stopped
 from .tracking import NonFiniteLoss, saved_in
 from .trained_module import MissingGradient, SkippedSteps

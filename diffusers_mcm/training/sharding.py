@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..distillation.student import Student
+from ..wording import readable
 from .config import TrainingConfig
-from .disk import readable
 
 logger = logging.getLogger(__name__)
 _ASKED = "ACCELERATE_USE_FSDP"

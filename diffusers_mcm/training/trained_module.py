@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..wording import first_names
 from .config import TrainingConfig
 
 # Under this sum of the rates over a run no LoRA is known to have learnt anything; the paper's is a hundred times that.
@@ -72,14 +73,13 @@ class TrainedModule:
         """
         missing = [name for name, parameter in zip(self.names, self.parameters) if parameter.grad is None]
         if missing:
-            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
             raise MissingGradient(
                 f"Training stopped at step {step}: {len(missing)} of {len(self.names)} trained parameters of the "
-                f"{self.name} have no gradient ({shown}), so they would be saved as they were at the start. No weight "
-                "was changed by this step. Likely causes: autocast gives weights back that it converted where no "
-                "gradients are kept (a torch before 2.11, with its cache on), a layer whose input or output is "
-                "detached or that these clips never reach, or a module that was frozen or exchanged after the "
-                "optimiser was made."
+                f"{self.name} have no gradient ({first_names(missing)}), so they would be saved as they were at the "
+                "start. No weight was changed by this step. Likely causes: autocast gives weights back that it "
+                "converted where no gradients are kept (a torch before 2.11, with its cache on), a layer whose input "
+                "or output is detached or that these clips never reach, or a module that was frozen or exchanged "
+                "after the optimiser was made."
             )
 
     def clip(self, max_norm: float, scaler: Any) -> torch.Tensor:
