@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .base_models import base_model_of, base_repository_of
+from .base_models import base_model_of, base_repository_of, half_named
 from .cards import (
     CARD_NAME,
     DEFAULT_PROMPT,
@@ -32,7 +32,6 @@ from .lora import (
     as_pair,
     check_alike,
     find_pair,
-    half_named,
     open_safetensors,
     read_beside,
     read_loras,

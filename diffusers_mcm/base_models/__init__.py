@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..lora import LoRA
+from ..lora import LoRA, expert_in_name, for_expert
 from .animatediff import AnimateDiff
 from .base import BaseModel
 from .modelscope import ModelScope
@@ -66,10 +66,36 @@ def base_model_of(lora: LoRA) -> BaseModel:
     return infer_base_model(lora_modules=lora.shapes(), for_an_expert=lora.settings.expert is not None)
 
 
+def may_be_of_an_expert(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether modules of these shapes (of their matrices A) may be those of one of two experts: not if their size is
+    that of a model with a single denoiser alone."""
+    alike = [model for model in BASE_MODELS.values() if model.recognises(list(shapes))]
+    of_that_size = [model for model in alike if model.repository_for(shapes)]
+    return any(model.experts for model in of_that_size or alike)
+
+
+def half_named(lora: LoRA) -> LoRA:
+    """The LoRA with the expert that the name of its file says, where it may be for one and says nothing of itself.
+
+    Those of other makers are told by nothing else.
+    """
+    said = None if lora.settings else expert_in_name(lora.source)
+    return for_expert(lora, said) if said and may_be_of_an_expert(lora.shapes()) else lora
+
+
 def base_repository_of(lora: LoRA) -> str:
     """Where a LoRA's base model is: as its settings or PEFT's say, or else where that of its size usually is."""
     model = base_model_of(lora)
     return lora.base_repository or model.repository_for(lora.shapes()) or model.default_repository
 
 
-__all__ = ["BASE_MODELS", "BaseModel", "base_model_of", "base_repository_of", "get_base_model", "infer_base_model"]
+__all__ = [
+    "BASE_MODELS",
+    "BaseModel",
+    "base_model_of",
+    "base_repository_of",
+    "get_base_model",
+    "half_named",
+    "infer_base_model",
+    "may_be_of_an_expert",
+]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .. import hub
-from ..base_models import base_model_of, base_repository_of
+from ..base_models import base_model_of, base_repository_of, half_named
 from ..base_models.animatediff import load_motion_adapter
 from ..files import atomic_file, atomic_files
 from ..location import MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
@@ -17,7 +17,6 @@ from ..lora import (
     PAIR_NAMES,
     LoRA,
     check_alike,
-    half_named,
     lora_header,
     read_loras,
     write_lora_weights,

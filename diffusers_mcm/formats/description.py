@@ -3,11 +3,11 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base_models import BASE_MODELS, BaseModel, infer_base_model
+from ..base_models import BASE_MODELS, BaseModel, infer_base_model, may_be_of_an_expert
 from ..files import sha256
 from ..location import Location
 from ..lora import TEXT_ENCODER, expert_in_name, open_safetensors, pair_of, read_beside, split_key
@@ -75,7 +75,7 @@ def _describe(location: Location, half: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} has keys of no known layout ({', '.join(WRITTEN)}), such as {one!r}.")
     config = recorded_config(header, adapter_config if layout == "peft" else None)
     modules = _modules(path, shapes)
-    expert = half or _expert(settings, path, shapes)
+    expert = half or _expert(settings, path, shapes, modules)
     base_model = _base_model(settings, layout, modules, expert is not None)
     repository = settings.base_model_repository or (adapter_config or {}).get("base_model_name_or_path")
     return {
@@ -114,11 +114,11 @@ def _is_of(expert: str, key: str) -> bool:
     return (place_of(key)[0] == SECOND_DENOISER) == (expert == LOW_NOISE)
 
 
-def _expert(settings: Settings, path: Path, keys: Iterable[str]) -> str | None:
-    """Which of two experts a file is for, as its keys, its settings or its name say."""
+def _expert(settings: Settings, path: Path, keys: Iterable[str], modules: Mapping[str, Sequence[int]]) -> str | None:
+    """Which of two experts a file is for, as its keys, its settings or, if its size allows it, its name say."""
     if {place_of(key)[0] for key in keys} == {SECOND_DENOISER}:
         return LOW_NOISE
-    return settings.expert or expert_in_name(path)
+    return settings.expert or (expert_in_name(path) if may_be_of_an_expert(modules) else None)
 
 
 def _is_one(part: Any) -> bool:

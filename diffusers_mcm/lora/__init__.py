@@ -24,7 +24,6 @@ from .experts import (
     expert_of,
     find_pair,
     for_expert,
-    half_named,
     pair_of,
     read_loras,
     write_lora_pair,

@@ -2,7 +2,8 @@
 
 A pair is two files, each with the keys of any LoRA, for the two networks have the same modules. It is those called
 `high_noise_model.safetensors` and `low_noise_model.safetensors` in a folder or repository, or others that say in their
-names which is which, as `wan2.2_t2v_high_noise_lora_rank64.safetensors`, or two LoRAs that are given together.
+names which is which, as `wan2.2_t2v_high_noise_lora_rank64.safetensors`, or two LoRAs that are given together. "high"
+and "low" alone say it at the end of a name, or in one that tells the model: `low_poly.safetensors` is a style.
 """
 
 import os
@@ -18,36 +19,32 @@ from ..location import INDEX_NAME, MOTION_HEAD_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_
 from ..settings import CONFIG_NAME, EXPERTS
 from .adapter import LoRA
 from .files import only_lora, read_lora, read_lora_file, to_loras, write_lora_weights
-from .layouts import DENOISER, SECOND_DENOISER, is_wan
+from .layouts import DENOISER, SECOND_DENOISER
 
 PAIR_NAMES = {expert: f"{expert}_model.safetensors" for expert in EXPERTS}
-# "high noise" in a name, however it is written, or else "high" alone.
-_IN_NAMES = (re.compile(r"(high|low)[ _.-]?noise", re.IGNORECASE), re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.I))
+_WITH_NOISE = re.compile(r"(high|low)[ _.-]?noise", re.IGNORECASE)
+_ALONE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
+# Where a word alone is meant so: the model is named, or nothing follows but what says version, steps, rank or bits.
+_MEANT = re.compile(
+    r"wan[ _.-]?2[._-]?2|a14b|"
+    r"(?<![a-z])(high|low)([ _.-]+\d*(loras?|model|epochs?|steps?|rank|bf|fp|v|e|r)?\d*)*(\.[a-z]+)?$",
+    re.IGNORECASE,
+)
 
 LoRAPair = tuple[LoRA, LoRA]  # of the expert that acts first, and of the other
 
 
 def expert_in_name(name: str | os.PathLike) -> str | None:
     """The expert that a file is for as its name says; `None` if that says nothing, or both."""
-    for pattern in _IN_NAMES:
-        found = {match.lower() for match in pattern.findall(os.path.basename(name))}
-        if found:
-            return f"{found.pop()}_noise" if len(found) == 1 else None
-    return None
+    name = os.path.basename(name)
+    words = _WITH_NOISE.findall(name) or (_ALONE.findall(name) if _MEANT.search(name) else [])
+    found = {word.lower() for word in words}
+    return f"{found.pop()}_noise" if len(found) == 1 else None
 
 
 def expert_of(lora: LoRA) -> str | None:
     """The expert that a LoRA is for, as its settings say, or else the name of its file; `None` if neither does."""
     return lora.settings.expert or expert_in_name(lora.source)
-
-
-def half_named(lora: LoRA) -> LoRA:
-    """The LoRA with the expert that the name of its file says, where it is one for Wan that says nothing of itself.
-
-    Those of other makers are told by nothing else.
-    """
-    said = None if lora.settings or not is_wan(lora.tensors) else expert_in_name(lora.source)
-    return lora if said is None else for_expert(lora, said)
 
 
 def find_pair(location: Location) -> tuple[Location, Location] | None:

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_mcm import MCMPipeline, get_base_model
-from diffusers_mcm.base_models import infer_base_model
+from diffusers_mcm.base_models import base_model_of, half_named, infer_base_model
 from diffusers_mcm.base_models.wan import FRAME_DECODERS, NEGATIVE_PROMPT, TEXT_LENGTH, place_in_latents
-from diffusers_mcm.lora import add_lora
+from diffusers_mcm.lora import LoRA, add_lora
+from diffusers_mcm.settings import Settings
 from tests.tiny import EXACT, save_lora, save_tiny_base
 from tests.tiny_wan import (
     CHANNELS,
@@ -98,6 +99,23 @@ def test_rows_do_not_take_each_others_models(tmp_path):
     modules = [key.removeprefix("transformer.") for key in load_file(lora / "pytorch_lora_weights.safetensors")]
     assert infer_base_model(lora_modules=modules) is WAN
     assert infer_base_model(lora_modules=modules, for_an_expert=True) is A14B
+
+
+def a_lora(width, source, module="blocks.0.attn1.to_q", **settings):
+    tensors = {f"{module}.lora_A.weight": torch.zeros(2, width), f"{module}.lora_B.weight": torch.zeros(width, 2)}
+    return LoRA(tensors, source=source, settings=Settings(**settings))
+
+
+def test_half_of_a_pair_is_told_by_a_name_only_where_its_size_allows_it():
+    for width in (5120, 32):  # of 14B, which both generations have, and of none
+        half = half_named(a_lora(width, "x_low_noise.safetensors"))
+        assert half.settings.expert == "low_noise" and base_model_of(half) is A14B
+    for width, model in ((1536, WAN), (3072, TI2V)):
+        style = a_lora(width, "pixels_low.safetensors")
+        assert half_named(style) is style and base_model_of(style) is model
+    said = a_lora(5120, "x_low_noise.safetensors", base_model="wan")
+    other = a_lora(320, "high.safetensors", module="mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert half_named(said) is said and half_named(other) is other
 
 
 # Of the configurations that diffusers' script for converting Wan's own checkpoints holds.

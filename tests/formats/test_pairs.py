@@ -153,3 +153,14 @@ def test_a_boundary_that_no_scheduler_tells(tmp_path):
     half = save_half(tmp_path / "half", "high_noise", 0, scheduler=None)
     settings = describe(half)["settings"]
     assert (settings["boundary"], settings["shift"]) == (BOUNDARY, 5.0)
+
+
+def test_a_style_for_a_model_without_experts_is_no_half(tmp_path):
+    module = "diffusion_model.blocks.0.self_attn.q.lora_"  # as wide as Wan 2.1 1.3B
+    tensors = {f"{module}down.weight": torch.zeros(2, 1536), f"{module}up.weight": torch.zeros(1536, 2)}
+    for name in ("pixels_low", "style"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        about = describe(tmp_path / f"{name}.safetensors")
+        assert (about["base_model"], about["expert"]) == ("wan", None)
+        convert(tmp_path / f"{name}.safetensors", tmp_path / name, "diffusers")
+        assert "expert" not in json.loads((tmp_path / name / "mcm_config.json").read_text())

@@ -12,7 +12,6 @@ from diffusers_mcm.lora.experts import (
     expert_in_name,
     expert_of,
     for_expert,
-    half_named,
     pair_of,
 )
 from diffusers_mcm.settings import Settings
@@ -40,6 +39,11 @@ def of(pair):
         ("low_rank_high_noise.safetensors", "high_noise"),
         ("lowvram_highres.safetensors", None),
         ("from_high_to_low.safetensors", None),
+        ("some_style_HIGH.safetensors", "high_noise"),
+        ("some_style_low_v1.1_rank64-000010.safetensors", "low_noise"),
+        ("low_poly_style.safetensors", None),
+        ("High-Contrast.safetensors", None),
+        ("folder_of_wan2.2/low_light.safetensors", None),
         (WEIGHTS_NAME, None),
     ],
 )
@@ -123,10 +127,3 @@ def test_halves_that_are_no_pair():
         check_alike(high, lora(source="b", boundary=0.9))
     with pytest.raises(ValueError, match="of one model, with the same base_model; got wan-a14b of a and wan of b"):
         check_alike(high, lora(source="b", base_model="wan"))
-
-
-def test_a_file_that_says_nothing_but_its_name():
-    assert half_named(lora(source="x_low_noise.safetensors")).settings.expert == "low_noise"
-    assert half_named(lora(source="x_low_noise.safetensors", base_model="wan")).settings.expert is None
-    other = LoRA({"mid_block.x.lora_A.weight": torch.zeros(2, 2)}, source="high.safetensors")
-    assert half_named(other) is other
