@@ -28,7 +28,14 @@ from .consistency import (
     check_known,
     working,
 )
-from .scheduler_common import as_timesteps, check_in_schedule, check_step, check_trained, is_positive_integer
+from .scheduler_common import (
+    StepCounter,
+    as_timesteps,
+    check_in_schedule,
+    check_step,
+    check_trained,
+    is_positive_integer,
+)
 
 logger = logging.get_logger(__name__)
 MCMSchedulerOutput = LCMSchedulerOutput  # `prev_sample` and `denoised`, each of the shape of the sample
@@ -200,7 +207,7 @@ class MCMScheduler(LCMScheduler):
         return super().get_velocity(working(sample), working(noise), timesteps).to(sample.dtype)
 
 
-class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
+class MCMFlowScheduler(StepCounter, SchedulerMixin, ConfigMixin):
     """
     Multistep consistency sampling on the path of flow-matching models, x_t = (1 − σ) x_0 + σ ε with t = 1000 σ:
     predict the clean sample, x̂_0 = x_t − σ v, and add noise again for the next timestep. A drop-in in diffusers'
@@ -247,13 +254,23 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs):
-        """As every scheduler's; of a scheduler of another class only `num_train_timesteps` is taken over."""
-        if isinstance(config, Mapping):
-            own = cls._get_init_keys(cls)
-            foreign = any(not key.startswith("_") and key not in own for key in config)
-            taken = ("num_train_timesteps",) if foreign else own
-            config = {key: value for key, value in config.items() if key in taken}
+        """As every scheduler's; of a scheduler of another class only `num_train_timesteps` is taken over.
+
+        What a later version of this one has in its configuration besides is passed over with a warning.
+        """
+        if isinstance(config, Mapping) and not cls._is_own(config):
+            config = {key: value for key, value in config.items() if key == "num_train_timesteps"}
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _is_own(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration is one of this class, as it says, or else as its keys do."""
+        if "_class_name" in config:
+            return config["_class_name"] == cls.__name__
+        known = cls._get_init_keys(cls)
+        return {"shift", "original_inference_steps"} <= config.keys() or all(
+            key in known or key.startswith("_") for key in config
+        )
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -297,9 +314,7 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([chosen / self.config.num_train_timesteps, torch.zeros(1)])
         if len(self.phases) == 2:  # `WanPipeline` asks the second expert below the boundary only
             chosen = torch.where(is_start, torch.nextafter(start, torch.zeros(())), chosen)
-        self.timesteps = chosen.to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._begin_anew(chosen.to(device))
 
     def _grid(self) -> torch.Tensor:
         """The timesteps of distillation, descending."""
@@ -345,24 +360,6 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
             )
 
     # --- diffusers' interface ----------------------------------------------------------------------------------------
-    @property
-    def step_index(self) -> int | None:
-        """The index of the next step; `None` before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where sampling begins, if a pipeline has said so."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin with this step of the schedule."""
-        self._begin_index = begin_index
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample as it is."""
-        return sample
-
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = (1 − σ) x_0 + σ ε in the type of `original_samples`; `timesteps` is (B,) or (1,)."""
         return self.path.add_noise(original_samples, noise, timesteps.expand(len(original_samples)))
@@ -397,11 +394,3 @@ class MCMFlowScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = index + 1
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         return MCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
-
-    def _next_index(self, timestep: float | torch.Tensor) -> int:
-        """The index of the step that is due; the first is where `set_begin_index` or the timestep says."""
-        index = self._begin_index if self._step_index is None else self._step_index
-        if index is None:
-            check_in_schedule(timestep, self.timesteps)
-            index = int((self.timesteps == timestep).nonzero()[0])
-        return index

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of a scheduler, and of a step that it shall take."""
+"""What is wrong with the arguments of a scheduler, and of a step that it shall take; which step is due."""
 
 from __future__ import annotations
 
@@ -59,3 +59,40 @@ def check_step(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample
 def is_positive_integer(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number above 0."""
     return isinstance(value, Integral) and int(value) > 0
+
+
+class StepCounter:
+    """What diffusers' pipelines ask a scheduler about where it is in its schedule."""
+
+    timesteps: torch.Tensor
+
+    def _begin_anew(self, timesteps: torch.Tensor) -> None:
+        self.timesteps = timesteps
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next step; `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where sampling begins, if a pipeline has said so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin with this step of the schedule."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample as it is."""
+        return sample
+
+    def _next_index(self, timestep: float | torch.Tensor) -> int:
+        """The index of the step that is due; the first is where `set_begin_index` or the timestep says."""
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            check_in_schedule(timestep, self.timesteps)
+            index = int((self.timesteps == timestep).nonzero()[0])
+        return index

@@ -182,6 +182,20 @@ def test_the_configuration_is_saved_and_read(tmp_path):
     assert (copy.config.shift, copy.config.stochastic) == (3.0, False)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_what_a_later_version_adds_does_not_cost_the_rest(named, caplog):
+    config = dict(MCMFlowScheduler(shift=8.0, boundary=0.875).config) | {"added_later": 1}
+    if named:
+        config |= {"_class_name": "MCMFlowScheduler", "_diffusers_version": "9.0"}
+    with caplog.at_level("WARNING"):
+        scheduler = MCMFlowScheduler.from_config(config)
+    assert (scheduler.config.shift, scheduler.config.boundary) == (8.0, 0.875)
+    assert "added_later" in caplog.text
+    part = MCMFlowScheduler.from_config({"_class_name": "MCMFlowScheduler", "shift": 3.0, "added_later": 1})
+    assert part.config.shift == 3.0
+    assert MCMFlowScheduler.from_config(config | {"_class_name": "UniPCMultistepScheduler"}).config.shift == 5.0
+
+
 @pytest.mark.parametrize(
     "teachers",
     [UniPCMultistepScheduler(**WANS), FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler()],
