@@ -1,6 +1,7 @@
 """The command `diffusers-mcm`: a table of subcommands, each a module of that name that parses its own flags."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -38,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for input that the user can put right."""
     arguments, rest = build_parser().parse_known_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt that its encoding lacks is no reason to stop a list
+            stream.reconfigure(errors="backslashreplace")
     try:
         import_module(arguments.module, __package__).main(rest)
         sys.stdout.flush()  # where that goes to a full disk, it is an error like any other

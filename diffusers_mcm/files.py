@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a library says whose errors carry no number: safetensors and tarfile wrap that of the system into their own.
 _DISK_FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122", "File too large")
+# Of a model's folder, beside weights and what ends with config.json: `fingerprint` reads these.
+_OF_A_MODEL = ("model_index.json", "tokenizer.json", "vocab.json", "merges.txt")
+_READ_WHOLE, _BLOCK, _BLOCKS = 64 << 20, 4096, 256  # bytes, bytes and their number
 
 
 class DiskFullError(OSError):
@@ -36,13 +40,32 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
             raise
         # One of ours is of a part of what is written here, in a place that nobody knows.
         cause = error.__cause__ if isinstance(error, DiskFullError) else error
-        there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+        there = existing_parent(Path(path))
         told = DiskFullError(
             f"The disk is full: there was no room to write {path} ({shutil.disk_usage(there).free / 1e6:.1f} MB are "
             f"free there). Nothing half-written was left; make room, or choose a place on another disk. ({cause})"
         )
         told.errno = getattr(cause, "errno", None) or errno.ENOSPC
         raise told from cause
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def check_takes_files(folder: Path, name: str) -> None:
+    """`ValueError` that begins with the argument's name, if a folder, or the nearest one above it that is there, is
+    none or takes no files. To be called before the work of which the files shall be the outcome."""
+    there = existing_parent(folder)
+    if not there.is_dir():
+        raise ValueError(f"{name} {folder}: {there} is a file; name another folder, which need not be there yet.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        told = f"nothing can be written to {there} ({error.strerror or error})"
+        raise ValueError(f"{name} {folder}: {told}; name another folder.") from None
 
 
 def write_text(path: str | Path, text: str, synced: bool = False) -> None:
@@ -187,3 +210,30 @@ def sha256(path: Path) -> str:
     """The hash of a file, as the Hub shows it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """What tells the weights and configurations of a model, a file or a folder with all below it, from others.
+
+    Of a file above 64 MiB, 256 blocks that are evenly spread over it are read, and all of a smaller one: a training
+    changes weights everywhere. Where the model lies and how old its files are does not matter.
+    """
+    digest = hashlib.sha256()
+    below = [] if path.is_file() else sorted(each for each in path.rglob("*") if _decides(each))
+    for each in below or [path]:
+        size = each.stat().st_size
+        digest.update(f"{each.relative_to(path).as_posix()}\0{size}\0".encode())
+        with each.open("rb") as file:
+            if size <= _READ_WHOLE:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _decides(path: Path) -> bool:
+    """Whether a file of a model's folder decides what it computes; a video's `metadata.json` does not."""
+    is_weights = path.suffix in (".safetensors", ".sft", ".model")
+    return path.is_file() and (is_weights or path.name.endswith(("config.json", *_OF_A_MODEL)))

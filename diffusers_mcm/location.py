@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from . import hub
+from .files import fingerprint
 from .wording import first_names
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -141,6 +142,21 @@ class Location:
         except hub.http_errors() as error:
             raise OSError(self.explain(error)) from error
         return replace(self, name=name, revision=None, remote=False)
+
+    def version(self) -> str | None:
+        """What tells its files from those of another time: a repository's commit, or of a folder or file on disk its
+        `fingerprint`; `None` where nothing is known."""
+        if not self.remote:
+            return fingerprint(Path(self.name, self.subfolder or ""))
+        return self.commit(INDEX_NAME, "config.json")
+
+    def commit(self, *filenames: str) -> str | None:
+        """The commit of the one of these files that is in the Hub's cache, or else the revision that was asked for."""
+        for name in filenames:
+            path = self.file(name)
+            if path is not None and "snapshots" in path.parts:  # …/snapshots/COMMIT/model_index.json
+                return path.parts[path.parts.index("snapshots") + 1]
+        return self.revision
 
     def explain(self, error: BaseException) -> str:
         """What one of `hub.http_errors` about this repository means, and what to do."""

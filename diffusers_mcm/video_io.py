@@ -162,14 +162,21 @@ def write_image(path: str | Path, image: Image.Image, metadata: Mapping | None =
 def write_frames(path: str | Path, video: np.ndarray, fps: float = 8, metadata: Mapping | None = None) -> None:
     """Write frames (T, H, W, 3) as `0001.png`, `0002.png`, … of a folder, the metadata as its `metadata.json`."""
     video, path = to_uint8(video), Path(path)
-    foreign = [p.name for p in path.glob("*") if not re.fullmatch(rf"\d+\.png|{re.escape(_METADATA_FILE)}", p.name)]
-    if foreign:
-        raise ValueError(f"expected a folder of frames, or none yet, at {path}; it also holds {foreign[0]!r}")
+    check_frames_folder(path)
     with atomic_folder(path) as temporary:
         for number, frame in enumerate(video, start=1):
             Image.fromarray(frame).save(temporary / f"{number:04d}.png")
         if metadata:
             (temporary / _METADATA_FILE).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+
+
+def check_frames_folder(path: Path) -> None:
+    """`ValueError` if `write_frames` would not put its folder there, since something else than frames is."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"expected a folder of frames, or none yet, at {path}, which is a file")
+    foreign = [p.name for p in path.glob("*") if not re.fullmatch(rf"\d+\.png|{re.escape(_METADATA_FILE)}", p.name)]
+    if foreign:
+        raise ValueError(f"expected a folder of frames, or none yet, at {path}; it also holds {foreign[0]!r}")
 
 
 WRITERS: dict[str, Callable] = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp, ".png": write_png}

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,18 @@ for arguments in {REFUSED!r}:
     told = [line for line in run.stdout.splitlines() if line.startswith("told:")]
     helped = ["--help" in arguments for arguments in REFUSED]
     assert told == [f"told: {0 if right else 2} light" for right in helped], run.stdout + run.stderr
+
+
+def test_a_prompt_that_the_encoding_of_the_output_lacks_is_printed_all_the_same():
+    code = """
+from diffusers_mcm.commands import info
+info.main = lambda rest: print("a corgi, 柯基犬")
+from diffusers_mcm.cli import main
+raise SystemExit(main(["info"]))
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stdout) == (0, "a corgi, \\u67ef\\u57fa\\u72ac\n"), run.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error(monkeypatch, capsys):

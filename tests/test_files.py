@@ -9,7 +9,16 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mcm import MCMPipeline
-from diffusers_mcm.files import DiskFullError, atomic_file, atomic_files, atomic_folder, is_disk_full, write_text
+from diffusers_mcm.files import (
+    DiskFullError,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    check_takes_files,
+    fingerprint,
+    is_disk_full,
+    write_text,
+)
 from diffusers_mcm.formats import convert
 from diffusers_mcm.lora import WEIGHTS_NAME
 from diffusers_mcm.publish import record_sample, stage_lora
@@ -174,3 +183,41 @@ def test_a_saved_lora_is_the_same_as_before(tmp_path, pipe, world):
     again = MCMPipeline.from_pretrained(tmp_path / "lora")
     ours, theirs = (p.denoiser.state_dict() for p in (again, pipe))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_output_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch):
+    check_takes_files(tmp_path / "new" / "folder", "--output")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=f"^--output {folder}: {tmp_path}/file is a file; name another folder"):
+            check_takes_files(folder, "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def refuse(**where):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # for root there is hardly such a folder
+    with pytest.raises(ValueError, match=rf"nothing can be written to {tmp_path} \(Permission denied\); name another"):
+        check_takes_files(tmp_path / "out", "--output")
+
+
+def test_a_fingerprint_tells_models_apart_and_nothing_else(tmp_path):
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    weights, config = model / "unet" / "weights.safetensors", model / "unet" / "config.json"
+    config.write_text("{}")
+    weights.write_bytes(bytes(range(256)) * 4096 * 70)  # 70 MiB, of which blocks are read
+    before = fingerprint(model)
+    (model / "metadata.json").write_text("of a video")
+    (model / "sample.mp4").touch()
+    os.utime(weights, (0, 0))
+    assert before == fingerprint(model) == fingerprint(model.rename(tmp_path / "moved"))
+    weights, config = (tmp_path / "moved" / "unet" / path.name for path in (weights, config))
+    config.write_text('{"a": 1}')
+    assert fingerprint(tmp_path / "moved") != before
+    config.write_text("{}")
+    content = weights.read_bytes()
+    for changed in (content[:-1] + b"x", b"x" + content[1:], content[:-1]):
+        weights.write_bytes(changed)
+        assert fingerprint(tmp_path / "moved") != before
+    assert fingerprint(weights) != fingerprint(config)

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT: dict[str, set[str]] = {
     **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
     **{unit: set() for unit in ("moved", "scheduler_common", "text_files", "wording")},
-    "location": {"hub", "wording"},
+    "location": {"files", "hub", "wording"},
     "settings": {"files", "hub", "location"},
     "tables": {"files"},
     "features": {"location"},

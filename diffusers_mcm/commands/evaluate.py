@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import check_takes_files
 from .startup import quick_imports, quiet_libraries
 
 _NAME = re.compile(r"[^\W_][\w .,+=@%()-]*")
@@ -143,6 +144,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     if not arguments.folders or arguments.output is None:
         raise ValueError("expected folders of videos and --output, or --write_prompts")
     folders = named_folders(arguments.folders)
+    check_takes_files(arguments.output, "--output")
     size = _size(arguments.size)
     with quick_imports():
         from accelerate import PartialState

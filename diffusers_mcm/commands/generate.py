@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import sha256
+from ..files import check_takes_files, sha256
 from ..hub import public_name
 from ..location import Location
 from ..settings import SAMPLING_KEYS
@@ -206,7 +206,7 @@ def named(source: str | list[str]) -> str:
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What to make and where, with everything checked that can be checked before a model is loaded."""
-    from ..video_io import check_fps, names_folder, writer_for
+    from ..video_io import check_fps, check_frames_folder, names_folder, write_frames, writer_for
 
     if arguments.fps is not None:
         check_fps(arguments.fps, "--fps")
@@ -232,8 +232,13 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         if arguments.format is not None:
             raise ValueError(f"expected a folder as --output with --format {arguments.format}, got {output!r}")
         suffix = None
+    check_takes_files(path if suffix is not None else path.parent, "--output")
     options = {name: getattr(arguments, name) for name in ("seed", "negative_prompt", "num_videos", "layout")}
-    return plan(read_prompts(arguments.prompt, arguments.prompts), path, suffix, **options)
+    jobs = plan(read_prompts(arguments.prompt, arguments.prompts), path, suffix, **options)
+    for job in jobs if arguments.overwrite else ():  # else what is there stays there
+        if writer_for(job.path) is write_frames:
+            check_frames_folder(job.path)
+    return jobs
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -304,7 +309,23 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
         settings |= {"few_step": row.title, "stochastic": row.stochastic, "shift": row.shift}
         if row.timesteps and settings["num_inference_steps"] == len(row.timesteps):
             settings["timesteps"] = list(row.timesteps)
-    return settings | sampler_settings(pipeline) | {"lora_sha256": lora_sha256(arguments, pipeline)}
+    settings |= sampler_settings(pipeline) | {"lora_sha256": (lora := lora_sha256(arguments, pipeline))}
+    return settings | {"base_version": base_version(arguments, pipeline, alone=lora is None)}
+
+
+def base_version(arguments: argparse.Namespace, pipeline: "MCMPipeline", alone: bool) -> str | list[str | None] | None:
+    """What tells the weights below the LoRA from others, see `Location.version`; of motion modules theirs, too.
+
+    `alone` says that there is no LoRA, so that the base model may be what `--model` names.
+    """
+    motion, options = pipeline.motion_model, {"local_files_only": True}  # what has just been loaded is in the cache
+    if arguments.base_model:
+        place = Location.of(arguments.base_model, **options)
+    elif arguments.lora or alone and motion is None:
+        place = Location.of(arguments.model, revision=arguments.revision, **options)
+    else:
+        place = Location.of(pipeline.config["_name_or_path"], **options)
+    return place.version() if motion is None else [place.version(), motion.modules.version()]
 
 
 def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str | list[str] | None:

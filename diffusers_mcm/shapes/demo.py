@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_text
+from ..files import check_takes_files, write_text
 from ..tables import replace_section, table
 from ..video_io import comparison, write_image, write_mp4
 from .captions import Caption, held_out_captions, spaced
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = held_out_captions()
     if not 1 <= arguments.prompts <= len(captions):
         raise ValueError(f"expected --prompts between 1 and {len(captions)}, got {arguments.prompts}")
+    check_takes_files(arguments.output, "--output")
     prompts = spaced(captions, arguments.prompts)
     device = choose_device(arguments.device)
     methods = [*TEACHER_METHODS, *MCM_METHODS]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_text
+from ..files import check_takes_files, write_text
 from ..tables import replace_section, table
 from .captions import Caption, held_out_captions, spaced, training_captions
 from .methods import LCM_METHODS, MCM_METHODS, TEACHER_METHODS, Method, Networks, machine
@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"expected --{name} of at least 1, got {value}")
+    check_takes_files(arguments.output, "--output")
     arguments.device = choose_device(arguments.device)
     results = measure(arguments)
     methods, checked = report(results)

@@ -61,7 +61,8 @@ def cache_key(config: TrainingConfig, base: BaseModel, videos: VideoDataset, kno
 def _networks(location: Location, folders: tuple[str, ...], known: Key) -> Key:
     """Of a repository on the Hub its commit, of a folder each file with its sum."""
     if location.remote:
-        return {location.name: _commit(location, folders[0])}
+        place = location.inside(folders[0]) if folders[0] else location
+        return {location.name: place.commit("config.json", "tokenizer_config.json")}
     root = Path(location.name, location.subfolder or "")
     paths = [path for folder in folders for path in (root / folder).glob("*") if path.suffix in _NETWORK_FILES]
     names = {path.relative_to(root).as_posix(): path for path in sorted(paths)}
@@ -74,15 +75,6 @@ def _summed(path: Path, before: Any) -> Key:
     if isinstance(before, dict) and all(before.get(name) == value for name, value in seen.items()):
         return before
     return {**seen, "sha256": sha256(path)}
-
-
-def _commit(location: Location, folder: str) -> str | None:
-    """The commit whose files are in the Hub's cache: `…/snapshots/COMMIT/vae/config.json`."""
-    for name in ("config.json", "tokenizer_config.json"):
-        path = (location.inside(folder) if folder else location).file(name)
-        if path is not None and "snapshots" in path.parts:
-            return path.parts[path.parts.index("snapshots") + 1]
-    return location.revision
 
 
 def read_key(folder: Path) -> dict[str, Key] | None:

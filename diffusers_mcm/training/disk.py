@@ -1,7 +1,6 @@
 """A full disk, told as one: each library that writes has words of its own for it, and some have none."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..files import DiskFullError, is_disk_full
+from ..files import DiskFullError, existing_parent, is_disk_full
 from ..wording import readable
 
 
@@ -45,20 +44,6 @@ def told_room(said: str, needed: float, folder: Path, instead: str, reused: int 
     if needed > free + reused:
         raise ValueError(f"{said}, where {readable(free)} are free: make room, {instead}.")
     return f"{said}, of {readable(free + reused)} that there are."
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if the output folder, or the nearest one above it that is there, takes no files."""
-    there = existing_parent(folder)
-    if not there.is_dir():
-        raise ValueError(f"--output_dir {folder}: {there} is a file; name a folder that is empty or not there yet.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {folder}: nothing may be written to {there}; name another folder.")
-
-
-def existing_parent(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

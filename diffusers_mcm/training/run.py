@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ..distillation.discriminator.penalty import PenaltyWeight
 from ..distillation.draws import Coins
 from ..distillation.trajectory import TIMESTEPS
+from ..files import check_takes_files
 from ..lora import LoRA
 from .acceleration import build_accelerator, told_by_one, with_accelerate_settings
 from .batches import Batches, build_batches, check_usable, open_data
@@ -18,7 +19,7 @@ from .caching import CachedVideos
 from .checkpoint import clear_up, open_checkpoint
 from .config import TrainingConfig
 from .defaults import with_base_defaults
-from .disk import check_writable, room_for, size_of
+from .disk import room_for, size_of
 from .encoding import fill_cache
 from .keeping import Keeper, check_room
 from .networks import build_networks, teacher_index
@@ -60,7 +61,7 @@ class Run:
     # --- its parts, those first that a wrong flag makes fail ---------------------------------------------------------
     def open_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go on from, and its state."""
-        check_writable(self.output_dir)
+        check_takes_files(self.output_dir, "--output_dir")
         if self.accelerator.is_main_process:
             clear_up(self.output_dir)
         self.accelerator.wait_for_everyone()

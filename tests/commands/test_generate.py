@@ -17,6 +17,7 @@ from PIL import Image
 from diffusers_mcm import MCMFlowScheduler, MCMPipeline, get_base_model
 from diffusers_mcm.cli import main
 from diffusers_mcm.evaluation.samples import open_samples
+from diffusers_mcm.files import fingerprint
 from diffusers_mcm.lora import add_lora
 from diffusers_mcm.video_io import read_metadata
 from tests.hub_server import hub_server
@@ -25,6 +26,7 @@ from tests.tiny import NUM_FRAMES, SIZE, randomise_lora, save_lora, save_tiny_ba
 from tests.tiny_wan import save_wan_base, tiny_wan_transformer
 
 ROOT = Path(__file__).parents[2]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPT = "a red circle moving left on a black background"
 LIST = [PROMPT, "a blue ring growing", "a green square"]
 
@@ -143,12 +145,50 @@ def test_a_video_depends_on_its_prompt_and_seed_and_not_on_its_place(base, tmp_p
     assert (tmp_path / "list" / "0003-a-green-square.mp4").read_bytes() == (tmp_path / "alone-2.mp4").read_bytes()
 
 
+def test_videos_of_another_model_by_the_same_name_are_made_again(tmp_path, calls):
+    run = {name: tmp_path / name / "final" for name in ("first", "second")}
+    for seed, folder in enumerate(run.values()):
+        save_tiny_base(folder, seed=seed)
+    for model in (*run.values(), run["second"]):
+        assert generate(model, PROMPT, "-o", tmp_path / "v.png") == 0
+    assert len(calls) == 2
+    whole = shutil.copytree(run["first"], tmp_path / "other" / "final")  # weights are the same wherever they lie
+    shutil.copyfile(run["second"] / "vae" / WEIGHTS, whole / "vae" / WEIGHTS)
+    lora = save_tiny_lora(tmp_path / "lora", run["first"])
+    assert generate(run["first"], PROMPT, "-o", tmp_path / "w.png") == 0
+    for base, made in ((tmp_path / "copy" / "final", 0), (whole, 1)):
+        shutil.copytree(run["first"], tmp_path / "copy" / "final", dirs_exist_ok=True)
+        calls.clear()
+        assert generate(base, PROMPT, "-o", tmp_path / "w.png") == 0
+        assert len(calls) == made
+    for base in (run["first"], whole):
+        calls.clear()
+        assert generate(lora, PROMPT, "--base_model", base, "-o", tmp_path / "x.png") == 0
+        assert len(calls) == 1
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_sampled(base, tmp_path, calls, capsys):
+    (tmp_path / "file").touch()
+    frames = tmp_path / "frames" / f"0001-{video_slug()}"
+    frames.mkdir(parents=True)
+    (frames / "thesis.doc").touch()
+    for output, told, *options in (
+        (tmp_path / "file" / "v.mp4", f"--output {tmp_path}/file: {tmp_path}/file is a file; name another folder"),
+        (f"{tmp_path}/file/new/", f"--output {tmp_path}/file/new: {tmp_path}/file is a file; name another folder"),
+        (frames.parent, "it also holds 'thesis.doc'", "--format", "frames", "--overwrite"),
+    ):
+        assert generate(base, PROMPT, "-o", output, *options) == 2
+        assert told in capsys.readouterr().err
+    assert calls == []
+
+
 # --- how it was made -------------------------------------------------------------------------------------------------
 def test_the_file_says_how_it_was_made_and_nothing_about_this_machine(base, lora, tmp_path):
     options = ["--lora_scale", 0.5, "--guidance_scale", 2, "--negative_prompt", "dull", "--seed", 7, "--fps", 12]
     assert generate(lora, "ein Hund „bellt“", "-o", tmp_path / "v.mp4", *options) == 0
     found = read_metadata(tmp_path / "v.mp4")
     assert set(found.pop("versions")) == {"diffusers_mcm", "diffusers", "torch", "python"}
+    assert found.pop("base_version") == fingerprint(base)
     assert found == {
         "prompt": "ein Hund „bellt“",
         "negative_prompt": "dull",

@@ -125,7 +125,8 @@ def test_a_sum_stands_for_the_file_of_that_name_alone(own_world, tmp_path):
 def test_of_a_repository_the_commit_counts(tmp_path, monkeypatch):
     path = tmp_path / "snapshots" / "abc" / "vae" / "config.json"
     monkeypatch.setattr(Location, "file", lambda self, name: path)
-    assert module._networks(Location("owner/name", remote=True), ("vae",), {}) == {"owner/name": "abc"}
+    there = Location("owner/name", remote=True)
+    assert module._networks(there, ("vae",), {}) == {"owner/name": "abc"} and there.version() == "abc"
 
 
 def test_a_cache_of_another_version_is_refused(tmp_path):

@@ -44,7 +44,7 @@ def say(world, tmp_path, monkeypatch, capsys):
         (dict(pretrained_lora="/none/lora"), "'/none/lora' is not a file"),
         (dict(resume_from_checkpoint="checkpoint-4"), "'checkpoint-4' is not a checkpoint"),
         (dict(caption_column="words"), "words"),
-        (dict(output_dir=f"{SCRIPT}/out"), "train_mcm_distill.py is a file; name a folder"),
+        (dict(output_dir=f"{SCRIPT}/out"), "train_mcm_distill.py is a file; name another folder"),
         (dict(num_frames=9), "it has 8 frames, fewer than the 9 asked for"),
         (dict(shift=3.0), "--shift 3 has no effect on a modelscope"),
         (dict(mixed_precision="fp16"), "--mixed_precision fp16 needs a GPU"),
