@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .card_text import sealed
 from .hub import PACKAGED_MODELS, is_local, public_name
 from .location import PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
 from .settings import CONFIG_NAME, EXPERTS, HIGH_NOISE, Settings
@@ -326,7 +327,8 @@ def _with_boundary(sigmas: list[float], boundary: float) -> list[float]:
 
 
 def render_folder_card(folder: Path, repository: str, settings: Settings | None = None, **more: Any) -> str:
-    """The card of a LoRA folder, from what lies in it (or these settings) and `more` arguments of `render_card`."""
+    """The card of a LoRA folder, from what lies in it (or these settings) and `more` arguments of `render_card`,
+    sealed, so that it is known whether somebody has edited it."""
     here = Location.of(folder)
     settings = settings or Settings.read(here)
     if settings is None:
@@ -338,7 +340,7 @@ def render_folder_card(folder: Path, repository: str, settings: Settings | None 
     scheduler = more.pop("scheduler", None) or here.json(SCHEDULER_NAME)
     if (folder / PEFT_WEIGHTS_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
         more = {"layout": "peft"} | more
-    return render_card(settings, title=title, place=there, scheduler=scheduler, scores=scores, **more)
+    return sealed(render_card(settings, title=title, place=there, scheduler=scheduler, scores=scores, **more))
 
 
 def check_card(text: str, name: str = CARD_NAME) -> None:

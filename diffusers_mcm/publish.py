@@ -15,6 +15,7 @@ from typing import Any
 
 from . import hub
 from .base_models import base_model_of, base_repository_of, half_named
+from .card_text import files_shown, is_untouched, without_seal
 from .cards import (
     CARD_NAME,
     DEFAULT_PROMPT,
@@ -195,10 +196,11 @@ def stage_lora(
     card = read_text(path) if edited else _card(folder, repo_id, public)
     check_card(card, str(path))
     write_text(target / CARD_NAME, card)
-    wanted, written = (MOTION_HEAD_NAME, *SCORES_NAMES, sample and sample.file), {Path(lora.source) for lora in loras}
+    wanted = {MOTION_HEAD_NAME, *SCORES_NAMES, sample and sample.file, *files_shown(card)}
+    written = {Path(lora.source) for lora in loras}
     for name in Location.of(folder).files():
         copy = target / name
-        if (name in card or name in wanted) and not copy.exists() and folder / name not in written:
+        if name in wanted and not copy.exists() and folder / name not in written:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy)
 
@@ -273,13 +275,21 @@ def _card(folder: Path, repository: str, loras: Sequence[LoRA]) -> str:
 
 
 def _card_made_for(folder: Path, loras: Sequence[LoRA]) -> str | None:
-    """The repository in the folder's card, if that is as `_card` made it and nobody has edited it."""
+    """The repository in the folder's card, if that is as it was made and nobody has edited it.
+
+    One without a seal is of an older version, and is made once more to be compared.
+    """
     path = folder / CARD_NAME
     if not path.is_file() or loras[0].settings.base_model_repository is None:
         return None
     text = read_text(path)
     name = re.search(r'MCMPipeline\.from_pretrained\("([^"]+)"', text)
-    return name[1] if name and text == _card(folder, name[1], loras) else None
+    if name is None:
+        return None
+    untouched = is_untouched(text)
+    if untouched is None:
+        untouched = text.rstrip() == without_seal(_card(folder, name[1], loras)).rstrip()
+    return name[1] if untouched else None
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------

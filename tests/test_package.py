@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The units from the bottom to the top, each with those it may import; "" is the package itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{unit: set() for unit in ("conditioning", "consistency", "devices", "files", "flags", "hub")},
+    **{unit: set() for unit in ("card_text", "conditioning", "consistency", "devices", "files", "flags", "hub")},
     **{unit: set() for unit in ("moved", "scheduler_common", "text_files", "wording")},
     "location": {"files", "hub", "wording"},
     "settings": {"files", "hub", "location"},
@@ -26,13 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"consistency", "scheduler_common"},
     "distillation": {"conditioning", "consistency", "features", "flags"},
     "video_io": {"files"},
-    "cards": {"hub", "location", "settings"},
+    "cards": {"card_text", "hub", "location", "settings"},
     "lora": {"files", "hub", "location", "settings"},
     "data": {"text_files", "wording"},
     "evaluation": {"data", "features", "files", "hub", "location", "tables", "text_files", "video_io"},
     "base_models": {"conditioning", "consistency", "hub", "location", "lora", "moved", "scheduler", "settings"},
     "publish": {
-        *("base_models", "cards", "files", "hub", "location", "lora", "settings", "text_files", "video_io"),
+        *("base_models", "card_text", "cards", "files", "hub", "location", "lora", "settings", "text_files"),
+        "video_io",
     },
     "pipelines": {
         *("base_models", "cards", "conditioning", "files", "hub", "location", "lora", "publish", "scheduler"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from diffusers_mcm import MCMPipeline
+from diffusers_mcm.card_text import without_seal
 from diffusers_mcm.cards import render_folder_card
 from diffusers_mcm.cli import main
 from diffusers_mcm.location import Location
@@ -254,6 +255,27 @@ def test_a_card_that_was_edited_is_published_as_it_is(server, lora):
     push(lora)
     files = server.repositories["me/mcm"].files
     assert files["README.md"].decode() == text and files["grid.png"] == b"picture"
+
+
+@pytest.mark.parametrize("make", [str, without_seal], ids=["sealed", "of an older version"])
+def test_a_card_that_nobody_has_edited_is_made_anew_with_what_lies_there_now(server, lora, make):
+    (lora / "README.md").write_text(make(render_folder_card(lora, "lora")))
+    if make is str:  # one without a seal is known by its text alone
+        scores = {"about": "On 500 videos.", "columns": ["FVD"], "rows": [["4 steps", 123.4]]}
+        (lora / "evaluation.json").write_text(json.dumps({"table": scores}))
+    push(lora)
+    files = server.repositories["me/mcm"].files
+    card = files["README.md"].decode()
+    assert 'from_pretrained("me/mcm"' in card and ("| 4 steps | 123.4 |" in card) == (make is str)
+
+
+def test_what_the_card_does_not_show_stays_at_home(server, lora):
+    for name in ("data", "videos", "steps", "lora", "er.png"):  # words of the card, or parts of them
+        (lora / name).write_bytes(b"mine")
+    (lora / "teaser.png").write_bytes(b"picture")
+    (lora / "README.md").write_text((lora / "README.md").read_text() + '\n<img src="./teaser.png">\n')
+    push(lora)
+    assert server.repositories["me/mcm"].files.keys() == FILES | {"teaser.png"}
 
 
 def test_a_card_of_another_tool_is_not_published(server, lora):
