@@ -15,6 +15,7 @@ from .files import fingerprint
 from .wording import first_names
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+_WITHOUT_EFFECT = ("use_safetensors", "low_cpu_mem_usage")  # no pickled weights are read, and no weight twice
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 MOTION_HEAD_NAME = "motion_head.safetensors"
@@ -43,9 +44,15 @@ class Location:
         weight_name: str | None = None,
         **options,
     ) -> "Location":
-        """Where a name leads to: what is on disk wins over a packaged model, and that over the Hub."""
+        """Where a name leads to: what is on disk wins over a packaged model, and that over the Hub.
+
+        `options` are `HUB_OPTIONS`, and what diffusers' `load_lora_weights` takes besides and changes nothing here.
+        `TypeError` for any other, so that a slip of the pen is not taken for the default; `ValueError` if pickled
+        weights are asked for.
+        """
         if isinstance(name, Location):
             return name
+        options = _checked(options)
         name = hub.resolve(name)
         remote = not os.path.exists(name)
         return cls(name, subfolder or None, revision, weight_name or None, options, remote)
@@ -282,6 +289,17 @@ def check_whole(network: Any, where: str) -> None:
         {name for name, weight in weights.items() if weight.is_meta or (read and name not in read)},
         f"{where} does not hold all weights of a {type(network).__name__}",
     )
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `hf_hub_download` among those of a place."""
+    if options.get("use_safetensors", True) is False:
+        raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
+    for name in options:
+        if name not in (*HUB_OPTIONS, *_WITHOUT_EFFECT):
+            known = ", ".join(["subfolder", "revision", "weight_name", *HUB_OPTIONS])
+            raise TypeError(f"Unknown option {name!r} of a place to load from; there are {known}.")
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
 def refuse_lacking(lacking: set[str], refusal: str) -> None:

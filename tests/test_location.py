@@ -17,6 +17,19 @@ def test_what_is_here_wins_over_the_hub(tmp_path, monkeypatch):
     assert not Location("owner/name", remote=True).is_folder  # where a repository is meant, whatever lies here
 
 
+def test_a_slip_of_the_pen_is_no_option(tmp_path):
+    (tmp_path / "b.safetensors").write_bytes(b"")
+    with pytest.raises(
+        TypeError, match="Unknown option 'weigth_name' .* there are subfolder, revision, weight_name"
+    ):
+        Location.of(tmp_path, weigth_name="b.safetensors")
+    with pytest.raises(ValueError, match="`use_safetensors=False` was given, but pickled weights are not read"):
+        Location.of("owner/name", use_safetensors=False)
+    # what diffusers' verbs take besides
+    given = Location.of("owner/name", use_safetensors=True, low_cpu_mem_usage=True, local_files_only=True)
+    assert given == Location.of("owner/name", use_safetensors=None, local_files_only=True)
+
+
 def test_the_place_in_it(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x.json").write_text('{"y": 1}')
