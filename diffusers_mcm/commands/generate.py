@@ -318,13 +318,14 @@ def base_version(arguments: argparse.Namespace, pipeline: "MCMPipeline", alone: 
 
     `alone` says that there is no LoRA, so that the base model may be what `--model` names.
     """
-    motion, options = pipeline.motion_model, {"local_files_only": True}  # what has just been loaded is in the cache
+    motion, revision = pipeline.motion_model, None
     if arguments.base_model:
-        place = Location.of(arguments.base_model, **options)
+        named = arguments.base_model
     elif arguments.lora or alone and motion is None:
-        place = Location.of(arguments.model, revision=arguments.revision, **options)
+        named, revision = arguments.model, arguments.revision
     else:
-        place = Location.of(pipeline.config["_name_or_path"], **options)
+        named = pipeline.config["_name_or_path"]
+    place = Location.of(named, revision=revision, local_files_only=True)  # what has just been loaded is in the cache
     return place.version() if motion is None else [place.version(), motion.modules.version()]
 
 
