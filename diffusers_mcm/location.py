@@ -117,10 +117,7 @@ class Location:
         path = self.file(filename)
         if path is None:
             return None
-        try:
-            return json.loads(path.read_bytes())  # of bytes it knows the encoding, byte order marks included
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return json_object(path.read_bytes(), str(path))  # of bytes it knows the encoding, byte order marks included
 
     def files(self) -> list[str]:
         """The paths of all files, in subfolders too; those in the cache if the Hub must not or cannot be asked."""
@@ -300,6 +297,17 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
             known = ", ".join(["subfolder", "revision", "weight_name", *HUB_OPTIONS])
             raise TypeError(f"Unknown option {name!r} of a place to load from; there are {known}.")
     return {name: value for name, value in options.items() if name in HUB_OPTIONS}
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """What a JSON text says; `ValueError` that names its place if it is none, or no object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} should be a JSON object, in braces; it is {content!r:.60}.")
+    return content
 
 
 def refuse_lacking(lacking: set[str], refusal: str) -> None:

@@ -117,6 +117,9 @@ class Settings(_Record):
     # --- reading and writing -----------------------------------------------------------------------------------------
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        for name in ("extra_repositories", "sampling", "training", "sample"):
+            if not isinstance(content.get(name) or {}, Mapping):
+                raise ValueError(f"`{name}` in {CONFIG_NAME} must be an object, not {content[name]!r:.60}.")
         sample = content.get("sample")
         parts = {
             "extra_repositories": content.get("extra_repositories") or {},

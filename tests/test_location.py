@@ -19,9 +19,7 @@ def test_what_is_here_wins_over_the_hub(tmp_path, monkeypatch):
 
 def test_a_slip_of_the_pen_is_no_option(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"")
-    with pytest.raises(
-        TypeError, match="Unknown option 'weigth_name' .* there are subfolder, revision, weight_name"
-    ):
+    with pytest.raises(TypeError, match="Unknown option 'weigth_name' .* there are subfolder, revision, weight_name"):
         Location.of(tmp_path, weigth_name="b.safetensors")
     with pytest.raises(ValueError, match="`use_safetensors=False` was given, but pickled weights are not read"):
         Location.of("owner/name", use_safetensors=False)

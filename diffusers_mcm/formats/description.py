@@ -11,6 +11,7 @@ from ..base_models import BASE_MODELS, BaseModel, infer_base_model, may_be_of_an
 from ..files import sha256
 from ..location import Location
 from ..lora import TEXT_ENCODER, expert_in_name, open_safetensors, pair_of, read_beside, split_key
+from ..lora.adapter import check_shapes
 from ..lora.layouts import (
     DENOISER,
     DIFFERENCES,
@@ -139,7 +140,7 @@ def _one_or_all(counts: Counter) -> Any:
 
 
 def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of each module's A; `ValueError` if one has no B, or the reverse."""
+    """The shape of each module's A; `ValueError` if one has no B, or the reverse, or one that does not fit."""
     halves: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for key in shapes:
         component, module, role = place_of(key)
@@ -150,6 +151,8 @@ def _modules(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tup
         count = f"{len(alone)} of its {len(halves)} modules"
         name = split_key(alone[0])[0]
         raise ValueError(f"{path} is incomplete: {count} have only one matrix, such as {name!r}.")
+    for (_, module), pair in halves.items():
+        check_shapes(str(path), module, shapes[pair["lora_A.weight"]], shapes[pair["lora_B.weight"]])
     names = {place: place[1] if place[0] in (DENOISER, TEXT_ENCODER) else ".".join(place) for place in halves}
     return {names[place]: shapes[pair["lora_A.weight"]] for place, pair in halves.items()}
 

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -104,7 +105,7 @@ class LoRA:
             )
 
     def check_pairs(self) -> None:
-        """`ValueError` unless every module has both of its matrices."""
+        """`ValueError` unless every module has both of its matrices, and they fit each other."""
         halves = Counter(split_key(key)[0] for key in self.tensors)
         half = [module for module, count in halves.items() if count != 2]
         if half:
@@ -112,6 +113,17 @@ class LoRA:
                 f"{self.source} is incomplete: {len(half)} of its {len(halves)} modules have only one of lora_A and"
                 f" lora_B, such as {half[0]!r}. Was the file cut or edited? Fetch it again."
             )
+        for module in self.modules:
+            check_shapes(self.source, module, *(self.tensors[f"{module}.lora_{half}.weight"].shape for half in "AB"))
+
+
+def check_shapes(source: str, module: str, down: Sequence[int], up: Sequence[int]) -> None:
+    """`ValueError` unless matrices of these shapes, A and B, are those of a linear layer or a convolution."""
+    if len(down) not in (2, 4, 5) or len(up) != len(down) or up[1] != down[0]:
+        raise ValueError(
+            f"{source}: lora_A and lora_B of {module!r} have the shapes {tuple(down)} and {tuple(up)}; expected those"
+            " of a linear layer, (r, in) and (out, r), or of a convolution, with its kernel's sizes besides."
+        )
 
 
 def split_key(key: str) -> tuple[str, str]:

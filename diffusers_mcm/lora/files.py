@@ -13,7 +13,7 @@ import torch
 
 from .. import hub
 from ..files import atomic_file, atomic_files, write_text
-from ..location import SCHEDULER_NAME, WEIGHTS_NAME, Location
+from ..location import SCHEDULER_NAME, WEIGHTS_NAME, Location, json_object
 from ..settings import LOW_NOISE, Settings
 from .adapter import HEADER_KEYS, METADATA_KEY, PEFT_CONFIG_NAME, LoRA, split_key
 from .layouts import (
@@ -104,7 +104,10 @@ def read_beside(
 ) -> tuple[Settings, dict[str, Any] | None, dict[str, Any] | None]:
     """Settings, and the configurations of scheduler and PEFT: from files beside the weights, or else their header."""
     place = location.around()
-    config, scheduler_config, adapter_config = (json.loads(header.get(key, "null")) for key in HEADER_KEYS)
+    config, scheduler_config, adapter_config = (
+        json_object(header[key], f"{key} in the header of {location}") if header.get(key, "null") != "null" else None
+        for key in HEADER_KEYS
+    )
     own = Settings.from_dict(config or {})
     settings = Settings.read(place) or own
     if own.expert:  # beside the two files of a pair there may be the settings of one of them

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..location import json_object
 from .adapter import METADATA_KEY, LoRA
 from .wan_names import TABLES, original_wan_module, wan_module
 
@@ -171,7 +172,8 @@ def recorded_config(
     header: Mapping[str, str], adapter_config: Mapping[str, Any] | None = None, component: str = DENOISER
 ) -> dict[str, Any]:
     """`lora_alpha` and what else peft configures: from its file, or else from diffusers' metadata in the header."""
-    packed = {split_prefix(key)[1:]: value for key, value in json.loads(header.get(METADATA_KEY, "{}")).items()}
+    told = json_object(header.get(METADATA_KEY, "{}"), f"{METADATA_KEY} in the header of a LoRA")
+    packed = {split_prefix(key)[1:]: value for key, value in told.items()}
     return dict(adapter_config or {key: value for (owner, key), value in packed.items() if owner == component})
 
 
@@ -183,8 +185,10 @@ def set_scale(lora: LoRA, config: Mapping[str, Any], alphas: Mapping[str, float]
         lora.alpha_pattern = {f"^{module}": alpha for module, alpha in full.items() if alpha != lora.alpha}
         return
     check_no_dora(lora.source, config=config)
-    lora.alpha = config.get("lora_alpha")
-    lora.alpha_pattern = dict(config.get("alpha_pattern") or {})
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"`alpha_pattern` of {lora.source} must be an object, not {pattern!r:.60}.")
+    lora.alpha, lora.alpha_pattern = config.get("lora_alpha"), dict(pattern)
     lora.use_rslora = bool(config.get("use_rslora", False))
 
 

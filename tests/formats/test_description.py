@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_mcm.formats import convert, describe
 from tests.formats.world import ADAPTER, MODELSCOPE, edit_json, save_released
@@ -93,3 +93,31 @@ def test_a_pickle_and_a_damaged_file(tmp_path):
         (tmp_path / name).write_bytes(b"\x80\x02")
         with pytest.raises(ValueError, match=message):
             describe(tmp_path / name)
+
+
+@pytest.mark.parametrize("act", [describe, lambda path: convert(path, path.parent / "out", "peft")], ids=["info", ""])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (dict(config="[]"), r"mcm_config.json should be a JSON object, in braces; it is \[\]"),
+        (dict(config='{"sampling": "x"}'), "`sampling` in mcm_config.json must be an object, not 'x'"),
+        (dict(header={"lora_adapter_metadata": "[]"}), "lora_adapter_metadata in the header .* a JSON object"),
+        (dict(header={"mcm_config": "{oops"}), "mcm_config in the header of .* is not valid JSON"),
+        (dict(shapes=[(2, 3, 1), (3, 2, 1)]), r"of 'to_q' have the shapes \(2, 3, 1\) and \(3, 2, 1\)"),
+        (dict(shapes=[(2, 3), (3, 4)]), r"have the shapes \(2, 3\) and \(3, 4\); expected those of a linear layer"),
+        (dict(shapes=[(), ()]), r"have the shapes \(\) and \(\)"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, dict) else "",
+)
+def test_what_is_of_another_kind_is_told_in_a_sentence(tmp_path, act, spoil, message):
+    folder = save_tiny_lora(tmp_path / "lora", base="owner/base")
+    weights = folder / "pytorch_lora_weights.safetensors"
+    tensors = load_file(weights)
+    if "shapes" in spoil:
+        tensors |= {f"unet.to_q.lora_{half}.weight": torch.zeros(shape) for half, shape in zip("AB", spoil["shapes"])}
+    save_file(tensors, weights, spoil.get("header"))
+    if "config" in spoil:
+        (folder / "mcm_config.json").write_text(spoil["config"])
+    with pytest.raises(ValueError, match=message):
+        act(folder)
+    assert not (tmp_path / "out").exists()
