@@ -10,7 +10,7 @@ from .methods import LCM_METHODS, MCM_METHODS
 from .scores import METRICS, Metric, interval
 
 Draws = Callable[[str, str], np.ndarray]  # (method, metric) -> what `scores.estimates` gives
-_PERCENT, _RATIO = Metric("", percent=True), Metric("")
+_PERCENT, _RATIO = Metric("", percent=True), Metric("", digits=3)
 _STEPS = "1, 2, 4, 8 steps"
 _WORST = f"worst of {_STEPS}"
 

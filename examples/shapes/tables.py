@@ -276,10 +276,10 @@ def told_decoder(protocol: Mapping[str, Any]) -> str:
     measured = protocol["teacher"]["vae"]
     packaged = weights_of(TEACHER)["vae"]
     if measured == packaged:
-        return "All were drawn by the teacher's packaged decoder."
+        return "All sampled ones were drawn by the teacher's packaged decoder."
     return (
-        f"All were drawn by a decoder of the teacher (sha256 {measured[:12]}…) that is not the packaged one"
-        f" ({packaged[:12]}…)."
+        f"All sampled ones were drawn by a decoder of the teacher (sha256 {measured[:12]}…) that is not the packaged"
+        f" one ({packaged[:12]}…)."
     )
 
 

@@ -75,7 +75,7 @@ def test_the_page_says_whose_decoder_drew_the_videos(tables, folder):
     weights = PACKAGED_FOLDER / "mcm-shapes-teacher" / "vae" / "diffusion_pytorch_model.safetensors"
     packaged = {"teacher": {"vae": hashlib.sha256(weights.read_bytes()).hexdigest()}}
     path.write_text(json.dumps(json.loads(path.read_text()) | packaged))
-    assert "All were drawn by the teacher's packaged decoder." in written(tables, folder)
+    assert "All sampled ones were drawn by the teacher's packaged decoder." in written(tables, folder)
 
 
 def test_a_line_is_the_mean_over_its_trainings(tables, folder):
