@@ -188,6 +188,8 @@ class LoRAVerbs(FusingVerbs):
             if lora.settings:
                 settings = lora.settings.absolute(lora.folder).without_training_paths()
                 self._adapters.settings.setdefault(adapter_name, {})[component] = settings
+            if lora.scheduler_config is not None:
+                self._adapters.schedulers.setdefault(adapter_name, lora.scheduler_config)
         self._adapters.weights[adapter_name] = 1.0
         self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
         if not enabled:
@@ -221,7 +223,8 @@ class LoRAVerbs(FusingVerbs):
             if not layer.lora_A:
                 networks.set_submodule(path, layer.get_base_layer())
         configs = [getattr(network, "peft_config", {}) for network in networks.values()]
-        for known in (*configs, self._adapters.weights, self._adapters.settings, self._adapters.differences):
+        state = self._adapters
+        for known in (*configs, state.weights, state.settings, state.schedulers, state.differences):
             for name in names:
                 known.pop(name, None)
         self._apply_differences()
@@ -233,7 +236,8 @@ class LoRAVerbs(FusingVerbs):
         """Make these adapters, and no others, active at these weights (default: one).
 
         A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`, or where two experts
-        share the work `{"transformer": 1.0, "transformer_2": 0.8}`.
+        share the work `{"transformer": 1.0, "transformer_2": 0.8}`. As in diffusers, the scheduler and what a call
+        defaults to stay as they are: those of the MCM LoRA that was loaded last.
         """
         names = self._known(adapter_names)
         given: Any = 1.0 if adapter_weights is None else adapter_weights
@@ -316,7 +320,7 @@ class LoRAVerbs(FusingVerbs):
                 if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this is
                     here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
                     settings = dataclasses.replace(settings, **here, extra_repositories={})
-                lora.settings = settings
+                lora.settings, lora.scheduler_config = settings, self._adapters.schedulers.get(name)
             self._write_adapter(target, loras)
         state = {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class AdapterState:
     weights: dict[str, Weight] = field(default_factory=dict)  # as given, before the factor alpha / rank
     # Of each adapter that came with some, by the component that they are of.
     settings: dict[str, dict[str, Settings]] = field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)  # configurations, of each that came with one
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused

@@ -28,7 +28,7 @@ from .motion_models import MotionModel, find_motion_model
 from .publishing import HubVerbs
 from .request import arguments
 from .sampling import Sampling
-from .sole_use import alone, is_sampling, one_call
+from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
@@ -236,35 +236,6 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         `index` is `model_index.json`, `elsewhere` says where the components are that it leaves out.
         """
         return super().from_pretrained(location.name, revision=location.revision, **options)
-
-    def load_mcm_lora(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike | LoRA | LoRAPair | Sequence[str | os.PathLike],
-        adapter_name: str | None = None,
-        **options,
-    ) -> None:
-        """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
-
-        Of a base model with two experts it is the pair of theirs: a folder or repository with both, or both together.
-        `options` are those of [`~MCMPipeline.load_lora_weights`].
-        """
-        if is_sampling(self):
-            raise ValueError(
-                "`load_mcm_lora` brings a scheduler of its own, which a call that is under way cannot change to; in a"
-                " callback use `load_lora_weights` and `set_adapters`."
-            )
-        given = pretrained_model_name_or_path
-        read = given if isinstance(given, LoRA) else read_loras(given, **options)
-        adapter_name = adapter_name or self._free_name("mcm")
-        lora, *_ = [read] if isinstance(read, LoRA) else read
-        self.load_lora_weights(read, adapter_name)
-        self.set_adapters(adapter_name)
-        self.enable_lora()
-        if lora.scheduler_config is not None:
-            self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
-        else:
-            self.scheduler = self.few_step_scheduler()
-        self.register_to_config(**lora.settings.sampling.known())
 
     def few_step_scheduler(self) -> SchedulerMixin:
         """The pipeline's scheduler, or one in its place that samples in few steps, for a network without a LoRA."""
