@@ -322,13 +322,17 @@ class LoRAVerbs(FusingVerbs):
                     settings = dataclasses.replace(settings, **here, extra_repositories={})
                 lora.settings, lora.scheduler_config = settings, self._adapters.schedulers.get(name)
             self._write_adapter(target, loras)
-        state = {
+        content = json.dumps(self._adapters_state(), indent=2)
+        (folder / ADAPTERS_FILE).write_text(content + "\n", encoding="utf-8")
+
+    def _adapters_state(self) -> dict[str, Any]:
+        """How the adapters are set, as it is saved with the pipeline."""
+        return {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
             "active": self._switched_on,
             "enabled": self._lora_enabled,
             "fused": self._adapters.fused,
         }
-        (folder / ADAPTERS_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _write_adapter(self, folder: Path, loras: Mapping[str, LoRA]) -> None:
         """Write an adapter, by its components, so that `_read_loras` reads it."""

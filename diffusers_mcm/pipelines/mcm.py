@@ -131,7 +131,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             variant (`str`, *optional*): Of the files of the base model's weights, as `"fp16"`; they become `dtype`.
             dtype (`torch.dtype`, defaults to `torch.float32`): The type of all weights.
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
-                components by name, and whatever else diffusers takes.
+                components by name, and whatever else diffusers takes. What is named here wins over what a LoRA says:
+                `num_inference_steps`, `num_frames`, `height`, `width`, `fps` and a few-step `scheduler`.
         """
         kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
@@ -154,6 +155,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             pipeline = cls._load_pipeline(location, index, kwargs)
             if lora is not None:
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
+                pipeline._sample_as_named(kwargs)
             return pipeline
         pair = find_pair(location) if lora is None else None
         motion = None if pair else find_motion_model(location, kwargs.get("num_inference_steps"))
@@ -179,6 +181,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         base = replace(base, revision=revision or base.revision)
         pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, first)
         pipeline.load_mcm_lora(read, adapter_name)
+        pipeline._sample_as_named(kwargs)
         return pipeline
 
     @classmethod
@@ -224,6 +227,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         index = loading.read_base_index(base)
         pipeline = cls._load_pipeline(base, index, kwargs | motion.components(base, index, kwargs))
         motion.set_up(pipeline)
+        pipeline._sample_as_named(kwargs)
         pipeline.motion_model = motion
         return pipeline
 

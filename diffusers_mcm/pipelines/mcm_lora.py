@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import SchedulerMixin
 
+from ..location import Location
 from ..lora import LoRA, LoRAPair, read_loras
 from ..settings import SAMPLING_KEYS, SamplingDefaults
-from .adapters import LoRAVerbs
+from .adapters import ADAPTERS_FILE, LoRAVerbs
 from .sole_use import is_sampling
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What the MCM LoRA that was loaded last has brought, and what it came in the place of.
+
+    Attributes:
+        name: the adapter.
+        scheduler_config: of its scheduler; `None` if it came without.
+        defaults: what it says that a call defaults to, by `SAMPLING_KEYS`.
+        own_scheduler: the pipeline's without it.
+        own_defaults: likewise.
+    """
+
+    name: str
+    scheduler_config: dict[str, Any] | None
+    defaults: dict[str, Any]
+    own_scheduler: SchedulerMixin
+    own_defaults: dict[str, Any]
 
 
 class MCMLoRAVerbs(LoRAVerbs):
     """The mixin of `MCMPipeline` that knows with which scheduler, and in how many steps, a LoRA is sampled."""
 
-    _mcm_lora: str | None = None  # the adapter that was loaded last as an MCM LoRA
+    _brought: Brought | None = None
 
     def load_mcm_lora(
         self,
@@ -28,6 +49,9 @@ class MCMLoRAVerbs(LoRAVerbs):
         **options,
     ) -> None:
         """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
+
+        What it does not say is as it would be without any LoRA: nothing is left of one that was loaded before, but a
+        scheduler or a default that was set by hand since stays.
 
         Of a base model with two experts it is the pair of theirs: a folder or repository with both, or both together.
         `options` are those of [`~MCMPipeline.load_lora_weights`]. Another LoRA that is loaded so stays loaded; it is
@@ -42,17 +66,47 @@ class MCMLoRAVerbs(LoRAVerbs):
         read = given if isinstance(given, LoRA) else read_loras(given, **options)
         adapter_name = adapter_name or self._free_name("mcm")
         lora, *_ = [read] if isinstance(read, LoRA) else read
+        own_scheduler, own_defaults = self._own_sampling()
         self._note_sampling()
         self.load_lora_weights(read, adapter_name)
         self.set_adapters(adapter_name)
         self.enable_lora()
+        defaults = lora.settings.sampling.known()
         self.scheduler = self._scheduler_of(lora.scheduler_config)
-        self.register_to_config(**lora.settings.sampling.known())
-        self._mcm_lora = adapter_name
+        self._brought = Brought(adapter_name, lora.scheduler_config, defaults, own_scheduler, own_defaults)
+        self.register_to_config(**own_defaults | defaults)
+
+    def _sample_as_named(self, options: Mapping[str, Any]) -> None:
+        """Sample with what of `from_pretrained`'s options says how, whatever has been loaded since."""
+        self.register_to_config(**{key: value for key in SAMPLING_KEYS if (value := options.get(key)) is not None})
+        if isinstance(named := options.get("scheduler"), self.base_model.scheduler_class):
+            self.scheduler = named
+
+    def _own_sampling(self) -> tuple[SchedulerMixin, dict[str, Any]]:
+        """The few-step scheduler, and what a call defaults to, without the MCM LoRA that was loaded last.
+
+        What is not as that LoRA brought it has been set by hand, and counts as the pipeline's own.
+        """
+        scheduler, defaults = self.few_step_scheduler(), self._defaults
+        if (brought := self._brought) is None:
+            return scheduler, defaults
+        if brought.scheduler_config is not None:
+            its = self.base_model.scheduler_class.from_config(brought.scheduler_config)
+            if _public(its.config) == _public(scheduler.config):
+                scheduler = brought.own_scheduler
+        for name, value in brought.defaults.items():
+            if defaults[name] == value:
+                defaults[name] = brought.own_defaults[name]
+        return scheduler, defaults
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """What a call defaults to, where the configuration says it."""
+        return {key: self.config.get(key) for key in SAMPLING_KEYS}
 
     def _note_sampling(self) -> None:
         """Keep what the LoRA that was loaded last came without, and has been sampled with, before that changes."""
-        if (name := self._mcm_lora) not in self._loaded:
+        if self._brought is None or (name := self._brought.name) not in self._loaded:
             return
         if (config := self._scheduler_config(name)) is not None:
             self._adapters.schedulers[name] = config
@@ -78,10 +132,11 @@ class MCMLoRAVerbs(LoRAVerbs):
     @contextmanager
     def _sampled_as(self, name: str) -> Iterator[None]:
         """Sample as an adapter is when it has been saved and is loaded alone."""
-        scheduler, defaults = self.scheduler, {key: self.config.get(key) for key in SAMPLING_KEYS}
+        scheduler, defaults = self.scheduler, self._defaults
+        _, own_defaults = self._own_sampling()
         config, sampling = self._scheduler_config(name), self._sampling_of(name)
         self.scheduler = self._scheduler_of(config)
-        self.register_to_config(**dict.fromkeys(SAMPLING_KEYS) | sampling.known())
+        self.register_to_config(**own_defaults | sampling.known())
         try:
             yield
         finally:
@@ -89,5 +144,29 @@ class MCMLoRAVerbs(LoRAVerbs):
             self.register_to_config(**defaults)
 
     def _scheduler_of(self, config: dict[str, Any] | None) -> SchedulerMixin:
-        """The scheduler that a LoRA names, or else one that samples in few steps."""
-        return self.few_step_scheduler() if config is None else self.base_model.scheduler_class.from_config(config)
+        """The scheduler that a LoRA names, or else the pipeline's own, which samples in few steps."""
+        if config is None:
+            return self._own_sampling()[0]
+        return self.base_model.scheduler_class.from_config(config)
+
+    # --- saved with the pipeline -------------------------------------------------------------------------------------
+    def _adapters_state(self) -> dict[str, Any]:
+        state = super()._adapters_state()
+        if self._brought is not None:
+            scheduler, defaults = self._own_sampling()
+            config = _public(json.loads(scheduler.to_json_string()))
+            state["mcm_lora"] = {"adapter": self._brought.name, "own_scheduler": config, "own_defaults": defaults}
+        return state
+
+    def _load_adapters(self, location: Location) -> None:
+        super()._load_adapters(location)
+        saved = (location.json(ADAPTERS_FILE) or {}).get("mcm_lora")
+        if saved is not None:
+            name, own_scheduler = saved["adapter"], self._scheduler_of(saved["own_scheduler"])
+            config, defaults = self._adapters.schedulers.get(name), self._settings(name).sampling.known()
+            self._brought = Brought(name, config, defaults, own_scheduler, saved["own_defaults"])
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what diffusers notes of where it is from."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -53,6 +53,50 @@ def sampled(pipe):
     return pipe.scheduler.config.shift, *defaults
 
 
+# --- one after another -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", ["beside", "after unloading", "saved in between"])
+def test_a_lora_that_says_nothing_is_sampled_as_it_is_alone(world, tmp_path, way):
+    pipe = MCMPipeline.from_pretrained(world / "a", adapter_name="a")
+    if way == "after unloading":
+        pipe.unload_lora_weights()
+    if way == "saved in between":
+        pipe.save_pretrained(tmp_path / "whole")
+        pipe = MCMPipeline.from_pretrained(tmp_path / "whole")
+        assert sampled(pipe) == (8.0, 2, 5)
+    pipe.load_mcm_lora(bare(world / "b"), "b")
+    alone = MCMPipeline.from_pretrained(world / "base")
+    alone.load_mcm_lora(bare(world / "b"))
+    assert sampled(pipe) == sampled(alone) == (5.0, 4, 81)
+    size = dict(num_frames=5, height=SIZE, width=SIZE)
+    assert torch.equal(sample(pipe, **size), sample(alone, **size))
+    pipe.load_mcm_lora(world / "b", "c")
+    assert sampled(pipe) == (3.0, 3, 5)
+
+
+def test_what_was_set_by_hand_between_two_loras_stays(world):
+    """A scheduler of another class is replaced by one on its noise schedule, as for the first LoRA."""
+    pipe = MCMPipeline.from_pretrained(world / "a")
+    pipe.scheduler = MCMFlowScheduler(shift=6.0)
+    pipe.register_to_config(num_inference_steps=7)
+    pipe.load_mcm_lora(bare(world / "b"))
+    assert sampled(pipe) == (6.0, 7, 81)
+    pipe.load_mcm_lora(bare(world / "a"))
+    assert sampled(pipe) == (6.0, 7, 81)
+
+
+def test_what_the_caller_names_wins_over_the_lora(world, tmp_path):
+    named = dict(num_inference_steps=6, height=64, scheduler=MCMFlowScheduler(shift=2.0))
+    MCMPipeline.from_pretrained(world / "b").save_pretrained(tmp_path / "whole")
+    for pipe in (
+        MCMPipeline.from_pretrained(world / "a", **named),
+        MCMPipeline.from_pretrained(world / "base", lora=world / "a", **named),
+        MCMPipeline.from_pretrained(tmp_path / "whole", lora=world / "a", adapter_name="a", **named),
+        MCMPipeline.from_pretrained(tmp_path / "whole", **named),
+    ):
+        assert sampled(pipe) == (2.0, 6, 5)
+        assert (pipe.sampling_default("height"), pipe.sampling_default("width")) == (64, SIZE)
+
+
 # --- saved and published ---------------------------------------------------------------------------------------------
 def test_a_lora_is_saved_with_the_scheduler_it_came_with(world, tmp_path):
     pipe = MCMPipeline.from_pretrained(world / "a", adapter_name="a")
@@ -74,8 +118,7 @@ def test_a_sampler_for_comparison_is_not_saved_with_a_lora(world, tmp_path):
 
 
 def test_a_lora_without_a_scheduler_is_saved_with_that_it_was_sampled_with(world, tmp_path):
-    pipe = MCMPipeline.from_pretrained(world / "base", lora=world / "a", adapter_name="a")
-    pipe.unload_lora_weights()
+    pipe = MCMPipeline.from_pretrained(world / "base", num_frames=5)
     pipe.load_mcm_lora(bare(world / "a"), "bare")
     pipe.scheduler = MCMFlowScheduler(shift=6.0)  # as its makers say
     pipe.register_to_config(num_inference_steps=7)
