@@ -198,6 +198,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 f"{location.name} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline."
             )
         saved = str(index.get("_class_name")).endswith("MCMPipeline")
+        repository = location.name
         if saved:  # diffusers fetches no components of other classes
             location = location.fetched()
         elsewhere = pipeline_class.base_model.components_elsewhere(index)
@@ -209,6 +210,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
+        if saved:  # what LoRAs record as their base model: not the folder in the cache
+            pipeline.register_to_config(_name_or_path=repository)
         if kwargs.get("device_map") is None:  # which leaves weights elsewhere
             for name in pipeline.components.keys() - kwargs.keys():
                 check_whole(pipeline.components[name], f"{name} of {location.name}")
