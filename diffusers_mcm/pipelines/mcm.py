@@ -96,7 +96,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
         *,
         lora: str | os.PathLike | LoRAPair | Sequence[str | os.PathLike] | None = None,
-        adapter_name: str = "mcm",
+        adapter_name: str | None = None,
         subfolder: str | None = None,
         weight_name: str | None = None,
         revision: str | None = None,
@@ -117,8 +117,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                     - motion modules for a Stable Diffusion 1.5: AnimateLCM, AnimateDiff-Lightning (of which
                       `num_inference_steps` chooses the file) or plain ones; sampled as their makers say, but for the
                       guidance, which a call is given: 2 for AnimateLCM.
-            lora: An MCM LoRA, or a pair, to put in a text-to-video model.
-            adapter_name: What the LoRA verbs will call it.
+            lora: An MCM LoRA, or a pair, to put in a text-to-video model. Those that a pipeline was saved with stay
+                loaded, but do not act: they are unfused, and `set_adapters` brings them back.
+            adapter_name: What the LoRA verbs will call it. Defaults to `"mcm"`, or if that is taken `"mcm_1"`.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision: Of `pretrained_model_name_or_path`, on the Hub.
             base_model, base_model_revision: What to put the LoRA in, instead of the base model that it names. For
@@ -154,6 +155,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 location = replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)
             pipeline = cls._load_pipeline(location, index, kwargs)
             if lora is not None:
+                pipeline._make_way(location)
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
                 pipeline._sample_as_named(kwargs)
             return pipeline
@@ -169,7 +171,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def _load_with_lora(
         cls,
         read: LoRA | LoRAPair,
-        adapter_name: str,
+        adapter_name: str | None,
         base_model: str | os.PathLike | None,
         revision: str | None,
         kwargs: dict[str, Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from ..lora import LoRA, LoRAPair, read_loras
 from ..settings import SAMPLING_KEYS, SamplingDefaults
 from .adapters import ADAPTERS_FILE, LoRAVerbs
 from .sole_use import is_sampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,17 @@ class MCMLoRAVerbs(LoRAVerbs):
     def _defaults(self) -> dict[str, Any]:
         """What a call defaults to, where the configuration says it."""
         return {key: self.config.get(key) for key in SAMPLING_KEYS}
+
+    def _make_way(self, saved: Location) -> None:
+        """Have the LoRAs that a pipeline was saved with be in no weights, for another one is about to be loaded."""
+        if acting := self.get_active_adapters():
+            self.unfuse_lora()
+            logger.warning(
+                "%s was saved with a LoRA (%s), which does not act beside the one that is given; `set_adapters` has"
+                " both act.",
+                saved,
+                ", ".join(acting),
+            )
 
     def _note_sampling(self) -> None:
         """Keep what the LoRA that was loaded last came without, and has been sampled with, before that changes."""

@@ -97,6 +97,33 @@ def test_what_the_caller_names_wins_over_the_lora(world, tmp_path):
         assert (pipe.sampling_default("height"), pipe.sampling_default("width")) == (64, SIZE)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_saved_pipeline_is_given_another_lora_in_one_line(world, tmp_path, caplog, fused):
+    """It acts alone; that which was saved is set aside, and comes back to the bit."""
+    pipe = MCMPipeline.from_pretrained(world / "a")
+    before = sample(pipe, num_inference_steps=1)
+    if fused:
+        pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path)
+    again = MCMPipeline.from_pretrained(tmp_path, lora=world / "b")
+    assert r"was saved with a LoRA (mcm), which does not act beside the one that is given" in caplog.text
+    assert again._loaded == ["mcm", "mcm_1"] and again.get_active_adapters() == ["mcm_1"]
+    assert again.num_fused_loras == 0 and sampled(again) == (3.0, 3, 5)
+    assert torch.equal(sample(again), sample(MCMPipeline.from_pretrained(world / "b")))
+    again.set_adapters("mcm")
+    again.scheduler = pipe.scheduler
+    assert torch.equal(sample(again, num_inference_steps=1), before)
+    with pytest.raises(ValueError, match="An adapter named 'mcm' is loaded already; give another name"):
+        MCMPipeline.from_pretrained(tmp_path, lora=world / "b", adapter_name="mcm")
+
+
+def test_a_name_that_is_given_is_the_adapters(world, tmp_path):
+    MCMPipeline.from_pretrained(world / "a").save_pretrained(tmp_path)
+    again = MCMPipeline.from_pretrained(tmp_path, lora=world / "b", adapter_name="b")
+    assert again._loaded == ["mcm", "b"] and again.get_active_adapters() == ["b"]
+    assert MCMPipeline.from_pretrained(world / "a").get_active_adapters() == ["mcm"]
+
+
 # --- saved and published ---------------------------------------------------------------------------------------------
 def test_a_lora_is_saved_with_the_scheduler_it_came_with(world, tmp_path):
     pipe = MCMPipeline.from_pretrained(world / "a", adapter_name="a")
