@@ -29,6 +29,7 @@ from ..lora import (
     load_lora_into,
     lora_layers,
     read_components,
+    take_out,
     write_lora_weights,
 )
 from ..settings import Settings
@@ -176,35 +177,58 @@ class LoRAVerbs(FusingVerbs):
         self._require_at_hand("load")
         if adapter_name in self._loaded:  # on whichever component
             raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
-        enabled = self._lora_enabled
-        active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
         networks = self._networks
         for component, lora in loras.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
             self._check_differences(component, lora)
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
-        for component, lora in loras.items():
-            load_lora_into(networks[component], self._keep_differences(component, lora, adapter_name), adapter_name)
-            if lora.settings:
-                settings = lora.settings.absolute(lora.folder).without_training_paths()
-                self._adapters.settings.setdefault(adapter_name, {})[component] = settings
-            if lora.scheduler_config is not None:
-                self._adapters.schedulers.setdefault(adapter_name, lora.scheduler_config)
-        self._adapters.weights[adapter_name] = 1.0
-        self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
-        if not enabled:
-            self.disable_lora()
+        with self._or_not_at_all(adapter_name):
+            enabled = self._lora_enabled
+            active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
+            for component, lora in loras.items():
+                load_lora_into(
+                    networks[component], self._keep_differences(component, lora, adapter_name), adapter_name
+                )
+                if lora.settings:
+                    settings = lora.settings.absolute(lora.folder).without_training_paths()
+                    self._adapters.settings.setdefault(adapter_name, {})[component] = settings
+                if lora.scheduler_config is not None:
+                    self._adapters.schedulers.setdefault(adapter_name, lora.scheduler_config)
+            self._adapters.weights[adapter_name] = 1.0
+            self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
+            if not enabled:
+                self.disable_lora()
+
+    @contextmanager
+    def _or_not_at_all(self, adapter_name: str) -> Iterator[None]:
+        """Load an adapter meanwhile; if that is broken off, nothing of it is left, and what acted before acts."""
+        if adapter_name in self._loaded:  # which loading refuses
+            yield
+            return
+        enabled, active = self._lora_enabled, self._switched_on
+        try:
+            yield
+        except BaseException:  # a broken scheduler, no memory left, Ctrl-C
+            self._take_out([adapter_name], active)
+            for layer in self._layers.values():
+                layer._disable_adapters = not enabled
+            self._apply_differences(anew=True)
+            raise
+
+    def _take_out(self, names: Sequence[str], active: Sequence[str]) -> None:
+        """Take adapters out of the networks, so that of the others those in `active` act, and forget them."""
+        for network in self._networks.values():
+            take_out(network, names, active)
+        state = self._adapters
+        for known in (state.weights, state.settings, state.schedulers, state.differences):
+            for name in names:
+                known.pop(name, None)
 
     def unload_lora_weights(self) -> None:
         """Take out every LoRA; the base model is then bit for bit what it was."""
         self._require_changeable("take the LoRA out")
         self.unfuse_lora()
-        networks = self._networks
-        for name, layer in lora_layers(networks).items():
-            networks.set_submodule(name, layer.get_base_layer())
-        for network in networks.values():
-            vars(network).pop("peft_config", None)
-        self._adapters.differences.clear()
+        self._take_out(self._loaded, [])
         self._apply_differences()
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
@@ -214,19 +238,7 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused("delete an adapter")
         if set(names) == set(self._loaded):
             return self.unload_lora_weights()
-        remaining = [name for name in self._switched_on if name not in names]
-        networks = self._networks
-        for path, layer in lora_layers(networks).items():
-            activate(layer, remaining)
-            for name in names:
-                layer.delete_adapter(name)
-            if not layer.lora_A:
-                networks.set_submodule(path, layer.get_base_layer())
-        configs = [getattr(network, "peft_config", {}) for network in networks.values()]
-        state = self._adapters
-        for known in (*configs, state.weights, state.settings, state.schedulers, state.differences):
-            for name in names:
-                known.pop(name, None)
+        self._take_out(names, [name for name in self._switched_on if name not in names])
         self._apply_differences()
 
     # --- strength ----------------------------------------------------------------------------------------------------

@@ -81,12 +81,15 @@ class DifferenceVerbs(DiffusionPipeline):
                     parts[name].append((strength, difference))
         for name in sorted({*parts, *state.unchanged}):
             parameter = self._parameter(name)
-            base = state.unchanged.pop(name, parameter.data).to(parameter.device, parameter.dtype)
+            base = state.unchanged.get(name, parameter.data).to(parameter.device, parameter.dtype)
             if name in parts:
                 state.unchanged[name] = base.cpu()
                 exact = torch.promote_types(base.dtype, torch.float32)
-                base = sum((scale * each.to(base.device, exact) for scale, each in parts[name]), base.to(exact))
-            parameter.data = base.to(parameter.dtype)
+                summed = sum((scale * each.to(base.device, exact) for scale, each in parts[name]), base.to(exact))
+                parameter.data = summed.to(parameter.dtype)
+            else:
+                parameter.data = base
+                del state.unchanged[name]  # last, for whatever breaks this off, the base model's own is kept
         state.strengths = strengths
 
     def _require_changeable(self, what: str) -> None:

@@ -93,11 +93,12 @@ class FusingVerbs(DifferenceVerbs):
                     layer.merge(safe_merge=True, adapter_names=names)
                     originals[module] = originals[module].cpu()
                 self._adapters.fused = fused
+            self._set_aside()
         except BaseException:  # a broken LoRA, no memory left, Ctrl-C
             self._adapters.fused = {}
             self._restore()
+            self._apply_differences(anew=True)
             raise
-        self._set_aside()
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
@@ -144,9 +145,9 @@ class FusingVerbs(DifferenceVerbs):
     def _set_aside(self) -> None:
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
+        self._adapters.set_aside = layers  # first, so that none is lost if this is broken off
         for module, layer in layers.items():
             networks.set_submodule(module, layer.get_base_layer())
-        self._adapters.set_aside = layers
 
     def _put_back(self) -> None:
         """Undo `_set_aside`, on the device and in the type in which what they adapt is by now."""

@@ -70,12 +70,14 @@ class MCMLoRAVerbs(LoRAVerbs):
         adapter_name = adapter_name or self._free_name("mcm")
         lora, *_ = [read] if isinstance(read, LoRA) else read
         own_scheduler, own_defaults = self._own_sampling()
-        self._note_sampling()
-        self.load_lora_weights(read, adapter_name)
-        self.set_adapters(adapter_name)
-        self.enable_lora()
         defaults = lora.settings.sampling.known()
-        self.scheduler = self._scheduler_of(lora.scheduler_config)
+        with self._or_not_at_all(adapter_name):
+            self.load_lora_weights(read, adapter_name)
+            self.set_adapters(adapter_name)
+            self.enable_lora()
+            scheduler = self._scheduler_of(lora.scheduler_config)
+        self._note_sampling()
+        self.scheduler = scheduler
         self._brought = Brought(adapter_name, lora.scheduler_config, defaults, own_scheduler, own_defaults)
         self.register_to_config(**own_defaults | defaults)
 

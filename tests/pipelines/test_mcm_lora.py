@@ -124,6 +124,17 @@ def test_a_name_that_is_given_is_the_adapters(world, tmp_path):
     assert MCMPipeline.from_pretrained(world / "a").get_active_adapters() == ["mcm"]
 
 
+def test_a_lora_whose_scheduler_is_refused_is_out_again(world):
+    pipe = MCMPipeline.from_pretrained(world / "a")
+    before = sample(pipe)
+    broken = read_lora(world / "b")
+    broken.scheduler_config = {"shift": -1.0}
+    with pytest.raises(ValueError, match="shift"):
+        pipe.load_mcm_lora(broken, "b")
+    assert pipe._loaded == pipe.get_active_adapters() == ["mcm"] and sampled(pipe) == (8.0, 2, 5)
+    assert torch.equal(sample(pipe), before)
+
+
 # --- saved and published ---------------------------------------------------------------------------------------------
 def test_a_lora_is_saved_with_the_scheduler_it_came_with(world, tmp_path):
     pipe = MCMPipeline.from_pretrained(world / "a", adapter_name="a")
