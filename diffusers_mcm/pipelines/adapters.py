@@ -34,7 +34,7 @@ from ..lora import (
 )
 from ..settings import Settings
 from .checks import is_one_value, number
-from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, unwrapped
+from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, require_unfused, unwrapped
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -124,6 +124,7 @@ class LoRAVerbs(FusingVerbs):
         if self._adapters.fused:
             names = ", ".join(self._adapters.fused)
             raise ValueError(f"Cannot {what} while a LoRA ({names}) is fused into the weights; `unfuse_lora()` first.")
+        require_unfused(self._networks.values())  # one of them may have been exchanged
         self._require_changeable(what)
 
     # --- loading and unloading ---------------------------------------------------------------------------------------

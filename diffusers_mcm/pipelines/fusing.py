@@ -28,6 +28,8 @@ class AdapterState:
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
+    mark: object | None = None  # is on every network that something is fused into, and on so many:
+    marked: int = 0
     # What adapters add to whole parameters, `component.module.bias`; how strongly they do so now, by adapter and
     # component; and the base model's own values of the parameters that something is added to.
     differences: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -53,14 +55,23 @@ def fused_projections(network: nn.Module) -> set[str]:
 
 
 def require_unfused(networks: Iterable[nn.Module]) -> None:
-    """`ValueError` if a LoRA is in the weights that another pipeline has fused there."""
-    for network in networks:
-        fused = next((name for name, layer in lora_layers(network).items() if layer.merged), None)
-        if fused is not None:
-            raise ValueError(
-                f"A LoRA is fused into the weights of this {type(network).__name__} (at {fused!r}) by another"
-                " pipeline, which alone can take it out: `unfuse_lora()` there first, and fuse it here."
-            )
+    """`ValueError` if a LoRA is in the weights of a pipeline's networks that another pipeline has fused there.
+
+    A pipeline that has all the networks that it was fused into, the denoiser with its state among them, is none.
+    """
+    networks = [unwrapped(network) for network in networks]
+    states = [state for network in networks if (state := vars(network).get("_mcm_adapters")) is not None]
+    marks = [vars(network).get("_mcm_fused") for network in networks]
+    here = [state.mark for state in states if state.mark is not None and marks.count(state.mark) == state.marked]
+    for network, mark in zip(networks, marks):
+        fused = next((f" (at {name!r})" for name, layer in lora_layers(network).items() if layer.merged), None)
+        if fused is None and (mark is None or mark in here):
+            continue
+        raise ValueError(
+            f"A LoRA is fused into the weights of this {type(network).__name__}{fused or ''} by another pipeline"
+            " (or this one, when it had another network beside it), which alone can take it out: `unfuse_lora()` there"
+            " first, and fuse it here."
+        )
 
 
 class FusingVerbs(DifferenceVerbs):
@@ -93,6 +104,7 @@ class FusingVerbs(DifferenceVerbs):
                     layer.merge(safe_merge=True, adapter_names=names)
                     originals[module] = originals[module].cpu()
                 self._adapters.fused = fused
+            self._mark(names)
             self._set_aside()
         except BaseException:  # a broken LoRA, no memory left, Ctrl-C
             self._adapters.fused = {}
@@ -103,6 +115,7 @@ class FusingVerbs(DifferenceVerbs):
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
         if self._adapters.fused:
+            require_unfused(self._networks.values())
             self._require_at_hand("unfuse")
             self._require_called("take the LoRA out", self._layers)
         self._adapters.fused = {}
@@ -130,6 +143,19 @@ class FusingVerbs(DifferenceVerbs):
                 " `unfuse_qkv_projections()` first; a LoRA that is fused (`fuse_lora()`) before they are stays in."
             )
 
+    def _mark(self, names: Iterable[str]) -> None:
+        """Have the networks that adapters lie on say that these are fused, to pipelines that share some of them."""
+        networks = {component: network for name in names for component, network in self._networks_of(name).items()}
+        self._adapters.mark, self._adapters.marked = object(), len(networks)
+        for network in networks.values():
+            network._mcm_fused = self._adapters.mark
+
+    def _unmark(self) -> None:
+        mark, self._adapters.mark = self._adapters.mark, None
+        for network in self._networks.values():
+            if mark is not None and vars(network).get("_mcm_fused") is mark:
+                del network._mcm_fused
+
     def _restore(self) -> None:
         self._put_back()
         layers, active, originals = self._layers, self._switched_on, self._adapters.originals
@@ -141,6 +167,7 @@ class FusingVerbs(DifferenceVerbs):
             activate(layer, active)
         self._adapters.originals = {}
         self._apply_differences(anew=bool(originals))
+        self._unmark()
 
     def _set_aside(self) -> None:
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""

@@ -20,6 +20,7 @@ from ..lora import LoRA, as_pair, write_lora_folder, write_lora_pair
 from ..publish import Destination, open_repository, pipeline_card, publish_folder, publish_lora, put_sample
 from . import loading
 from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER
+from .fusing import require_unfused
 from .mcm_lora import MCMLoRAVerbs
 
 
@@ -33,6 +34,7 @@ class HubVerbs(MCMLoRAVerbs):
         included, is published as `repo_id` in one commit; [`~MCMPipeline.push_to_hub`] publishes the LoRA alone. A
         card that was edited on the Hub stays, unless `overwrite_card=True`.
         """
+        require_unfused(self._networks.values())
         folder = Path(save_directory)
         options = {entry.name: kwargs.pop(entry.name) for entry in fields(Destination) if entry.name in kwargs}
         with atomic_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:

@@ -311,6 +311,16 @@ def test_each_expert_has_a_weight_of_its_own(base, halves):
         pipe.set_adapters("mcm", {"unet": 1.0})
 
 
+def test_an_expert_with_a_fused_lora_is_not_taken_without_the_other(base, halves):
+    pipe = MCMPipeline.from_pretrained(base, lora=halves)
+    pipe.fuse_lora()
+    for missing in ("transformer", "transformer_2"):
+        with pytest.raises(ValueError, match="A LoRA is fused into the weights of this WanTransformer3DModel by"):
+            WanA14BMCMPipeline(**pipe.components | {missing: None}, boundary_ratio=BOUNDARY)
+    both = WanA14BMCMPipeline(**pipe.components, boundary_ratio=BOUNDARY)
+    assert both.fused_loras == {"mcm"}
+
+
 def test_a_pair_beside_another_and_one_of_them_taken_out(base, halves):
     pipe = MCMPipeline.from_pretrained(base, lora=halves)
     video = sample(pipe)
