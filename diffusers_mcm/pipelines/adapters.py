@@ -170,12 +170,8 @@ class LoRAVerbs(FusingVerbs):
         names = (stem, *(f"{stem}_{i}" for i in range(1, len(self._loaded) + 1)))
         return next(name for name in names if name not in self._loaded)
 
-    def _require_at_hand(self, what: str) -> None:
-        if any(parameter.is_meta for network in self.denoisers.values() for parameter in network.parameters()):
-            raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
-
     def _put_in(self, loras: Mapping[str, LoRA], adapter_name: str) -> None:
-        self._require_at_hand("load")
+        self._require_at_hand("load", loras)
         if adapter_name in self._loaded:  # on whichever component
             raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
         networks = self._networks

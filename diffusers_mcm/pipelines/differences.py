@@ -8,7 +8,7 @@ nothing acts any more. A parameter of a half type holds the sum rounded to that,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..lora import LoRA, parameter_named
+from .offload import is_changeable, is_in_groups
 
 
 class DifferenceVerbs(DiffusionPipeline):
@@ -96,11 +97,18 @@ class DifferenceVerbs(DiffusionPipeline):
         """`ValueError` where parameters that a LoRA adds to are kept elsewhere, so that a change would be lost."""
         for component in {name.partition(".")[0] for own in self._adapters.differences.values() for name in own}:
             network = self._networks[component]
-            away = any(parameter.is_meta for parameter in network.parameters())
-            if away or any(map(_is_offloaded_in_groups, network.modules())):
+            if not is_changeable(network) or is_in_groups(network):
                 raise ValueError(
                     f"Cannot {what} while the weights of the {component} are offloaded, for a LoRA adds to whole"
                     " parameters of it; do so before enabling the offload."
+                )
+
+    def _require_at_hand(self, what: str, components: Iterable[str]) -> None:
+        """`ValueError` where a network's weights are kept elsewhere, so that a change of them would be lost."""
+        for component in components:
+            if not is_changeable(self._networks[component]):
+                raise ValueError(
+                    f"The {component}'s weights are offloaded; {what} the LoRA before enabling the offload."
                 )
 
     def _differences_of(self, adapter_name: str, component: str) -> dict[str, torch.Tensor]:
@@ -120,9 +128,3 @@ class DifferenceVerbs(DiffusionPipeline):
         finally:
             for name, each in summed.items():
                 self._parameter(name).data = each
-
-
-def _is_offloaded_in_groups(module: nn.Module) -> bool:
-    """Whether diffusers' group offload brings the weights of a module from a copy of its own."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None

@@ -13,6 +13,7 @@ from torch import nn
 from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers
 from ..settings import Settings
 from .differences import DifferenceVerbs
+from .offload import is_on_disk
 
 Weight = float | dict[str, float]  # of an adapter, or one for each component
 
@@ -87,7 +88,7 @@ class FusingVerbs(DifferenceVerbs):
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
-        self._require_at_hand("fuse")
+        self._require_at_hand("fuse", [component for name in names for component in self._networks_of(name)])
         if self._call_scale != 1.0:
             raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         self._require_fusible(names)
@@ -114,9 +115,9 @@ class FusingVerbs(DifferenceVerbs):
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
-        if self._adapters.fused:
+        if fused := self._adapters.fused:
             require_unfused(self._networks.values())
-            self._require_at_hand("unfuse")
+            self._require_at_hand("unfuse", [component for name in fused for component in self._networks_of(name)])
             self._require_called("take the LoRA out", self._layers)
         self._adapters.fused = {}
         self._restore()
@@ -189,6 +190,7 @@ class FusingVerbs(DifferenceVerbs):
 
     def _extract(self, name: str) -> dict[str, LoRA]:
         """Return an adapter by component as it would be read from disk, fused or not."""
+        self._require_readable(name)
         fused = bool(self._adapters.set_aside)
         self._put_back()
         try:
@@ -199,6 +201,19 @@ class FusingVerbs(DifferenceVerbs):
         for component, lora in loras.items():
             lora.differences = self._differences_of(name, component)
         return loras
+
+    def _require_readable(self, name: str) -> None:
+        """`ValueError` where an adapter's own tensors are offloaded; while it is fused they are not."""
+        if self._adapters.set_aside:
+            return
+        for component, network in self._networks_of(name).items():
+            parts = (part for layer in lora_layers(network).values() for part in (layer.lora_A, layer.lora_B))
+            away = any(name in part and part[name].weight.is_meta for part in parts)
+            if away or is_on_disk(network):
+                raise ValueError(
+                    f"The {component}'s weights are offloaded, the LoRA's with them; save it before enabling the"
+                    " offload."
+                )
 
     @contextmanager
     def _clean_networks(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..cards import CARD_NAME, DEFAULT_PROMPT
 from ..files import atomic_files, write_text
@@ -22,6 +23,7 @@ from . import loading
 from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER
 from .fusing import require_unfused
 from .mcm_lora import MCMLoRAVerbs
+from .offload import is_readable
 
 
 class HubVerbs(MCMLoRAVerbs):
@@ -35,6 +37,9 @@ class HubVerbs(MCMLoRAVerbs):
         card that was edited on the Hub stays, unless `overwrite_card=True`.
         """
         require_unfused(self._networks.values())
+        for name, component in self.components.items():
+            if isinstance(component, nn.Module) and not is_readable(component):
+                raise ValueError(f"The {name}'s weights are offloaded; save the pipeline before enabling the offload.")
         folder = Path(save_directory)
         options = {entry.name: kwargs.pop(entry.name) for entry in fields(Destination) if entry.name in kwargs}
         with atomic_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
@@ -138,6 +143,7 @@ class HubVerbs(MCMLoRAVerbs):
                 f"{name!r} lies on {components[0]} alone, and is half a pair: a LoRA for each of the two experts is"
                 " published together. Load both at once, `load_mcm_lora((high, low))`."
             )
+        self._require_readable(name)  # before anything is sampled
         sample = self._settings(name).sample
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
         with self._alone(name), self._sampled_as(name):
