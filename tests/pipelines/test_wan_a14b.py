@@ -360,6 +360,17 @@ def test_pairs_of_other_makers_are_known_by_their_names(base, bare, halves):
         pipe.load_lora_weights(bare)
 
 
+def test_a_pair_that_says_nothing_is_sampled_as_it_is_alone_after_another_too(base, bare, halves):
+    pipe = MCMPipeline.from_pretrained(base, lora=halves)
+    assert (pipe.scheduler.config.shift, pipe.sampling_default("num_frames")) == (3.0, 5)
+    pipe.load_mcm_lora(bare, "bare")
+    alone = MCMPipeline.from_pretrained(base, lora=bare)
+    for each in (pipe, alone):
+        config = each.scheduler.config
+        assert (config.shift, config.boundary, each.sampling_default("num_frames")) == (5.0, BOUNDARY, 81)
+    assert torch.equal(sample(pipe), sample(alone))
+
+
 def test_a_pair_in_a_repository(base, halves, tmp_path):
     """In one subfolder, as Wan2.2-Lightning has it; then from the cache, with no Hub to ask."""
     MCMPipeline.from_pretrained(base, lora=halves).save_mcm_lora(tmp_path / "owner" / "pair" / "four-steps")
