@@ -54,6 +54,7 @@ from .layers import (
     lora_state_dict,
     parameter_named,
     set_lora_state_dict,
+    take_out,
     train_only,
 )
 from .layouts import DENOISER, SECOND_DENOISER, TEXT_ENCODER

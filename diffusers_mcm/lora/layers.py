@@ -137,8 +137,6 @@ def load_lora_into(
     trainable: bool = False,
 ) -> None:
     """Put a LoRA in the denoiser, wholly or not at all; `dtype` is by default what each adapted weight computes in."""
-    from peft import inject_adapter_in_model
-
     if not isinstance(adapter_name, str):
         raise TypeError(f"`adapter_name` must be a string, got {adapter_name!r}.")
     if not adapter_name or set(adapter_name) & set("./\\"):
@@ -147,16 +145,37 @@ def load_lora_into(
         raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
     check_fits(denoiser, lora)
     lora.check_no_differences("here only its pairs of matrices can be put in")
+    active = {layer: list(layer.active_adapters) for layer in lora_layers(denoiser).values()}
+    try:
+        _inject(denoiser, lora, adapter_name)
+        _fill(denoiser, lora, adapter_name, dtype, trainable)
+    except BaseException:  # no memory left, Ctrl-C
+        take_out(denoiser, [adapter_name])
+        for layer, names in active.items():
+            activate(layer, names)
+        raise
+
+
+def _inject(denoiser: nn.Module, lora: LoRA, adapter_name: str) -> None:
+    """Put peft's layers in, without values."""
+    from peft import inject_adapter_in_model
+
     # peft freezes what it adapts. Left as it was: torch's choice of a matmul, hence the last bit, depends on it.
     trainable_before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     # On the meta device: nothing is drawn from the global generator, and nothing is allocated twice.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
-        inject_adapter_in_model(
-            lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
-        )
-    for parameter, requires_grad in trainable_before.items():
-        parameter.requires_grad_(requires_grad)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+            inject_adapter_in_model(
+                lora.peft_config(), denoiser, adapter_name, low_cpu_mem_usage=True, state_dict=lora.tensors
+            )
+    finally:
+        for parameter, requires_grad in trainable_before.items():
+            parameter.requires_grad_(requires_grad)
+
+
+def _fill(denoiser: nn.Module, lora: LoRA, adapter_name: str, dtype: torch.dtype | None, trainable: bool) -> None:
+    """Give peft's layers the values of a LoRA."""
     for name, layer in lora_layers(denoiser).items():
         if adapter_name not in layer.lora_A:
             continue
@@ -169,6 +188,24 @@ def load_lora_into(
                 weight.device, dtype or compute_dtype(layer), copy=True
             )
             part.weight = nn.Parameter(tensor.contiguous(), requires_grad=trainable)
+
+
+def take_out(denoiser: nn.Module, names: Sequence[str], active: Sequence[str] = ()) -> None:
+    """Take adapters out, whole or in part; those in `active`, and no others, act afterwards.
+
+    Where no adapter is left, the module that peft's layer stood in for is back.
+    """
+    for path, layer in lora_layers(denoiser).items():
+        activate(layer, active)
+        for name in names:
+            layer.delete_adapter(name)
+        if not layer.lora_A:
+            denoiser.set_submodule(path, layer.get_base_layer())
+    configs = getattr(denoiser, "peft_config", {})
+    for name in names:
+        configs.pop(name, None)
+    if not configs:
+        vars(denoiser).pop("peft_config", None)
 
 
 def _positional(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

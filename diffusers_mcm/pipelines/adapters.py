@@ -29,11 +29,12 @@ from ..lora import (
     load_lora_into,
     lora_layers,
     read_components,
+    take_out,
     write_lora_weights,
 )
 from ..settings import Settings
 from .checks import is_one_value, number
-from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, unwrapped
+from .fusing import AdapterState, FusingVerbs, Weight, fused_projections, require_unfused, unwrapped
 
 ADAPTERS_FILE = "mcm_adapters.json"
 ADAPTERS_FOLDER = "mcm_adapters"
@@ -123,6 +124,7 @@ class LoRAVerbs(FusingVerbs):
         if self._adapters.fused:
             names = ", ".join(self._adapters.fused)
             raise ValueError(f"Cannot {what} while a LoRA ({names}) is fused into the weights; `unfuse_lora()` first.")
+        require_unfused(self._networks.values())  # one of them may have been exchanged
         self._require_changeable(what)
 
     # --- loading and unloading ---------------------------------------------------------------------------------------
@@ -168,41 +170,62 @@ class LoRAVerbs(FusingVerbs):
         names = (stem, *(f"{stem}_{i}" for i in range(1, len(self._loaded) + 1)))
         return next(name for name in names if name not in self._loaded)
 
-    def _require_at_hand(self, what: str) -> None:
-        if any(parameter.is_meta for network in self.denoisers.values() for parameter in network.parameters()):
-            raise ValueError(f"The denoiser's weights are offloaded; {what} the LoRA before enabling the offload.")
-
     def _put_in(self, loras: Mapping[str, LoRA], adapter_name: str) -> None:
-        self._require_at_hand("load")
+        self._require_at_hand("load", loras)
         if adapter_name in self._loaded:  # on whichever component
             raise ValueError(f"An adapter named {adapter_name!r} is loaded already; give another name, or unload it.")
-        enabled = self._lora_enabled
-        active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
         networks = self._networks
         for component, lora in loras.items():  # all of them before the first is touched
             check_fits(networks[component], lora)
             self._check_differences(component, lora)
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
-        for component, lora in loras.items():
-            load_lora_into(networks[component], self._keep_differences(component, lora, adapter_name), adapter_name)
-            if lora.settings:
-                settings = lora.settings.absolute(lora.folder).without_training_paths()
-                self._adapters.settings.setdefault(adapter_name, {})[component] = settings
-        self._adapters.weights[adapter_name] = 1.0
-        self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
-        if not enabled:
-            self.disable_lora()
+        with self._or_not_at_all(adapter_name):
+            enabled = self._lora_enabled
+            active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
+            for component, lora in loras.items():
+                load_lora_into(
+                    networks[component], self._keep_differences(component, lora, adapter_name), adapter_name
+                )
+                if lora.settings:
+                    settings = lora.settings.absolute(lora.folder).without_training_paths()
+                    self._adapters.settings.setdefault(adapter_name, {})[component] = settings
+                if lora.scheduler_config is not None:
+                    self._adapters.schedulers.setdefault(adapter_name, lora.scheduler_config)
+            self._adapters.weights[adapter_name] = 1.0
+            self.set_adapters([*active, adapter_name], [*active.values(), 1.0])
+            if not enabled:
+                self.disable_lora()
+
+    @contextmanager
+    def _or_not_at_all(self, adapter_name: str) -> Iterator[None]:
+        """Load an adapter meanwhile; if that is broken off, nothing of it is left, and what acted before acts."""
+        if adapter_name in self._loaded:  # which loading refuses
+            yield
+            return
+        enabled, active = self._lora_enabled, self._switched_on
+        try:
+            yield
+        except BaseException:  # a broken scheduler, no memory left, Ctrl-C
+            self._take_out([adapter_name], active)
+            for layer in self._layers.values():
+                layer._disable_adapters = not enabled
+            self._apply_differences(anew=True)
+            raise
+
+    def _take_out(self, names: Sequence[str], active: Sequence[str]) -> None:
+        """Take adapters out of the networks, so that of the others those in `active` act, and forget them."""
+        for network in self._networks.values():
+            take_out(network, names, active)
+        state = self._adapters
+        for known in (state.weights, state.settings, state.schedulers, state.differences):
+            for name in names:
+                known.pop(name, None)
 
     def unload_lora_weights(self) -> None:
         """Take out every LoRA; the base model is then bit for bit what it was."""
         self._require_changeable("take the LoRA out")
         self.unfuse_lora()
-        networks = self._networks
-        for name, layer in lora_layers(networks).items():
-            networks.set_submodule(name, layer.get_base_layer())
-        for network in networks.values():
-            vars(network).pop("peft_config", None)
-        self._adapters.differences.clear()
+        self._take_out(self._loaded, [])
         self._apply_differences()
         unwrapped(self.denoiser)._mcm_adapters = AdapterState()
 
@@ -212,18 +235,7 @@ class LoRAVerbs(FusingVerbs):
         self._require_unfused("delete an adapter")
         if set(names) == set(self._loaded):
             return self.unload_lora_weights()
-        remaining = [name for name in self._switched_on if name not in names]
-        networks = self._networks
-        for path, layer in lora_layers(networks).items():
-            activate(layer, remaining)
-            for name in names:
-                layer.delete_adapter(name)
-            if not layer.lora_A:
-                networks.set_submodule(path, layer.get_base_layer())
-        configs = [getattr(network, "peft_config", {}) for network in networks.values()]
-        for known in (*configs, self._adapters.weights, self._adapters.settings, self._adapters.differences):
-            for name in names:
-                known.pop(name, None)
+        self._take_out(names, [name for name in self._switched_on if name not in names])
         self._apply_differences()
 
     # --- strength ----------------------------------------------------------------------------------------------------
@@ -233,7 +245,8 @@ class LoRAVerbs(FusingVerbs):
         """Make these adapters, and no others, active at these weights (default: one).
 
         A weight is a number, or one for each component: `{"unet": 0.8, "text_encoder": 0.5}`, or where two experts
-        share the work `{"transformer": 1.0, "transformer_2": 0.8}`.
+        share the work `{"transformer": 1.0, "transformer_2": 0.8}`. As in diffusers, the scheduler and what a call
+        defaults to stay as they are: those of the MCM LoRA that was loaded last.
         """
         names = self._known(adapter_names)
         given: Any = 1.0 if adapter_weights is None else adapter_weights
@@ -316,15 +329,19 @@ class LoRAVerbs(FusingVerbs):
                 if settings.is_local:  # the folder that the adapter came from is not there to be pointed at; this is
                     here: dict[str, Any] = dict(base_model_repository="../..", base_model_revision=None)
                     settings = dataclasses.replace(settings, **here, extra_repositories={})
-                lora.settings = settings
+                lora.settings, lora.scheduler_config = settings, self._adapters.schedulers.get(name)
             self._write_adapter(target, loras)
-        state = {
+        content = json.dumps(self._adapters_state(), indent=2)
+        (folder / ADAPTERS_FILE).write_text(content + "\n", encoding="utf-8")
+
+    def _adapters_state(self) -> dict[str, Any]:
+        """How the adapters are set, as it is saved with the pipeline."""
+        return {
             "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
             "active": self._switched_on,
             "enabled": self._lora_enabled,
             "fused": self._adapters.fused,
         }
-        (folder / ADAPTERS_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _write_adapter(self, folder: Path, loras: Mapping[str, LoRA]) -> None:
         """Write an adapter, by its components, so that `_read_loras` reads it."""

@@ -8,7 +8,7 @@ nothing acts any more. A parameter of a half type holds the sum rounded to that,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..lora import LoRA, parameter_named
+from .offload import is_changeable, is_in_groups
 
 
 class DifferenceVerbs(DiffusionPipeline):
@@ -81,23 +82,33 @@ class DifferenceVerbs(DiffusionPipeline):
                     parts[name].append((strength, difference))
         for name in sorted({*parts, *state.unchanged}):
             parameter = self._parameter(name)
-            base = state.unchanged.pop(name, parameter.data).to(parameter.device, parameter.dtype)
+            base = state.unchanged.get(name, parameter.data).to(parameter.device, parameter.dtype)
             if name in parts:
                 state.unchanged[name] = base.cpu()
                 exact = torch.promote_types(base.dtype, torch.float32)
-                base = sum((scale * each.to(base.device, exact) for scale, each in parts[name]), base.to(exact))
-            parameter.data = base.to(parameter.dtype)
+                summed = sum((scale * each.to(base.device, exact) for scale, each in parts[name]), base.to(exact))
+                parameter.data = summed.to(parameter.dtype)
+            else:
+                parameter.data = base
+                del state.unchanged[name]  # last, for whatever breaks this off, the base model's own is kept
         state.strengths = strengths
 
     def _require_changeable(self, what: str) -> None:
         """`ValueError` where parameters that a LoRA adds to are kept elsewhere, so that a change would be lost."""
         for component in {name.partition(".")[0] for own in self._adapters.differences.values() for name in own}:
             network = self._networks[component]
-            away = any(parameter.is_meta for parameter in network.parameters())
-            if away or any(map(_is_offloaded_in_groups, network.modules())):
+            if not is_changeable(network) or is_in_groups(network):
                 raise ValueError(
                     f"Cannot {what} while the weights of the {component} are offloaded, for a LoRA adds to whole"
                     " parameters of it; do so before enabling the offload."
+                )
+
+    def _require_at_hand(self, what: str, components: Iterable[str]) -> None:
+        """`ValueError` where a network's weights are kept elsewhere, so that a change of them would be lost."""
+        for component in components:
+            if not is_changeable(self._networks[component]):
+                raise ValueError(
+                    f"The {component}'s weights are offloaded; {what} the LoRA before enabling the offload."
                 )
 
     def _differences_of(self, adapter_name: str, component: str) -> dict[str, torch.Tensor]:
@@ -117,9 +128,3 @@ class DifferenceVerbs(DiffusionPipeline):
         finally:
             for name, each in summed.items():
                 self._parameter(name).data = each
-
-
-def _is_offloaded_in_groups(module: nn.Module) -> bool:
-    """Whether diffusers' group offload brings the weights of a module from a copy of its own."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from ..lora import LoRA, activate, compute_dtype, extract_lora, lora_layers
 from ..settings import Settings
 from .differences import DifferenceVerbs
+from .offload import is_on_disk
 
 Weight = float | dict[str, float]  # of an adapter, or one for each component
 
@@ -23,9 +25,12 @@ class AdapterState:
     weights: dict[str, Weight] = field(default_factory=dict)  # as given, before the factor alpha / rank
     # Of each adapter that came with some, by the component that they are of.
     settings: dict[str, dict[str, Settings]] = field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)  # configurations, of each that came with one
     fused: dict[str, float] = field(default_factory=dict)  # what is in the base weights now
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights that were fused into
     set_aside: dict[str, nn.Module] = field(default_factory=dict)  # peft's layers, while what they do is fused
+    mark: object | None = None  # is on every network that something is fused into, and on so many:
+    marked: int = 0
     # What adapters add to whole parameters, `component.module.bias`; how strongly they do so now, by adapter and
     # component; and the base model's own values of the parameters that something is added to.
     differences: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -51,14 +56,23 @@ def fused_projections(network: nn.Module) -> set[str]:
 
 
 def require_unfused(networks: Iterable[nn.Module]) -> None:
-    """`ValueError` if a LoRA is in the weights that another pipeline has fused there."""
-    for network in networks:
-        fused = next((name for name, layer in lora_layers(network).items() if layer.merged), None)
-        if fused is not None:
-            raise ValueError(
-                f"A LoRA is fused into the weights of this {type(network).__name__} (at {fused!r}) by another"
-                " pipeline, which alone can take it out: `unfuse_lora()` there first, and fuse it here."
-            )
+    """`ValueError` if a LoRA is in the weights of a pipeline's networks that another pipeline has fused there.
+
+    A pipeline that has all the networks that it was fused into, the denoiser with its state among them, is none.
+    """
+    networks = [unwrapped(network) for network in networks]
+    states = [state for network in networks if (state := vars(network).get("_mcm_adapters")) is not None]
+    marks = [vars(network).get("_mcm_fused") for network in networks]
+    here = [state.mark for state in states if state.mark is not None and marks.count(state.mark) == state.marked]
+    for network, mark in zip(networks, marks):
+        fused = next((f" (at {name!r})" for name, layer in lora_layers(network).items() if layer.merged), None)
+        if fused is None and (mark is None or mark in here):
+            continue
+        raise ValueError(
+            f"A LoRA is fused into the weights of this {type(network).__name__}{fused or ''} by another pipeline"
+            " (or this one, when it had another network beside it), which alone can take it out: `unfuse_lora()` there"
+            " first, and fuse it here."
+        )
 
 
 class FusingVerbs(DifferenceVerbs):
@@ -74,7 +88,7 @@ class FusingVerbs(DifferenceVerbs):
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
-        self._require_at_hand("fuse")
+        self._require_at_hand("fuse", [component for name in names for component in self._networks_of(name)])
         if self._call_scale != 1.0:
             raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         self._require_fusible(names)
@@ -91,16 +105,19 @@ class FusingVerbs(DifferenceVerbs):
                     layer.merge(safe_merge=True, adapter_names=names)
                     originals[module] = originals[module].cpu()
                 self._adapters.fused = fused
+            self._mark(names)
+            self._set_aside()
         except BaseException:  # a broken LoRA, no memory left, Ctrl-C
             self._adapters.fused = {}
             self._restore()
+            self._apply_differences(anew=True)
             raise
-        self._set_aside()
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
-        if self._adapters.fused:
-            self._require_at_hand("unfuse")
+        if fused := self._adapters.fused:
+            require_unfused(self._networks.values())
+            self._require_at_hand("unfuse", [component for name in fused for component in self._networks_of(name)])
             self._require_called("take the LoRA out", self._layers)
         self._adapters.fused = {}
         self._restore()
@@ -127,6 +144,19 @@ class FusingVerbs(DifferenceVerbs):
                 " `unfuse_qkv_projections()` first; a LoRA that is fused (`fuse_lora()`) before they are stays in."
             )
 
+    def _mark(self, names: Iterable[str]) -> None:
+        """Have the networks that adapters lie on say that these are fused, to pipelines that share some of them."""
+        networks = {component: network for name in names for component, network in self._networks_of(name).items()}
+        self._adapters.mark, self._adapters.marked = object(), len(networks)
+        for network in networks.values():
+            network._mcm_fused = self._adapters.mark
+
+    def _unmark(self) -> None:
+        mark, self._adapters.mark = self._adapters.mark, None
+        for network in self._networks.values():
+            if mark is not None and vars(network).get("_mcm_fused") is mark:
+                del network._mcm_fused
+
     def _restore(self) -> None:
         self._put_back()
         layers, active, originals = self._layers, self._switched_on, self._adapters.originals
@@ -138,13 +168,14 @@ class FusingVerbs(DifferenceVerbs):
             activate(layer, active)
         self._adapters.originals = {}
         self._apply_differences(anew=bool(originals))
+        self._unmark()
 
     def _set_aside(self) -> None:
         """Put what peft's layers adapt in the places of those layers, which are kept for `_put_back`."""
         networks, layers = self._networks, self._layers
+        self._adapters.set_aside = layers  # first, so that none is lost if this is broken off
         for module, layer in layers.items():
             networks.set_submodule(module, layer.get_base_layer())
-        self._adapters.set_aside = layers
 
     def _put_back(self) -> None:
         """Undo `_set_aside`, on the device and in the type in which what they adapt is by now."""
@@ -159,6 +190,7 @@ class FusingVerbs(DifferenceVerbs):
 
     def _extract(self, name: str) -> dict[str, LoRA]:
         """Return an adapter by component as it would be read from disk, fused or not."""
+        self._require_readable(name)
         fused = bool(self._adapters.set_aside)
         self._put_back()
         try:
@@ -169,6 +201,19 @@ class FusingVerbs(DifferenceVerbs):
         for component, lora in loras.items():
             lora.differences = self._differences_of(name, component)
         return loras
+
+    def _require_readable(self, name: str) -> None:
+        """`ValueError` where an adapter's own tensors are offloaded; while it is fused they are not."""
+        if self._adapters.set_aside:
+            return
+        for component, network in self._networks_of(name).items():
+            parts = (part for layer in lora_layers(network).values() for part in (layer.lora_A, layer.lora_B))
+            away = any(name in part and part[name].weight.is_meta for part in parts)
+            if away or is_on_disk(network):
+                raise ValueError(
+                    f"The {component}'s weights are offloaded, the LoRA's with them; save it before enabling the"
+                    " offload."
+                )
 
     @contextmanager
     def _clean_networks(self) -> Iterator[None]:

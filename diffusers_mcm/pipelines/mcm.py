@@ -28,7 +28,7 @@ from .motion_models import MotionModel, find_motion_model
 from .publishing import HubVerbs
 from .request import arguments
 from .sampling import Sampling
-from .sole_use import alone, is_sampling, one_call
+from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
         *,
         lora: str | os.PathLike | LoRAPair | Sequence[str | os.PathLike] | None = None,
-        adapter_name: str = "mcm",
+        adapter_name: str | None = None,
         subfolder: str | None = None,
         weight_name: str | None = None,
         revision: str | None = None,
@@ -117,8 +117,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                     - motion modules for a Stable Diffusion 1.5: AnimateLCM, AnimateDiff-Lightning (of which
                       `num_inference_steps` chooses the file) or plain ones; sampled as their makers say, but for the
                       guidance, which a call is given: 2 for AnimateLCM.
-            lora: An MCM LoRA, or a pair, to put in a text-to-video model.
-            adapter_name: What the LoRA verbs will call it.
+            lora: An MCM LoRA, or a pair, to put in a text-to-video model. Those that a pipeline was saved with stay
+                loaded, but do not act: they are unfused, and `set_adapters` brings them back.
+            adapter_name: What the LoRA verbs will call it. Defaults to `"mcm"`, or if that is taken `"mcm_1"`.
             subfolder, weight_name: Where in its folder or repository the LoRA is; of `lora`, where that is given.
             revision: Of `pretrained_model_name_or_path`, on the Hub.
             base_model, base_model_revision: What to put the LoRA in, instead of the base model that it names. For
@@ -131,7 +132,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             variant (`str`, *optional*): Of the files of the base model's weights, as `"fp16"`; they become `dtype`.
             dtype (`torch.dtype`, defaults to `torch.float32`): The type of all weights.
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`; and for the base model `device_map`,
-                components by name, and whatever else diffusers takes.
+                components by name, and whatever else diffusers takes. What is named here wins over what a LoRA says:
+                `num_inference_steps`, `num_frames`, `height`, `width`, `fps` and a few-step `scheduler`.
         """
         kwargs["dtype"] = checks.only_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
@@ -153,7 +155,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 location = replace(location, name=os.path.join(location.name, location.subfolder), subfolder=None)
             pipeline = cls._load_pipeline(location, index, kwargs)
             if lora is not None:
+                pipeline._make_way(location)
                 pipeline.load_mcm_lora(lora, adapter_name, **place, **options)
+                pipeline._sample_as_named(kwargs)
             return pipeline
         pair = find_pair(location) if lora is None else None
         motion = None if pair else find_motion_model(location, kwargs.get("num_inference_steps"))
@@ -167,7 +171,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     def _load_with_lora(
         cls,
         read: LoRA | LoRAPair,
-        adapter_name: str,
+        adapter_name: str | None,
         base_model: str | os.PathLike | None,
         revision: str | None,
         kwargs: dict[str, Any],
@@ -179,6 +183,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         base = replace(base, revision=revision or base.revision)
         pipeline = cls._load_pipeline(base, loading.read_base_index(base), kwargs, first)
         pipeline.load_mcm_lora(read, adapter_name)
+        pipeline._sample_as_named(kwargs)
         return pipeline
 
     @classmethod
@@ -195,6 +200,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
                 f"{location.name} makes a {pipeline_class.__name__}, not a {cls.__name__}; use MCMPipeline."
             )
         saved = str(index.get("_class_name")).endswith("MCMPipeline")
+        repository = location.name
         if saved:  # diffusers fetches no components of other classes
             location = location.fetched()
         elsewhere = pipeline_class.base_model.components_elsewhere(index)
@@ -206,6 +212,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
+        if saved:  # what LoRAs record as their base model: not the folder in the cache
+            pipeline.register_to_config(_name_or_path=repository)
         if kwargs.get("device_map") is None:  # which leaves weights elsewhere
             for name in pipeline.components.keys() - kwargs.keys():
                 check_whole(pipeline.components[name], f"{name} of {location.name}")
@@ -224,6 +232,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         index = loading.read_base_index(base)
         pipeline = cls._load_pipeline(base, index, kwargs | motion.components(base, index, kwargs))
         motion.set_up(pipeline)
+        pipeline._sample_as_named(kwargs)
         pipeline.motion_model = motion
         return pipeline
 
@@ -236,35 +245,6 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         `index` is `model_index.json`, `elsewhere` says where the components are that it leaves out.
         """
         return super().from_pretrained(location.name, revision=location.revision, **options)
-
-    def load_mcm_lora(
-        self,
-        pretrained_model_name_or_path: str | os.PathLike | LoRA | LoRAPair | Sequence[str | os.PathLike],
-        adapter_name: str | None = None,
-        **options,
-    ) -> None:
-        """Load an MCM LoRA, make it the only active adapter, and sample as it was trained to be sampled.
-
-        Of a base model with two experts it is the pair of theirs: a folder or repository with both, or both together.
-        `options` are those of [`~MCMPipeline.load_lora_weights`].
-        """
-        if is_sampling(self):
-            raise ValueError(
-                "`load_mcm_lora` brings a scheduler of its own, which a call that is under way cannot change to; in a"
-                " callback use `load_lora_weights` and `set_adapters`."
-            )
-        given = pretrained_model_name_or_path
-        read = given if isinstance(given, LoRA) else read_loras(given, **options)
-        adapter_name = adapter_name or self._free_name("mcm")
-        lora, *_ = [read] if isinstance(read, LoRA) else read
-        self.load_lora_weights(read, adapter_name)
-        self.set_adapters(adapter_name)
-        self.enable_lora()
-        if lora.scheduler_config is not None:
-            self.scheduler = self.base_model.scheduler_class.from_config(lora.scheduler_config)
-        else:
-            self.scheduler = self.few_step_scheduler()
-        self.register_to_config(**lora.settings.sampling.known())
 
     def few_step_scheduler(self) -> SchedulerMixin:
         """The pipeline's scheduler, or one in its place that samples in few steps, for a network without a LoRA."""

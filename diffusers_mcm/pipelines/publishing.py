@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..cards import CARD_NAME, DEFAULT_PROMPT
 from ..files import atomic_files, write_text
@@ -18,12 +19,14 @@ from ..hub import check_repository_name, is_local
 from ..location import Location
 from ..lora import LoRA, as_pair, write_lora_folder, write_lora_pair
 from ..publish import Destination, open_repository, pipeline_card, publish_folder, publish_lora, put_sample
-from ..settings import SAMPLING_KEYS, SamplingDefaults
 from . import loading
-from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER, LoRAVerbs
+from .adapters import ADAPTERS_FILE, ADAPTERS_FOLDER
+from .fusing import require_unfused
+from .mcm_lora import MCMLoRAVerbs
+from .offload import is_readable
 
 
-class HubVerbs(LoRAVerbs):
+class HubVerbs(MCMLoRAVerbs):
     """The mixin of `MCMPipeline` that saves and publishes what the LoRA verbs have loaded."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -33,6 +36,10 @@ class HubVerbs(LoRAVerbs):
         included, is published as `repo_id` in one commit; [`~MCMPipeline.push_to_hub`] publishes the LoRA alone. A
         card that was edited on the Hub stays, unless `overwrite_card=True`.
         """
+        require_unfused(self._networks.values())
+        for name, component in self.components.items():
+            if isinstance(component, nn.Module) and not is_readable(component):
+                raise ValueError(f"The {name}'s weights are offloaded; save the pipeline before enabling the offload.")
         folder = Path(save_directory)
         options = {entry.name: kwargs.pop(entry.name) for entry in fields(Destination) if entry.name in kwargs}
         with atomic_files(folder, "model_index.json", stale=(ADAPTERS_FILE, ADAPTERS_FOLDER)) as temporary:
@@ -53,6 +60,9 @@ class HubVerbs(LoRAVerbs):
 
     def save_mcm_lora(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Save one LoRA as a folder that `load_mcm_lora` and `from_pretrained` read: weights, settings, scheduler.
+
+        The scheduler is the one that the LoRA came with, whatever the pipeline's is by now; the pipeline's, where it
+        came without.
 
         Where two experts share the work it is two files, `high_noise_model.safetensors` and
         `low_noise_model.safetensors`, each with settings and scheduler in its header.
@@ -82,17 +92,14 @@ class HubVerbs(LoRAVerbs):
     def _to_save(self, name: str, folder: Path, component: str) -> LoRA:
         """Return an MCM LoRA as it lies on a component, with settings for a folder."""
         lora, settings = self._extract(name)[component], self._settings(name, component)
-        sampling = settings.sampling
-        if sampling == SamplingDefaults():
-            sampling = SamplingDefaults.from_dict({key: self.sampling_default(key) for key in SAMPLING_KEYS})
+        sampling = self._sampling_of(name, component)
         repository = settings.base_model_repository
         if repository is None or is_local(repository):  # relative to where the LoRA was read
             repository = self.config.get("_name_or_path") or self.base_model.default_repository
         # The clip is not here.
         settings = replace(settings, base_model_repository=repository, sampling=sampling, sample=None)
         lora.settings = settings.recorded_in(folder)
-        if isinstance(self.scheduler, self.base_model.scheduler_class):
-            lora.scheduler_config = dict(self.scheduler.config)
+        lora.scheduler_config = self._scheduler_config(name)
         return lora
 
     def push_to_hub(
@@ -120,7 +127,7 @@ class HubVerbs(LoRAVerbs):
             private: Visibility of a new repository; by default the account's. That of an existing one never changes.
             token: Default: `HF_TOKEN`, or that of `hf auth login`.
             adapter_name: Which LoRA; needed if several are loaded.
-            prompt: Of the sample clip, which is made with this LoRA alone and seed 0.
+            prompt: Of the sample clip, which is made with this LoRA alone, its scheduler and seed 0.
             base_model: Repository of the base model, if the LoRA was trained with a copy on this machine.
             overwrite_card: Put a new card in the place of one that was edited on the Hub, which otherwise stays.
 
@@ -136,15 +143,16 @@ class HubVerbs(LoRAVerbs):
                 f"{name!r} lies on {components[0]} alone, and is half a pair: a LoRA for each of the two experts is"
                 " published together. Load both at once, `load_mcm_lora((high, low))`."
             )
+        self._require_readable(name)  # before anything is sampled
         sample = self._settings(name).sample
         prompt = prompt or (sample and sample.prompt) or DEFAULT_PROMPT
-        with self._alone(name):
+        with self._alone(name), self._sampled_as(name):
             video = self(prompt, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+            fps = self.sampling_default("fps")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             loras = [self._to_save(name, folder, component) for component in components]
-            clip, fps = np.asarray(video), self.sampling_default("fps")
-            sample = put_sample(folder, loras[0].settings, clip, prompt, fps).sample
+            sample = put_sample(folder, loras[0].settings, np.asarray(video), prompt, fps).sample
             for lora in loras:
                 lora.settings = replace(lora.settings, sample=sample)
             return publish_lora(folder, destination, base_model, as_pair(loras) if len(loras) == 2 else loras[0])

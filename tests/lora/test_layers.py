@@ -16,6 +16,7 @@ from diffusers_mcm.lora import (
     lora_state_dict,
     read_lora,
     set_lora_state_dict,
+    take_out,
     train_only,
 )
 from tests.tiny import EXACT, FEW_MODULES, TEXT_DIM, randomise_lora, tiny_unet
@@ -54,6 +55,45 @@ def test_what_of_a_lora_is_trained_and_the_rest_acts_all_the_same(unet):
     assert all(torch.equal(weights[key], tensor) for key, tensor in lora_state_dict(unet).items())
     train_only(unet, FEW_MODULES)
     assert sum(parameter.requires_grad for parameter in unet.parameters()) == 2 * len(FEW_MODULES)
+
+
+@pytest.mark.parametrize("beside_another", [False, True])
+@pytest.mark.parametrize("broken_at", [1, 2])
+def test_a_lora_that_is_broken_off_on_its_way_in_is_out_again(unet, monkeypatch, beside_another, broken_at):
+    lora = fresh_lora(unet, FEW_MODULES, rank=2)
+    if beside_another:
+        add_lora(unet, FEW_MODULES[1:], rank=2)
+        randomise_lora(unet)
+    before, modules = output(unet), {name: type(module) for name, module in unet.named_modules()}
+    trainable = [parameter.requires_grad for parameter in unet.parameters()]
+    calls = []
+
+    def stopped(layer):
+        calls.append(layer)
+        if len(calls) == broken_at:
+            raise KeyboardInterrupt
+        return layer.weight.dtype
+
+    monkeypatch.setattr("diffusers_mcm.lora.layers.compute_dtype", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load_lora_into(unet, lora, "other")
+    assert list(getattr(unet, "peft_config", {})) == ["default"] * beside_another
+    assert {name: type(module) for name, module in unet.named_modules()} == modules
+    assert [parameter.requires_grad for parameter in unet.parameters()] == trainable
+    assert torch.equal(output(unet), before)
+
+
+def test_taking_one_of_two_out(unet):
+    plain, lora = output(unet), fresh_lora(unet, FEW_MODULES[:2], rank=2)
+    add_lora(unet, FEW_MODULES[1:], rank=2)
+    randomise_lora(unet)
+    before = output(unet)
+    load_lora_into(unet, lora, "other")
+    take_out(unet, ["other"], ["default"])
+    assert lora_layers(unet).keys() == set(FEW_MODULES[1:]) and list(unet.peft_config) == ["default"]
+    assert torch.equal(output(unet), before)
+    take_out(unet, ["default"])
+    assert not lora_layers(unet) and not hasattr(unet, "peft_config") and torch.equal(output(unet), plain)
 
 
 def test_fresh_lora_depends_on_its_generator_and_on_nothing_else(unet):

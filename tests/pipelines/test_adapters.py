@@ -8,7 +8,17 @@ from diffusers import DDIMScheduler
 
 from diffusers_mcm import MCMScheduler, ModelScopeMCMPipeline
 from diffusers_mcm.lora import add_lora, fresh_lora, lora_layers, read_lora
-from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES, SCHEDULER, randomise_lora, save_tiny_lora, tiny_components
+from diffusers_mcm.pipelines import adapters
+from tests.tiny import (
+    EXACT,
+    FEW_MODULES,
+    NUM_FRAMES,
+    SCHEDULER,
+    TEXT_DIM,
+    randomise_lora,
+    save_tiny_lora,
+    tiny_components,
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +191,50 @@ def test_a_lora_for_another_base_model(pipe, folder, plain):
     with pytest.raises(ValueError, match="made for base model 'animatediff'; this is 'modelscope'"):
         pipe.load_lora_weights(lora)
     assert torch.equal(sample(pipe), plain)
+
+
+def for_the_text_encoder(pipe):
+    """The keys of a LoRA on a layer of it."""
+    name = next(name for name, _ in pipe.text_encoder.named_modules() if name.endswith("q_proj"))
+    sizes = {"A": (2, TEXT_DIM), "B": (TEXT_DIM, 2)}
+    return {f"text_encoder.{name}.lora_{half}.weight": torch.ones(sizes[half]) for half in "AB"}
+
+
+@pytest.mark.parametrize("switched_on", [True, False])
+def test_a_lora_that_is_broken_off_on_its_way_in_is_out_again(pipe, plain, monkeypatch, switched_on):
+    """Of a LoRA with layers for two networks the part that was in already goes, too."""
+    pipe.load_lora_weights(some_lora(pipe), "a")
+    pipe.set_adapters("a", 0.7)
+    if not switched_on:
+        pipe.disable_lora()
+    before = sample(pipe)
+    both = {f"unet.{key}": tensor for key, tensor in some_lora(pipe, 1).tensors.items()} | for_the_text_encoder(pipe)
+    load = adapters.load_lora_into
+
+    def stopped(network, lora, name):
+        if network is pipe.text_encoder:
+            raise KeyboardInterrupt
+        load(network, lora, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "load_lora_into", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pipe.load_lora_weights(both, "b")
+    assert pipe.get_list_adapters() == {"unet": ["a"]} and pipe._adapters.weights == {"a": 0.7}
+    assert pipe.get_active_adapters() == ["a"] * switched_on and torch.equal(sample(pipe), before)
+    pipe.load_lora_weights(both, "b")
+    assert pipe.get_list_adapters() == {"unet": ["a", "b"], "text_encoder": ["b"]}
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+
+
+def test_loading_under_a_name_that_is_taken_leaves_what_has_it(pipe):
+    pipe.load_mcm_lora(some_lora(pipe), "a")
+    before = sample(pipe)
+    for load in (pipe.load_lora_weights, pipe.load_mcm_lora):
+        with pytest.raises(ValueError, match="An adapter named 'a' is loaded already; give another name, or unload"):
+            load(some_lora(pipe, 1), "a")
+    assert pipe.get_active_adapters() == ["a"] and torch.equal(sample(pipe), before)
 
 
 def test_offloaded_weights(pipe):

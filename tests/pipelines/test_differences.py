@@ -163,6 +163,34 @@ def test_differences_that_cannot_be_added(pipe, tensors, differences):
         pipe.load_lora_weights(file | as_keys({"proj_out.bias": differences["proj_out.bias"]}))
 
 
+@pytest.mark.parametrize("verb", ["load_lora_weights", "fuse_lora", "unload_lora_weights"])
+def test_what_is_broken_off_loses_no_parameter(pipe, whole, differences, monkeypatch, verb):
+    """No memory for a sum, say, or for the base model's own values on their way back."""
+    plain = sample(pipe)
+    arguments = (whole,) if verb == "load_lora_weights" else ()
+    if not arguments:
+        pipe.load_lora_weights(whole)
+        pipe.set_adapters("default", 0.5)
+    before, calls = sample(pipe), []
+    checks = len(differences) if arguments else 0  # before anything is changed
+    find = type(pipe)._parameter
+
+    def out_of_memory(self, name):
+        calls.append(name)
+        if len(calls) == checks + 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return find(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe), "_parameter", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            getattr(pipe, verb)(*arguments, **{"lora_scale": 0.3} if verb == "fuse_lora" else {})
+    if verb != "unload_lora_weights":
+        assert torch.equal(sample(pipe), before)
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), plain)
+
+
 def test_while_the_weights_are_offloaded_nothing_changes_by_halves(pipe, whole):
     """Neither as accelerate does it, weight by weight, nor as diffusers does, from copies of its own."""
     pipe.load_lora_weights(whole, "world")

@@ -1,12 +1,15 @@
 """A LoRA that is fused: the same to rounding, and exactly undone."""
 
+import copy
+
 import pytest
 import torch
 
+from diffusers_mcm import ModelScopeMCMPipeline
 from diffusers_mcm.lora import lora_layers
 from tests.pipelines import test_adapters
-from tests.pipelines.test_adapters import sample, some_lora
-from tests.tiny import EXACT, FEW_MODULES
+from tests.pipelines.test_adapters import for_the_text_encoder, make_pipe, sample, some_lora
+from tests.tiny import EXACT, FEW_MODULES, NUM_FRAMES
 
 plain, pipe = test_adapters.plain, test_adapters.pipe
 
@@ -112,6 +115,52 @@ def test_while_fused_nothing_is_silently_ignored(pipe):
             change()
 
 
+# --- networks that pipelines share -----------------------------------------------------------------------------------
+ELSEWHERE = "A LoRA is fused into the weights of this {} by another pipeline .* `unfuse_lora..` there first"
+
+
+def fused_into_both(pipe):
+    """A pipeline with a LoRA in its denoiser and in its text encoder."""
+    both = {f"unet.{key}": tensor for key, tensor in some_lora(pipe).tensors.items()} | for_the_text_encoder(pipe)
+    pipe.load_lora_weights(both, "style")
+    pipe.fuse_lora()
+    return pipe
+
+
+def test_a_fused_lora_in_a_shared_network_is_noticed(pipe, plain):
+    """Either network for itself carries a part of it; together they have the state to take it out."""
+    fused = fused_into_both(pipe)
+    for name, own in (("text_encoder", "CLIPTextModel"), ("unet", "UNet3DConditionModel")):
+        fresh = make_pipe()
+        with pytest.raises(ValueError, match=ELSEWHERE.format(own)):
+            ModelScopeMCMPipeline(**fresh.components | {name: fused.components[name]})
+    both = ModelScopeMCMPipeline(**fused.components, num_frames=NUM_FRAMES)
+    assert both.fused_loras == {"style"} and torch.equal(sample(both), sample(fused))
+    both.unload_lora_weights()
+    assert torch.equal(sample(fused), plain)
+    ModelScopeMCMPipeline(**make_pipe().components | {"text_encoder": fused.text_encoder})  # is free again
+
+
+def test_a_fused_lora_in_a_network_beside_one_that_was_exchanged_is_noticed(pipe, tmp_path):
+    encoder = fused_into_both(pipe).text_encoder
+    pipe.text_encoder = make_pipe().text_encoder
+    with pytest.raises(ValueError, match=ELSEWHERE.format("UNet3DConditionModel")):
+        pipe.unfuse_lora()
+    pipe.unet, pipe.text_encoder = make_pipe().unet, encoder
+    for verb in (lambda: pipe.load_lora_weights(some_lora(pipe)), lambda: pipe.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=ELSEWHERE.format("CLIPTextModel")):
+            verb()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_a_fused_pipeline_stands_for_itself(pipe, plain):
+    copied = copy.deepcopy(fused_into_both(pipe))
+    copied.unload_lora_weights()
+    assert torch.equal(sample(copied), plain)
+    assert pipe.fused_loras == {"style"} and not torch.equal(sample(pipe), plain)
+
+
+# --- what cannot be fused --------------------------------------------------------------------------------------------
 def test_a_broken_lora_is_not_fused(pipe, plain):
     lora = some_lora(pipe)
     lora.tensors[f"{FEW_MODULES[-1]}.lora_B.weight"].fill_(float("nan"))

@@ -69,6 +69,21 @@ def test_a_pipeline_publishes_all_of_itself(server, root, tmp_path):
     assert len(repository.messages) == count and (tmp_path / "whole" / "model_index.json").is_file()
 
 
+def test_a_saved_pipeline_from_the_hub_is_called_by_its_name(server, root, tmp_path):
+    """Not by the folder of the cache: its LoRA records it as the base model, and can be published."""
+    pipe = MCMPipeline.from_pretrained(make_lora(tmp_path / "local", base=root / "owner" / "base"))
+    pipe.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="me/whole", token=SECRET)
+    whole = MCMPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
+    assert whole.config._name_or_path == "me/whole"
+    whole.save_mcm_lora(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / CONFIG_NAME).read_text())["base_model_repository"] == "me/whole"
+    whole.push_to_hub("me/lora", prompt="a red ring")
+    recorded = json.loads(server.repositories["me/lora"].files[CONFIG_NAME])
+    assert recorded["base_model_repository"] == "me/whole"
+    again = MCMPipeline.from_pretrained("me/lora", cache_dir=tmp_path / "cache")
+    assert torch.equal(sample(again), sample(pipe))
+
+
 def test_a_saved_lora_is_the_one_that_was_loaded(lora, root, tmp_path):
     pipe = MCMPipeline.from_pretrained(lora, base_model=root / "owner" / "base")
     pipe.save_mcm_lora(tmp_path / "saved")

@@ -311,6 +311,16 @@ def test_each_expert_has_a_weight_of_its_own(base, halves):
         pipe.set_adapters("mcm", {"unet": 1.0})
 
 
+def test_an_expert_with_a_fused_lora_is_not_taken_without_the_other(base, halves):
+    pipe = MCMPipeline.from_pretrained(base, lora=halves)
+    pipe.fuse_lora()
+    for missing in ("transformer", "transformer_2"):
+        with pytest.raises(ValueError, match="A LoRA is fused into the weights of this WanTransformer3DModel by"):
+            WanA14BMCMPipeline(**pipe.components | {missing: None}, boundary_ratio=BOUNDARY)
+    both = WanA14BMCMPipeline(**pipe.components, boundary_ratio=BOUNDARY)
+    assert both.fused_loras == {"mcm"}
+
+
 def test_a_pair_beside_another_and_one_of_them_taken_out(base, halves):
     pipe = MCMPipeline.from_pretrained(base, lora=halves)
     video = sample(pipe)
@@ -348,6 +358,17 @@ def test_pairs_of_other_makers_are_known_by_their_names(base, bare, halves):
         ValueError, match="several files for the high_noise expert in .*: T2V_HIGH.*, x_high_noise.*the t"
     ):
         pipe.load_lora_weights(bare)
+
+
+def test_a_pair_that_says_nothing_is_sampled_as_it_is_alone_after_another_too(base, bare, halves):
+    pipe = MCMPipeline.from_pretrained(base, lora=halves)
+    assert (pipe.scheduler.config.shift, pipe.sampling_default("num_frames")) == (3.0, 5)
+    pipe.load_mcm_lora(bare, "bare")
+    alone = MCMPipeline.from_pretrained(base, lora=bare)
+    for each in (pipe, alone):
+        config = each.scheduler.config
+        assert (config.shift, config.boundary, each.sampling_default("num_frames")) == (5.0, BOUNDARY, 81)
+    assert torch.equal(sample(pipe), sample(alone))
 
 
 def test_a_pair_in_a_repository(base, halves, tmp_path):
