@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pipelines": {
         *("base_models", "cards", "conditioning", "files", "hub", "location", "lora", "publish", "scheduler"),
-        "settings",
+        *("settings", "wording"),
     },
     "": {"base_models", "pipelines", "scheduler"},
     "training": {

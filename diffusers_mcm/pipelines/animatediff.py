@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..base_models.animatediff import ADAPTER, AnimateDiff, has_motion, load_mot
 from ..location import HUB_OPTIONS, Location
 from ..lora import lora_layers
 from ..settings import SAMPLING_KEYS
+from ..wording import first_names
 from . import checks
 from .animatediff_extras import AnimateDiffExtras
 from .loading import load_checkpoint
@@ -32,7 +34,8 @@ from .sole_use import alone, one_call
 
 logger = logging.getLogger(__name__)
 
-_OF_FOLDERS = ("dtype", "variant", "use_safetensors", "revision")  # options that are no components
+# Options of loading that are no components.
+_OF_FOLDERS = ("dtype", "variant", "use_safetensors", "revision", "low_cpu_mem_usage", "device_map")
 
 
 @alone(
@@ -100,7 +103,7 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
             adapter = load_motion_adapter(adapter, options["dtype"], **where)
         if location.is_file:
             found["scheduler"] = cls.base_model.image_models_scheduler(found["scheduler"].config)
-            found |= {key: given for key, given in options.items() if key not in (*HUB_OPTIONS, *_OF_FOLDERS)}
+            found |= cls._components_among(options)
             pipeline = cls(**found, motion_adapter=adapter)
             pipeline.register_to_config(_name_or_path=location.name)
             return pipeline
@@ -113,6 +116,20 @@ class AnimateDiffMCMPipeline(AnimateDiffExtras, MCMPipeline, AnimateDiffPipeline
         if complete and adapter is not None:
             pipeline.unet.load_motion_modules(adapter)
         return pipeline
+
+    @classmethod
+    def _components_among(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the options of loading a checkpoint in one file is for the pipeline itself.
+
+        `ValueError` for a `device_map`; what is not known is passed over with a warning, as diffusers does it.
+        """
+        if options.get("device_map") is not None:
+            raise ValueError("`device_map` is for models in a folder; move what is made of one file by `.to(device)`.")
+        known = inspect.signature(cls.__init__).parameters
+        strange = options.keys() - {*known, *HUB_OPTIONS, *_OF_FOLDERS}
+        if strange:
+            logger.warning("%s is passed over, which %s does not take.", first_names(sorted(strange)), cls.__name__)
+        return {name: given for name, given in options.items() if name in known}
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs):

@@ -208,7 +208,9 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         elsewhere = {name: recorded.get(name, place) for name, place in elsewhere.items()}
         if location.is_file and lora is not None and kwargs.get("config") is None:
             kwargs["config"] = loading.checkpoint_config(lora, location.options)
-        if not kwargs.setdefault("use_safetensors", True):
+        if kwargs.get("use_safetensors") is None:  # which in diffusers means: where there are some
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"]:
             raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)

@@ -91,6 +91,17 @@ def test_a_checkpoint_is_the_same_model_as_its_folder(world):
     assert torch.equal(sample(again), sample(expected))
 
 
+def test_options_of_a_folder_are_taken_for_a_file(world, caplog):
+    path, options = world / "dreamy.safetensors", dict(config=world / "sd", motion_adapter=tiny_motion_adapter())
+    same = dict(low_cpu_mem_usage=True, use_safetensors=None, device_map=None)
+    pipe = MCMPipeline.from_pretrained(path, **options, **same, num_inference_steps=2)
+    assert pipe.config.num_inference_steps == 2 and "passed over" not in caplog.text
+    MCMPipeline.from_pretrained(path, **options, safety_checker=None)
+    assert "safety_checker is passed over, which AnimateDiffMCMPipeline does not take" in caplog.text
+    with pytest.raises(ValueError, match="`device_map` is for models in a folder"):
+        MCMPipeline.from_pretrained(path, **options, device_map="balanced")
+
+
 def test_a_lora_says_where_the_configurations_are(world, tmp_path):
     adapter = tiny_motion_adapter()
     adapter.save_pretrained(tmp_path / "motion")
