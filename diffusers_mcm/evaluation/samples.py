@@ -1,8 +1,11 @@
 """Folders of samples: of this package, of any other tool with a table beside them, or named as VBench names them."""
 
+import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,20 @@ from ..data.remote import file_version
 from ..data.video import frame_rate
 from ..text_files import find_name
 from ..video_io import read_metadata
+from . import animations
+from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
 from .videos import Video, VideoSet, Window, normalised, open_reference, read_window
 
 _METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
-_ANIMATIONS = (".gif", ".webp")  # which Pillow reads with how long each picture stays
-_SUFFIXES = (*VIDEOS.extensions, *_ANIMATIONS)
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
 _TOLD["steps"] = STEPS
 _NUMBERED = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")  # VBench's naming
+_WHOLE = re.compile(r"(\d+)(\.0*)?")  # as pandas writes those of a column with gaps
+_Shown = tuple[Path, str, Mapping[str, Any]]  # a video, what it shows, and what is said of how it was made
 
 
 def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet:
@@ -61,12 +66,6 @@ def _holds_frames(path: Path) -> bool:
     return bool(frame_files(path)) if path.is_dir() else path.suffix.lower() in _SUFFIXES
 
 
-def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder, by the numbers in their names: 2 comes before 10."""
-    pictures = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != "."]
-    return sorted(pictures, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
-
-
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
     listed = open_reference(str(folder), None, 0, name=name)
@@ -75,7 +74,7 @@ def _listed_samples(name: str, folder: Path) -> VideoSet:
         {**(read_metadata(video.name) or {}), **tables.get(os.path.normpath(video.name), {})}
         for video in listed.videos
     ]
-    videos = [_sample(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)]
+    videos = _samples([(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)])
     return _described(name, folder, videos, listed.skipped, said)
 
 
@@ -99,16 +98,15 @@ def _said_in_tables(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _own_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:
     """Samples of which at least one says its prompt in its metadata."""
-    videos, skipped = list[Video](), dict[str, str]()
+    shown, skipped = list[_Shown](), dict[str, str]()
     for path, found in metadata.items():
         if "prompt" in found:
-            videos.append(_sample(path, str(found["prompt"]), found))
+            shown.append((path, str(found["prompt"]), found))
         elif reason := _why_unreadable(path):
             skipped[str(path)] = reason
         else:
             raise ValueError(f"{path} does not say what it shows, as others of {folder} do: move it elsewhere")
-    said = [found for found in metadata.values() if "prompt" in found]
-    return _described(name, folder, videos, skipped, said)
+    return _described(name, folder, _samples(shown), skipped, [found for _, _, found in shown])
 
 
 def _described(
@@ -122,18 +120,35 @@ def _described(
     return VideoSet(name, str(folder), videos, skipped, settings, steps or by_name, by_name is not None)
 
 
+def _number(value: Any) -> Any:
+    """A number of the text in which a table has it, a whole one for what is whole; anything else as it came."""
+    if not isinstance(value, str):
+        return value
+    if whole := _WHOLE.fullmatch(value.strip()):
+        return int(whole[1])  # which a float would round where it is long
+    with suppress(ValueError):
+        return float(value)
+    return value
+
+
 def _whole(value: Any) -> int | None:
     """A whole number, as JSON or a table has it; None for anything else."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
+    value = _number(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _rate(value: Any) -> float | None:
+    """Frames a second, as JSON or a table has them; None for what can be none."""
+    value = _number(value)
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return float(value) if known else None
+
+
 def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
     """Samples that are called by their prompts."""
-    videos = []
+    shown = list[_Shown]()
     for path in paths:
         numbered = _NUMBERED.fullmatch(path.name if path.is_dir() else path.stem)
         if not numbered:
@@ -141,7 +156,8 @@ def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
                 f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
                 " and caption beside it, or a name such as 'a prompt-0.mp4'"
             )
-        videos.append(_sample(path, numbered["prompt"], {"seed": int(numbered["index"])}))
+        shown.append((path, numbered["prompt"], {"seed": int(numbered["index"])}))
+    videos = _samples(shown)
     if len(videos) > 1 and len({video.caption for video in videos}) == 1:
         raise ValueError(
             f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
@@ -150,62 +166,47 @@ def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
     return _described(name, folder, videos, {}, [])
 
 
-def _sample(path: Path, caption: str, metadata: Mapping[str, Any]) -> Video:
-    stamp = [[each.name, file_version(each)] for each in frame_files(path)] if path.is_dir() else file_version(path)
+def _samples(shown: Sequence[_Shown]) -> list[Video]:
+    """The videos, with the frame time that animations have of which nothing says it alone."""
+    stays = {path: animations.durations_of(path) for path, _, said in shown if _counts_alone(path, said)}
+    times = [1000 / fps for _, _, said in shown if (fps := _rate(said.get("fps")))]
+    times += [time for path, each in stays.items() if (time := animations.frame_time(path, each))]
+    common = statistics.median_low(times) if stays and times else None
+    return [_sample(path, caption, said, stays.get(path, []), common) for path, caption, said in shown]
+
+
+def _counts_alone(path: Path, said: Mapping[str, Any]) -> bool:
+    """Whether a video is an animation that has to tell its frames by how long its pictures stay."""
+    return not path.is_dir() and holds_pictures(path) and _rate(said.get("fps")) is None
+
+
+def _sample(
+    path: Path, caption: str, said: Mapping[str, Any], durations: Sequence[float], common: float | None
+) -> Video:
+    told = Told(_rate(said.get("fps")), _whole(said.get("num_frames")), common if durations else None)
+    stamp: Any = file_version(path)
+    if path.is_dir():
+        stamp = [[each.name, file_version(each)] for each in frame_files(path)]
+    if holds_pictures(path):
+        stamp = [stamp, *told]  # what is told decides the frames, as the bytes do
 
     def read(window: Window, start: float) -> np.ndarray:
-        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-            return _fitted(_pictures(path, metadata), window)
+        if holds_pictures(path):
+            return _fitted(animations.frames_of(path, told), window)
         return read_window({"path": str(path), "bytes": None}, window, start)
 
     def rate() -> float | None:
-        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-            return _shown_rate(path, metadata)
+        if holds_pictures(path):
+            return animations.rate_of(path, durations, told)
         return frame_rate({"path": str(path), "bytes": None})
 
-    return Video(str(path), normalised(caption), _whole(metadata.get("seed")), read, stamp, rate)
-
-
-def _shown_rate(path: Path, metadata: Mapping[str, Any]) -> float | None:
-    """Frames a second of an animation or a folder of frames, by what was written into it or how long pictures stay."""
-    from PIL import Image, ImageSequence
-
-    if isinstance(said := metadata.get("fps"), (int, float)):
-        return float(said)
-    if path.is_dir():
-        return None
-    with Image.open(path) as image:
-        stays = [each.info.get("duration", 0) for each in ImageSequence.Iterator(image)]
-    return 1000 / min(stays) if stays and min(stays) > 0 else None
+    return Video(str(path), normalised(caption), _whole(said.get("seed")), read, stamp, rate)
 
 
 def _alike(rows: Sequence[Mapping[str, Any]], but: Sequence[str]) -> dict[str, Any]:
     """What all rows say, and say alike."""
     first = rows[0] if rows else {}
     return {k: value for k, value in first.items() if k not in but and all(row.get(k) == value for row in rows)}
-
-
-def _pictures(path: Path, metadata: Mapping[str, Any]) -> list:
-    """The frames of a folder or of an animation, each as often as it stays.
-
-    A writer of animations makes one picture of equal ones in a row, and a picture without times of a still video; of
-    one that says its `fps` and `num_frames` the frames are known all the same.
-    """
-    from PIL import Image, ImageSequence
-
-    try:
-        if path.is_dir():
-            return [Image.open(frame).convert("RGB") for frame in frame_files(path)]
-        with Image.open(path) as image:
-            shown = [(each.convert("RGB"), each.info.get("duration", 0)) for each in ImageSequence.Iterator(image)]
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        raise unusable(error, str(path), "the video") from error
-    count, fps = metadata.get("num_frames"), metadata.get("fps")
-    if not count or not fps or len(shown) >= count:
-        return [picture for picture, _ in shown]
-    if len(shown) == 1:
-        return [shown[0][0]] * count
-    return [picture for picture, duration in shown for _ in range(max(1, round(duration * fps / 1000)))]
 
 
 def _fitted(pictures: Sequence, window: Window) -> np.ndarray:
@@ -227,9 +228,8 @@ def _why_unreadable(path: Path) -> str | None:
 
 def _size(path: Path) -> tuple[int, int]:
     """Height and width of the frames of a sample."""
-    if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-        width, height = _pictures(path, {})[0].size
-        return height, width
+    if holds_pictures(path):
+        return animations.size_of(path)
     import av
 
     try:
