@@ -91,7 +91,7 @@ def _said_in_tables(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         for row in table.rows:
             values = {key: row.values.get(column) for column, key in names.items()}
-            told = {key: value for key, value in values.items() if value not in (None, "")}
+            told = {key: _number(value) for key, value in values.items() if value not in (None, "")}
             found[os.path.normpath(folder / str(row.values.get(file)))] = told
     return found
 

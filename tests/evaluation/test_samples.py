@@ -1,5 +1,6 @@
 """Folders of samples: what each video shows, how it was made, and which of its frames are read."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,34 @@ def test_a_table_may_say_seeds_steps_and_settings(ramps, column):
     (ramps / "metadata.csv").write_text("\n".join([lines[0], "0.mp4,long,,4,ddim", "1.mp4,short,,8,dpm++"]))
     mixed = open_samples(ramps, "theirs8")
     assert mixed.steps is None and mixed.settings == {} and seeds_of(mixed.videos) is None
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_numbers_of_a_table_are_numbers(ramps, name):
+    """A whole column with a gap is one of 4.0 and 8.0 where pandas writes it, and a long seed is not rounded."""
+    seeds, made = [7, 2**53 + 1], dict(steps=4.0, guidance_scale=7.5, fps=8)
+    rows = [dict(file_name=f"{n}.mp4", caption="c", seed=f"{seed}.0", **made) for n, seed in enumerate(seeds)]
+    (ramps / "metadata.csv").unlink()
+    lines = [",".join(map(str, row.values())) for row in rows] if name.endswith("csv") else map(json.dumps, rows)
+    (ramps / name).write_text("\n".join([*([",".join(rows[0])] if name.endswith("csv") else []), *lines]))
+    found = open_samples(ramps)
+    assert [video.seed for video in found.videos] == seeds and found.steps == 4
+    assert found.settings == {"num_inference_steps": 4, "guidance_scale": 7.5, "fps": 8}
+
+
+def test_a_rate_in_a_table_counts(tmp_path):
+    shown = [0, 0, 1, 1, 2, 2, 3, 3]
+    write_video(tmp_path / "a.gif", ramp()[shown], fps=8, metadata={"prompt": "p", "num_frames": 8, "fps": 8})
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "caption": "one", "fps": 8}\n')
+    (video,) = open_samples(tmp_path).videos
+    assert video.rate() == 8 and brightness(video.read(WINDOW._replace(num_frames=8), 0)) == shown
+
+
+@pytest.mark.parametrize("fps", ["fast", "0", "-8", "nan", "inf"])
+def test_what_is_no_rate_is_none(tmp_path, fps):
+    write_video(tmp_path / "a.gif", ramp(8), fps=10)
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption,fps\na.gif,one,{fps}\n")
+    assert open_samples(tmp_path).videos[0].rate() == pytest.approx(10)
 
 
 def test_the_files_own_metadata_count_beside_a_table(tmp_path):
