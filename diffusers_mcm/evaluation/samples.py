@@ -1,5 +1,6 @@
 """Folders of samples: of this package, of any other tool with a table beside them, or named as VBench names them."""
 
+import json
 import math
 import os
 import re
@@ -56,7 +57,7 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
     paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
     if not paths:
         raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SUFFIXES)}")
-    metadata = {path: read_metadata(path) or {} for path in paths}
+    metadata = {path: _own_metadata(path) for path in paths}
     if any("prompt" in found for found in metadata.values()):
         return _own_samples(name, folder, metadata)
     return _named_samples(name, folder, paths)
@@ -66,13 +67,26 @@ def _holds_frames(path: Path) -> bool:
     return bool(frame_files(path)) if path.is_dir() else path.suffix.lower() in _SUFFIXES
 
 
+def _own_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of how it was made, if it says so in words; nothing of the graphs of nodes that others write.
+
+    ComfyUI calls a graph `prompt` as well, an object or the text of one, and often has a `workflow` beside it.
+    """
+    found = read_metadata(path) or {}
+    prompt = found.get("prompt", "")
+    is_graph = not isinstance(prompt, str)
+    if not is_graph:
+        with suppress(ValueError, RecursionError):
+            is_graph = isinstance(json.loads(prompt), (dict, list))
+    return {} if is_graph or "workflow" in found else found
+
+
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
     listed = open_reference(str(folder), None, 0, name=name)
     tables = _said_in_tables(folder)
     said = [
-        {**(read_metadata(video.name) or {}), **tables.get(os.path.normpath(video.name), {})}
-        for video in listed.videos
+        {**_own_metadata(Path(video.name)), **tables.get(os.path.normpath(video.name), {})} for video in listed.videos
     ]
     videos = _samples([(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)])
     return _described(name, folder, videos, listed.skipped, said)
@@ -101,7 +115,7 @@ def _own_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, A
     shown, skipped = list[_Shown](), dict[str, str]()
     for path, found in metadata.items():
         if "prompt" in found:
-            shown.append((path, str(found["prompt"]), found))
+            shown.append((path, found["prompt"], found))
         elif reason := _why_unreadable(path):
             skipped[str(path)] = reason
         else:

@@ -164,6 +164,35 @@ def test_a_table_beside_animations(tmp_path):
     assert video.caption == "one" and len(video.read(WINDOW, 0)) == 4
 
 
+GRAPH = {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}}
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"prompt": json.dumps(GRAPH), "workflow": {"nodes": []}},
+        {"prompt": json.dumps(GRAPH)},
+        {"prompt": GRAPH},
+        {"prompt": "a prompt", "workflow": "{}"},
+        {"prompt": None},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_the_graph_of_nodes_of_another_tool_is_no_caption(tmp_path, foreign, suffix):
+    for name in ("a cat-0", "a dog-0"):
+        write_video(tmp_path / f"{name}.{suffix}", ramp(8), metadata=foreign | {"seed": 5})
+    found = open_samples(tmp_path)
+    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", 0), ("a dog", 0)]
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\na cat-0.{suffix},one\na dog-0.{suffix},two\n")
+    assert open_samples(tmp_path).settings == {}
+
+
+@pytest.mark.parametrize("prompt", ["{red|blue} ring", "[a ring]", "7", '"quoted"'])
+def test_a_prompt_with_brackets_is_a_prompt(tmp_path, prompt):
+    write_video(tmp_path / "a.mp4", ramp(8), metadata={"prompt": prompt})
+    assert open_samples(tmp_path).videos[0].caption == prompt
+
+
 def test_what_cannot_be_opened_is_skipped_where_others_say_their_prompts(tmp_path):
     folder = Path(write_samples(tmp_path / "mcm4"))
     (folder / "0002-clip.mp4").write_bytes((folder / "0002-clip.mp4").read_bytes()[:700])
