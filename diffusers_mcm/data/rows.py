@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .columns import DataRequest, caption_texts
@@ -86,6 +86,10 @@ class MediaRows:
         """What changes with the bytes of the item's file, as plain data; None if that cannot be told."""
         return None
 
+    def files(self) -> Sequence[Any] | None:
+        """What tells the file of each row from the others'; None where each has its own, as far as is known."""
+        return None
+
     def order(self) -> str | None:
         """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
@@ -119,6 +123,9 @@ class FolderRows(MediaRows):
     def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
         super().__init__(request, table, skipped)
         self.folder = folder
+
+    def files(self) -> list[bytes]:
+        return self.table["file"].to_pylist()
 
     def order(self) -> str:
         return digest(self.table["file"].chunks)

@@ -1,6 +1,7 @@
 """Folders of samples: of this package, of any other tool with a table beside them, or named as VBench names them."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from . import animations
 from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
 from .videos import Video, VideoSet, Window, normalised, open_reference, read_window
+
+logger = logging.getLogger(__name__)
 
 _METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 _SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
@@ -131,7 +134,28 @@ def _described(
     mentioned = {_whole(each.get(STEPS)) for each in said}
     steps = mentioned.pop() if len(mentioned) == 1 else None
     by_name = None if mentioned - {None} or steps is not None else steps_in_name(name)
-    return VideoSet(name, str(folder), videos, skipped, settings, steps or by_name, by_name is not None)
+    remarks = _repeated(name, videos)
+    for remark in remarks:
+        logger.warning(remark)
+    about = settings, steps or by_name, by_name is not None
+    return VideoSet(name, str(folder), videos, skipped, *about, remarks)
+
+
+def _repeated(name: str, videos: Sequence[Video]) -> list[str]:
+    """Sentences if videos of a set are one file, or several of one caption and one seed; none otherwise."""
+    by_file, by_seed = dict[Any, list[Video]](), dict[Any, list[Video]]()
+    for video in videos:
+        by_file.setdefault(video.name, []).append(video)
+        by_seed.setdefault((video.caption, video.name if video.seed is None else video.seed), []).append(video)
+    found = []
+    for alike, what in ((by_file, "are the file"), (by_seed, "have the caption and the seed")):
+        if (count := len(videos) - len(alike)) > 0:
+            example = next(several for several in alike.values() if len(several) > 1)
+            names = " and ".join(os.path.basename(video.name) for video in example[:2])
+            found.append(
+                f"{count} of the {len(videos)} videos of {name} {what} of another one, and count beside it: {names}."
+            )
+    return found
 
 
 def _number(value: Any) -> Any:

@@ -83,6 +83,21 @@ def test_the_files_own_metadata_count_beside_a_table(tmp_path):
     assert found.steps == 4 and found.settings["model"] == "mcm-shapes"
 
 
+def test_a_sample_that_is_there_twice_is_told(tmp_path, caplog):
+    for name, caption, seed in (("1.mp4", "a", 1), ("1.gif", "a", 1), ("2.mp4", "a", 2), ("3.mp4", "b", 1)):
+        write_video(tmp_path / "m" / name, ramp(8), metadata={"prompt": caption, "seed": seed})
+    told = "1 of the 4 videos of m have the caption and the seed of another one, and count beside it: 1.gif and 1.mp4."
+    assert open_samples(tmp_path / "m").remarks == [told] and told in caplog.text
+    (tmp_path / "m" / "1.gif").unlink()
+    assert not open_samples(tmp_path / "m").remarks
+
+
+def test_a_sample_that_a_table_names_twice_is_told(ramps):
+    (ramps / "metadata.csv").write_text("file_name,caption\n0.mp4,long\n0.mp4,longer\n1.mp4,short\n")
+    (told,) = open_samples(ramps, "m").remarks
+    assert told == "1 of the 3 videos of m are the file of another one, and count beside it: 0.mp4 and 0.mp4."
+
+
 def test_steps_are_taken_from_the_name_where_nothing_else_says_them(ramps, tmp_path):
     found = open_samples(ramps, "lcm4")
     assert (found.steps, found.steps_by_name) == (4, True)
