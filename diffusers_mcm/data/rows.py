@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -86,6 +87,10 @@ class MediaRows:
         """What changes with the bytes of the item's file, as plain data; None if that cannot be told."""
         return None
 
+    def said(self, item: Mapping) -> dict[str, Any]:
+        """What the row of a metadata table says in the extra columns that were asked for, by their names there."""
+        return {}
+
     def files(self) -> Sequence[Any] | None:
         """What tells the file of each row from the others'; None where each has its own, as far as is known."""
         return None
@@ -118,11 +123,17 @@ class MediaRows:
 
 
 class FolderRows(MediaRows):
-    """Files of a folder: `file` is a path in it (bytes, as the file system has it), and `captions` a list of texts."""
+    """Files of a folder: `file` is a path in it (bytes, as the file system has it), and `captions` a list of texts.
+
+    `said` has the extra columns as JSON, or None.
+    """
 
     def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
         super().__init__(request, table, skipped)
         self.folder = folder
+
+    def said(self, item: Mapping) -> dict[str, Any]:
+        return json.loads(item["said"] or "{}")
 
     def files(self) -> list[bytes]:
         return self.table["file"].to_pylist()

@@ -15,20 +15,19 @@ import numpy as np
 
 from ..data.columns import VIDEOS
 from ..data.faults import UnusableItem, unusable
-from ..data.folders import open_table
+from ..data.folders import is_metadata
 from ..data.images import fit
 from ..data.remote import file_version
+from ..data.sources import open_rows
 from ..data.video import frame_rate
-from ..text_files import find_name
 from ..video_io import read_metadata
 from . import animations
 from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
-from .videos import Video, VideoSet, Window, normalised, open_reference, read_window
+from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window
 
 logger = logging.getLogger(__name__)
 
-_METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 _SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
@@ -55,7 +54,7 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
     name = name or folder.name or folder.resolve().name
-    if any((folder / table).is_file() for table in _METADATA_NAMES):
+    if any(is_metadata(entry.name) and os.path.isfile(entry) for entry in os.scandir(folder)):
         return _listed_samples(name, folder)
     paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
     if not paths:
@@ -86,31 +85,27 @@ def _own_metadata(path: Path) -> dict[str, Any]:
 
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
-    listed = open_reference(str(folder), None, 0, name=name)
-    tables = _said_in_tables(folder)
-    said = [
-        {**_own_metadata(Path(video.name)), **tables.get(os.path.normpath(video.name), {})} for video in listed.videos
-    ]
-    videos = _samples([(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)])
-    return _described(name, folder, videos, listed.skipped, said)
+    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD))
+    shown, skipped = list[_Shown](), dict(rows.skipped)
+    for number in range(len(rows)):
+        item = rows[number]
+        path = Path(rows.name(number, item))
+        try:
+            caption = drawn_caption(rows, number, item, 0)
+        except UnusableItem as reason:
+            skipped[str(path)] = str(reason)
+        else:
+            shown.append((path, caption, {**_own_metadata(path), **_told(rows.said(item))}))
+    return _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
 
 
-def _said_in_tables(folder: Path) -> dict[str, dict[str, Any]]:
-    """File -> what the tables beside it say of how it was made, under the names of `generate`'s own metadata."""
-    found = {}
-    for path in (folder / name for name in _METADATA_NAMES):
-        if not path.is_file():
-            continue
-        table, _ = open_table(str(path), (*VIDEOS.file_columns, *_TOLD))
-        names = {column: _TOLD[known] for known in _TOLD if (column := find_name(table.columns, known))}
-        file = next((column for known in VIDEOS.file_columns if (column := find_name(table.columns, known))), None)
-        if file is None or not names:
-            continue
-        for row in table.rows:
-            values = {key: row.values.get(column) for column, key in names.items()}
-            told = {key: _number(value) for key, value in values.items() if value not in (None, "")}
-            found[os.path.normpath(folder / str(row.values.get(file)))] = told
-    return found
+def _told(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of how a sample was made, under the names of `generate`'s own metadata."""
+    told = dict[str, Any]()
+    for column, key in _TOLD.items():
+        if (value := columns.get(column)) not in (None, ""):
+            told.setdefault(key, _number(value))
+    return told
 
 
 def _own_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:

@@ -144,8 +144,7 @@ def open_reference(
             break
         item = rows[row]
         try:
-            draw = float(np.random.default_rng([seed, row, 2]).random())
-            caption = normalised(rows.caption(item, draw))
+            caption = drawn_caption(rows, row, item, seed)
             read, rate = _row_reader(rows, row), _row_rate(rows, row)
             videos.append(Video(rows.name(row, item), caption, None, read, rows.stamp(item), rate))
             taken.append(row)
@@ -179,6 +178,11 @@ def _repeated(name: str, kind: MediaKind, files: Sequence[Any]) -> list[str]:
         f" with a row for each caption. Distances differ for that{once}."
     )
     return [sentence] if count < len(files) else []
+
+
+def drawn_caption(rows: MediaRows, row: int, item: Mapping, seed: int) -> str:
+    """The caption of a row, of several the one that the seed chooses; `UnusableItem` where it has none."""
+    return normalised(rows.caption(item, float(np.random.default_rng([seed, row, 2]).random())))
 
 
 def normalised(caption: str) -> str:

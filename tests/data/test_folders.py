@@ -241,6 +241,15 @@ def test_a_caption_that_none_of_the_first_rows_has_is_found(tmp_path, name, kind
     assert [caption for caption in opened.all_captions() if caption] == ["a dog"]
 
 
+def test_what_further_columns_say_is_kept_with_the_row_that_was_found(folder):
+    text = "file_name;caption;Frame Rate;seed\n.\\b.mp4;two;;8\na.mp4;one;12.5;7\n"
+    rows = open_rows(write(folder, text), VIDEOS, extra_columns=("frame_rate", "seed", "steps"))
+    said = [rows.said(rows[row]) for row in range(2)]
+    assert said == [{"frame_rate": "12.5", "seed": "7"}, {"frame_rate": "", "seed": "8"}]
+    plain = open_rows(folder, VIDEOS)
+    assert captions(plain) == captions(rows) == ["one", "two"] and plain.said(plain[0]) == {}
+
+
 def test_a_column_that_no_row_has_is_missed_with_all_there_are(tmp_path):
     rows = [{"file_name": "a.mp4"}] * 120 + [{"file_name": "a.mp4", "titel": "a dog"}]
     with pytest.raises(ValueError, match=r"No caption column found .*its columns are \['file_name', 'titel'\]"):

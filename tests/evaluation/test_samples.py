@@ -1,6 +1,7 @@
 """Folders of samples: what each video shows, how it was made, and which of its frames are read."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,39 @@ def test_numbers_of_a_table_are_numbers(ramps, name):
     found = open_samples(ramps)
     assert [video.seed for video in found.videos] == seeds and found.steps == 4
     assert found.settings == {"num_inference_steps": 4, "guidance_scale": 7.5, "fps": 8}
+
+
+def test_a_table_says_the_same_however_it_names_a_file(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "caf\u00e9.mp4") for form in ("NFC", "NFD"))
+    for name in (nfd, "sub/b.mp4", "c.mp4"):
+        write_video(tmp_path / name, ramp(8))
+    names = (nfc, "sub\\b.mp4", str(tmp_path / "c.mp4"))
+    lines = ["file_name,caption,seed,steps", *(f"{name},{'abc'[n]},{n + 7},4" for n, name in enumerate(names))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    found = open_samples(tmp_path)
+    assert {(video.caption, video.seed) for video in found.videos} == {("a", 7), ("b", 8), ("c", 9)}
+    assert found.steps == 4 and not found.skipped
+
+
+def test_each_row_of_a_table_says_its_own(ramps):
+    (ramps / "metadata.csv").write_text("file_name,caption,seed\n0.mp4,long,7\n0.mp4,longer,8\n")
+    assert [(video.caption, video.seed) for video in open_samples(ramps).videos] == [("long", 7), ("longer", 8)]
+
+
+@pytest.mark.parametrize("name", ["Metadata.CSV", "metadata.ndjson", "METADATA.jsonl"])
+def test_tables_of_every_name_are_seen_beside_samples(ramps, name):
+    (ramps / "metadata.csv").unlink()
+    row = {"File_Name": "0.mp4", "Caption": "long", "Seed": 7, "Steps": 4}
+    lines = [",".join(row), ",".join(map(str, row.values()))] if name.endswith("CSV") else [json.dumps(row)]
+    (ramps / name).write_text("\n".join(lines))
+    found = open_samples(ramps)
+    assert [(video.caption, video.seed) for video in found.videos] == [("long", 7)] and found.steps == 4
+
+
+def test_what_one_of_two_columns_leaves_open_the_other_says(ramps):
+    lines = ["file_name,caption,num_inference_steps,steps", "0.mp4,long,4,", "1.mp4,short,,4"]
+    (ramps / "metadata.csv").write_text("\n".join(lines))
+    assert open_samples(ramps).steps == 4
 
 
 def test_a_rate_in_a_table_counts(tmp_path):
