@@ -69,11 +69,11 @@ def walk(folder: str) -> list[str]:
 
 def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     directory = os.path.join(folder, below)
-    status = os.stat(directory)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to where it came from
-        return
     try:
+        status = os.stat(directory)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to where it came from
+            return
         entries = list(os.scandir(directory))
     except OSError as error:
         check_own_fault(error, directory)
@@ -85,10 +85,19 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
         path = os.path.join(below, entry.name)
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder, path, (*above, here))
         else:
             yield path
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether this is a folder; a link that cannot be followed counts as a file, which cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        check_own_fault(error, entry.path)
+        return False
 
 
 class _Found(NamedTuple):

@@ -1,6 +1,7 @@
 """Animations and folders of frames: which pictures they show, and for how many frames each of them stands."""
 
 import itertools
+import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -33,12 +34,16 @@ class Told(NamedTuple):
 
 def holds_pictures(path: Path) -> bool:
     """Whether a path is a folder of frames, or an animation."""
-    return path.is_dir() or path.suffix.lower() in RESOLUTION
+    return os.path.isdir(path) or path.suffix.lower() in RESOLUTION
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder, by the numbers in their names: 2 comes before 10."""
-    pictures = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != "."]
+    """The pictures of a folder, by the numbers in their names: 2 comes before 10; `UnusableItem` if it is closed."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise unusable(error, str(folder), "the video") from error
+    pictures = [path for path in paths if path.suffix.lower() in _PICTURES and path.name[0] != "."]
     return sorted(pictures, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
 
 
@@ -48,7 +53,7 @@ def frames_of(path: Path, told: Told) -> list[Image.Image]:
     Raises:
         UnusableItem: if they cannot be read, or it is one picture of which nothing says for how many frames it stands.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return [to_rgb(each) for file in frame_files(path) for each in _opened(file, path, 1)]
     shown = [(to_rgb(each), _stay(each)) for each in _opened(path, path)]
     durations = [duration for _, duration in shown]

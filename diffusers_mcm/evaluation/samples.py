@@ -66,7 +66,14 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
 
 
 def _holds_frames(path: Path) -> bool:
-    return bool(frame_files(path)) if path.is_dir() else path.suffix.lower() in _SUFFIXES
+    """Whether a path is a video, by its name, or a folder of frames."""
+    if not os.path.isdir(path):
+        return path.suffix.lower() in _SUFFIXES
+    try:
+        return bool(frame_files(path))
+    except UnusableItem as reason:
+        logger.warning("What lies in %s is not read: %s", path, reason)
+        return False
 
 
 def _own_metadata(path: Path) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
     """Samples that are called by their prompts."""
     shown = list[_Shown]()
     for path in paths:
-        numbered = _NUMBERED.fullmatch(path.name if path.is_dir() else path.stem)
+        numbered = _NUMBERED.fullmatch(path.name if os.path.isdir(path) else path.stem)
         if not numbered:
             raise ValueError(
                 f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
@@ -210,7 +217,7 @@ def _samples(shown: Sequence[_Shown]) -> list[Video]:
 
 def _counts_alone(path: Path, said: Mapping[str, Any]) -> bool:
     """Whether a video is an animation that has to tell its frames by how long its pictures stay."""
-    return not path.is_dir() and holds_pictures(path) and _rate(said.get("fps")) is None
+    return not os.path.isdir(path) and holds_pictures(path) and _rate(said.get("fps")) is None
 
 
 def _sample(
@@ -218,8 +225,9 @@ def _sample(
 ) -> Video:
     told = Told(_rate(said.get("fps")), _whole(said.get("num_frames")), common if durations else None)
     stamp: Any = file_version(path)
-    if path.is_dir():
-        stamp = [[each.name, file_version(each)] for each in frame_files(path)]
+    if os.path.isdir(path):
+        with suppress(UnusableItem):  # which is told where it is read
+            stamp = [[each.name, file_version(each)] for each in frame_files(path)]
     if holds_pictures(path):
         stamp = [stamp, *told]  # what is told decides the frames, as the bytes do
 

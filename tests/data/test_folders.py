@@ -1,5 +1,6 @@
 """Metadata as people have it: each row is read, or skipped and counted, or the message names file, row and way out."""
 
+import errno
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from diffusers_mcm.data import VideoDataset
+from diffusers_mcm.data.folders import walk
 from diffusers_mcm.data.sources import IMAGES, VIDEOS, open_rows
 
 from .conftest import captions
@@ -151,6 +153,47 @@ def test_files_are_found_however_they_are_named(tmp_path):
     assert not rows.skipped
     assert sorted(captions(rows)) == ["0", "1", "2", "3", "4", "5"]
     assert all(os.path.isfile(rows.media(rows[i])["path"]) for i in range(len(rows)))
+
+
+def test_links_that_cannot_be_followed_are_files_of_no_use(folder, clip):
+    (folder / "self.mp4").symlink_to("self.mp4")
+    (folder / "dead.mp4").symlink_to("nowhere.mp4")
+    assert walk(str(folder)) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "dead.mp4", "self.mp4"]
+    for name in "abcd":
+        (folder / f"{name}.mp4").write_bytes(clip)
+    write(folder, "file_name,text\n" + "".join(f"{name}.mp4,x\n" for name in ("a", "self", "dead")))
+    dataset = VideoDataset(folder, num_frames=1, height=8, width=8)
+    assert [dataset[index]["caption"] for index in range(3)] == ["x"] * 3
+    assert skipped(dataset).keys() == {"self.mp4", "dead.mp4"}
+    with pytest.raises(ValueError, match=r"no subfolder 'test' for that split; found \[\]"):
+        open_rows(folder, VIDEOS, split="test")
+
+
+@pytest.mark.parametrize("call", ["is_dir", "stat"])
+def test_a_closed_folder_stops_nothing(folder, monkeypatch, caplog, call):
+    """A link into it, and itself: these tests may run as somebody to whom nothing is closed."""
+    (folder / "closed").mkdir()
+
+    def closed(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path, self.entry = entry.name, entry.path, entry
+
+        def is_dir(self):
+            closed(self.path)
+            return self.entry.is_dir()
+
+    scandir, status = os.scandir, os.stat
+    if call == "is_dir":
+        monkeypatch.setattr(os, "scandir", lambda path: [Entry(entry) for entry in scandir(path)])
+    else:
+        monkeypatch.setattr(os, "stat", lambda path, **more: closed(path) or status(path, **more))
+    media = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    assert walk(str(folder)) == (sorted([*media, "closed"]) if call == "is_dir" else media)
+    assert ("closed is not read" in caplog.text) == (call == "stat")
 
 
 def test_hidden_files_and_those_of_a_mac_are_no_images(tmp_path):

@@ -1,5 +1,6 @@
 """Folders of samples: what each video shows, how it was made, and which of its frames are read."""
 
+import errno
 import json
 import unicodedata
 from pathlib import Path
@@ -46,6 +47,26 @@ def test_a_table_may_say_seeds_steps_and_settings(ramps, column):
     (ramps / "metadata.csv").write_text("\n".join([lines[0], "0.mp4,long,,4,ddim", "1.mp4,short,,8,dpm++"]))
     mixed = open_samples(ramps, "theirs8")
     assert mixed.steps is None and mixed.settings == {} and seeds_of(mixed.videos) is None
+
+
+def test_what_cannot_be_followed_or_listed_stops_nothing(tmp_path, monkeypatch, caplog):
+    write_video(tmp_path / "a ring-0.mp4", ramp(8))
+    write_video(tmp_path / "a dot-0", ramp(8))
+    (tmp_path / "a loop-0.mp4").symlink_to("a loop-0.mp4")
+    (tmp_path / "lost+found").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = open_samples(tmp_path)
+    assert [video.caption for video in found.videos] == ["a dot", "a loop", "a ring"]
+    assert "lost+found is not read: the video cannot be read (PermissionError" in caplog.text
+    with pytest.raises(UnusableItem, match="symbolic links"):
+        found.videos[1].read(WINDOW, 0)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
