@@ -49,6 +49,34 @@ def test_a_table_may_say_seeds_steps_and_settings(ramps, column):
     assert mixed.steps is None and mixed.settings == {} and seeds_of(mixed.videos) is None
 
 
+def test_a_table_names_folders_of_frames(tmp_path):
+    """What `write_video` says in them is of each video, and no table."""
+    for name in ("one", "two", "sub/three"):
+        write_video(tmp_path / name, ramp(8), metadata={"prompt": "p", "seed": 5, "fps": 8})
+    write_video(tmp_path / "four.mp4", ramp(8))
+    (tmp_path / "empty").mkdir()
+    names = ("one", "two/", "sub\\three", "four.mp4", "empty", "gone")
+    lines = ["file_name,caption,fps", *(f"{name},{n},12" for n, name in enumerate(names))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    found = open_samples(tmp_path)
+    assert {video.caption: video.seed for video in found.videos} == {"0": 5, "1": 5, "2": 5, "3": None, "4": None}
+    assert [Path(name).name for name in found.skipped] == ["gone"]
+    videos = {video.caption: video for video in found.videos}
+    empty = videos.pop("4")
+    assert all(brightness(video.read(WINDOW, 0)) == [0, 1, 2, 3] for video in videos.values())
+    assert [videos[caption].rate() for caption in "012"] == [12, 12, 12] and size_of([found]) == (16, 16)
+    with pytest.raises(UnusableItem, match="it has 0 frames, fewer than the 4"):
+        empty.read(WINDOW, 0)
+
+
+def test_folders_of_frames_alone_beside_a_table_without_their_size(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na,one\nb,two\n")
+    with pytest.raises(ValueError, match="none of the 2 videos of .* can be opened"):
+        size_of([open_samples(tmp_path)])
+
+
 def test_what_cannot_be_followed_or_listed_stops_nothing(tmp_path, monkeypatch, caplog):
     write_video(tmp_path / "a ring-0.mp4", ramp(8))
     write_video(tmp_path / "a dot-0", ramp(8))
