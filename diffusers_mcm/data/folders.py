@@ -1,18 +1,20 @@
 """Folders of videos or images, with metadata tables that give the captions."""
 
 import itertools
+import json
 import logging
 import os
 import stat
 import unicodedata
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from ..text_files import Row, Table, decode_text, read_table
+from ..text_files import Row, Table, decode_text, find_name, read_table
 from ..wording import first_names
 from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
@@ -39,7 +41,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
         _check_captionless(request, files, media)
     _check_one_table_each(folder, metadata)
     reader = _MetadataReader(request, folder, files)
-    table = _to_table(reader.read_all(metadata) if metadata else ((os.fsencode(path), []) for path in media))
+    table = _to_table(reader.read_all(metadata) if metadata else (_Found(path, []) for path in media))
     if not len(table):
         names = first_names(join(folder, path) for path in metadata)
         if not reader.skipped:
@@ -67,11 +69,11 @@ def walk(folder: str) -> list[str]:
 
 def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     directory = os.path.join(folder, below)
-    status = os.stat(directory)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to where it came from
-        return
     try:
+        status = os.stat(directory)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to where it came from
+            return
         entries = list(os.scandir(directory))
     except OSError as error:
         check_own_fault(error, directory)
@@ -83,10 +85,27 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
         path = os.path.join(below, entry.name)
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder, path, (*above, here))
         else:
             yield path
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether this is a folder; a link that cannot be followed counts as a file, which cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        check_own_fault(error, entry.path)
+        return False
+
+
+class _Found(NamedTuple):
+    """What the row of a table names."""
+
+    path: str  # relative to the folder
+    captions: list[str]
+    said: str | None = None  # in the extra columns, as JSON
 
 
 class _MetadataReader:
@@ -97,7 +116,7 @@ class _MetadataReader:
         self.used: set[str] = set()  # the files that rows name
         self.skipped: dict[str, str] = {}  # rows and tables that are of no use, with the reason
 
-    def read_all(self, metadata: list[str]) -> Iterator[tuple[bytes, list[str]]]:
+    def read_all(self, metadata: list[str]) -> Iterator[_Found]:
         """The rows of tables, given by their paths relative to the folder."""
         for path in metadata:
             try:
@@ -107,9 +126,10 @@ class _MetadataReader:
                     raise
                 self.skipped[join(self.folder, path)] = str(error)
 
-    def _read(self, path: str) -> Iterator[tuple[bytes, list[str]]]:
+    def _read(self, path: str) -> Iterator[_Found]:
         name = join(self.folder, path)
-        asked = [name for name in (self.request.media_column, self.request.caption_column) if name is not None]
+        named = (self.request.media_column, self.request.caption_column, *self.request.extra_columns)
+        asked = [name for name in named if name is not None]
         table, damaged = open_table(name, (*self.request.kind.file_columns, *CAPTION_COLUMNS, *asked))
         if not table.columns:
             problem = next((f"; {table.unit} {row.line}: {row.problem}" for row in table.rows if row.problem), "")
@@ -137,7 +157,7 @@ class _MetadataReader:
 
     def _check(
         self, row: Row, where: str, below: str, columns: tuple[str, str | None], damaged: bool
-    ) -> Iterator[tuple[bytes, list[str]]]:
+    ) -> Iterator[_Found]:
         """The row of a table, if it can be used."""
         file, caption = (row.values.get(column) if column else None for column in columns)
         if row.problem:
@@ -152,13 +172,19 @@ class _MetadataReader:
             path, captions = self._find(below, file.strip()), caption_texts(caption)
             self.used.add(path or file)
             if path is not None and (captions or not self.request.kind.needs_caption):
-                yield os.fsencode(path), captions or []
+                yield _Found(path, captions or [], self._said(row))
                 return
             reason = NO_CAPTION if captions is not None else NO_TEXT
             if path is None:
                 reason = f"[Errno 2] No such file or directory; {where} names it"
             name = join(self.folder, os.path.join(below, file.strip()))
             self.skipped[where if name in self.skipped else name] = reason  # named twice, it counts twice
+
+    def _said(self, row: Row) -> str | None:
+        """What a row says in the extra columns, as JSON; None where none is asked for."""
+        columns = {wanted: find_name(row.values, wanted) for wanted in self.request.extra_columns}
+        said = {wanted: row.values[column] for wanted, column in columns.items() if column is not None}
+        return json.dumps(said, default=str) if columns else None
 
     def _find(self, below: str, name: str) -> str | None:
         """The path of a file, relative to the folder, however its name is written; None if there is none."""
@@ -176,14 +202,15 @@ class _MetadataReader:
         return found or next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
 
 
-def _to_table(rows: Iterator[tuple[bytes, list[str]]]) -> pa.Table:
+def _to_table(rows: Iterator[_Found]) -> pa.Table:
     """The rows sorted by path (stably): several metadata tables come in an order that says nothing."""
     chunks: list[pa.Table] = []
     while not chunks or len(chunks[-1]) == _CHUNK:
         chunk = list(itertools.islice(rows, _CHUNK))
-        files = pa.array([path for path, _ in chunk], pa.binary())
-        captions = pa.array([texts for _, texts in chunk], pa.list_(pa.string()))
-        chunks.append(pa.table({"file": files, "captions": captions}))
+        files = pa.array([os.fsencode(row.path) for row in chunk], pa.binary())
+        captions = pa.array([row.captions for row in chunk], pa.list_(pa.string()))
+        said = pa.array([row.said for row in chunk], pa.string())
+        chunks.append(pa.table({"file": files, "captions": captions, "said": said}))
     table = pa.concat_tables(chunks)
     return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
 

@@ -12,7 +12,7 @@ from .faults import UnusableItem, is_remote, unusable
 from .remote import read_whole
 
 # What PIL's readers raise for files that are broken in one way or another.
-_BROKEN_FILE = (
+BROKEN_FILE = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -97,7 +97,7 @@ def read_image(media: dict, height: int, width: int) -> np.ndarray:
         with Image.open(media_file(media)) as image:
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (*_BROKEN_FILE, MemoryError) as error:
+    except (*BROKEN_FILE, MemoryError) as error:
         raise unusable(error, open_path(media), "the image") from error
     rgb = to_rgb(image)
     rgb.info.clear()  # or PIL reads the whole EXIF block again, which may be broken

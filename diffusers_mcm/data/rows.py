@@ -2,8 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .columns import DataRequest, caption_texts
@@ -86,6 +87,14 @@ class MediaRows:
         """What changes with the bytes of the item's file, as plain data; None if that cannot be told."""
         return None
 
+    def said(self, item: Mapping) -> dict[str, Any]:
+        """What the row of a metadata table says in the extra columns that were asked for, by their names there."""
+        return {}
+
+    def files(self) -> Sequence[Any] | None:
+        """What tells the file of each row from the others'; None where each has its own, as far as is known."""
+        return None
+
     def order(self) -> str | None:
         """A digest that the same rows in the same order have, wherever they lie; None if it cannot be told."""
         return None
@@ -114,11 +123,20 @@ class MediaRows:
 
 
 class FolderRows(MediaRows):
-    """Files of a folder: `file` is a path in it (bytes, as the file system has it), and `captions` a list of texts."""
+    """Files of a folder: `file` is a path in it (bytes, as the file system has it), and `captions` a list of texts.
+
+    `said` has the extra columns as JSON, or None.
+    """
 
     def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
         super().__init__(request, table, skipped)
         self.folder = folder
+
+    def said(self, item: Mapping) -> dict[str, Any]:
+        return json.loads(item["said"] or "{}")
+
+    def files(self) -> list[bytes]:
+        return self.table["file"].to_pylist()
 
     def order(self) -> str:
         return digest(self.table["file"].chunks)

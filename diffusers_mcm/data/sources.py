@@ -146,7 +146,7 @@ def _split_folder(request: DataRequest) -> str:
     if split == "train" and (not os.path.isdir(folder) or any(is_metadata(entry.name) for entry in entries)):
         return source
     if not os.path.isdir(folder):
-        raise _no_split(request, sorted(entry.name for entry in entries if entry.is_dir()))
+        raise _no_split(request, sorted(entry.name for entry in entries if os.path.isdir(entry)))
     return folder
 
 

@@ -214,6 +214,11 @@ class _Plan(NamedTuple):
         """These measures, and what tells one content from another."""
         return {name: self.measures[name] for name in names} | {"content": content_measure()}
 
+    def remarks(self) -> list[str]:
+        """What a reader has to know of the sets."""
+        sets = [self.real, *([] if self.pictures is None else [self.pictures]), *self.samples]
+        return [remark for videos in sets for remark in videos.remarks]
+
     def beside(self, earlier: Mapping[str, Kept]) -> "_Plan":
         """The same with sets that were measured before."""
         return self._replace(samples=[*(kept.videos for kept in earlier.values()), *self.samples])
@@ -276,13 +281,14 @@ def _scored(
     described = _method(plan.real, truth, values_of(truth, scores_of(truth, {}, alone)))
     if shown is not None and plan.pictures is not None:
         described = replace(described, skipped={**described.skipped, **plan.pictures.public(shown.skipped)})
+    notes = [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else []
     return Evaluation(
         protocol,
         {**computed_by(), **plan.weights},
         described,
         {videos.name: _method(videos, shared[videos.name], values[videos.name]) for videos in plan.samples},
         differences_of(shared, scores, values, options.resamples, options.seed, progress),
-        [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else [],
+        [*notes, *plan.remarks()],
         options.resamples,
     )
 

@@ -129,6 +129,8 @@ def measure(
 ) -> Measured:
     """Compute what is not in `folder` yet, each process its share, then read all of it.
 
+    What could not be read before is tried again: its file may be as it was, and its rights or a codec mended.
+
     Args:
         videos, window, seed: what is read of each video.
         measures: name -> what is computed.
@@ -143,7 +145,7 @@ def measure(
         {name: folder / _file_name(name, number, shard, window, seed, each.key) for name, each in measures.items()}
         for number, shard in enumerate(shards)
     ]
-    pending = [number for number in range(len(shards)) if not all(path.is_file() for path in paths[number].values())]
+    pending = [number for number in range(len(shards)) if not all(map(_is_settled, paths[number].values()))]
     processes.wait()  # nobody writes before everybody has looked, so that all share the same list
     for number in progress(pending[processes.index :: processes.count], videos.name):
         _measure_shard(shards[number], number * SHARD, window, seed, measures, paths[number])
@@ -236,13 +238,26 @@ def _measure_shard(
         used.append(place)
     captions = [shard[place].caption for place in used]
     for name, path in paths.items():
-        if path.is_file():
+        if path.is_file() and _of_which(path) == (used, skipped):
             continue
         values = measures[name].compute(np.stack(frames), captions) if used else np.zeros(0)
         with atomic_file(path) as temporary:
             tensors = {"values": np.ascontiguousarray(values), "fps": np.array(rates, dtype=np.float64)}
             tensors["used"] = np.array(used, dtype=np.int64)
             save_file(tensors, temporary, {"skipped": json.dumps(skipped)})
+
+
+def _of_which(path: Path) -> tuple[list[int], dict[str, str]]:
+    """The places in its shard of the videos that a file has features of, and of those that it lacks, with reasons."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return file.get_tensor("used").tolist(), json.loads(file.metadata()["skipped"])
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a file is there and has features of every video of its shard."""
+    return path.is_file() and not _of_which(path)[1]
 
 
 def _gathered(
@@ -253,13 +268,12 @@ def _gathered(
     used, skipped = list[Video](), dict(videos.skipped)
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "fps")}
     for shard, files in zip(shards, paths):
+        places, reasons = _of_which_all(files)
         for name, path in files.items():
             with safe_open(path, "np") as file:
-                places = file.get_tensor("used").tolist()
                 if places:
                     values[name].append(file.get_tensor("values"))
                 rates = file.get_tensor("fps")
-                reasons = json.loads(file.metadata()["skipped"])
         values["fps"].append(rates)
         used += [shard[place] for place in places]
         skipped |= {shard[int(place)].name: reason for place, reason in reasons.items()}
@@ -270,3 +284,16 @@ def _gathered(
             f" {reason}"
         )
     return Measured(used, skipped, {name: np.concatenate(found) for name, found in values.items()})
+
+
+def _of_which_all(files: Mapping[str, Path]) -> tuple[list[int], dict[str, str]]:
+    """`_of_which` of the files of a shard, one for each measure; `ValueError` unless they are of the same videos."""
+    found = {name: _of_which(path) for name, path in files.items()}
+    (first, (places, reasons)), *others = found.items()
+    for name, (other, _) in others:
+        if other != places:
+            raise ValueError(
+                f"expected {first} and {name} of the same videos in {files[name].parent}, got {len(places)} and"
+                f" {len(other)} of one shard: delete that folder, and measure again"
+            )
+    return places, reasons

@@ -1,8 +1,13 @@
 """Folders of samples: of this package, of any other tool with a table beside them, or named as VBench names them."""
 
+import json
+import logging
+import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +15,27 @@ import numpy as np
 
 from ..data.columns import VIDEOS
 from ..data.faults import UnusableItem, unusable
-from ..data.folders import open_table
+from ..data.folders import is_metadata
 from ..data.images import fit
 from ..data.remote import file_version
+from ..data.sources import open_rows
 from ..data.video import frame_rate
-from ..text_files import find_name
 from ..video_io import read_metadata
+from . import animations
+from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
-from .videos import Video, VideoSet, Window, normalised, open_reference, read_window
+from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window
 
-_METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
-_ANIMATIONS = (".gif", ".webp")  # which Pillow reads with how long each picture stays
-_SUFFIXES = (*VIDEOS.extensions, *_ANIMATIONS)
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
 _TOLD["steps"] = STEPS
 _NUMBERED = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")  # VBench's naming
+_WHOLE = re.compile(r"(\d+)(\.0*)?")  # as pandas writes those of a column with gaps
+_Shown = tuple[Path, str, Mapping[str, Any]]  # a video, what it shows, and what is said of how it was made
 
 
 def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet:
@@ -46,69 +54,78 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
     name = name or folder.name or folder.resolve().name
-    if any((folder / table).is_file() for table in _METADATA_NAMES):
+    if any(is_metadata(entry.name) and os.path.isfile(entry) for entry in os.scandir(folder)):
         return _listed_samples(name, folder)
     paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
     if not paths:
         raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SUFFIXES)}")
-    metadata = {path: read_metadata(path) or {} for path in paths}
+    metadata = {path: _own_metadata(path) for path in paths}
     if any("prompt" in found for found in metadata.values()):
         return _own_samples(name, folder, metadata)
     return _named_samples(name, folder, paths)
 
 
 def _holds_frames(path: Path) -> bool:
-    return bool(frame_files(path)) if path.is_dir() else path.suffix.lower() in _SUFFIXES
+    """Whether a path is a video, by its name, or a folder of frames."""
+    if not os.path.isdir(path):
+        return path.suffix.lower() in _SUFFIXES
+    try:
+        return bool(frame_files(path))
+    except UnusableItem as reason:
+        logger.warning("What lies in %s is not read: %s", path, reason)
+        return False
 
 
-def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder, by the numbers in their names: 2 comes before 10."""
-    pictures = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != "."]
-    return sorted(pictures, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
+def _own_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of how it was made, if it says so in words; nothing of the graphs of nodes that others write.
+
+    ComfyUI calls a graph `prompt` as well, an object or the text of one, and often has a `workflow` beside it.
+    """
+    found = read_metadata(path) or {}
+    prompt = found.get("prompt", "")
+    is_graph = not isinstance(prompt, str)
+    if not is_graph:
+        with suppress(ValueError, RecursionError):
+            is_graph = isinstance(json.loads(prompt), (dict, list))
+    return {} if is_graph or "workflow" in found else found
 
 
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
-    listed = open_reference(str(folder), None, 0, name=name)
-    tables = _said_in_tables(folder)
-    said = [
-        {**(read_metadata(video.name) or {}), **tables.get(os.path.normpath(video.name), {})}
-        for video in listed.videos
-    ]
-    videos = [_sample(Path(video.name), video.caption, found) for video, found in zip(listed.videos, said)]
-    return _described(name, folder, videos, listed.skipped, said)
+    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD))
+    shown, skipped = list[_Shown](), dict(rows.skipped)
+    for number in range(len(rows)):
+        item = rows[number]
+        path = Path(rows.name(number, item))
+        try:
+            caption = drawn_caption(rows, number, item, 0)
+        except UnusableItem as reason:
+            skipped[str(path)] = str(reason)
+        else:
+            shown.append((path, caption, {**_own_metadata(path), **_told(rows.said(item))}))
+    return _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
 
 
-def _said_in_tables(folder: Path) -> dict[str, dict[str, Any]]:
-    """File -> what the tables beside it say of how it was made, under the names of `generate`'s own metadata."""
-    found = {}
-    for path in (folder / name for name in _METADATA_NAMES):
-        if not path.is_file():
-            continue
-        table, _ = open_table(str(path), (*VIDEOS.file_columns, *_TOLD))
-        names = {column: _TOLD[known] for known in _TOLD if (column := find_name(table.columns, known))}
-        file = next((column for known in VIDEOS.file_columns if (column := find_name(table.columns, known))), None)
-        if file is None or not names:
-            continue
-        for row in table.rows:
-            values = {key: row.values.get(column) for column, key in names.items()}
-            told = {key: value for key, value in values.items() if value not in (None, "")}
-            found[os.path.normpath(folder / str(row.values.get(file)))] = told
-    return found
+def _told(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of how a sample was made, under the names of `generate`'s own metadata."""
+    told = dict[str, Any]()
+    for column, key in _TOLD.items():
+        if (value := columns.get(column)) not in (None, ""):
+            told.setdefault(key, _number(value))
+    return told
 
 
 def _own_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:
     """Samples of which at least one says its prompt in its metadata."""
-    videos, skipped = list[Video](), dict[str, str]()
+    shown, skipped = list[_Shown](), dict[str, str]()
     for path, found in metadata.items():
         if "prompt" in found:
-            videos.append(_sample(path, str(found["prompt"]), found))
+            shown.append((path, found["prompt"], found))
         elif reason := _why_unreadable(path):
             skipped[str(path)] = reason
         else:
             raise ValueError(f"{path} does not say what it shows, as others of {folder} do: move it elsewhere")
-    said = [found for found in metadata.values() if "prompt" in found]
-    return _described(name, folder, videos, skipped, said)
+    return _described(name, folder, _samples(shown), skipped, [found for _, _, found in shown])
 
 
 def _described(
@@ -119,29 +136,68 @@ def _described(
     mentioned = {_whole(each.get(STEPS)) for each in said}
     steps = mentioned.pop() if len(mentioned) == 1 else None
     by_name = None if mentioned - {None} or steps is not None else steps_in_name(name)
-    return VideoSet(name, str(folder), videos, skipped, settings, steps or by_name, by_name is not None)
+    remarks = _repeated(name, videos)
+    for remark in remarks:
+        logger.warning(remark)
+    about = settings, steps or by_name, by_name is not None
+    return VideoSet(name, str(folder), videos, skipped, *about, remarks)
+
+
+def _repeated(name: str, videos: Sequence[Video]) -> list[str]:
+    """Sentences if videos of a set are one file, or several of one caption and one seed; none otherwise."""
+    by_file, by_seed = dict[Any, list[Video]](), dict[Any, list[Video]]()
+    for video in videos:
+        by_file.setdefault(video.name, []).append(video)
+        by_seed.setdefault((video.caption, video.name if video.seed is None else video.seed), []).append(video)
+    found = []
+    for alike, what in ((by_file, "are the file"), (by_seed, "have the caption and the seed")):
+        if (count := len(videos) - len(alike)) > 0:
+            example = next(several for several in alike.values() if len(several) > 1)
+            names = " and ".join(os.path.basename(video.name) for video in example[:2])
+            found.append(
+                f"{count} of the {len(videos)} videos of {name} {what} of another one, and count beside it: {names}."
+            )
+    return found
+
+
+def _number(value: Any) -> Any:
+    """A number of the text in which a table has it, a whole one for what is whole; anything else as it came."""
+    if not isinstance(value, str):
+        return value
+    if whole := _WHOLE.fullmatch(value.strip()):
+        return int(whole[1])  # which a float would round where it is long
+    with suppress(ValueError):
+        return float(value)
+    return value
 
 
 def _whole(value: Any) -> int | None:
     """A whole number, as JSON or a table has it; None for anything else."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
+    value = _number(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _rate(value: Any) -> float | None:
+    """Frames a second, as JSON or a table has them; None for what can be none."""
+    value = _number(value)
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return float(value) if known else None
+
+
 def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
     """Samples that are called by their prompts."""
-    videos = []
+    shown = list[_Shown]()
     for path in paths:
-        numbered = _NUMBERED.fullmatch(path.name if path.is_dir() else path.stem)
+        numbered = _NUMBERED.fullmatch(path.name if os.path.isdir(path) else path.stem)
         if not numbered:
             raise ValueError(
                 f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
                 " and caption beside it, or a name such as 'a prompt-0.mp4'"
             )
-        videos.append(_sample(path, numbered["prompt"], {"seed": int(numbered["index"])}))
+        shown.append((path, numbered["prompt"], {"seed": int(numbered["index"])}))
+    videos = _samples(shown)
     if len(videos) > 1 and len({video.caption for video in videos}) == 1:
         raise ValueError(
             f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
@@ -150,62 +206,48 @@ def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
     return _described(name, folder, videos, {}, [])
 
 
-def _sample(path: Path, caption: str, metadata: Mapping[str, Any]) -> Video:
-    stamp = [[each.name, file_version(each)] for each in frame_files(path)] if path.is_dir() else file_version(path)
+def _samples(shown: Sequence[_Shown]) -> list[Video]:
+    """The videos, with the frame time that animations have of which nothing says it alone."""
+    stays = {path: animations.durations_of(path) for path, _, said in shown if _counts_alone(path, said)}
+    times = [1000 / fps for _, _, said in shown if (fps := _rate(said.get("fps")))]
+    times += [time for path, each in stays.items() if (time := animations.frame_time(path, each))]
+    common = statistics.median_low(times) if stays and times else None
+    return [_sample(path, caption, said, stays.get(path, []), common) for path, caption, said in shown]
+
+
+def _counts_alone(path: Path, said: Mapping[str, Any]) -> bool:
+    """Whether a video is an animation that has to tell its frames by how long its pictures stay."""
+    return not os.path.isdir(path) and holds_pictures(path) and _rate(said.get("fps")) is None
+
+
+def _sample(
+    path: Path, caption: str, said: Mapping[str, Any], durations: Sequence[float], common: float | None
+) -> Video:
+    told = Told(_rate(said.get("fps")), _whole(said.get("num_frames")), common if durations else None)
+    stamp: Any = file_version(path)
+    if os.path.isdir(path):
+        with suppress(UnusableItem):  # which is told where it is read
+            stamp = [[each.name, file_version(each)] for each in frame_files(path)]
+    if holds_pictures(path):
+        stamp = [stamp, *told]  # what is told decides the frames, as the bytes do
 
     def read(window: Window, start: float) -> np.ndarray:
-        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-            return _fitted(_pictures(path, metadata), window)
+        if holds_pictures(path):
+            return _fitted(animations.frames_of(path, told), window)
         return read_window({"path": str(path), "bytes": None}, window, start)
 
     def rate() -> float | None:
-        if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-            return _shown_rate(path, metadata)
+        if holds_pictures(path):
+            return animations.rate_of(path, durations, told)
         return frame_rate({"path": str(path), "bytes": None})
 
-    return Video(str(path), normalised(caption), _whole(metadata.get("seed")), read, stamp, rate)
-
-
-def _shown_rate(path: Path, metadata: Mapping[str, Any]) -> float | None:
-    """Frames a second of an animation or a folder of frames, by what was written into it or how long pictures stay."""
-    from PIL import Image, ImageSequence
-
-    if isinstance(said := metadata.get("fps"), (int, float)):
-        return float(said)
-    if path.is_dir():
-        return None
-    with Image.open(path) as image:
-        stays = [each.info.get("duration", 0) for each in ImageSequence.Iterator(image)]
-    return 1000 / min(stays) if stays and min(stays) > 0 else None
+    return Video(str(path), normalised(caption), _whole(said.get("seed")), read, stamp, rate)
 
 
 def _alike(rows: Sequence[Mapping[str, Any]], but: Sequence[str]) -> dict[str, Any]:
     """What all rows say, and say alike."""
     first = rows[0] if rows else {}
     return {k: value for k, value in first.items() if k not in but and all(row.get(k) == value for row in rows)}
-
-
-def _pictures(path: Path, metadata: Mapping[str, Any]) -> list:
-    """The frames of a folder or of an animation, each as often as it stays.
-
-    A writer of animations makes one picture of equal ones in a row, and a picture without times of a still video; of
-    one that says its `fps` and `num_frames` the frames are known all the same.
-    """
-    from PIL import Image, ImageSequence
-
-    try:
-        if path.is_dir():
-            return [Image.open(frame).convert("RGB") for frame in frame_files(path)]
-        with Image.open(path) as image:
-            shown = [(each.convert("RGB"), each.info.get("duration", 0)) for each in ImageSequence.Iterator(image)]
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        raise unusable(error, str(path), "the video") from error
-    count, fps = metadata.get("num_frames"), metadata.get("fps")
-    if not count or not fps or len(shown) >= count:
-        return [picture for picture, _ in shown]
-    if len(shown) == 1:
-        return [shown[0][0]] * count
-    return [picture for picture, duration in shown for _ in range(max(1, round(duration * fps / 1000)))]
 
 
 def _fitted(pictures: Sequence, window: Window) -> np.ndarray:
@@ -227,9 +269,8 @@ def _why_unreadable(path: Path) -> str | None:
 
 def _size(path: Path) -> tuple[int, int]:
     """Height and width of the frames of a sample."""
-    if path.is_dir() or path.suffix.lower() in _ANIMATIONS:
-        width, height = _pictures(path, {})[0].size
-        return height, width
+    if holds_pictures(path):
+        return animations.size_of(path)
     import av
 
     try:

@@ -1,6 +1,7 @@
 """Sets of videos: which frames of them are compared, and a reference that is read through `data`."""
 
 import hashlib
+import logging
 import math
 import os
 import unicodedata
@@ -17,6 +18,8 @@ from ..data.images import read_image
 from ..data.rows import MediaRows
 from ..data.sources import open_rows
 from ..data.video import frame_rate, read_clip
+
+logger = logging.getLogger(__name__)
 
 WINDOWS = ("centre", "start", "random")
 RESIZE = "bicubic, antialiased: shorter side scaled, centre cropped"
@@ -77,6 +80,7 @@ class VideoSet:
     settings: Mapping[str, Any] = field(default_factory=dict)  # what all samples' metadata say alike
     steps: int | None = None  # of sampling
     steps_by_name: bool = False  # whether these are but the number at the end of the name
+    remarks: Sequence[str] = ()  # sentences that a reader of its numbers has to know
 
     def captions(self) -> Counter[str]:
         """How often each caption comes."""
@@ -125,28 +129,60 @@ def open_reference(
 ) -> VideoSet:
     """Real videos or images: every row once, or `num_videos` of them that the seed chooses; nothing is replaced.
 
-    Of several captions of a row the seed chooses one. `data` are fields of `data.columns.DataRequest`: split, columns.
+    Of rows with one file, as a table with a row for each caption has them, the seed chooses one, and others only where
+    there are fewer files than `num_videos`; a warning says that some count several times. Of several captions of a row
+    the seed chooses one. `data` are fields of `data.columns.DataRequest`: split, columns.
 
     Raises:
         ValueError: if there are fewer than `num_videos` rows with a caption.
     """
     rows = open_rows(source, kind, **data)
-    order = np.random.default_rng([seed, 0]).permutation(len(rows)) if num_videos else np.arange(len(rows))
-    videos, skipped = list[Video](), dict(rows.skipped)
-    for row in order.tolist():
+    files = rows.files()
+    videos, taken, skipped = list[Video](), list[int](), dict(rows.skipped)
+    for row in _drawn(len(rows), files, seed) if num_videos else range(len(rows)):
         if num_videos and len(videos) == num_videos:
             break
         item = rows[row]
         try:
-            draw = float(np.random.default_rng([seed, row, 2]).random())
-            caption = normalised(rows.caption(item, draw))
+            caption = drawn_caption(rows, row, item, seed)
             read, rate = _row_reader(rows, row), _row_rate(rows, row)
             videos.append(Video(rows.name(row, item), caption, None, read, rows.stamp(item), rate))
+            taken.append(row)
         except UnusableItem as reason:
             skipped[rows.name(row, item)] = str(reason)
     if num_videos and len(videos) < num_videos:
         raise ValueError(f"{source} holds {len(videos)} {kind.name}s that can be used, fewer than {num_videos}")
-    return VideoSet(name, str(source), videos, skipped)
+    remarks = [] if files is None else _repeated(name, kind, [files[row] for row in taken])
+    for remark in remarks:
+        logger.warning(remark)
+    return VideoSet(name, str(source), videos, skipped, remarks=remarks)
+
+
+def _drawn(count: int, files: Sequence[Any] | None, seed: int) -> list[int]:
+    """All rows in an order of the seed's, every file once before one comes again."""
+    drawn = np.random.default_rng([seed, 0]).permutation(count).tolist()
+    first, again, seen = list[int](), list[int](), set()
+    for row in drawn:
+        file = row if files is None else files[row]
+        (again if file in seen else first).append(row)
+        seen.add(file)
+    return [*first, *again]
+
+
+def _repeated(name: str, kind: MediaKind, files: Sequence[Any]) -> list[str]:
+    """A sentence if some of the files of a reference come several times; none otherwise."""
+    count = len(set(files))
+    once = f": --num_videos {count} takes each once" if kind is VIDEOS else ""
+    sentence = (
+        f"The {len(files)} {kind.name}s of {name} are {count} files, of which some count several times, as in a table"
+        f" with a row for each caption. Distances differ for that{once}."
+    )
+    return [sentence] if count < len(files) else []
+
+
+def drawn_caption(rows: MediaRows, row: int, item: Mapping, seed: int) -> str:
+    """The caption of a row, of several the one that the seed chooses; `UnusableItem` where it has none."""
+    return normalised(rows.caption(item, float(np.random.default_rng([seed, row, 2]).random())))
 
 
 def normalised(caption: str) -> str:

@@ -29,7 +29,7 @@ _model, _data = partial(flag, group="models"), partial(flag, group="data")
 _source: dict[str, Any] = {"resume": TOLD, "source": True}
 _column = partial(_data, None, resume=TOLD)
 _optimisation = partial(flag, group="optimisation")
-_fixed = partial(_optimisation, resume=FIXED)
+_fixed, _told = partial(_optimisation, resume=FIXED), partial(_optimisation, resume=TOLD)
 _output = partial(flag, group="output")
 _unrecorded = partial(_output, recorded=False)
 
@@ -61,13 +61,14 @@ class TrainingConfig(MethodConfig):
     )
     revision: str | None = _model(None, help="Revision of the teacher on the Hub.", resume=TOLD)
     variant: str | None = _model(
-        None, help="Which files of the teacher's weights to read, as fp16, where there are no others."
+        None, help="Which files of the teacher's weights to read, as fp16, where there are no others.", resume=TOLD
     )
     extra_repositories: tuple[str, ...] = _model(
         (),
         help="Where components of the teacher lie that are not in its own repository, as name=repository: for "
         "AnimateDiff motion_adapter=... Default: the base model's.",
         many=True,
+        **_source,
     )
     discriminator_features: str = _model(
         "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", **_source
@@ -165,6 +166,7 @@ class TrainingConfig(MethodConfig):
         "exact",
         help="Type in which --cache_latents keeps latents: 'exact', that of the VAE, or half of float32.",
         choices=CACHE_DTYPES,
+        resume=TOLD,
         recorded=False,
         beyond_paper=True,
     )
@@ -196,7 +198,7 @@ class TrainingConfig(MethodConfig):
     adam_beta2: float = _fixed(0.999, help="AdamW beta 2.", least=0, below=1)
     adam_weight_decay: float = _fixed(0.0, help="AdamW weight decay.", least=0)
     adam_epsilon: float = _fixed(1e-8, help="AdamW epsilon.", above=0)
-    ema_decay: float = _optimisation(
+    ema_decay: float = _told(
         0.0,
         help="Decay of a moving average of LoRA and motion head, which is then what is saved and validated: an "
         "adversarial loss keeps weights swinging. 0 saves the last weights.",
@@ -205,12 +207,11 @@ class TrainingConfig(MethodConfig):
         beyond_paper=True,
     )
     max_grad_norm: float = _fixed(10.0, help="Gradient norm above which gradients are scaled down.", above=0)
-    mixed_precision: str | None = _optimisation(
+    mixed_precision: str | None = _told(
         None,
         help="Precision of the frozen networks and of autocast; what is trained stays in fp32. Default: what "
         "`accelerate launch --mixed_precision` or `accelerate config` says, else 'no'.",
         choices=MIXED_PRECISION,
-        resume=TOLD,
     )
     gradient_checkpointing: bool = _optimisation(
         False,
@@ -222,11 +223,10 @@ class TrainingConfig(MethodConfig):
         help="Keep the text encoders in host memory; captions that were not encoded yet bring them to the device, and "
         "then they leave it. For Wan it saves 10.6 GiB of it, and costs a transfer of as much where captions are new.",
     )
-    fuse_lora: bool = _optimisation(
+    fuse_lora: bool = _told(
         False,
         help="Add the LoRA to the weights once a step, instead of running it beside each layer: faster where the "
         "network is small, but takes the memory of the weights once more. In fp32 only.",
-        resume=TOLD,
         formerly="fold_lora",
     )
     fsdp: bool = _optimisation(
@@ -240,7 +240,7 @@ class TrainingConfig(MethodConfig):
         "the first one needs to sample the validation clips.",
         above=0,
     )
-    allow_tf32: bool = _optimisation(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
+    allow_tf32: bool = _told(False, help="Allow TF32 matrix products on Ampere GPUs and later.")
 
     # -- output
     output_dir: str = _unrecorded("mcm-lora", help="Where LoRA, card, checkpoints and logs are written.", filled=True)

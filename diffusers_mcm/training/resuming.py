@@ -36,9 +36,17 @@ def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
     """
     values, sources = config.to_dict(), config.names(source=True)
     return {
-        name: recordable(values[name], output_dir) if name in sources and values[name] else values[name]
+        name: _as_recorded(values[name], output_dir) if name in sources else values[name]
         for name in config.names(resume=TOLD)
     }
+
+
+def _as_recorded(source: str | list[str] | None, folder: Path) -> str | list[str] | None:
+    """A source as `recordable` names it, or each of several that are name=source."""
+    if isinstance(source, list):
+        entries = (entry.partition("=") for entry in source)
+        return sorted(f"{name}={recordable(place, folder)}" for name, _, place in entries)
+    return recordable(source, folder) if source else source
 
 
 def values_before_flags() -> dict[str, Any]:

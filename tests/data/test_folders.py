@@ -1,5 +1,6 @@
 """Metadata as people have it: each row is read, or skipped and counted, or the message names file, row and way out."""
 
+import errno
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from diffusers_mcm.data import VideoDataset
+from diffusers_mcm.data.folders import walk
 from diffusers_mcm.data.sources import IMAGES, VIDEOS, open_rows
 
 from .conftest import captions
@@ -153,6 +155,47 @@ def test_files_are_found_however_they_are_named(tmp_path):
     assert all(os.path.isfile(rows.media(rows[i])["path"]) for i in range(len(rows)))
 
 
+def test_links_that_cannot_be_followed_are_files_of_no_use(folder, clip):
+    (folder / "self.mp4").symlink_to("self.mp4")
+    (folder / "dead.mp4").symlink_to("nowhere.mp4")
+    assert walk(str(folder)) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "dead.mp4", "self.mp4"]
+    for name in "abcd":
+        (folder / f"{name}.mp4").write_bytes(clip)
+    write(folder, "file_name,text\n" + "".join(f"{name}.mp4,x\n" for name in ("a", "self", "dead")))
+    dataset = VideoDataset(folder, num_frames=1, height=8, width=8)
+    assert [dataset[index]["caption"] for index in range(3)] == ["x"] * 3
+    assert skipped(dataset).keys() == {"self.mp4", "dead.mp4"}
+    with pytest.raises(ValueError, match=r"no subfolder 'test' for that split; found \[\]"):
+        open_rows(folder, VIDEOS, split="test")
+
+
+@pytest.mark.parametrize("call", ["is_dir", "stat"])
+def test_a_closed_folder_stops_nothing(folder, monkeypatch, caplog, call):
+    """A link into it, and itself: these tests may run as somebody to whom nothing is closed."""
+    (folder / "closed").mkdir()
+
+    def closed(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path, self.entry = entry.name, entry.path, entry
+
+        def is_dir(self):
+            closed(self.path)
+            return self.entry.is_dir()
+
+    scandir, status = os.scandir, os.stat
+    if call == "is_dir":
+        monkeypatch.setattr(os, "scandir", lambda path: [Entry(entry) for entry in scandir(path)])
+    else:
+        monkeypatch.setattr(os, "stat", lambda path, **more: closed(path) or status(path, **more))
+    media = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    assert walk(str(folder)) == (sorted([*media, "closed"]) if call == "is_dir" else media)
+    assert ("closed is not read" in caplog.text) == (call == "stat")
+
+
 def test_hidden_files_and_those_of_a_mac_are_no_images(tmp_path):
     for name in ("a.png", "._a.png", ".DS_Store", ".hidden/b.png", "__MACOSX/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -239,6 +282,15 @@ def test_a_caption_that_none_of_the_first_rows_has_is_found(tmp_path, name, kind
     text = json.dumps(rows) if name == "metadata.json" else "\n".join(map(json.dumps, rows))
     opened = open_rows(write(tmp_path, text, name), kind)
     assert [caption for caption in opened.all_captions() if caption] == ["a dog"]
+
+
+def test_what_further_columns_say_is_kept_with_the_row_that_was_found(folder):
+    text = "file_name;caption;Frame Rate;seed\n.\\b.mp4;two;;8\na.mp4;one;12.5;7\n"
+    rows = open_rows(write(folder, text), VIDEOS, extra_columns=("frame_rate", "seed", "steps"))
+    said = [rows.said(rows[row]) for row in range(2)]
+    assert said == [{"frame_rate": "12.5", "seed": "7"}, {"frame_rate": "", "seed": "8"}]
+    plain = open_rows(folder, VIDEOS)
+    assert captions(plain) == captions(rows) == ["one", "two"] and plain.said(plain[0]) == {}
 
 
 def test_a_column_that_no_row_has_is_missed_with_all_there_are(tmp_path):

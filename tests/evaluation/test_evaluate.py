@@ -175,6 +175,19 @@ def test_a_reference_of_broken_videos_is_counted(samples, world, tmp_path, optio
     assert "- the reference: 3.mp4: " in (tmp_path / "results" / "evaluation.md").read_text()
 
 
+def test_what_counts_several_times_is_on_the_page(samples, world, tmp_path, options):
+    shutil.copytree(world, tmp_path / "world")
+    with (tmp_path / "world" / "metadata.csv").open("a") as table:
+        table.write(f"3.mp4,{CAPTIONS[3]} again\n")
+    shutil.copytree(samples / "mcm4", tmp_path / "twice")
+    shutil.copy(tmp_path / "twice" / "0002-clip.mp4", tmp_path / "twice" / "again.mp4")
+    options |= dict(metrics=("clipsim",))
+    evaluate({"twice": tmp_path / "twice"}, str(tmp_path / "world"), tmp_path / "results", Options(**options))
+    page = (tmp_path / "results" / "evaluation.md").read_text()
+    assert "The 7 videos of (reference) are 6 files" in page and "again.mp4" in page
+    assert "1 of the 7 videos of twice have the caption and the seed of another one" in page
+
+
 def test_folders_of_other_numbers_are_refused_before_the_work(tmp_path, world, samples):
     few = write_samples(tmp_path / "few", captions=CAPTIONS[:5])
     with pytest.raises(ValueError, match=r"as many videos in every folder, got 6 in .*mcm4 and 5 in .*few"):

@@ -1,14 +1,17 @@
 """Features by shards: kept, taken up again, shared among processes, and nothing that is skipped goes unnamed."""
 
 import io
+import shutil
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_mcm.data.faults import UnusableItem
 from diffusers_mcm.evaluation import measuring
 from diffusers_mcm.evaluation.measuring import (
     Measure,
@@ -18,6 +21,7 @@ from diffusers_mcm.evaluation.measuring import (
     content_measure,
     frame_measure,
     measure,
+    measured_before,
     motion_measure,
     video_measure,
 )
@@ -127,6 +131,57 @@ def test_a_shard_of_broken_videos_alone(six, tmp_path):
         (tmp_path / "mcm4" / f"{name}-clip.mp4").write_bytes(b"no video")
     found = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "features")
     assert len(found.videos) == len(found.values["brightness"]) == 4 and len(found.skipped) == 2
+
+
+def unread(video):
+    """The same video, which cannot be read this time though its file stays as it is."""
+
+    def read(window, start):
+        raise UnusableItem("Permission denied")
+
+    return video._replace(read=read)
+
+
+def but(videos, place):
+    """A set of which one video cannot be read."""
+    return replace(videos, videos=[unread(v) if n == place else v for n, v in enumerate(videos.videos)])
+
+
+def test_what_could_not_be_read_is_tried_again(six, tmp_path):
+    first, again, later = Counting(), Counting(), Counting()
+    found = measure(but(six, 2), WINDOW, 0, brightness(first), tmp_path / "features")
+    assert len(found.videos) == 5 and list(found.skipped.values()) == ["Permission denied"]
+    measure(but(six, 2), WINDOW, 0, brightness(again), tmp_path / "features")
+    mended = measure(six, WINDOW, 0, brightness(later), tmp_path / "features")
+    assert (first.seen, again.seen, later.seen) == (3, 0, 1)  # computed again where there is more to compute of
+    whole = measure(six, WINDOW, 0, brightness(Counting()), tmp_path / "whole")
+    assert len(mended.videos) == 6 and not mended.skipped
+    np.testing.assert_array_equal(mended.values["brightness"], whole.values["brightness"])
+
+
+@pytest.mark.parametrize("mended", [True, False], ids=["mended", "broken"])
+def test_a_measure_that_is_added_is_of_the_same_videos(six, tmp_path, mended):
+    """Where another video can be read by then, the other measures are computed again as well."""
+    before, after = (but(six, 0), six) if mended else (six, but(six, 0))
+    measure(before, WINDOW, 0, brightness(Counting()), tmp_path / "features")
+    more = brightness(Counting()) | {"again": Measure(Counting(), "2")}
+    found = measure(after, WINDOW, 0, more, tmp_path / "features")
+    assert len(found.videos) == len(found.values["fps"]) == (6 if mended else 5)
+    np.testing.assert_array_equal(found.values["brightness"], found.values["again"])
+    told = [video.read(WINDOW, 0).mean() for video in found.videos]
+    np.testing.assert_allclose(found.values["brightness"][:, 0], told)
+
+
+def test_features_of_several_sets_of_videos_are_no_set(six, tmp_path):
+    """As a version left them that did not compute all measures again."""
+    folder, measures = tmp_path / "features", {name: Measure(Counting(), "1") for name in ("one", "two")}
+    measure(six, WINDOW, 0, measures, folder)
+    measure(but(six, 1), WINDOW, 0, {"two": measures["two"]}, tmp_path / "fewer")
+    (fewer,) = (tmp_path / "fewer").glob("two-00000-*.safetensors")
+    shutil.copy(fewer, folder)
+    with pytest.raises(ValueError, match="expected one and two of the same videos in .*features, got 2 and 1 of one"):
+        measured_before(folder, WINDOW, 0, measures).read()
+    assert len(measure(six, WINDOW, 0, measures, folder).values["two"]) == 6
 
 
 def test_shapes_of_features(six, tmp_path, videomae):

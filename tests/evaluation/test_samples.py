@@ -1,5 +1,8 @@
 """Folders of samples: what each video shows, how it was made, and which of its frames are read."""
 
+import errno
+import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +49,136 @@ def test_a_table_may_say_seeds_steps_and_settings(ramps, column):
     assert mixed.steps is None and mixed.settings == {} and seeds_of(mixed.videos) is None
 
 
+def test_a_table_names_folders_of_frames(tmp_path):
+    """What `write_video` says in them is of each video, and no table."""
+    for name in ("one", "two", "sub/three"):
+        write_video(tmp_path / name, ramp(8), metadata={"prompt": "p", "seed": 5, "fps": 8})
+    write_video(tmp_path / "four.mp4", ramp(8))
+    (tmp_path / "empty").mkdir()
+    names = ("one", "two/", "sub\\three", "four.mp4", "empty", "gone")
+    lines = ["file_name,caption,fps", *(f"{name},{n},12" for n, name in enumerate(names))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    found = open_samples(tmp_path)
+    assert {video.caption: video.seed for video in found.videos} == {"0": 5, "1": 5, "2": 5, "3": None, "4": None}
+    assert [Path(name).name for name in found.skipped] == ["gone"]
+    videos = {video.caption: video for video in found.videos}
+    empty = videos.pop("4")
+    assert all(brightness(video.read(WINDOW, 0)) == [0, 1, 2, 3] for video in videos.values())
+    assert [videos[caption].rate() for caption in "012"] == [12, 12, 12] and size_of([found]) == (16, 16)
+    with pytest.raises(UnusableItem, match="it has 0 frames, fewer than the 4"):
+        empty.read(WINDOW, 0)
+
+
+def test_folders_of_frames_alone_beside_a_table_without_their_size(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na,one\nb,two\n")
+    with pytest.raises(ValueError, match="none of the 2 videos of .* can be opened"):
+        size_of([open_samples(tmp_path)])
+
+
+def test_what_cannot_be_followed_or_listed_stops_nothing(tmp_path, monkeypatch, caplog):
+    write_video(tmp_path / "a ring-0.mp4", ramp(8))
+    write_video(tmp_path / "a dot-0", ramp(8))
+    (tmp_path / "a loop-0.mp4").symlink_to("a loop-0.mp4")
+    (tmp_path / "lost+found").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = open_samples(tmp_path)
+    assert [video.caption for video in found.videos] == ["a dot", "a loop", "a ring"]
+    assert "lost+found is not read: the video cannot be read (PermissionError" in caplog.text
+    with pytest.raises(UnusableItem, match="symbolic links"):
+        found.videos[1].read(WINDOW, 0)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_numbers_of_a_table_are_numbers(ramps, name):
+    """A whole column with a gap is one of 4.0 and 8.0 where pandas writes it, and a long seed is not rounded."""
+    seeds, made = [7, 2**53 + 1], dict(steps=4.0, guidance_scale=7.5, fps=8)
+    rows = [dict(file_name=f"{n}.mp4", caption="c", seed=f"{seed}.0", **made) for n, seed in enumerate(seeds)]
+    (ramps / "metadata.csv").unlink()
+    lines = [",".join(map(str, row.values())) for row in rows] if name.endswith("csv") else map(json.dumps, rows)
+    (ramps / name).write_text("\n".join([*([",".join(rows[0])] if name.endswith("csv") else []), *lines]))
+    found = open_samples(ramps)
+    assert [video.seed for video in found.videos] == seeds and found.steps == 4
+    assert found.settings == {"num_inference_steps": 4, "guidance_scale": 7.5, "fps": 8}
+
+
+def test_a_table_says_the_same_however_it_names_a_file(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "caf\u00e9.mp4") for form in ("NFC", "NFD"))
+    for name in (nfd, "sub/b.mp4", "c.mp4"):
+        write_video(tmp_path / name, ramp(8))
+    names = (nfc, "sub\\b.mp4", str(tmp_path / "c.mp4"))
+    lines = ["file_name,caption,seed,steps", *(f"{name},{'abc'[n]},{n + 7},4" for n, name in enumerate(names))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    found = open_samples(tmp_path)
+    assert {(video.caption, video.seed) for video in found.videos} == {("a", 7), ("b", 8), ("c", 9)}
+    assert found.steps == 4 and not found.skipped
+
+
+def test_each_row_of_a_table_says_its_own(ramps):
+    (ramps / "metadata.csv").write_text("file_name,caption,seed\n0.mp4,long,7\n0.mp4,longer,8\n")
+    assert [(video.caption, video.seed) for video in open_samples(ramps).videos] == [("long", 7), ("longer", 8)]
+
+
+@pytest.mark.parametrize("name", ["Metadata.CSV", "metadata.ndjson", "METADATA.jsonl"])
+def test_tables_of_every_name_are_seen_beside_samples(ramps, name):
+    (ramps / "metadata.csv").unlink()
+    row = {"File_Name": "0.mp4", "Caption": "long", "Seed": 7, "Steps": 4}
+    lines = [",".join(row), ",".join(map(str, row.values()))] if name.endswith("CSV") else [json.dumps(row)]
+    (ramps / name).write_text("\n".join(lines))
+    found = open_samples(ramps)
+    assert [(video.caption, video.seed) for video in found.videos] == [("long", 7)] and found.steps == 4
+
+
+def test_what_one_of_two_columns_leaves_open_the_other_says(ramps):
+    lines = ["file_name,caption,num_inference_steps,steps", "0.mp4,long,4,", "1.mp4,short,,4"]
+    (ramps / "metadata.csv").write_text("\n".join(lines))
+    assert open_samples(ramps).steps == 4
+
+
+def test_a_rate_in_a_table_counts(tmp_path):
+    shown = [0, 0, 1, 1, 2, 2, 3, 3]
+    write_video(tmp_path / "a.gif", ramp()[shown], fps=8, metadata={"prompt": "p", "num_frames": 8, "fps": 8})
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "caption": "one", "fps": 8}\n')
+    (video,) = open_samples(tmp_path).videos
+    assert video.rate() == 8 and brightness(video.read(WINDOW._replace(num_frames=8), 0)) == shown
+
+
+@pytest.mark.parametrize("fps", ["fast", "0", "-8", "nan", "inf"])
+def test_what_is_no_rate_is_none(tmp_path, fps):
+    write_video(tmp_path / "a.gif", ramp(8), fps=10)
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption,fps\na.gif,one,{fps}\n")
+    assert open_samples(tmp_path).videos[0].rate() == pytest.approx(10)
+
+
 def test_the_files_own_metadata_count_beside_a_table(tmp_path):
     folder = Path(write_samples(tmp_path / "mcm"))
     (folder / "metadata.csv").write_text("file_name,caption\n0001-clip.mp4,one\n0002-clip.mp4,two\n")
     found = open_samples(folder)
     assert [(video.caption, video.seed) for video in found.videos] == [("one", 0), ("two", 1)]
     assert found.steps == 4 and found.settings["model"] == "mcm-shapes"
+
+
+def test_a_sample_that_is_there_twice_is_told(tmp_path, caplog):
+    for name, caption, seed in (("1.mp4", "a", 1), ("1.gif", "a", 1), ("2.mp4", "a", 2), ("3.mp4", "b", 1)):
+        write_video(tmp_path / "m" / name, ramp(8), metadata={"prompt": caption, "seed": seed})
+    told = "1 of the 4 videos of m have the caption and the seed of another one, and count beside it: 1.gif and 1.mp4."
+    assert open_samples(tmp_path / "m").remarks == [told] and told in caplog.text
+    (tmp_path / "m" / "1.gif").unlink()
+    assert not open_samples(tmp_path / "m").remarks
+
+
+def test_a_sample_that_a_table_names_twice_is_told(ramps):
+    (ramps / "metadata.csv").write_text("file_name,caption\n0.mp4,long\n0.mp4,longer\n1.mp4,short\n")
+    (told,) = open_samples(ramps, "m").remarks
+    assert told == "1 of the 3 videos of m are the file of another one, and count beside it: 0.mp4 and 0.mp4."
 
 
 def test_steps_are_taken_from_the_name_where_nothing_else_says_them(ramps, tmp_path):
@@ -133,6 +260,35 @@ def test_a_table_beside_animations(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\na.webp,one\n")
     (video,) = open_samples(tmp_path).videos
     assert video.caption == "one" and len(video.read(WINDOW, 0)) == 4
+
+
+GRAPH = {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}}
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"prompt": json.dumps(GRAPH), "workflow": {"nodes": []}},
+        {"prompt": json.dumps(GRAPH)},
+        {"prompt": GRAPH},
+        {"prompt": "a prompt", "workflow": "{}"},
+        {"prompt": None},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_the_graph_of_nodes_of_another_tool_is_no_caption(tmp_path, foreign, suffix):
+    for name in ("a cat-0", "a dog-0"):
+        write_video(tmp_path / f"{name}.{suffix}", ramp(8), metadata=foreign | {"seed": 5})
+    found = open_samples(tmp_path)
+    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", 0), ("a dog", 0)]
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\na cat-0.{suffix},one\na dog-0.{suffix},two\n")
+    assert open_samples(tmp_path).settings == {}
+
+
+@pytest.mark.parametrize("prompt", ["{red|blue} ring", "[a ring]", "7", '"quoted"'])
+def test_a_prompt_with_brackets_is_a_prompt(tmp_path, prompt):
+    write_video(tmp_path / "a.mp4", ramp(8), metadata={"prompt": prompt})
+    assert open_samples(tmp_path).videos[0].caption == prompt
 
 
 def test_what_cannot_be_opened_is_skipped_where_others_say_their_prompts(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -67,6 +68,36 @@ def test_a_short_video_is_never_read_at_another_interval(ramps):
     video = open_reference(str(ramps), None, 0).videos[1]
     with pytest.raises(UnusableItem, match="it has 12 frames, fewer than the 13 asked for"):
         video.read(Window(4, 4, None, "start", 16, 16), 0)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Four files of twenty captions each, a row for each caption."""
+    lines = [f"{name}.mp4,{name} text {number}" for name in "abcd" for number in range(20)]
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
+    return str(tmp_path)
+
+
+def test_of_a_row_for_each_caption_every_file_is_taken_once(captioned, caplog):
+    chosen = [open_reference(captioned, 4, seed) for seed in range(8)]
+    assert all(len({video.name for video in each.videos}) == 4 for each in chosen)
+    assert len({video.caption for each in chosen for video in each.videos}) > 8
+    assert not caplog.text and not any(each.remarks for each in chosen)
+
+
+@pytest.mark.parametrize("number", [None, 40])
+def test_files_that_count_several_times_are_told(captioned, number, caplog):
+    found = open_reference(captioned, number, 0)
+    assert len(found.videos) == len({video.caption for video in found.videos}) == (number or 80)
+    told = f"The {number or 80} videos of (reference) are 4 files, of which some count several times"
+    assert told in caplog.text and "--num_videos 4 takes each once" in found.remarks[0]
+
+
+def test_rows_with_files_of_their_own_are_drawn_as_ever(world):
+    order = np.random.default_rng([5, 0]).permutation(6)[:4]
+    assert [video.caption for video in open_reference(str(world), 4, 5).videos] == [CAPTIONS[n] for n in order]
 
 
 def test_what_is_missing_is_named(ramps):
