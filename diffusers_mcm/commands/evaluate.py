@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import check_takes_files
+from .machine import join_processes
 from .startup import quick_imports, quiet_libraries
 
 _NAME = re.compile(r"[^\W_][\w .,+=@%()-]*")
@@ -147,7 +148,6 @@ def _measure(arguments: argparse.Namespace) -> None:
     check_takes_files(arguments.output, "--output")
     size = _size(arguments.size)
     with quick_imports():
-        from accelerate import PartialState
         from tqdm import tqdm
 
         from .. import __version__
@@ -158,7 +158,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     names = {entry.name for entry in dataclasses.fields(Options)} - {"size", "device"}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     device = choose_device(arguments.device)
-    state = PartialState(cpu=device == "cpu")
+    state = join_processes(device)
     if state.num_processes > 1:
         device = str(state.device)
     options = Options(**given, size=size, device=device)
@@ -166,6 +166,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     def progress(items, name):
         return tqdm(items, desc=name, disable=not state.is_main_process or not items)
 
+    numbers = (state.process_index, state.num_processes)
+    processes = Processes(*numbers, state.wait_for_everyone, state.destroy_process_group)
     with quiet_libraries():
         found = evaluate(
             folders,
@@ -174,11 +176,10 @@ def _measure(arguments: argparse.Namespace) -> None:
             options,
             images=arguments.images,
             data=_data(arguments),
-            processes=Processes(state.process_index, state.num_processes, state.wait_for_everyone),
+            processes=processes,
             progress=progress,
             versions={"diffusers_mcm": __version__},
         )
-    if state.is_main_process:
+    if found is not None:
         print(found.summary())
         print(f"\n{arguments.output / 'evaluation.md'}")
-    state.destroy_process_group()

@@ -16,7 +16,7 @@ from ..location import Location
 from ..settings import SAMPLING_KEYS
 from .grammar import notice
 from .lora_flags import add_place, one_or_pair, take_place
-from .machine import add_machine, check_offload, spend_less
+from .machine import add_machine, check_offload, join_processes, spend_less
 from .prompts import LAYOUTS, Job, plan, read_prompts
 from .startup import quick_imports, quiet_libraries
 
@@ -156,10 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = choose_device(arguments.device)
         check_offload(arguments.offload, device)
         tell(headline(arguments, device))
-        from accelerate import PartialState
         from tqdm import tqdm
 
-        state = PartialState(cpu=device == "cpu")
+        state = join_processes(device)
         if state.num_processes > 1:
             device = str(state.device)
     with quiet_libraries(arguments.verbose):

@@ -1,11 +1,15 @@
 """How sparing a pipeline is with the memory and the time of its machine, as flags say it."""
 
 import argparse
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from .. import MCMPipeline
 
+LONGEST_WAIT = timedelta(days=1)  # of one process for another; a launcher ends them all when one has died
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
 
@@ -30,6 +34,16 @@ def check_offload(offload: str, device: str) -> None:
             f"expected an accelerator (cuda, mps …) for --offload {offload}, got the cpu: all weights are in host"
             " memory already; --dtype bfloat16 halves them"
         )
+
+
+def join_processes(device: str) -> "PartialState":
+    """This process among those that a launcher has started, which may wait for each other until the last is done.
+
+    By itself torch would end them after 10 minutes over NCCL and 30 over Gloo, and one video can take longer.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
 
 
 def spend_less(pipeline: "MCMPipeline", arguments: argparse.Namespace, device: str) -> None:

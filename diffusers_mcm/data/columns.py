@@ -82,6 +82,7 @@ class DataRequest:
     caption_column: str | None = None  # likewise
     config_name: str | None = None  # of a Hub data set
     revision: str | None = None  # likewise
+    frame_folders: bool = False  # whether a row may name a folder of frames
     extra_columns: tuple[str, ...] = ()  # of metadata tables, whose values `MediaRows.said` gives as well
 
     def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 METADATA_FILES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+_FRAMES = (".png", ".jpg", ".jpeg")
 _CHUNK = 8192  # rows that are Python objects at one time
 
 
@@ -35,7 +36,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     the folder is an address whose files cannot be listed, there are no `files`.
     `ValueError` if nothing there can be used; the message names the file, and the row if it is one.
     """
-    metadata = [path for path in files if is_metadata(path)] if metadata is None else metadata
+    metadata = _tables(request, files) if metadata is None else metadata
     media = [path for path in files if path.lower().endswith(request.kind.extensions)]
     if not metadata:
         _check_captionless(request, files, media)
@@ -55,6 +56,16 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
             len(unnamed), len(media), request.kind.name, folder, unnamed[0],
         )  # fmt: skip
     return FolderRows(request, table, folder, reader.skipped)
+
+
+def _tables(request: DataRequest, files: list[str]) -> list[str]:
+    """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video."""
+    tables = [path for path in files if is_metadata(path)]
+    if not request.frame_folders:
+        return tables
+    frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
+    others = {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)}
+    return [path for path in tables if os.path.dirname(path) not in frames - others - {""}]
 
 
 def is_metadata(path: str) -> bool:
@@ -199,7 +210,8 @@ class _MetadataReader:
         found = next((path for path in paths if path in self.listed), None)
         if is_remote(self.folder):
             return found if self.listed else paths[0]  # what cannot be listed is looked for when it is read
-        return found or next((path for path in paths if _is_file(os.path.join(self.folder, path))), None)
+        kinds = (stat.S_IFREG, stat.S_IFDIR) if self.request.frame_folders else (stat.S_IFREG,)
+        return found or next((path for path in paths if _kind(os.path.join(self.folder, path)) in kinds), None)
 
 
 def _to_table(rows: Iterator[_Found]) -> pa.Table:
@@ -215,13 +227,16 @@ def _to_table(rows: Iterator[_Found]) -> pa.Table:
     return table.take(pa.compute.sort_indices(table, [("file", "ascending")])).combine_chunks()
 
 
-def _is_file(path: str) -> bool:
-    """`os.path.isfile`, which also says no where the system cannot tell; here that is a `MachineError`."""
+def _kind(path: str) -> int | None:
+    """Whether a path is a file, a folder or something else, as `stat` says it; None if it leads nowhere.
+
+    Where the system cannot tell it is a `MachineError`; `os.path.isfile` and `os.path.isdir` say no then.
+    """
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        return stat.S_IFMT(os.stat(path).st_mode)
     except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
         check_own_fault(error, path)
-        return False
+        return None
 
 
 def open_table(name: str, known: Collection[str]) -> tuple[Table, bool]:

@@ -69,7 +69,10 @@ def frames_of(path: Path, told: Told) -> list[Image.Image]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width of the first picture of a folder of frames, or of an animation."""
-    (first,) = _opened(frame_files(path)[0] if path.is_dir() else path, path, 1)
+    files = frame_files(path) if os.path.isdir(path) else [path]
+    if not files:
+        raise UnusableItem("it is a folder without pictures")
+    (first,) = _opened(files[0], path, 1)
     return first.height, first.width
 
 

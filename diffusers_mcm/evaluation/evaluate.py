@@ -115,7 +115,7 @@ def evaluate(
     processes: Processes | None = None,
     progress: Progress = lambda items, name: items,
     versions: Mapping[str, str] | None = None,
-) -> Evaluation:
+) -> Evaluation | None:
     """Measure folders of videos, and write `evaluation.json`, `evaluation.md` and a picture into `output`.
 
     Features are kept in `output/features`, so that a run that was stopped goes on. Methods that are there already by
@@ -129,7 +129,8 @@ def evaluate(
         options: how it is done.
         images: real images that frames are compared with, instead of the reference's own frames.
         data: how the reference is opened, as fields of `data.columns.DataRequest`: split, columns, revision.
-        processes: for several; only the first one computes and writes results.
+        processes: for several; only the first one scores, writes results and returns them. The others return `None`
+            as soon as all has been measured, and nobody waits for them.
         progress: wraps what takes time, with the name of it.
         versions: of further packages, for the record beside those that compute the numbers.
 
@@ -150,19 +151,17 @@ def evaluate(
     truth = measured(plan.real, plan.window, plan.names(of_frames=None if plan.pictures is None else False))
     shown = None if plan.pictures is None else measured(plan.pictures, plan.window, plan.names(of_frames=True))
     results = {videos.name: measured(videos, as_written, plan.measures) for videos in plan.samples}
-    if processes.index == 0:
-        results = {name: kept.read() for name, kept in earlier.items()} | results
-        found = _scored(plan.beside(earlier), truth, shown, results, options, progress)
-        found = replace(found, versions={**(versions or {}), **found.versions})
-        found = found.with_others(before, str(output))
-        found.write(output)
-        for remark in rate_remarks(found.reference, found.methods):
-            logger.warning(remark)
-    processes.wait()
-    written = Evaluation.read(output)
-    if written is None:
-        raise OSError(f"the first process wrote no results into {output}: see what it said")
-    return written
+    processes.part()  # before the scores, which may take one process longer than any other can wait for it
+    if processes.index > 0:
+        return None
+    results = {name: kept.read() for name, kept in earlier.items()} | results
+    found = _scored(plan.beside(earlier), truth, shown, results, options, progress)
+    found = replace(found, versions={**(versions or {}), **found.versions})
+    found = found.with_others(before, str(output))
+    found.write(output)
+    for remark in rate_remarks(found.reference, found.methods):
+        logger.warning(remark)
+    return Evaluation.read(output)
 
 
 def _earlier(

@@ -111,11 +111,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Processes:
-    """Who of how many this process is, and how to wait for the others."""
+    """Who of how many this process is, how to wait for the others, and how to part with them for good."""
 
     index: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
+    part: Callable[[], None] = lambda: None
 
 
 def measure(

@@ -92,7 +92,7 @@ def _own_metadata(path: Path) -> dict[str, Any]:
 
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
-    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD))
+    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD), frame_folders=True)
     shown, skipped = list[_Shown](), dict(rows.skipped)
     for number in range(len(rows)):
         item = rows[number]

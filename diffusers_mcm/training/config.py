@@ -237,7 +237,7 @@ class TrainingConfig(MethodConfig):
     ddp_timeout: int = _unrecorded(
         1800,
         help="Seconds that a process waits for the others, over NCCL or Gloo, before it ends with an error; more than "
-        "the first one needs to sample the validation clips.",
+        "the first one needs to sample the validation clips, or the last one to finish its share of --cache_latents.",
         above=0,
     )
     allow_tf32: bool = _told(False, help="Allow TF32 matrix products on Ampere GPUs and later.")

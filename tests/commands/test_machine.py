@@ -1,11 +1,15 @@
 """What flags do for memory and time, on a pipeline that says what was done to it."""
 
 import argparse
+import ast
+from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from diffusers_mcm.commands.machine import add_machine, check_offload, spend_less
+from diffusers_mcm import commands
+from diffusers_mcm.commands.machine import add_machine, check_offload, join_processes, spend_less
 
 
 def parsed(*flags):
@@ -50,3 +54,21 @@ def test_nothing_can_be_kept_away_from_the_cpu():
     with pytest.raises(ValueError, match="expected an accelerator .* for --offload model, got the cpu"):
         check_offload("model", "cpu")
     check_offload("none", "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_processes_wait_for_each_other_as_long_as_their_shares_may_differ(device):
+    with mock.patch("accelerate.PartialState") as state:
+        assert join_processes(device) is state.return_value
+    assert state.call_args.kwargs == {"cpu": device == "cpu", "timeout": timedelta(days=1)}
+
+
+def test_no_command_joins_the_others_in_another_way():
+    """Without a timeout of its own, that is: torch's ends them after 10 minutes."""
+    found = {
+        path.name
+        for path in Path(commands.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "PartialState"
+    }
+    assert found == {"machine.py"}

@@ -10,6 +10,7 @@ from PIL import Image
 from diffusers_mcm.commands.prompts import read_prompts
 from diffusers_mcm.evaluation.distances import frechet_distance
 from diffusers_mcm.evaluation.evaluate import Options, evaluate, write_prompts
+from diffusers_mcm.evaluation.measuring import Processes
 from diffusers_mcm.evaluation.networks import load_videomae
 from diffusers_mcm.evaluation.samples import open_samples
 from diffusers_mcm.evaluation.videos import Window, open_reference
@@ -141,6 +142,26 @@ def test_another_protocol_is_refused_before_the_work(samples, world, tmp_path, o
     with pytest.raises(ValueError, match="window.place: 'centre' there, 'start' now"):
         evaluate(one, str(world), tmp_path / "results", Options(**options, window="start"))
     assert sorted(path.name for path in (tmp_path / "results").rglob("*.safetensors")) == before
+
+
+def test_the_first_process_scores_when_nobody_waits_for_it(samples, world, tmp_path, options):
+    """All part with each other after the last time that they wait, and the others leave with nothing."""
+    told = []
+
+    def progress(items, name):
+        told.append(name)
+        return items
+
+    def by(index):
+        processes = Processes(index, 2, lambda: told.append("wait"), lambda: told.append("part"))
+        given = (folders(samples), str(world), tmp_path / "results", Options(**options))
+        return evaluate(*given, processes=processes, progress=progress)
+
+    assert list(by(0).methods) == ["mcm4", "mcm1"]
+    assert told[-3:] == ["wait", "part", "intervals"] and told.count("part") == 1
+    told.clear()
+    assert by(1) is None
+    assert told[-2:] == ["wait", "part"] and told.count("part") == 1
 
 
 def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path, options):

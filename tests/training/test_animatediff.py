@@ -1,6 +1,7 @@
 """Distilling another base model, Stable Diffusion with a motion adapter: from mp4s to a LoRA that samples."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_a_resumed_run_is_bit_identical(animatediff, tmp_path):
     resumed.train()
     whole, again = flatten(trainer.state()), flatten(resumed.state())
     assert whole.keys() == again.keys() and [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_another_motion_adapter_is_told_of_when_a_run_goes_on(animatediff, tmp_path, caplog):
+    options = dict(lambda_adv=0.0, image_data=None, train_batch_size=1, checkpointing_steps=1, max_train_steps=1)
+    train(tiny_config(animatediff, tmp_path / "out", **options))
+    options |= dict(resume_from_checkpoint="latest", max_train_steps=2)
+    Trainer(tiny_config(animatediff, tmp_path / "out", **options))
+    assert "extra_repositories was " not in caplog.text
+    adapter = animatediff["extra_repositories"][0].partition("=")[2]
+    shutil.copytree(adapter, tmp_path / "other")
+    options |= dict(extra_repositories=(f"motion_adapter={tmp_path / 'other'}",))
+    Trainer(tiny_config(animatediff, tmp_path / "out", **options))
+    assert "extra_repositories was ['motion_adapter=../" in caplog.text
+    assert "is ['motion_adapter=../other']" in caplog.text
 
 
 def test_components_that_the_teacher_does_not_have(animatediff, world, tmp_path):
