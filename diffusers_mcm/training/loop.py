@@ -272,9 +272,9 @@ class Trainer(Run):
 
     def validate(self) -> None:
         prompts = self.config.validation_prompts if self.samples else ()
-        clips = {prompt: self.clip_or_error(prompt, index) for index, prompt in enumerate(prompts)}
+        clips = [(prompt, self.clip_or_error(prompt, index)) for index, prompt in enumerate(prompts)]
         if self.accelerator.is_main_process:
-            if any(clip is not None for clip in clips.values()):
+            if any(clip is not None for _, clip in clips):
                 folder = self.output_dir / "validation" / f"step-{self.step:06d}"
                 with self.going_on_without("the validation clips"):
                     picture = write_validation(

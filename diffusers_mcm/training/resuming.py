@@ -30,12 +30,14 @@ def identity(
 
 
 def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
-    """What should not change, and is told if it does: data, networks, precision; paths relative to the output.
+    """What should not change, and is told if it does: data, networks, precision, and the number of steps, where the
+    schedule of the rates depends on it; paths relative to the output.
 
-    They may change on purpose: a path, where a folder was moved, the precision on another machine.
+    They may change on purpose: a path, where a folder was moved, the precision on another machine, a run made longer.
     """
     values, sources = config.to_dict(), config.names(source=True)
-    return {
+    length = {} if config.lr_scheduler.startswith("constant") else {"max_train_steps": config.max_train_steps}
+    return length | {
         name: _as_recorded(values[name], output_dir) if name in sources else values[name]
         for name in config.names(resume=TOLD)
     }

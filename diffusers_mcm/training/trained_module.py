@@ -142,6 +142,12 @@ class TrainedModule:
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        # Where the run has another number of steps by now, the next step's rate is that of the schedule as it is.
+        step = self.schedule.last_epoch
+        rates = [full * factor(step) for full, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.schedule._last_lr = rates
 
     def load_average(self, state: dict[str, Any] | None) -> None:
         """Go on with a moving average; it begins at the weights as they are if the run had none so far."""

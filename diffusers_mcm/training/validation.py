@@ -1,5 +1,6 @@
 """Clips sampled while training, to see how far it is."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,19 @@ def sample_clip(networks: TrainingNetworks, config: TrainingConfig, prompt: str,
     return to_uint8(videos[0])
 
 
-def write_validation(folder: Path, clips: dict[str, np.ndarray | None], fps: int) -> np.ndarray:
-    """An mp4 per prompt and one picture of all of them, which is also returned (H, W, 3) uint8; all, or none.
+def write_validation(folder: Path, clips: Sequence[tuple[str, np.ndarray | None]], fps: int) -> np.ndarray:
+    """An mp4 for each prompt and its clip, and one picture of all of them, which is also returned, (H, W, 3) uint8.
 
-    Where there is no clip of a prompt its number stays free.
+    All is written, or nothing. Where there is no clip of a prompt its number stays free; one that comes again, with
+    other noise, has its number in the picture.
     """
-    shown = {prompt: [clip] for prompt, clip in clips.items() if clip is not None}
+    shown: dict[str, list[np.ndarray]] = {}
+    for number, (prompt, clip) in enumerate(clips):
+        if clip is not None:
+            shown[f"{prompt} ({number})" if prompt in shown else prompt] = [clip]
     picture = comparison(shown, [folder.name], frames_per_video=8)
     with room_for("the validation clips", folder), atomic_folder(folder) as temporary:
-        for number, clip in enumerate(clips.values()):
+        for number, (_, clip) in enumerate(clips):
             if clip is not None:
                 write_mp4(temporary / f"{number:02d}.mp4", clip, fps=fps)
         write_image(temporary / "overview.png", picture)

@@ -165,8 +165,8 @@ class Run:
         changed = [name for name in made if record.get(name) != made[name]]
         if changed:
             raise ValueError(
-                f"{self.folder} was begun with other settings ({', '.join(changed)}) than ablate.py has now: name"
-                " another --output, or remove that folder."
+                f"{self.folder} was begun with other settings ({', '.join(changed)}) than are asked for: give those"
+                " it was begun with (--steps, --world), or name another folder."
             )
         return record
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ablate import ROWS, SEEDS, TEACHER, runs, weights_of
+from ablate import STEPS as TRAINED_STEPS
 
 from diffusers_mcm.evaluation.distances import resampled
 from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, motion_measure, video_measure
@@ -187,11 +188,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--rows",
         nargs="+",
+        choices=(*BASELINES, *ROWS),
         default=(*BASELINES, *ROWS),
         metavar="ROW",
         help="of ablate.py, or teacher-ddim, teacher-dpm",
     )
     add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the training (default: 0 1 2)")
+    add("--steps", type=int, default=TRAINED_STEPS, help="of the trainings (default: %(default)s)")
     add("--videos", type=int, default=8, help="of each of the 60 captions (default: 8)")
     add("--resamples", type=int, default=100, help="of the captions (default: 100)")
     add("--batch_size", type=int, default=16, help="videos at once (default: 16)")
@@ -208,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row in BASELINES:
             jobs = [(args.output / f"{row}.json", None)]
         else:
-            finished = [run for run in runs([row], args.seeds, args.runs, args.world) if run.finished()]
+            finished = [run for run in runs([row], args.seeds, args.runs, args.world, args.steps) if run.finished()]
             jobs = [(args.output / f"{row}-{run.seed}.json", run) for run in finished]
         for path, run in jobs:
             record = run.record() if run else {"row": row, **described(BASELINES[row])}

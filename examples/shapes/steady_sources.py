@@ -133,11 +133,16 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=24, help="how many of the held-out captions, one seed each")
     args = p.parse_args()
     captions = spaced(held_out_captions(), args.prompts)
-    found = json.loads(args.output.read_text()) if args.output.exists() else {}
+    kept = json.loads(args.output.read_text()) if args.output.exists() else {}
+    protocol = {"teacher": args.teacher, "mcm": args.mcm, "prompts": args.prompts}
+    if kept and kept.get("protocol") != protocol:
+        p.error(f"{args.output} holds figures of {kept.get('protocol')}, not of {protocol}: name another --output")
+    found = kept.get("rows", {})
     for name, make in rows(Networks({"teacher": args.teacher, "mcm": args.mcm})).items():
         if name not in found:
             found[name] = measure(make, captions, range(len(captions)))
-            write_text(args.output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            content = {"protocol": protocol, "rows": found}
+            write_text(args.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     cells = [(name, {METRICS[m].title: METRICS[m].format(v) for m, v in row.items()}) for name, row in found.items()]
     print(table(cells, [METRICS[metric].title for metric in SHOWN]))
 

@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_goes_on(tiny, in_process, world, tmp_path, capsy
     assert str(tmp_path) not in json.dumps({**record, "stages": None})
     assert not list(parts.rglob("checkpoint-*"))
 
-    with pytest.raises(ValueError, match=r"was begun with other settings \(stages\) than ablate.py has now"):
+    with pytest.raises(ValueError, match=r"was begun with other settings \(stages\) than are asked for"):
         tiny.main(["--world", str(world), "--output", str(tmp_path / "parts"), "--seeds", "1"])
 
 

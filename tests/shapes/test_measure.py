@@ -62,6 +62,25 @@ def test_a_baseline_is_measured_once_and_shown_in_its_table(scripts, tmp_path, c
     )
 
 
+def test_a_row_that_is_none_and_trainings_of_another_length(scripts, tmp_path, capsys):
+    import ablate
+
+    measure, _ = scripts
+    with pytest.raises(SystemExit, match="2"):
+        measure.main(flags(tmp_path, "--rows", "lmc"))
+    assert "invalid choice: 'lmc'" in capsys.readouterr().err
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "build.json").write_text("{}")
+    run = ablate.Run("lcm", 0, tmp_path / "runs", tmp_path / "world", steps=2)
+    run.folder.mkdir(parents=True)
+    run.write(run.how_made())
+    measure.main(flags(tmp_path, "--rows", "lcm", "--steps", 2))  # begun, and not finished
+    with pytest.raises(
+        ValueError, match=r"begun with other settings \(stages\) than are asked for: give those .*--steps"
+    ):
+        measure.main(flags(tmp_path, "--rows", "lcm"))
+
+
 def test_another_protocol_is_refused(scripts, tmp_path):
     measure, _ = scripts
     (tmp_path / "out").mkdir()

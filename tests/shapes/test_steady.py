@@ -76,6 +76,23 @@ def test_truth_is_all_right_and_steadier_than_a_shuffled_one(script):
     assert changing["wobble"] > 3 * truth["wobble"] and changing["identity_kept"] == 0
 
 
+def test_figures_of_another_model_are_not_shown_as_this_ones(script, tmp_path, monkeypatch, capsys):
+    sources = script("steady_sources")
+    monkeypatch.setattr(sources, "rows", lambda networks: {"rendered, clean": sources.rendered("clean")})
+    command = ["steady_sources.py", "--output", str(tmp_path / "found.json"), "--prompts", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    sources.main()
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(sources, "measure", lambda *_: pytest.fail("it is there"))
+    sources.main()
+    assert capsys.readouterr().out == shown and "rendered, clean" in shown
+    for other in (["--mcm", "mine"], ["--prompts", "2"]):
+        monkeypatch.setattr("sys.argv", [*command, *other])
+        with pytest.raises(SystemExit, match="2"):
+            sources.main()
+        assert "name another --output" in capsys.readouterr().err
+
+
 TWO_SHAPES = ("square", "triangle")
 
 

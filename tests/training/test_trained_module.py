@@ -87,6 +87,27 @@ def test_steps_that_fp16_skips_are_counted_in_a_row():
         part.count_step(float("inf"), 99)
 
 
+@pytest.mark.parametrize("made", [3, 10])
+def test_the_first_step_of_a_run_made_longer_has_the_rate_of_the_longer_schedule(made):
+    def run(steps, length):
+        flags = dict(max_train_steps=length, lr_warmup_steps=0, learning_rate=1.0, scale_lr=False)
+        part = build_trained(TrainingConfig(**REQUIRED, **flags))
+        for _ in range(steps):
+            part.optimizer.step()
+            part.schedule.step()
+        return part
+
+    state = run(made, 10).state()
+    for length in (10, 20):
+        resumed, expected = run(0, length), run(made, length)
+        resumed.load(state)
+        for _ in range(2):
+            assert resumed.optimizer.param_groups[0]["lr"] == resumed.rate == expected.rate
+            for part in (resumed, expected):
+                part.optimizer.step()
+                part.schedule.step()
+
+
 def test_what_is_frozen_from_the_start_is_not_trained():
     config = dataclasses.replace(TrainingConfig(**REQUIRED), learning_rate=1.0)
     module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))

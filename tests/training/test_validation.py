@@ -16,7 +16,7 @@ PLAIN = dict(lambda_adv=0.0, image_data=None)  # losses that do not ask the VAE'
 
 
 def test_validation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    clips = {prompt: np.zeros((2, 16, 16, 3), dtype=np.uint8) for prompt in ("a cat", "a dog")}
+    clips = [(prompt, np.zeros((2, 16, 16, 3), dtype=np.uint8)) for prompt in ("a cat", "a dog")]
     folder = tmp_path / "validation" / "step-000001"
     assert write_validation(folder, clips, 8).ndim == 3
     assert sorted(path.name for path in folder.iterdir()) == ["00.mp4", "01.mp4", "overview.png"]
@@ -30,10 +30,18 @@ def test_validation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
 
 
+def test_a_prompt_that_comes_again_has_a_clip_of_its_own(tmp_path):
+    clips = [("a cat", np.full((2, 16, 16, 3), level, dtype=np.uint8)) for level in (0, 200)]
+    picture = write_validation(tmp_path / "step", clips, 8)
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["00.mp4", "01.mp4", "overview.png"]
+    assert (tmp_path / "step" / "00.mp4").read_bytes() != (tmp_path / "step" / "01.mp4").read_bytes()
+    assert len(picture) > len(write_validation(tmp_path / "one", clips[:1], 8))
+
+
 def test_a_prompt_without_a_clip_keeps_its_number_free(tmp_path):
     clip = np.zeros((2, 16, 16, 3), dtype=np.uint8)
-    alone = write_validation(tmp_path / "one", {"a dog": clip}, 8)
-    both = write_validation(tmp_path / "two", {"a cat": None, "a dog": clip}, 8)
+    alone = write_validation(tmp_path / "one", [("a dog", clip)], 8)
+    both = write_validation(tmp_path / "two", [("a cat", None), ("a dog", clip)], 8)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01.mp4", "overview.png"]
     assert both.shape == alone.shape
 
