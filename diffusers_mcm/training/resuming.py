@@ -74,13 +74,16 @@ def check_identity(recorded: str, now: dict[str, Any], folder: Path) -> None:
 
 def told_changes(then: dict[str, Any], now: dict[str, Any], folder: Path) -> str | None:
     """What to warn of: circumstances that are not what they were; None if nothing is known to have changed."""
-    then = TrainingConfig.renamed(then)
-    if not (changed := _changes(then, now)):
-        return None
-    return (
-        f"The run in {folder} goes on with something else than it was begun with: {changed}. If it is not the same "
-        "under another name, what comes out is no longer one run's; a new one takes another --output_dir."
-    )
+    then, told = TrainingConfig.renamed(then), []
+    length = {name: now[name] for name in ("max_train_steps",) if name in now}
+    if changed := _changes(then, {name: value for name, value in now.items() if name not in length}):
+        told.append(
+            f"The run in {folder} goes on with something else than it was begun with: {changed}. If it is not the "
+            "same under another name, what comes out is no longer one run's; a new one takes another --output_dir."
+        )
+    if changed := _changes(then, length):
+        told.append(f"{changed}: from here on the learning rates are those of a schedule of that length.")
+    return " ".join(told) or None
 
 
 def check_data(then: dict[str, Any], now: dict[str, Any], folder: Path, skipped: list[str]) -> None:

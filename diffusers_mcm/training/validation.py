@@ -58,7 +58,10 @@ def write_validation(folder: Path, clips: Sequence[tuple[str, np.ndarray | None]
     shown: dict[str, list[np.ndarray]] = {}
     for number, (prompt, clip) in enumerate(clips):
         if clip is not None:
-            shown[f"{prompt} ({number})" if prompt in shown else prompt] = [clip]
+            label = prompt
+            while label in shown:
+                label += f" ({number})"
+            shown[label] = [clip]
     picture = comparison(shown, [folder.name], frames_per_video=8)
     with room_for("the validation clips", folder), atomic_folder(folder) as temporary:
         for number, (_, clip) in enumerate(clips):

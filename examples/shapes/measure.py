@@ -213,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             finished = [run for run in runs([row], args.seeds, args.runs, args.world, args.steps) if run.finished()]
             jobs = [(args.output / f"{row}-{run.seed}.json", run) for run in finished]
+            if not jobs:
+                print(f"{row}: no training with these seeds is finished in {args.runs}")
         for path, run in jobs:
             record = run.record() if run else {"row": row, **described(BASELINES[row])}
             if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["run"] == record:

@@ -15,6 +15,7 @@ import torch
 
 from diffusers_mcm import MCMScheduler, make_scheduler
 from diffusers_mcm.files import write_text
+from diffusers_mcm.location import Location
 from diffusers_mcm.scheduler import MCMSchedulerOutput
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced
 from diffusers_mcm.shapes.methods import Networks
@@ -135,6 +136,7 @@ def main() -> None:
     captions = spaced(held_out_captions(), args.prompts)
     kept = json.loads(args.output.read_text()) if args.output.exists() else {}
     protocol = {"teacher": args.teacher, "mcm": args.mcm, "prompts": args.prompts}
+    protocol["weights"] = [Location.of(name).version() for name in (args.teacher, args.mcm)]
     if kept and kept.get("protocol") != protocol:
         p.error(f"{args.output} holds figures of {kept.get('protocol')}, not of {protocol}: name another --output")
     found = kept.get("rows", {})

@@ -75,6 +75,7 @@ def test_a_row_that_is_none_and_trainings_of_another_length(scripts, tmp_path, c
     run.folder.mkdir(parents=True)
     run.write(run.how_made())
     measure.main(flags(tmp_path, "--rows", "lcm", "--steps", 2))  # begun, and not finished
+    assert "lcm: no training with these seeds is finished" in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=r"begun with other settings \(stages\) than are asked for: give those .*--steps"
     ):

@@ -86,7 +86,7 @@ def test_figures_of_another_model_are_not_shown_as_this_ones(script, tmp_path, m
     monkeypatch.setattr(sources, "measure", lambda *_: pytest.fail("it is there"))
     sources.main()
     assert capsys.readouterr().out == shown and "rendered, clean" in shown
-    for other in (["--mcm", "mine"], ["--prompts", "2"]):
+    for other in (["--mcm", "mcm-shapes-teacher"], ["--prompts", "2"]):
         monkeypatch.setattr("sys.argv", [*command, *other])
         with pytest.raises(SystemExit, match="2"):
             sources.main()

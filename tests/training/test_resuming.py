@@ -34,7 +34,6 @@ def test_a_component_that_lies_elsewhere_is_known_by_its_place(tmp_path):
         (dict(ema_decay=0.5), "ema_decay was 0.5, is 0.0"),
         (dict(allow_tf32=True), "allow_tf32 was True, is False"),
         (dict(cache_dtype="bf16"), "cache_dtype was bf16, is exact"),
-        (dict(max_train_steps=10, lr_warmup_steps=0), "max_train_steps was 10, is 30000"),
     ],
 )
 def test_a_flag_that_is_left_out_of_the_command_that_goes_on_is_told(tmp_path, flags, message):
@@ -43,7 +42,10 @@ def test_a_flag_that_is_left_out_of_the_command_that_goes_on_is_told(tmp_path, f
     assert f"begun with: {message}. If" in told_changes(then, circumstances(config(), tmp_path), tmp_path)
 
 
-def test_a_run_at_a_constant_rate_may_be_made_longer(tmp_path):
+def test_a_run_made_longer_is_told_where_its_rates_depend_on_its_length(tmp_path):
+    then = circumstances(config(max_train_steps=10, lr_warmup_steps=0), tmp_path)
+    told = told_changes(then, circumstances(config(lr_warmup_steps=0), tmp_path), tmp_path)
+    assert told.startswith("max_train_steps was 10, is 30000: from here on the learning rates are")
     flags = dict(lr_scheduler="constant_with_warmup", lr_warmup_steps=0)
     then = circumstances(config(**flags, max_train_steps=10), tmp_path)
     assert told_changes(then, circumstances(config(**flags), tmp_path), tmp_path) is None

@@ -31,11 +31,18 @@ def test_validation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_comes_again_has_a_clip_of_its_own(tmp_path):
-    clips = [("a cat", np.full((2, 16, 16, 3), level, dtype=np.uint8)) for level in (0, 200)]
+    prompts = ("a cat (2)", "a cat", "a cat")
+    clips = [(prompt, np.full((2, 16, 16, 3), 99 * n, dtype=np.uint8)) for n, prompt in enumerate(prompts)]
     picture = write_validation(tmp_path / "step", clips, 8)
-    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["00.mp4", "01.mp4", "overview.png"]
-    assert (tmp_path / "step" / "00.mp4").read_bytes() != (tmp_path / "step" / "01.mp4").read_bytes()
-    assert len(picture) > len(write_validation(tmp_path / "one", clips[:1], 8))
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [
+        "00.mp4",
+        "01.mp4",
+        "02.mp4",
+        "overview.png",
+    ]
+    assert (tmp_path / "step" / "01.mp4").read_bytes() != (tmp_path / "step" / "02.mp4").read_bytes()
+    one, two = (len(write_validation(tmp_path / f"{n}", clips[:n], 8)) for n in (1, 2))
+    assert len(picture) - two == two - one > 0
 
 
 def test_a_prompt_without_a_clip_keeps_its_number_free(tmp_path):
