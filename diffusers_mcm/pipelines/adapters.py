@@ -363,8 +363,11 @@ class LoRAVerbs(FusingVerbs):
     def _load_adapters(self, location: Location) -> None:
         """Undo `_save_adapters`."""
         state = location.json(ADAPTERS_FILE)
-        if state is None:
-            return
+        if state is not None:
+            self._restore_adapters(location, state)
+
+    def _restore_adapters(self, location: Location, state: Mapping[str, Any]) -> None:
+        """Load the adapters that a pipeline was saved with, and set them as `_adapters_state` says."""
         for name in state["adapters"]:
             place = location.inside(f"{ADAPTERS_FOLDER}/{name}")
             loras = self._read_adapter(place)

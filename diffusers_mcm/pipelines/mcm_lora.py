@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin
 from ..location import Location
 from ..lora import LoRA, LoRAPair, read_loras
 from ..settings import SAMPLING_KEYS, SamplingDefaults
-from .adapters import ADAPTERS_FILE, LoRAVerbs
+from .adapters import LoRAVerbs
 from .sole_use import is_sampling
 
 logger = logging.getLogger(__name__)
@@ -174,10 +174,9 @@ class MCMLoRAVerbs(LoRAVerbs):
             state["mcm_lora"] = {"adapter": self._brought.name, "own_scheduler": config, "own_defaults": defaults}
         return state
 
-    def _load_adapters(self, location: Location) -> None:
-        super()._load_adapters(location)
-        saved = (location.json(ADAPTERS_FILE) or {}).get("mcm_lora")
-        if saved is not None:
+    def _restore_adapters(self, location: Location, state: Mapping[str, Any]) -> None:
+        super()._restore_adapters(location, state)
+        if (saved := state.get("mcm_lora")) is not None:
             name, own_scheduler = saved["adapter"], self._scheduler_of(saved["own_scheduler"])
             config, defaults = self._adapters.schedulers.get(name), self._settings(name).sampling.known()
             self._brought = Brought(name, config, defaults, own_scheduler, saved["own_defaults"])

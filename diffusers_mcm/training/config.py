@@ -68,7 +68,7 @@ class TrainingConfig(MethodConfig):
         help="Where components of the teacher lie that are not in its own repository, as name=repository: for "
         "AnimateDiff motion_adapter=... Default: the base model's.",
         many=True,
-        **_source,
+        resume=TOLD,
     )
     discriminator_features: str = _model(
         "facebook/dinov2-small", help="DINOv2 network whose frozen features the discriminator reads.", **_source

@@ -35,7 +35,7 @@ def circumstances(config: TrainingConfig, output_dir: Path) -> dict[str, Any]:
 
     They may change on purpose: a path, where a folder was moved, the precision on another machine, a run made longer.
     """
-    values, sources = config.to_dict(), config.names(source=True)
+    values, sources = config.to_dict(), {*config.names(source=True), "extra_repositories"}
     length = {} if config.lr_scheduler.startswith("constant") else {"max_train_steps": config.max_train_steps}
     return length | {
         name: _as_recorded(values[name], output_dir) if name in sources else values[name]
