@@ -290,13 +290,18 @@ def check_whole(network: Any, where: str) -> None:
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `hf_hub_download` among those of a place."""
-    if options.get("use_safetensors", True) is False:
-        raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
+    refuse_pickled(options.get("use_safetensors"))
     for name in options:
         if name not in (*HUB_OPTIONS, *_WITHOUT_EFFECT):
             known = ", ".join(["subfolder", "revision", "weight_name", *HUB_OPTIONS])
             raise TypeError(f"Unknown option {name!r} of a place to load from; there are {known}.")
     return {name: value for name, value in options.items() if name in HUB_OPTIONS}
+
+
+def refuse_pickled(use_safetensors: bool | None) -> None:
+    """`ValueError` if diffusers' option asks for pickled weights; `None` leaves open which."""
+    if use_safetensors is not None and not use_safetensors:
+        raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:

@@ -75,9 +75,9 @@ class LoRAVerbs(FusingVerbs):
         names = {name: list(getattr(network, "peft_config", {})) for name, network in self._networks.items()}
         return {name: adapters for name, adapters in names.items() if adapters}
 
-    def _networks_of(self, name: str) -> dict[str, nn.Module]:
-        """The networks that an adapter lies on."""
-        return {key: self._networks[key] for key, names in self.get_list_adapters().items() if name in names}
+    def _networks_of(self, *names: str) -> dict[str, nn.Module]:
+        """The networks that one of these adapters lies on, or several."""
+        return {key: self._networks[key] for key, loaded in self.get_list_adapters().items() if {*names} & {*loaded}}
 
     @property
     def fused_loras(self) -> set[str]:

@@ -88,7 +88,7 @@ class FusingVerbs(DifferenceVerbs):
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         if not names or not self._lora_enabled:
             raise ValueError("There is no active LoRA to fuse; is one loaded, and switched on?")
-        self._require_at_hand("fuse", [component for name in names for component in self._networks_of(name)])
+        self._require_at_hand("fuse", self._networks_of(*names))
         if self._call_scale != 1.0:
             raise ValueError("Cannot fuse the LoRA in a call that has a `lora_scale`; fuse it before.")
         self._require_fusible(names)
@@ -117,7 +117,7 @@ class FusingVerbs(DifferenceVerbs):
         """Undo `fuse_lora`: the base weights are bit for bit what they were, the adapters active as before."""
         if fused := self._adapters.fused:
             require_unfused(self._networks.values())
-            self._require_at_hand("unfuse", [component for name in fused for component in self._networks_of(name)])
+            self._require_at_hand("unfuse", self._networks_of(*fused))
             self._require_called("take the LoRA out", self._layers)
         self._adapters.fused = {}
         self._restore()
@@ -146,7 +146,7 @@ class FusingVerbs(DifferenceVerbs):
 
     def _mark(self, names: Iterable[str]) -> None:
         """Have the networks that adapters lie on say that these are fused, to pipelines that share some of them."""
-        networks = {component: network for name in names for component, network in self._networks_of(name).items()}
+        networks = self._networks_of(*names)
         self._adapters.mark, self._adapters.marked = object(), len(networks)
         for network in networks.values():
             network._mcm_fused = self._adapters.mark

@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import nn
 
 from ..base_models import BaseModel, infer_base_model
-from ..location import HUB_OPTIONS, Location, check_whole
+from ..location import HUB_OPTIONS, Location, check_whole, refuse_pickled
 from ..lora import LoRA, LoRAPair, find_pair, read_loras
 from ..settings import SAMPLING_KEYS
 from . import checks, loading
@@ -208,10 +208,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         elsewhere = {name: recorded.get(name, place) for name, place in elsewhere.items()}
         if location.is_file and lora is not None and kwargs.get("config") is None:
             kwargs["config"] = loading.checkpoint_config(lora, location.options)
-        if kwargs.get("use_safetensors") is None:  # which in diffusers means: where there are some
-            kwargs["use_safetensors"] = True
-        if not kwargs["use_safetensors"]:
-            raise ValueError("`use_safetensors=False` was given, but pickled weights are not read.")
+        refuse_pickled(kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True
         with location.never_pickled():
             pipeline = pipeline_class._load_components(location, index, elsewhere, **kwargs)
         if saved:  # what LoRAs record as their base model: not the folder in the cache
