@@ -168,6 +168,17 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         return cls._load_with_lora(read_loras(location), adapter_name, *base, kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> MCMPipeline:
+        """Make a pipeline of another, with its components, as diffusers does.
+
+        LoRAs that lie on the networks are loaded in both; the new pipeline also samples as the last of them says.
+        """
+        made = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, MCMPipeline) and made.denoiser is pipeline.denoiser:
+            made._brought, made.motion_model = pipeline._brought, pipeline.motion_model
+        return made
+
+    @classmethod
     def _load_with_lora(
         cls,
         read: LoRA | LoRAPair,

@@ -54,7 +54,7 @@ def sampled(pipe):
 
 
 # --- one after another -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("way", ["beside", "after unloading", "saved in between"])
+@pytest.mark.parametrize("way", ["beside", "after unloading", "saved in between", "in a pipeline made of the other"])
 def test_a_lora_that_says_nothing_is_sampled_as_it_is_alone(world, tmp_path, way):
     pipe = MCMPipeline.from_pretrained(world / "a", adapter_name="a")
     if way == "after unloading":
@@ -62,6 +62,9 @@ def test_a_lora_that_says_nothing_is_sampled_as_it_is_alone(world, tmp_path, way
     if way == "saved in between":
         pipe.save_pretrained(tmp_path / "whole")
         pipe = MCMPipeline.from_pretrained(tmp_path / "whole")
+        assert sampled(pipe) == (8.0, 2, 5)
+    if way == "in a pipeline made of the other":
+        pipe = type(pipe).from_pipe(pipe)
         assert sampled(pipe) == (8.0, 2, 5)
     pipe.load_mcm_lora(bare(world / "b"), "b")
     alone = MCMPipeline.from_pretrained(world / "base")
