@@ -6,11 +6,13 @@
 A row that stands in several tables is trained once. Each run is a folder `ROW/seed-N` with its LoRA, its log, and
 `run.json`, which says how it was made; one that was stopped goes on from its checkpoint when it is started again.
 Several calls may work on one folder at the same time: a run that another one is training is passed over.
+With `--cache` what is trained is the same but for the last digits, and a quarter of a step's work is done once.
 """
 
 import argparse
 import fcntl
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -117,6 +119,14 @@ def weights_of(packaged: str) -> dict[str, str]:
     return {file.parent.name: sha256(file) for file in sorted((PACKAGED_FOLDER / packaged).glob("*/*.safetensors"))}
 
 
+def how_built(world: Path) -> dict[str, Any]:
+    """What `diffusers-mcm shapes build` says of a world."""
+    build = world / "build.json"
+    if not build.is_file():
+        raise ValueError(f"{world} is not a built world: make one with diffusers-mcm shapes build {world}.")
+    return json.loads(build.read_text())
+
+
 @dataclass(frozen=True)
 class Run:
     """One row, trained with one seed."""
@@ -126,6 +136,7 @@ class Run:
     output: Path
     world: Path
     steps: int = STEPS
+    cache: Path | None = None  # where what is encoded of the world is kept for all runs
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}"
@@ -146,14 +157,21 @@ class Run:
         """Where a stage is trained; the last one is in the run's own folder."""
         return self.folder if number == len(self.stages) - 1 else self.folder / f"stage-{number + 1}"
 
+    def cached(self, number: int) -> Flags:
+        """The flags by which a stage reads what was encoded before, in a folder for each seed; none without a cache.
+
+        Of a video there are as many clips as the training has epochs, so that each sees judged frames of its own.
+        """
+        if self.cache is None:
+            return {}
+        stage = self.stages[number]
+        epochs = math.ceil(self.steps * stage["train_batch_size"] / how_built(self.world)["num_videos"])
+        folder = self.cache / f"seed-{self.seed}" / stage["video_data"]
+        return dict(cache_latents=folder, windows_per_clip=1 if stage.get("num_frames") == 1 else epochs)
+
     def how_made(self) -> dict[str, Any]:
         """What decides the LoRA, as `run.json` says it."""
-        build = self.world / "build.json"
-        if not build.is_file():
-            raise ValueError(
-                f"{self.world} is not a built world: make one with diffusers-mcm shapes build {self.world}."
-            )
-        made = dict(row=self.row, seed=self.seed, stages=self.stages, world=json.loads(build.read_text()))
+        made = dict(row=self.row, seed=self.seed, stages=self.stages, world=how_built(self.world))
         return json.loads(json.dumps(made))  # as it is read again: a tuple is a list there
 
     def record(self) -> dict[str, Any] | None:
@@ -183,9 +201,16 @@ class Run:
         return [json.loads(line) for file in files if file.is_file() for line in file.open(encoding="utf-8")]
 
 
-def runs(rows: Sequence[str], seeds: Sequence[int], output: Path, world: Path, steps: int = STEPS) -> list[Run]:
+def runs(
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    world: Path,
+    steps: int = STEPS,
+    cache: Path | None = None,
+) -> list[Run]:
     """The runs in the order in which they are trained: all rows with one seed, then with the next."""
-    return [Run(row, seed, output, world, steps) for seed in seeds for row in ROWS if row in rows]
+    return [Run(row, seed, output, world, steps, cache) for seed in seeds for row in ROWS if row in rows]
 
 
 def words(flags: Flags) -> list[str]:
@@ -201,12 +226,21 @@ def words(flags: Flags) -> list[str]:
 
 def command(run: Run, number: int) -> list[str]:
     """The command line of one stage of a run."""
-    flags = run.stages[number]
+    flags = run.stages[number] | run.cached(number)
     flags |= {name: run.world / flags[name] for name in ("video_data", "image_data") if name in flags}
     flags["output_dir"] = run.stage_folder(number)
     if number:
         flags["pretrained_lora"] = run.stage_folder(number - 1)
     return [sys.executable, str(SCRIPT), *words(flags)]
+
+
+def encoding(run: Run, number: int) -> list[str]:
+    """The command line that encodes what a stage reads, of videos the frames that an adversary judges too."""
+    flags = run.stages[number] | run.cached(number)
+    if flags.get("num_frames") != 1:
+        flags = {name: value for name, value in (flags | ADVERSARY).items() if name != "image_data"}
+    flags["video_data"] = run.world / flags["video_data"]
+    return [sys.executable, "-m", "diffusers_mcm", "encode", *words(flags)]
 
 
 @contextmanager
@@ -222,6 +256,15 @@ def alone(run: Run) -> Iterator[int | None]:
         yield lock.fileno()
 
 
+@contextmanager
+def one_at_a_time(cache: Path) -> Iterator[None]:
+    """Wait until nobody else encodes into a cache."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def train(run: Run, lock: int) -> None:
     """Train what is missing of a run; CalledProcessError if that fails, with the reason in its `output.txt`.
 
@@ -232,9 +275,11 @@ def train(run: Run, lock: int) -> None:
     for number in range(len(run.stages)):
         if not (run.stage_folder(number) / WEIGHTS_NAME).is_file():  # which is written last
             with (run.folder / "output.txt").open("a") as output:
-                subprocess.run(
-                    command(run, number), check=True, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock,)
-                )
+                options: dict[str, Any] = dict(check=True, stdout=output, stderr=subprocess.STDOUT)
+                if run.cache is not None:
+                    with one_at_a_time(run.cache):
+                        subprocess.run(encoding(run, number), **options)
+                subprocess.run(command(run, number), pass_fds=(lock,), **options)
     run.write(record | results(run))
     for checkpoint in run.folder.glob("**/checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -251,6 +296,7 @@ def results(run: Run) -> dict[str, Any]:
         seconds=round(sum(row["seconds"] for row in ends), 1),
         losses=losses,
         sha256=sha256(run.folder / WEIGHTS_NAME),
+        cached=run.cache is not None,
         versions={name: version(name) for name in ("torch", "diffusers", "peft")},
     )
 
@@ -291,6 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the training (default: 0 1 2)")
     add("--steps", type=int, default=STEPS, help="of each run, its stages together (default: %(default)s)")
+    add("--cache", type=Path, help="encode each clip once for all runs of a seed, and keep that in this folder")
     add("--processes", type=int, choices=(1, 2), default=1, help="how many runs are trained side by side")
     add("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     add("--list", action="store_true", help="say what is there and what is missing, and train nothing")
@@ -299,7 +346,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    wanted = runs(args.rows, args.seeds, args.output.resolve(), args.world.resolve(), args.steps)
+    cache = None if args.cache is None else args.cache.resolve()
+    wanted = runs(args.rows, args.seeds, args.output.resolve(), args.world.resolve(), args.steps, cache)
     if args.list:
         print("\n".join(told(run) for run in wanted))
         return

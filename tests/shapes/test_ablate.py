@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusers_mcm.distillation.motion import MOTION_REPRESENTATIONS
 from diffusers_mcm.shapes.build import build
 from diffusers_mcm.training.arguments import parse_config
+from diffusers_mcm.training.encoding import encode
 from diffusers_mcm.training.loop import Trainer
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
@@ -56,7 +58,10 @@ def in_process(monkeypatch):
 
     def run(command, **options):
         AcceleratorState._reset_state(reset_partial_state=True)
-        Stopping(parse_config(command[2:])).train()
+        if command[1:4] == ["-m", "diffusers_mcm", "encode"]:
+            encode(parse_config(command[4:]))
+        else:
+            Stopping(parse_config(command[2:])).train()
 
     monkeypatch.setattr(subprocess, "run", run)
     yield stop_at
@@ -153,6 +158,34 @@ def test_a_run_that_was_stopped_goes_on(tiny, in_process, world, tmp_path, capsy
 
     with pytest.raises(ValueError, match=r"was begun with other settings \(stages\) than are asked for"):
         tiny.main(["--world", str(world), "--output", str(tmp_path / "parts"), "--seeds", "1"])
+
+
+def test_what_was_encoded_serves_all_rows_of_a_seed_and_trains_the_same(tiny, in_process, world, tmp_path):
+    def call(output, *rows_and_flags):
+        flags = ["--world", world, "--output", tmp_path / output, "--seeds", 1, "--steps", 4, "--rows"]
+        tiny.main([str(word) for word in (*flags, *rows_and_flags)])
+        return tmp_path / output
+
+    def kept():
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
+
+    cache = ["--cache", tmp_path / "cache"]
+    plain, cached = call("plain", "two-stage-clean"), call("cached", "two-stage-clean", *cache)
+    before = kept()
+    assert {file.parent.relative_to(tmp_path / "cache").as_posix() for file in before} == {
+        "seed-1/images/clean",
+        "seed-1/videos",
+    }
+    call("cached", "mcd", *cache)  # which judges frames
+    clips = {file: time for file, time in kept().items() if file in before}
+    assert clips == before
+    records = [json.loads((folder / "two-stage-clean/seed-1/run.json").read_text()) for folder in (plain, cached)]
+    assert [record["cached"] for record in records] == [False, True] and records[0]["stages"] == records[1]["stages"]
+    folders = [folder / "two-stage-clean/seed-1" for folder in (plain, cached)]
+    weights, same = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders)
+    # a clip is encoded alone there, and in a batch otherwise; Adam's first steps make much of the last digits
+    assert all(torch.allclose(weights[key], same[key], atol=2e-5, rtol=1e-3) for key in weights)
+    assert any(weights[key].any() for key in weights)
 
 
 def test_a_stage_is_a_process_that_holds_the_runs_lock(tiny, world, tmp_path, monkeypatch):
