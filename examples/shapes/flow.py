@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablate import ADVERSARY, RECIPE, words
+from ablate import ADVERSARY, RECIPE, Flags, words
 from flow_teacher import write_repository
 from scoring import FlowNetworks, add_scores
 
@@ -60,12 +60,18 @@ def check_settings(args: argparse.Namespace) -> None:
     write_text(file, json.dumps(settings) + "\n")
 
 
+def encoded_once(args: argparse.Namespace) -> Flags:
+    """The flags by which all trainings read the videos from one cache; of a video of 16 frames there is one clip."""
+    return dict(cache_latents=args.output / "cache", windows_per_clip=1)
+
+
 def train(weight: float, args: argparse.Namespace) -> None:
     """Distil the flow teacher into a LoRA, unless there is one already."""
     folder = args.output / f"adv-{weight}"
     flags = RECIPE | ADVERSARY | dict(lambda_adv=weight, lambda_real=0.9, motion="learnable", shift=args.shift)
     flags |= dict(pretrained_teacher_model=args.output / "teacher", video_data=args.world / "videos", seed=args.seed)
     flags |= dict(image_data=args.world / "images" / "clean", output_dir=folder, max_train_steps=args.steps)
+    flags |= encoded_once(args)
     if not (folder / WEIGHTS_NAME).is_file():
         subprocess.run([sys.executable, str(DISTIL), *words(flags)], check=True)
 
@@ -76,7 +82,7 @@ def train_in_full(args: argparse.Namespace) -> None:
     if not (folder / WEIGHTS_NAME).is_file():
         paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun
         environment = os.environ | {"TEACHER": str(args.output / "teacher"), "SCRIPT": str(DISTIL), "PATH": paths}
-        flags = words(dict(shift=args.shift, seed=args.seed, report_to="none"))
+        flags = words(dict(shift=args.shift, seed=args.seed, report_to="none") | encoded_once(args))
         command = ["sh", str(DISTIL.parent / "distil.sh"), "mcm", str(args.world), str(folder), *flags]
         subprocess.run(command, env=environment, check=True)
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes the miniature Wan, step by step: sh examples/shapes/wan.sh WORK [vae, to stop after the autoencoder]
-# What is done is not done again, and what was stopped goes on from its checkpoint. WORK holds world, data, models, logs.
+# What is done is not done again, and what was stopped goes on from its checkpoint. WORK holds world, data, models, logs,
+# and the cache of what both LoRAs' trainings encode.
 set -e
 work=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -34,7 +35,7 @@ for method in mcm lcm; do
   if [ ! -e "$lora/pytorch_lora_weights.safetensors" ]; then
     echo "$(date '+%F %T') $method -> $lora"
     export FIRST=800 SECOND=1200 TEACHER="$teacher" PATH="$(dirname "$(command -v "$python")"):$PATH"
-    sh "$here/distil.sh" "$method" "$work/world" "$lora"
+    sh "$here/distil.sh" "$method" "$work/world" "$lora" --cache_latents "$work/cache" --windows_per_clip 1
     measure
   fi
 done
