@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         dest="video_networks",
         metavar="ROW",
-        help="i3d=FILE, vjepa2, videomae, each with =weights (default: videomae)",
+        help="i3d=FILE, i3d-eps1e-3=FILE, vjepa2, videomae, each with =weights (default: videomae)",
     )
     protocol(
         "--frame_network",

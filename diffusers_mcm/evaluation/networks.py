@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from .i3d import INPUT_SIZE, MIN_FRAMES, InceptionI3d
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 CLIP_SOURCE = "openai/clip-vit-base-patch16"
+INCEPTION_NAME = "fid_inception.safetensors"  # in a repository with weights of other networks besides
 # What a configuration says of where it was read, and by what.
 _NOT_OF_THE_NETWORK = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
@@ -103,12 +105,11 @@ def _normalisation(name: str) -> dict[str, Any]:
     return {"mean": said.get("image_mean", IMAGENET_MEAN), "std": said.get("image_std", IMAGENET_STD)}
 
 
-def load_i3d(name: str) -> Features:
-    """The 400 logits of Inception-I3D, which FVD is computed on."""
-    return Features(
-        InceptionI3d.from_pretrained(name), lambda model, x: model(x), layer="400 logits, eps 1e-5", size=INPUT_SIZE,
-        least=MIN_FRAMES,
-    )  # fmt: skip
+def load_i3d(name: str, eps: str = "1e-5") -> Features:
+    """The 400 logits of Inception-I3D, which FVD is computed on; `eps` is that of its batch normalisation, as said."""
+    model = InceptionI3d.from_pretrained(name, float(eps))
+    layer = f"400 logits, eps {eps}"
+    return Features(model, lambda model, x: model(x), layer=layer, size=INPUT_SIZE, least=MIN_FRAMES)
 
 
 def load_vjepa2(name: str) -> Features:
@@ -225,7 +226,10 @@ def load_inception(name: str) -> Features:
             f"the features 'inception' are those of torch-fidelity, which cannot be imported ({error}): install"
             " torch-fidelity and the torchvision that belongs to your torch, or take dinov2 or clip"
         ) from error
-    state = load_file(Location.of(name).lora_file())
+    file = Location.of(name).find_lora_file(INCEPTION_NAME)
+    if file is None:
+        raise ValueError(f"expected {INCEPTION_NAME}, or one .safetensors file alone, in {name}: there is none")
+    state = load_file(file)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "inception.pth")
         torch.save(state, path)
@@ -244,13 +248,14 @@ def load_inception(name: str) -> Features:
 
 VIDEO_NETWORKS = {
     "i3d": Network(load_i3d, None),  # FVD's own
+    "i3d-eps1e-3": Network(partial(load_i3d, eps="1e-3"), None),  # as the original's batch normalisation
     "vjepa2": Network(load_vjepa2, "facebook/vjepa2-vitl-fpc64-256"),
     "videomae": Network(load_videomae, "MCG-NJU/videomae-base-ssv2"),
 }
 FRAME_NETWORKS = {
     "dinov2": Network(load_dinov2, "facebook/dinov2-base"),
     "clip": Network(load_clip, CLIP_SOURCE),  # what CMMD is defined on
-    "inception": Network(load_inception, "nikhilr01/sen-bridge-weights"),  # FID's own
+    "inception": Network(load_inception, "nikhilr01/sen-bridge-weights"),  # FID's own, beside those of LPIPS
 }
 
 

@@ -8,11 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_file
 from .metrics import Column
+from .page import REFERENCE
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 62, 16, 34, 44
 LEGEND_LINE, PER_ROW = 18, 3
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-
+TRUTH_COLOUR = "#aaaaaa"
 
 Values = Mapping[str, float | None]
 
@@ -40,16 +41,19 @@ def draw(
         return
     font = ImageFont.load_default(size=12)
     per_row = min(PER_ROW, len(shown))
-    size = (per_row * WIDTH, -(-len(shown) // per_row) * HEIGHT + LEGEND_LINE * len(series) + 8)
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(series)}
+    known = [(name, colour, 3) for name, colour in colours.items()]
+    if any(truth.get(column.key) is not None for column in shown):
+        known.append((REFERENCE, TRUTH_COLOUR, 2))
+    size = (per_row * WIDTH, -(-len(shown) // per_row) * HEIGHT + LEGEND_LINE * len(known) + 8)
     picture = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(picture)
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(series)}
     for number, column in enumerate(shown):
         corner = (number % per_row * WIDTH, number // per_row * HEIGHT)
         _chart(canvas, font, corner, column, points[column], colours, truth.get(column.key))
-    for number, (name, colour) in enumerate(colours.items()):
-        y = size[1] - LEGEND_LINE * (len(series) - number)
-        canvas.line([(LEFT, y + 7), (LEFT + 24, y + 7)], fill=colour, width=3)
+    for number, (name, colour, width) in enumerate(known):
+        y = size[1] - LEGEND_LINE * (len(known) - number)
+        canvas.line([(LEFT, y + 7), (LEFT + 24, y + 7)], fill=colour, width=width)
         canvas.text((LEFT + 32, y), name, fill="black", font=font)
     with atomic_file(path) as temporary:
         picture.save(temporary, format="PNG")
@@ -83,7 +87,7 @@ def _chart(
     canvas.rectangle([x0, y0, x1, y1], outline="#888888")
     if truth is not None:
         y = place(steps[0], truth)[1]
-        canvas.line([(x0, y), (x1, y)], fill="#aaaaaa", width=2)
+        canvas.line([(x0, y), (x1, y)], fill=TRUTH_COLOUR, width=2)
     for step in steps:
         canvas.text((place(step, low)[0], y1 + 6), str(step), fill="black", font=font, anchor="ma")
     canvas.text(((x0 + x1) / 2, y1 + 22), "steps", fill="black", font=font, anchor="ma")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Model, VideoMAEModel, VJEPA2Model
 
+from diffusers_mcm.evaluation.i3d import InceptionI3d
 from diffusers_mcm.evaluation.networks import (
     FRAME_NETWORKS,
     VIDEO_NETWORKS,
@@ -22,6 +23,8 @@ from diffusers_mcm.evaluation.networks import (
 )
 from diffusers_mcm.hub import resolve
 from diffusers_mcm.shapes.render import render_video
+from tests.evaluation.test_i3d import fill
+from tests.hub_server import hub_server
 
 RNG = np.random.default_rng(0)
 # one process, one thread: what differs between a batch of one and of several is the order of additions
@@ -176,10 +179,9 @@ def test_inception_says_what_to_install(monkeypatch):
         load_inception("anything")
 
 
-def test_inception_is_filled_from_safetensors(monkeypatch, tmp_path):
-    """torch-fidelity's class reads a file that torch wrote; it gets one of our own making, and uint8 pictures."""
-    weights = torch.randn(3, 5)
-    save_file({"weights": weights}, tmp_path / "inception.safetensors")
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """A stand-in, whose class reads a file that torch wrote and takes uint8 pictures."""
 
     class Extractor(torch.nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path):
@@ -195,9 +197,47 @@ def test_inception_is_filled_from_safetensors(monkeypatch, tmp_path):
     fake.FeatureExtractorInceptionV3 = Extractor
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
+
+
+def test_inception_is_filled_from_safetensors(torch_fidelity, tmp_path):
+    weights = torch.randn(3, 5)
+    save_file({"weights": weights}, tmp_path / "inception.safetensors")
     frames = clips(2, 1)[:, 0]
     found = load_inception(str(tmp_path / "inception.safetensors"))(frames)
     np.testing.assert_allclose(found, frames.mean((1, 2)) @ weights.numpy(), rtol=1e-4, atol=1e-3)
     save_file({"others": weights}, tmp_path / "inception.safetensors")
     with pytest.raises(ValueError, match="(?s)does not hold the weights of FID's Inception v3: .*Missing key"):
         load_inception(str(tmp_path / "inception.safetensors"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=r"expected fid_inception\.safetensors, or one \.safetensors file alone, in .*empty"
+    ):
+        load_inception(str(tmp_path / "empty"))
+
+
+def test_inceptions_own_repository_has_weights_of_another_network_too(torch_fidelity, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    source, weights = FRAME_NETWORKS["inception"].source, torch.randn(3, 5)
+    (tmp_path / source).mkdir(parents=True)
+    save_file({"weights": weights}, tmp_path / source / "fid_inception.safetensors")
+    save_file({"others": weights}, tmp_path / source / "lpips_vgg.safetensors")
+    frames = clips(2, 1)[:, 0]
+    with hub_server(tmp_path):
+        found = FRAME_NETWORKS["inception"].load(source)(frames)
+    np.testing.assert_allclose(found, frames.mean((1, 2)) @ weights.numpy(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("row, eps", [("i3d", 1e-5), ("i3d-eps1e-3", 1e-3)])
+@torch.no_grad()
+def test_i3d_sees_frames_between_minus_one_and_one_of_its_own_size(row, eps, tmp_path):
+    model = fill(InceptionI3d(eps))
+    save_file(model.state_dict(), tmp_path / "i3d.safetensors")
+    network = VIDEO_NETWORKS[row].load(str(tmp_path / "i3d.safetensors"))
+    frames = clips(1, 9, 56)
+    pixels = torch.nn.functional.interpolate(
+        normalised(frames, [0.5] * 3, [0.5] * 3)[0], (224, 224), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(network(frames), model(pixels.transpose(0, 1)[None]).numpy(), **SAME)
+    assert network.described()["layer"] == f"400 logits, eps {row.partition('eps')[2] or '1e-5'}"
+    with pytest.raises(ValueError, match=f"{row} needs at least 9 frames, got 8"):
+        network.check_frames(8, row)
