@@ -156,8 +156,10 @@ def evaluate(
         return None
     results = {name: kept.read() for name, kept in earlier.items()} | results
     found = _scored(plan.beside(earlier), truth, shown, results, options, progress)
-    found = replace(found, versions={**(versions or {}), **found.versions})
-    found = found.with_others(before, str(output))
+    now = {**(versions or {}), **found.versions}
+    then = {name: before.methods[name].versions for name in earlier} if before else {}
+    methods = {name: replace(method, versions=then.get(name, now)) for name, method in found.methods.items()}
+    found = replace(found, versions=now, methods=methods).with_others(before, str(output))
     found.write(output)
     for remark in rate_remarks(found.reference, found.methods):
         logger.warning(remark)
@@ -204,6 +206,7 @@ class _Plan(NamedTuple):
     measures: dict[str, Measure]
     protocol: dict[str, Any]
     weights: dict[str, str]  # where those of each network came from
+    opened: dict[str, Any]  # how the reference was, and which images there are
 
     def names(self, of_frames: bool | None) -> list[str]:
         """The measures, all of them or those of frames or the others alone."""
@@ -251,7 +254,10 @@ def _plan(
     weights = {choice.row: public_name(choice.source, given=True) for choice in (*video_choices, *frame_choices)}
     if "clipsim" in networks:
         weights["CLIPSIM"] = public_name(options.clip, given=True)
-    return _Plan(samples, real, pictures, window, columns, measures, protocol, weights)
+    opened = {name: value for name, value in data.items() if value is not None}
+    if pictures:
+        opened["images"] = public_name(images, given=True)
+    return _Plan(samples, real, pictures, window, columns, measures, protocol, weights, opened)
 
 
 def _scored(
@@ -278,6 +284,7 @@ def _scored(
     values = {name: values_of(shared[name], scores[name]) for name in shared}
     alone = [column for column in plan.columns if column.metric.against is None]
     described = _method(plan.real, truth, values_of(truth, scores_of(truth, {}, alone)))
+    described = replace(described, settings=plan.opened)
     if shown is not None and plan.pictures is not None:
         described = replace(described, skipped={**described.skipped, **plan.pictures.public(shown.skipped)})
     notes = [f"{left_out} videos count for no method, because one of them could not be read."] if left_out else []

@@ -20,12 +20,31 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return dict(itertools.chain.from_iterable(part.items() for part in parts))
 
 
-def head(protocol: Mapping[str, Any], versions: Mapping[str, str], resamples: int) -> str:
-    """By what protocol the numbers were found."""
-    rows = [(f"`{key}`", {"value": str(value)}) for key, value in flat(protocol).items()]
-    rows.append(("`resamples`", {"value": f"{resamples} of the captions, for the intervals"}))
-    rows.append(("versions", {"value": ", ".join(f"{name} {version}" for name, version in versions.items())}))
-    return table(rows, ["value"])
+def head(
+    protocol: Mapping[str, Any],
+    versions: Mapping[str, str],
+    resamples: int,
+    reference: Method,
+    methods: Mapping[str, Method],
+) -> str:
+    """Against what the numbers were found, by what protocol and with which versions."""
+    lines = {"measured against": ", ".join([reference.source, *_said(reference)])}
+    lines |= {f"`{key}`": str(value) for key, value in flat(protocol).items()}
+    lines["`resamples`"] = f"{resamples} of the captions, for the intervals"
+    lines["versions"] = _listed(versions)
+    for name, method in methods.items():
+        if method.versions and method.versions != versions:
+            lines[f"versions that measured {name}"] = _listed(method.versions)
+    return table([(name, {"value": value}) for name, value in lines.items()], ["value"])
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _said(method: Method) -> list[str]:
+    """What a method's settings say, each in a few words."""
+    return [f"{key} {value}" for key, value in flat(method.settings).items() if value is not None]
 
 
 def rate(fps: Sequence[float] | None) -> str:
@@ -77,9 +96,8 @@ def settings(reference: Method, methods: Mapping[str, Method]) -> str:
     """A line for each method: what its samples say alike, their seeds and their frame rate."""
     lines = [f"- the reference: {rate(reference.fps)} frames a second"]
     for name, method in methods.items():
-        said = [f"{key} {value}" for key, value in flat(method.settings).items() if value is not None]
         seeds = "seeds unknown" if method.seeds is None else f"seeds {method.seeds}"
-        lines.append(f"- {name}: {', '.join([*said, seeds, f'{rate(method.fps)} frames a second'])}")
+        lines.append(f"- {name}: {', '.join([*_said(method), seeds, f'{rate(method.fps)} frames a second'])}")
     return "\n".join(lines)
 
 
@@ -117,9 +135,17 @@ def _less(base: str, others: Sequence[str], found: Sequence[Difference], columns
         text = f"{column.format(sign * each.interval.estimate)} ({' to '.join(map(column.format, values))})"
         rows[other][column.title] = f"**{text}**" if each.is_clear else text
     shown = [column.title for column in columns if any(column.title in cells for cells in rows.values())]
+    drawn = sorted(
+        {
+            each.resamples
+            for each in found
+            if base in (each.method, each.less) and {each.method, each.less} & rows.keys()
+        }
+    )
     about = (
-        f"Each method less {base}, with the 95 % interval of the paired difference over captions; bold where 0 lies "
-        "outside. It holds for these captions and these weights: another training may differ by more."
+        f"Each method less {base}, with the 95 % interval of the paired difference over captions (resampled "
+        f"{' or '.join(map(str, drawn))} times); bold where 0 lies outside. It holds for these captions and these "
+        "weights: another training may differ by more."
     )
     return f"{about}\n\n{table(list(rows.items()), shown)}"
 

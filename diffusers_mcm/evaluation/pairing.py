@@ -116,7 +116,7 @@ def differences_of(
     wanted = [(name, key) for name in results for key in scores[name]]
     draws = {(n, key): draws_of(scores[n][key], numbers, drawn) for n, key in progress(wanted, "intervals")}
     return [
-        Difference(b, a, key, difference(values[b][key], values[a][key], draws[b, key], draws[a, key]))
+        Difference(b, a, key, difference(values[b][key], values[a][key], draws[b, key], draws[a, key]), resamples)
         for a, b in itertools.combinations(results, 2)
         for key in scores[a]
     ]

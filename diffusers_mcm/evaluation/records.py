@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .distances import Interval
@@ -34,6 +34,7 @@ class Method:
         steps_by_name: whether the steps are but the number at the end of the name.
         fps: the lowest and the highest rate of the clips that were compared; None where files do not say it.
         seeds: those of the samples, in words; None where they are not known.
+        versions: of the packages that read and measured the videos.
     """
 
     source: str
@@ -46,16 +47,18 @@ class Method:
     steps_by_name: bool = False
     fps: Sequence[float] | None = None
     seeds: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One method less another in one column, with the paired 95 % interval over captions."""
+    """One method less another in one column, with the paired 95 % interval over captions from so many `resamples`."""
 
     method: str
     less: str
     column: str
     interval: Interval
+    resamples: int
 
     @property
     def is_clear(self) -> bool:

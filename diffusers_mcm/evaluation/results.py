@@ -25,12 +25,13 @@ class Evaluation:
 
     Attributes:
         protocol: what decides the numbers. Methods of different protocols are never put side by side.
-        versions: of the packages that computed them, for the record.
-        reference: what was found of the reference itself, where no reference is needed to say it.
+        versions: of the packages that computed them in the last call, for the record.
+        reference: what was found of the reference itself, where no reference is needed to say it; its settings say how
+            it was opened, and which images there were besides.
         methods: by name, in the order in which they were given.
         differences: between all pairs of methods that were measured in one call.
         notes: what a reader of the table has to know.
-        resamples: of the captions, for the intervals.
+        resamples: of the captions, for the intervals of the last call.
     """
 
     protocol: Mapping[str, Any]
@@ -49,16 +50,18 @@ class Evaluation:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            methods = {name: Method(**method) for name, method in found["methods"].items()}
+            told = {"versions": found["versions"]}  # where methods do not say their own
+            methods = {name: Method(**told | method) for name, method in found["methods"].items()}
+            resamples = found.get("resamples", 0)
             differences = [
-                Difference(each["method"], each["less"], each["column"], Interval(*each["interval"]))
+                Difference(**{"resamples": resamples, **each, "interval": Interval(*each["interval"])})
                 for each in found["differences"]
             ]
             reference = Method(**found["reference"])
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}")
             about = found["protocol"], found["versions"], reference
-            return cls(*about, methods, differences, found["notes"], found.get("resamples", 0))
+            return cls(*about, methods, differences, found["notes"], resamples)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no result of an evaluation that this version wrote ({error!r}): choose another folder"
@@ -144,7 +147,7 @@ class Evaluation:
         titles = self._titles()
         rows = [[name, *(cells[title] for title in titles)] for name, cells in self.rows()]
         about = (
-            f"Measured against {self.reference.num_videos} videos of the reference, "
+            f"Measured against {self.reference.num_videos} videos of `{self.reference.source}`, "
             f"{self.protocol['window']['num_frames']} frames each, by `diffusers-mcm evaluate`. Numbers of another "
             "protocol, number of videos or feature network cannot be laid beside these."
         )
@@ -153,7 +156,8 @@ class Evaluation:
     def page(self) -> str:
         """The results in markdown: protocol, methods and how they were made, differences, what was skipped."""
         columns = self.columns()
-        parts = ["# Evaluation", page.head(self.protocol, self.versions, self.resamples), "## Methods", self.summary()]
+        parts = ["# Evaluation", page.head(self.protocol, self.versions, self.resamples, self.reference, self.methods)]
+        parts += ["## Methods", self.summary()]
         better = [f"{c.title}: {c.metric.better} is better" for c in columns if c.metric.better]
         still = "A still video raises CLIPSIM and every measure of consistency: read them beside the motion."
         parts.append(". ".join([*(["; ".join(better)] if better else []), still]))

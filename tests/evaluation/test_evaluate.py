@@ -65,15 +65,23 @@ def test_a_frozen_video_is_seen_by_its_motion_alone(samples, world, tmp_path, op
 
 def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tmp_path, options):
     output = tmp_path / "results"
-    evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options))
-    again = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
+    evaluate({"mcm4": samples / "mcm4"}, str(world), output, Options(**options), versions={"diffusers_mcm": "0.8"})
+    again = evaluate(
+        {"mcm1": samples / "mcm1"}, str(world), output, Options(**options), versions={"diffusers_mcm": "0.9"}
+    )
     assert list(again.methods) == ["mcm4", "mcm1"]
+    assert [method.versions["diffusers_mcm"] for method in again.methods.values()] == ["0.8", "0.9"]
     written = json.loads((output / "evaluation.json").read_text())
     assert written["versions"]["CLIPSIM"] == "mcm-shapes-clip"
     assert [row[0] for row in written["table"]["rows"]] == ["(reference)", "mcm4", "mcm1"]
     assert Image.open(output / "evaluation.png").size[1] > 100
     page = (output / "evaluation.md").read_text()
     assert "| mcm1 | 1 | 6 |" in page and "| `resamples` | 20 of" in page
+    assert (
+        "| versions | diffusers_mcm 0.9, torch " in page
+        and "| versions that measured mcm4 | diffusers_mcm 0.8," in page
+    )
+    assert "versions that measured mcm1" not in page
     assert "- mcm4: num_inference_steps 4, model mcm-shapes, seeds 0 to 5, 8 frames a second" in page
 
 
@@ -93,8 +101,10 @@ def test_where_features_are_gone_scores_stay_and_the_page_says_what_has_no_inter
     output, options = tmp_path / "results", options | dict(metrics=("clipsim",))
     evaluate(folders(samples), str(world), output, Options(**options))
     shutil.rmtree(output / "features" / "mcm4")
-    kept = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options))
+    kept = evaluate({"mcm1": samples / "mcm1"}, str(world), output, Options(**options | dict(resamples=30)))
     assert len(kept.differences) == 4  # neither has changed
+    assert {difference.resamples for difference in kept.differences} == {20} and kept.resamples == 30
+    assert "(resampled 20 times)" in (output / "evaluation.md").read_text()
     third = write_samples(tmp_path / "third4", seeds=range(20, 26))
     evaluate({"third4": third}, str(world), output, Options(**options))
     page = (output / "evaluation.md").read_text()
@@ -174,7 +184,11 @@ def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path,
     one = {"mcm4": samples / "mcm4"}
     options |= dict(metrics=("fid", "kid"))
     own = evaluate(one, str(world), tmp_path / "own", Options(**options))
-    other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder))
+    data = dict(split="train", caption_column="caption", revision=None)
+    other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder), data=data)
+    against = f"| measured against | {world.name}, split train, caption_column caption, images images |"
+    assert against in (tmp_path / "other" / "evaluation.md").read_text()
+    assert f"videos of `{world.name}`, " in other.card_table()["about"]
     fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
     assert fid[1] > 1.2 * fid[0]
     assert (

@@ -10,8 +10,8 @@ from tests.evaluation.conftest import evaluation, method
 
 
 def test_the_page_shows_protocol_methods_differences_and_what_was_skipped():
-    clear = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
-    unclear = Difference("lcm4", "mcm4", "motion.change", Interval(0.1, -0.2, 0.3))
+    clear = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0), 200)
+    unclear = Difference("lcm4", "mcm4", "motion.change", Interval(0.1, -0.2, 0.3), 200)
     page = evaluation(
         differences=[clear, unclear], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "it is broken"})
     ).page()
@@ -24,7 +24,7 @@ def test_the_page_shows_protocol_methods_differences_and_what_was_skipped():
 
 def test_a_difference_is_turned_so_that_it_is_less_the_first():
     page = evaluation(
-        differences=[Difference("mcm4", "lcm4", "fvd.i3d", Interval(-200.0, -240.0, -150.0))],
+        differences=[Difference("mcm4", "lcm4", "fvd.i3d", Interval(-200.0, -240.0, -150.0), 200)],
         mcm4=method(),
         lcm4=method(700.0),
     ).page()

@@ -17,5 +17,5 @@ def test_the_steps_at_the_end_of_a_name(name, steps):
 
 def test_a_difference_is_clear_where_its_interval_excludes_0():
     intervals = [(2.0, 1.0, 3.0), (-2.0, -3.0, -1.0), (0.5, -1.0, 2.0), (1.0, 0.0, 2.0)]
-    found = [Difference("a", "b", "clipsim", Interval(*interval)).is_clear for interval in intervals]
+    found = [Difference("a", "b", "clipsim", Interval(*interval), 200).is_clear for interval in intervals]
     assert found == [True, True, False, False]

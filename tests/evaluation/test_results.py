@@ -11,7 +11,7 @@ from tests.evaluation.conftest import PROTOCOL, evaluation, method
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
-    difference = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0))
+    difference = Difference("lcm4", "mcm4", "fvd.i3d", Interval(200.0, 150.0, 240.0), 200)
     written = evaluation(differences=[difference], mcm4=method(), lcm4=method(700.0, skipped={"a.mp4": "broken"}))
     written.write(tmp_path)
     assert Evaluation.read(tmp_path) == written
@@ -30,7 +30,7 @@ def test_a_network_that_was_not_there_before_is_another_protocol():
 
 
 def test_methods_of_before_stay_and_those_measured_again_are_replaced():
-    stays = Difference("lcm4", "mcm4", "fvd.i3d", Interval(1.0, 0.0, 2.0))
+    stays = Difference("lcm4", "mcm4", "fvd.i3d", Interval(1.0, 0.0, 2.0), 200)
     before = evaluation(differences=[stays], mcm4=method(500.0), lcm4=method(700.0))
     after = evaluation(lcm4=method(650.0), ddim4=method(900.0)).with_others(before, "results")
     found = {name: each.values["fvd.i3d"] for name, each in after.methods.items()}
@@ -51,7 +51,7 @@ def test_the_card_gets_a_sentence_columns_and_rows():
     found = evaluation(mcm4=method()).card_table()
     assert found["columns"] == ["steps", "videos", "FVD (i3d)", "change", "near still", "flicker"]
     assert found["rows"][1] == ["mcm4", "4", "500", "500.0", "4.000", "0.000", "0.500"]
-    assert found["about"].startswith("Measured against 500 videos of the reference, 16 frames each")
+    assert found["about"].startswith("Measured against 500 videos of `out`, 16 frames each")
 
 
 def test_results_at_several_steps_belong_together():
