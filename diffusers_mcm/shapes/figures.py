@@ -47,7 +47,7 @@ class Study:
         def render(prompts: Sequence[Caption], prompt_seeds: Sequence[int]) -> list[np.ndarray]:
             return [render_video(prompt, seed, TRUTH[name]) for prompt, seed in zip(prompts, prompt_seeds)]
 
-        return self._kept(name, [name, _source_digest("render")], render, captions, seeds)
+        return self._kept(name, [name, source_digest("render")], render, captions, seeds)
 
     def best_guidance(
         self, method: Method, guidances: Sequence[float], captions: Sequence[Caption]
@@ -65,7 +65,7 @@ class Study:
         self, name: str, recipe: list, make: Callable, captions: Sequence[Caption], seeds: Sequence[int]
     ) -> list[list[dict]]:
         pairs = [(caption, seed) for caption in captions for seed in seeds]
-        recipe = [*recipe, *map(_source_digest, READERS), [[str(caption), seed] for caption, seed in pairs]]
+        recipe = [*recipe, *map(source_digest, READERS), [[str(caption), seed] for caption, seed in pairs]]
         key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         path = self.folder / f"{name}-{key[:12]}.json"
         if path.exists():
@@ -92,7 +92,8 @@ class Study:
         return self._digests[network]
 
 
-def _source_digest(module: str) -> str:
+def source_digest(module: str) -> str:
+    """SHA-256 of the source of a module of the shapes world: by that a change of what it reads or draws is noticed."""
     return hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).hexdigest()
 
 

@@ -8,6 +8,7 @@ too. What is there already stays.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ablate import ROWS, SEEDS, TEACHER, runs, weights_of
 from ablate import STEPS as TRAINED_STEPS
 
 from diffusers_mcm.evaluation.distances import resampled
+from diffusers_mcm.evaluation.evaluate import computed_by
 from diffusers_mcm.evaluation.measuring import clipsim_measure, frame_measure, motion_measure, video_measure
 from diffusers_mcm.evaluation.metrics import Score, draws_of, frechet_scores, mean_score
 from diffusers_mcm.evaluation.motion import MEASURES
@@ -26,7 +28,7 @@ from diffusers_mcm.files import write_text
 from diffusers_mcm.pipelines.samplers import SPACINGS
 from diffusers_mcm.shapes.build import compress
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced, training_captions
-from diffusers_mcm.shapes.figures import GUIDANCES, Study
+from diffusers_mcm.shapes.figures import GUIDANCES, READERS, Study, source_digest
 from diffusers_mcm.shapes.methods import Method, Networks
 from diffusers_mcm.shapes.render import render_image, render_video
 from diffusers_mcm.shapes.scores import outcomes, read
@@ -80,6 +82,7 @@ class Ruler:
             "teacher": weights_of(TEACHER),
             "resamples": resamples,
             "seeds": f"0 to {seeds - 1}",
+            "readers": {name: source_digest(name) for name in (*READERS, "render")},
             "samplers": {name: described(row) for name, row in (BASELINES | {"trained": STUDENT}).items()},
             "guidance": GUIDANCE,
         }
@@ -159,6 +162,11 @@ def write(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
+def digest_of(protocol: dict[str, Any]) -> str:
+    """By which a result says with what protocol it was measured."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+
+
 def check_protocol(folder: Path, protocol: dict[str, Any]) -> None:
     """Write the protocol; ValueError if something is there that was measured by another one."""
     path, said = folder / "protocol.json", json.loads(json.dumps(protocol))
@@ -223,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ruler = Ruler(args.videos, args.resamples, args.batch_size)
                 check_protocol(args.output, ruler.protocol)
             networks = Networks({row: str(run.folder) if run else TEACHER})
-            write(path, {"run": record, "steps": measure_one(ruler, networks, row)})
+            about = {"run": record, "protocol": digest_of(ruler.protocol), "versions": computed_by()}
+            write(path, about | {"steps": measure_one(ruler, networks, row)})
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def test_study_keeps_what_it_read(tmp_path):
 def test_study_reads_again_when_a_module_that_reads_has_changed(changed, tmp_path, monkeypatch):
     captions = held_out_captions()[:1]
     Study(Untouchable(), tmp_path).truth("truth-clean", captions, [0])
-    digest = figures._source_digest
-    monkeypatch.setattr(figures, "_source_digest", lambda module: digest(module) + "changed" * (module == changed))
+    digest = figures.source_digest
+    monkeypatch.setattr(figures, "source_digest", lambda module: digest(module) + "changed" * (module == changed))
     Study(Untouchable(), tmp_path).truth("truth-clean", captions, [0])
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -58,14 +58,23 @@ def folder(tmp_path):
 
 
 def written(tables, folder):
+    """The page of results that all say the folder's protocol."""
+    path = folder / "protocol.json"
+    protocol = tables.digest_of(json.loads(path.read_text())) if path.is_file() else None
+    for file in folder.glob("*-*.json"):
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"protocol": protocol, "versions": {"torch": "2.13"}})
+        )
     tables.main(["--results", str(folder), "--page", str(folder / "tables.md")])
     return (folder / "tables.md").read_text()
 
 
 def test_each_table_stands_beside_the_papers(tables, folder):
     page = written(tables, folder)
-    assert "| MCM | 526 | 450 | 456 | 503 | 29.81 | 30.63 | 30.55 | 29.58 |" in page
-    assert page.count("Here:") == 5 and "9 of 39 trainings" in page
+    assert "| ModelScopeT2V: MCM | 526 | 450 | 456 | 503 | 29.81 | 30.63 | 30.55 | 29.58 |" in page
+    assert "| AnimateDiff: AnimateLCM | 1578 | 1278 | 824 | 740 | 27.56 | 28.52 | 29.58 | 27.67 |" in page
+    assert page.count("The paper:") == 6 and page.count("Here:") == 5 and "9 of 39 trainings" in page
+    assert "stand in `examples/shapes/ablation/protocol.json`; measured with torch 2.13." in page
     assert "Each has 480 videos of 60 held-out captions" in page
 
 
@@ -157,6 +166,42 @@ def test_the_page_is_what_the_script_writes(tables, tmp_path):
     assert (tmp_path / "tables.md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
-def test_every_table_of_the_paper_that_rows_are_trained_for_is_shown(tables):
+def test_what_was_measured_by_another_protocol_is_no_line(tables, folder):
+    written(tables, folder)
+    (folder / "protocol.json").write_text(
+        (folder / "protocol.json").read_text().replace('"captions": 60', '"captions": 59')
+    )
+    with pytest.raises(ValueError, match=r"was measured by another protocol than .*protocol\.json: measure it again"):
+        tables.main(["--results", str(folder), "--page", str(folder / "tables.md")])
+
+
+def test_every_table_of_the_paper_is_shown(tables):
+    """Nothing is trained for the one on another data set."""
     paper = json.loads((SCRIPTS / "paper.json").read_text(encoding="utf-8"))
-    assert [*map(str, tables.TABLES)] == [*map(str, tables.LINES)] == [key for key in paper if key != "about"]
+    assert [*map(str, tables.TABLES)] == [key for key in paper if key != "about"]
+    assert tables.TABLES.keys() - tables.LINES.keys() == {2}
+
+
+def test_the_orderings_are_the_papers(tables):
+    paper = json.loads((SCRIPTS / "paper.json").read_text(encoding="utf-8"))
+    for number, which in tables.TABLES.items():
+        said, names = (
+            paper[str(number)],
+            {row: name for name, row in tables.lines(number).items()} if which.orderings else {},
+        )
+
+        def scores(row, measure):
+            if number == 3:  # a column for each kind of images
+                name, column = "two-stage" if "two-stage" in row else "MCM", measure == "fid.cartoon"
+            else:
+                name, column = names[row], measure == "clipsim"
+            name = f"ModelScopeT2V: {name.partition(',')[0]}" if number == 1 else name
+            return dict(zip(tables.STEPS, said["rows"][name][column]))
+
+        for ordering in which.orderings:
+            better, worse = (scores(row, ordering.measure) for row in (ordering.better, ordering.worse))
+            for steps in ordering.steps:
+                if ordering.measure == "clipsim":
+                    assert better[steps] > worse[steps], (number, ordering, steps)
+                else:
+                    assert better[steps] <= (1 - ordering.margin) * worse[steps], (number, ordering, steps)
