@@ -185,18 +185,15 @@ def test_every_table_of_the_paper_is_shown(tables):
 def test_the_orderings_are_the_papers(tables):
     paper = json.loads((SCRIPTS / "paper.json").read_text(encoding="utf-8"))
     for number, which in tables.TABLES.items():
-        said, names = (
-            paper[str(number)],
-            {row: name for name, row in tables.lines(number).items()} if which.orderings else {},
-        )
+        names = {row: name for name, row in tables.lines(number).items()} if which.orderings else {}
 
-        def scores(row, measure):
+        def scores(row, measure, number=number, names=names):
             if number == 3:  # a column for each kind of images
                 name, column = "two-stage" if "two-stage" in row else "MCM", measure == "fid.cartoon"
             else:
                 name, column = names[row], measure == "clipsim"
             name = f"ModelScopeT2V: {name.partition(',')[0]}" if number == 1 else name
-            return dict(zip(tables.STEPS, said["rows"][name][column]))
+            return dict(zip(tables.STEPS, paper[str(number)]["rows"][name][column]))
 
         for ordering in which.orderings:
             better, worse = (scores(row, ordering.measure) for row in (ordering.better, ordering.worse))
