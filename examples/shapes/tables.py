@@ -91,9 +91,9 @@ TABLES = {
         "Table 2: zero-shot, on videos of another kind",
         _BOTH,
         (),
-        "The paper's LoRAs of Table 1 on the validation videos of MSR-VTT. Nothing here is measured on videos of a kind"
-        " that was not trained on, for no other world is known to the networks that measure; only the captions are held"
-        " out.",
+        "The paper's LoRAs of Table 1 on the validation videos of MSR-VTT. Nothing here is measured on videos of a"
+        " kind that was not trained on, for no other world is known to the networks that measure; only the captions"
+        " are held out.",
     ),
     3: Table(
         "Table 3: frames like the images, in one stage or in two",
@@ -276,14 +276,14 @@ networks, videos and sizes are others; orderings can be compared. {protocol}
 {samplers}
 
 A number is the mean over the trainings ± their deviation. Below each table: the paper's orderings, as the worse line
-less the better one, with the 95 % interval of the paired difference over captions, and in how many of the trainings it
-has that sign; where the paper says by how much, in parts of the worse line. The interval says how far these captions
-decide, not how far another training would differ; where there is one training of a line, nothing is ranked. The last
-table of each shows what neither measure sees: what a rule-based oracle reads off the pixels. «All right» is colour,
-shape, motion and background; «identity kept» the share of clips whose every frame reads as the same shape; «wobble» how
-much the outline, centred and brought to one size, changes from one frame to the next (1 less the overlap, intersection
-over union); displacement is in parts of the side, a frame. What stands between comment marks is written by hand, and
-stays when the page is written again.
+less the better one, with the 95 % interval of the paired difference over captions, and in how many of the trainings
+it has that sign; where the paper says by how much, in parts of the worse line. The interval says how far these
+captions decide, not how far another training would differ; where there is one training of a line, nothing is ranked.
+The last table of each shows what neither measure sees: what a rule-based oracle reads off the pixels. «All right» is
+colour, shape, motion and background; «identity kept» the share of clips whose every frame reads as the same shape;
+«wobble» how much the outline, centred and brought to one size, changes from one frame to the next (1 less the
+overlap, intersection over union); displacement is in parts of the side, a frame. What stands between comment marks is
+written by hand, and stays when the page is written again.
 """
 
 
