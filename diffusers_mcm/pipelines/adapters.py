@@ -96,6 +96,11 @@ class LoRAVerbs(FusingVerbs):
         return self._switched_on if self._lora_enabled else []
 
     @property
+    def adapter_weights(self) -> dict[str, Weight]:
+        """The weights of the adapters that act on the next call, as `set_adapters` takes them."""
+        return {name: self._adapters.weights.get(name, 1.0) for name in self.get_active_adapters()}
+
+    @property
     def _switched_on(self) -> list[str]:
         """The adapters that `set_adapters` chose, whether or not `disable_lora` has been called since."""
         return [name for name in self._loaded if any(name in each.active_adapters for each in self._layers.values())]

@@ -335,6 +335,7 @@ def test_animate_lcm_is_one_line(motion_root, motion_hub, tmp_path):
         **{"model": LCM, "base_model": FINE_TUNE, "sampler": "lcm", "timestep_spacing": None}
     }
     assert (found["num_inference_steps"], found["guidance_scale"], found["lora_scale"]) == (6, 2.0, 1.0)
+    assert found["adapter_weights"] == {"animatelcm": 0.8}
     assert found["lora_sha256"] == hashlib.sha256((motion_root / LCM / LCM_LORA).read_bytes()).hexdigest()
     assert main([*line, "-o", str(tmp_path / "w.gif"), "--guidance_scale", "1", "--sampler", "ddim"]) == 0
     found = read_metadata(tmp_path / "w.gif")
