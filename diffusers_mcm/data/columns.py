@@ -20,6 +20,7 @@ class MediaKind:
     extensions: tuple[str, ...]
     needs_caption: bool
     caption_flag: str  # of the training script; the column of the files has `--{name}_column`
+    loose: bool = False  # whether only files that lie open count, archives beside them being copies, and folders of frames
 
     @property
     def file_columns(self) -> tuple[str, ...]:
@@ -82,7 +83,6 @@ class DataRequest:
     caption_column: str | None = None  # likewise
     config_name: str | None = None  # of a Hub data set
     revision: str | None = None  # likewise
-    frame_folders: bool = False  # whether a row may name a folder of frames
     extra_columns: tuple[str, ...] = ()  # of metadata tables, whose values `MediaRows.said` gives as well
 
     def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:

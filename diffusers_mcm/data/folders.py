@@ -61,7 +61,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
 def _tables(request: DataRequest, files: list[str]) -> list[str]:
     """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video."""
     tables = [path for path in files if is_metadata(path)]
-    if not request.frame_folders:
+    if not request.kind.loose:
         return tables
     frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
     others = {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)}
@@ -210,7 +210,7 @@ class _MetadataReader:
         found = next((path for path in paths if path in self.listed), None)
         if is_remote(self.folder):
             return found if self.listed else paths[0]  # what cannot be listed is looked for when it is read
-        kinds = (stat.S_IFREG, stat.S_IFDIR) if self.request.frame_folders else (stat.S_IFREG,)
+        kinds = (stat.S_IFREG, stat.S_IFDIR) if self.request.kind.loose else (stat.S_IFREG,)
         return found or next((path for path in paths if _kind(os.path.join(self.folder, path)) in kinds), None)
 
 

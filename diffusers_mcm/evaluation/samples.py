@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_win
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
+_SAMPLES = replace(VIDEOS, extensions=(*VIDEOS.extensions, *animations.RESOLUTION), loose=True)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
@@ -58,7 +59,7 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         return _listed_samples(name, folder)
     paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
     if not paths:
-        raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SAMPLES.extensions)}")
     metadata = {path: _own_metadata(path) for path in paths}
     if any("prompt" in found for found in metadata.values()):
         return _own_samples(name, folder, metadata)
@@ -68,7 +69,7 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
 def _holds_frames(path: Path) -> bool:
     """Whether a path is a video, by its name, or a folder of frames."""
     if not os.path.isdir(path):
-        return path.suffix.lower() in _SUFFIXES
+        return path.suffix.lower() in _SAMPLES.extensions
     try:
         return bool(frame_files(path))
     except UnusableItem as reason:
@@ -92,7 +93,7 @@ def _own_metadata(path: Path) -> dict[str, Any]:
 
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
-    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD), frame_folders=True)
+    rows = open_rows(folder, _SAMPLES, extra_columns=tuple(_TOLD))
     shown, skipped = list[_Shown](), dict(rows.skipped)
     for number in range(len(rows)):
         item = rows[number]

@@ -122,6 +122,13 @@ def test_a_table_says_the_same_however_it_names_a_file(tmp_path):
     assert found.steps == 4 and not found.skipped
 
 
+@pytest.mark.parametrize("name", ["all.zip", "all.tar", "sub/all.tar.gz"])
+def test_archives_beside_a_table_are_left_alone(ramps, name):
+    (ramps / name).parent.mkdir(exist_ok=True)
+    (ramps / name).write_bytes(b"a copy of the videos")
+    assert [video.caption for video in open_samples(ramps).videos] == ["long", "short"]
+
+
 def test_each_row_of_a_table_says_its_own(ramps):
     (ramps / "metadata.csv").write_text("file_name,caption,seed\n0.mp4,long,7\n0.mp4,longer,8\n")
     assert [(video.caption, video.seed) for video in open_samples(ramps).videos] == [("long", 7), ("longer", 8)]
