@@ -275,10 +275,10 @@ def _size(path: Path) -> tuple[int, int]:
     import av
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(os.path.join(os.curdir, path), metadata_errors="ignore") as container:  # no protocol
             stream = container.streams.video[0]
             return stream.height, stream.width
-    except (OSError, IndexError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise unusable(error, str(path), "the video") from error
 
 

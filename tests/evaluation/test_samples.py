@@ -309,6 +309,26 @@ def test_what_cannot_be_opened_is_skipped_where_others_say_their_prompts(tmp_pat
     assert all("cannot be read" in reason for reason in found.skipped.values())
 
 
+@pytest.mark.parametrize("data", [b"no video", b"OggS"])  # of which FFmpeg says that it ends
+def test_what_ffmpeg_cannot_open_in_any_way_is_skipped(tmp_path, data):
+    write_video(tmp_path / "1.mp4", ramp(8), metadata={"prompt": "p"})
+    (tmp_path / "0.mp4").write_bytes(data)
+    found = open_samples(tmp_path)
+    assert [Path(name).name for name in found.skipped] == ["0.mp4"]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.mp4,zero\n1.mp4,one\n")
+    found = open_samples(tmp_path)
+    assert [video.caption for video in found.videos] == ["zero", "one"] and size_of([found]) == (16, 16)
+
+
+def test_a_name_may_begin_as_an_address_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("red: a ring-0.mp4", ramp(8), metadata={"prompt": "red: a ring", "seed": 5})
+    found = open_samples(".")
+    (video,) = found.videos
+    assert (video.caption, video.seed, video.rate()) == ("red: a ring", 5, 8) and size_of([found]) == (16, 16)
+    assert brightness(video.read(WINDOW, 0)) == [0, 1, 2, 3]
+
+
 def test_a_video_without_a_prompt_among_others_that_have_one(tmp_path):
     write_samples(tmp_path / "mcm4")
     write_video(tmp_path / "mcm4" / "other.mp4", ramp(8))
