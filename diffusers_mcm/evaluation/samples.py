@@ -55,9 +55,10 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
     name = name or folder.name or folder.resolve().name
-    if any(is_metadata(entry.name) and os.path.isfile(entry) for entry in os.scandir(folder)):
+    entries = sorted(folder.iterdir())
+    if any(is_metadata(path.name) and os.path.isfile(path) for path in entries):
         return _listed_samples(name, folder)
-    paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
+    paths = [path for path in entries if path.name[0] != "." and _holds_frames(path)]
     if not paths:
         raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SAMPLES.extensions)}")
     metadata = {path: _own_metadata(path) for path in paths}

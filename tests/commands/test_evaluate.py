@@ -26,6 +26,12 @@ def test_it_prints_the_table_and_where_the_page_is(samples, flags, tmp_path, cap
     assert "| mcm4 | 4 | 6 |" in printed and "| still | 1 | 6 |" in printed and "evaluation.md" in printed
 
 
+def test_nothing_stray_is_on_stderr_beside_a_table(world, tmp_path, capsys):  # noqa: F811
+    command = ["evaluate", str(world), "--reference", str(world), "--metrics", "motion", "--device", "cpu"]
+    assert main([*command, "-o", str(tmp_path / "results")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_prompts_are_written_for_generate(world, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "prompts.jsonl"
     assert main(["evaluate", "--reference", str(world), "--num_videos", "3", "--write_prompts", str(path)]) == 0
