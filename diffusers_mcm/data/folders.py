@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from ..text_files import Row, Table, decode_text, find_name, read_table
+from ..text_files import Row, Table, decode_text, find_name, parse_json, read_table
 from ..wording import first_names
-from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
+from .columns import CAPTION_COLUMNS, DataRequest, MediaKind, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
 from .remote import join, open_file
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
@@ -36,7 +36,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     the folder is an address whose files cannot be listed, there are no `files`.
     `ValueError` if nothing there can be used; the message names the file, and the row if it is one.
     """
-    metadata = _tables(request, files) if metadata is None else metadata
+    metadata = _tables(request, folder, files) if metadata is None else metadata
     media = [path for path in files if path.lower().endswith(request.kind.extensions)]
     if not metadata:
         _check_captionless(request, files, media)
@@ -58,19 +58,32 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     return FolderRows(request, table, folder, reader.skipped)
 
 
-def _tables(request: DataRequest, files: list[str]) -> list[str]:
+def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
     """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video."""
     tables = [path for path in files if is_metadata(path)]
     if not request.kind.loose:
         return tables
     frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
     others = {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)}
-    return [path for path in tables if os.path.dirname(path) not in frames - others - {""}]
+    tables = [path for path in tables if os.path.dirname(path) not in frames - others - {""}]
+    return [path for path in tables if not holds_settings(join(folder, path), request.kind)]
 
 
 def is_metadata(path: str) -> bool:
     """Whether a file is a metadata table by its name."""
     return os.path.basename(path).lower() in METADATA_FILES
+
+
+def holds_settings(path: str, kind: MediaKind) -> bool:
+    """Whether a `metadata.json` is one object that names no files: what a tool was set to, and no table."""
+    if os.path.basename(path).lower() != "metadata.json":
+        return False
+    with open_file(path) as file, suppress(ValueError):
+        found = parse_json(decode_text(file.read()).content)
+        text = json.dumps(found, ensure_ascii=False).lower()
+        named = [f'{extension}"' in text for extension in kind.extensions]
+        return isinstance(found, dict) and not any(named) and not any(find_name(found, c) for c in kind.file_columns)
+    return False
 
 
 def walk(folder: str) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.columns import VIDEOS
 from ..data.faults import UnusableItem, unusable
-from ..data.folders import is_metadata
+from ..data.folders import holds_settings, is_metadata
 from ..data.images import fit
 from ..data.remote import file_version
 from ..data.sources import open_rows
@@ -29,7 +29,7 @@ from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_win
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES = replace(VIDEOS, extensions=(*VIDEOS.extensions, *animations.RESOLUTION), loose=True)
+_SAMPLES = replace(VIDEOS, extensions=(*VIDEOS.extensions, *animations.RESOLUTION), caption_flag=None, loose=True)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
@@ -56,7 +56,8 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
     name = name or folder.name or folder.resolve().name
     entries = sorted(folder.iterdir())
-    if any(is_metadata(path.name) and os.path.isfile(path) for path in entries):
+    tables = [path for path in entries if is_metadata(path.name) and os.path.isfile(path)]
+    if not all(holds_settings(str(path), _SAMPLES) for path in tables):
         return _listed_samples(name, folder)
     paths = [path for path in entries if path.name[0] != "." and _holds_frames(path)]
     if not paths:

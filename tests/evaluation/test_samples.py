@@ -129,6 +129,50 @@ def test_archives_beside_a_table_are_left_alone(ramps, name):
     assert [video.caption for video in open_samples(ramps).videos] == ["long", "short"]
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("clip,sentence", r"Call it file_name, or another of \[.*'video', .*\]: no flag names it here"),
+        ("video,sentence", r"looked for \['caption', .*\]; .* Rename it to one of those: no flag names it here"),
+    ],
+)
+def test_columns_of_a_table_that_are_not_known(ramps, header, message):
+    (ramps / "metadata.csv").write_text(f"{header}\n0.mp4,long\n")
+    with pytest.raises(ValueError, match=message) as refused:
+        open_samples(ramps)
+    assert "--" not in str(refused.value)
+
+
+SETTINGS = {"model": "x", "seed": 3, "vae": {"dtype": "float16"}}
+
+
+def test_settings_beside_samples_are_no_table(tmp_path):
+    for name in ("a ring", "a dot"):
+        write_video(tmp_path / f"{name}-0.mp4", ramp(8))
+    (tmp_path / "metadata.json").write_text(json.dumps(SETTINGS))
+    assert [video.caption for video in open_samples(tmp_path).videos] == ["a dot", "a ring"]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na ring-0.mp4,one\na dot-0.mp4,two\n")
+    assert [video.caption for video in open_samples(tmp_path).videos] == ["two", "one"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"clip": "a ring-0.mp4", "sentence": "one"},
+        {"a ring-0.mp4": {"prompt": "one"}},
+        {"videos": [{"clip": "A RING-0.MP4"}]},
+        {"file_name": "a ring-0", "text": 7},
+        [SETTINGS],
+    ],
+)
+def test_what_names_a_file_is_a_table_and_refused_where_it_is_none(tmp_path, table):
+    for name in ("a ring", "a dot"):
+        write_video(tmp_path / f"{name}-0.mp4", ramp(8))
+    (tmp_path / "metadata.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="metadata.json"):
+        open_samples(tmp_path)
+
+
 def test_each_row_of_a_table_says_its_own(ramps):
     (ramps / "metadata.csv").write_text("file_name,caption,seed\n0.mp4,long,7\n0.mp4,longer,8\n")
     assert [(video.caption, video.seed) for video in open_samples(ramps).videos] == [("long", 7), ("longer", 8)]
