@@ -49,13 +49,26 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
             raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
         number = len(reader.skipped)
         raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped, 1)}")
-    unnamed = [path for path in media if path not in reader.used]
-    if metadata and unnamed:
-        logger.warning(
-            "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
-            len(unnamed), len(media), request.kind.name, folder, unnamed[0],
-        )  # fmt: skip
-    return FolderRows(request, table, folder, reader.skipped)
+    unnamed = _unnamed(request, folder, files, media, reader.used) if metadata else None
+    if unnamed:
+        logger.warning("%s: %s", folder, unnamed)
+    return FolderRows(request, table, folder, reader.skipped, unnamed)
+
+
+def _unnamed(
+    request: DataRequest, folder: str, files: list[str], media: list[str], used: Collection[str]
+) -> str | None:
+    """A sentence on the files and folders of frames that no row names, by a path in the folder or a whole one."""
+    whole = folder if is_remote(folder) else os.path.abspath(folder)
+    there = [*media, *sorted(_frame_folders(request, files))]
+    left = [path for path in there if path not in used]
+    left = [path for path in left if os.path.dirname(path) not in used and join(whole, path) not in used]
+    if not left:
+        return None
+    return (
+        f"{len(left)} of the {len(there)} {request.kind.name} files are not used, for no row of the metadata names "
+        f"them: {first_names(left, 10)}"
+    )
 
 
 def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
@@ -63,10 +76,17 @@ def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
     tables = [path for path in files if is_metadata(path)]
     if not request.kind.loose:
         return tables
-    frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
-    others = {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)}
-    tables = [path for path in tables if os.path.dirname(path) not in frames - others - {""}]
+    frames = _frame_folders(request, files)
+    tables = [path for path in tables if os.path.dirname(path) not in frames]
     return [path for path in tables if not holds_settings(join(folder, path), request.kind)]
+
+
+def _frame_folders(request: DataRequest, files: list[str]) -> set[str]:
+    """The folders of frames below a folder, if rows may name such: those that hold pictures, and none of the files."""
+    if not request.kind.loose:
+        return set()
+    frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
+    return frames - {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)} - {""}
 
 
 def is_metadata(path: str) -> bool:

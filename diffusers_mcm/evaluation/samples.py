@@ -25,7 +25,7 @@ from ..video_io import read_metadata
 from . import animations
 from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
-from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window
+from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window, unnamed_remarks
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def _listed_samples(name: str, folder: Path) -> VideoSet:
             skipped[str(path)] = str(reason)
         else:
             shown.append((path, caption, {**_own_metadata(path), **_told(rows.said(item))}))
-    return _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
+    found = _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
+    return replace(found, remarks=[*unnamed_remarks(name, rows), *found.remarks])
 
 
 def _told(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,12 @@ def open_reference(
     remarks = [] if files is None else _repeated(name, kind, [files[row] for row in taken])
     for remark in remarks:
         logger.warning(remark)
-    return VideoSet(name, str(source), videos, skipped, remarks=remarks)
+    return VideoSet(name, str(source), videos, skipped, remarks=[*unnamed_remarks(name, rows), *remarks])
+
+
+def unnamed_remarks(name: str, rows: MediaRows) -> list[str]:
+    """What a reader has to know of files that no row of a set's table names, of which opening it has warned."""
+    return [f"{name}: {rows.unnamed}."] if rows.unnamed else []
 
 
 def _drawn(count: int, files: Sequence[Any] | None, seed: int) -> list[int]:

@@ -232,6 +232,17 @@ def test_a_sample_that_a_table_names_twice_is_told(ramps):
     assert told == "1 of the 3 videos of m are the file of another one, and count beside it: 0.mp4 and 0.mp4."
 
 
+def test_what_no_row_of_a_table_names_is_told_once(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4", "c.gif", "d.gif", "sub/e", "sub/f"):
+        write_video(tmp_path / name, ramp(8), metadata={"prompt": "p"})
+    write_video(tmp_path / "sub" / "e" / "preview.gif", ramp(8))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.mp4,one\nc.gif,two\nsub/e,three\n")
+    found = open_samples(tmp_path, "m")
+    told = "3 of the 6 video files are not used, for no row of the metadata names them: b.mp4, d.gif, sub/f"
+    assert found.remarks == [f"m: {told}."] and caplog.text.count(told) == 1
+    assert len(found.videos) == 3 and not found.skipped
+
+
 def test_steps_are_taken_from_the_name_where_nothing_else_says_them(ramps, tmp_path):
     found = open_samples(ramps, "lcm4")
     assert (found.steps, found.steps_by_name) == (4, True)
