@@ -34,7 +34,7 @@ STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
 _TOLD["steps"] = STEPS
-_NUMBERED = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")  # VBench's naming
+_NUMBERED = re.compile(r"(?P<prompt>.+)-\d+")  # VBench's naming
 _WHOLE = re.compile(r"(\d+)(\.0*)?")  # as pandas writes those of a column with gaps
 _Shown = tuple[Path, str, Mapping[str, Any]]  # a video, what it shows, and what is said of how it was made
 
@@ -43,9 +43,10 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
     """The videos of a folder: `diffusers-mcm generate`'s, any tool's beside a `metadata.csv`, or VBench's names.
 
     The prompt is what a table beside the files says, else what the files' own metadata say, else the files' names
-    without `-0` at their ends. Seeds and steps are taken from the same places, the steps else from the number at the
-    end of the name. Folders of frames are read as well. Samples are read from their first frame on, each
-    frame. What cannot be opened at all is skipped, with the reason.
+    without `-0` at their ends, which counts the videos of a prompt. Seeds and steps are taken from the table and the
+    files' metadata, the steps else from the number at the end of the folder's name. Folders of frames are read as
+    well. Samples are read from their first frame on, each frame. What cannot be opened at all is skipped, with the
+    reason.
 
     Raises:
         ValueError: if there are no videos, or some do not say what they show.
@@ -65,7 +66,7 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
     metadata = {path: _own_metadata(path) for path in paths}
     if any("prompt" in found for found in metadata.values()):
         return _own_samples(name, folder, metadata)
-    return _named_samples(name, folder, paths)
+    return _named_samples(name, folder, metadata)
 
 
 def _holds_frames(path: Path) -> bool:
@@ -190,24 +191,24 @@ def _rate(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
-    """Samples that are called by their prompts."""
+def _named_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:
+    """Samples that are called by their prompts. The numbers after these count them, and are no seeds."""
     shown = list[_Shown]()
-    for path in paths:
+    for path, said in metadata.items():
         numbered = _NUMBERED.fullmatch(path.name if os.path.isdir(path) else path.stem)
         if not numbered:
             raise ValueError(
                 f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
                 " and caption beside it, or a name such as 'a prompt-0.mp4'"
             )
-        shown.append((path, numbered["prompt"], {"seed": int(numbered["index"])}))
+        shown.append((path, numbered["prompt"], said))
     videos = _samples(shown)
     if len(videos) > 1 and len({video.caption for video in videos}) == 1:
         raise ValueError(
             f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
             " metadata.csv with file_name and caption beside them that says what they show"
         )
-    return _described(name, folder, videos, {}, [])
+    return _described(name, folder, videos, {}, list(metadata.values()))
 
 
 def _samples(shown: Sequence[_Shown]) -> list[Video]:

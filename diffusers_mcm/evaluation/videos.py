@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,11 @@ class VideoSet:
 def digest_of(value: Any) -> str:
     """SHA-256 of plain data, names of any bytes in it."""
     return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """A key to sort names by, with the numbers in them as such: `a-2` comes before `a-10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def seeds_of(videos: Sequence[Video]) -> str | None:

@@ -271,8 +271,16 @@ def test_vbench_names(tmp_path):
     write_video(tmp_path / "a blue ring-0.mp4", ramp(8))
     for index in range(2):
         write_video(tmp_path / f"a red-hot ring-{index}.mp4", ramp(8))
-    found = [(video.caption, video.seed) for video in open_samples(tmp_path).videos]
-    assert found == [("a blue ring", 0), ("a red-hot ring", 0), ("a red-hot ring", 1)]
+    found = open_samples(tmp_path).videos
+    assert [video.caption for video in found] == ["a blue ring", "a red-hot ring", "a red-hot ring"]
+    assert seeds_of(found) is None  # the numbers count
+
+
+def test_what_files_without_a_prompt_say_counts_beside_their_names(tmp_path):
+    for seed, name in enumerate(("a ring-0", "a ring-1", "a dot-0")):
+        write_video(tmp_path / f"{name}.mp4", ramp(8), metadata={"seed": seed + 5, "num_inference_steps": 4})
+    found = open_samples(tmp_path)
+    assert seeds_of(found.videos) == "5 to 7" and (found.steps, found.steps_by_name) == (4, False)
 
 
 @pytest.mark.parametrize("name", ["a-0.mp4", "a-0.gif", "a-0.webp", "a-0"])
@@ -342,7 +350,7 @@ def test_the_graph_of_nodes_of_another_tool_is_no_caption(tmp_path, foreign, suf
     for name in ("a cat-0", "a dog-0"):
         write_video(tmp_path / f"{name}.{suffix}", ramp(8), metadata=foreign | {"seed": 5})
     found = open_samples(tmp_path)
-    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", 0), ("a dog", 0)]
+    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", None), ("a dog", None)]
     (tmp_path / "metadata.csv").write_text(f"file_name,caption\na cat-0.{suffix},one\na dog-0.{suffix},two\n")
     assert open_samples(tmp_path).settings == {}
 
