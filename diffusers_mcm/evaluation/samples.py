@@ -203,12 +203,18 @@ def _named_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str,
             )
         shown.append((path, numbered["prompt"], said))
     videos = _samples(shown)
-    if len(videos) > 1 and len({video.caption for video in videos}) == 1:
+    found = _described(name, folder, videos, {}, list(metadata.values()))
+    if len(videos) < 2 or len(found.captions()) > 1:
+        return found
+    (caption,) = found.captions()
+    if caption.isascii() and len(caption.split()) < 2:  # a word such as "sample", where a language has spaces
         raise ValueError(
-            f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
-            " metadata.csv with file_name and caption beside them that says what they show"
+            f"all {len(videos)} videos of {folder} would show {caption!r}, by their names: write a metadata.csv with"
+            " file_name and caption beside them that says what they show"
         )
-    return _described(name, folder, videos, {}, list(metadata.values()))
+    remark = f"All {len(videos)} videos of {name} show {caption!r}, by their names."
+    logger.warning(remark)
+    return replace(found, remarks=[remark, *found.remarks])
 
 
 def _samples(shown: Sequence[_Shown]) -> list[Video]:

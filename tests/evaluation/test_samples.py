@@ -299,13 +299,23 @@ def test_too_few_pictures(tmp_path, name):
         open_samples(tmp_path).videos[0].read(WINDOW, 0)
 
 
-def test_names_that_only_count_are_no_captions(tmp_path):
+@pytest.mark.parametrize("name", ["sample", "Video", "clip_4"])
+def test_names_that_only_count_are_no_captions(tmp_path, name):
     for index in range(3):
-        write_video(tmp_path / f"sample-{index:04d}.mp4", ramp(8))
-    with pytest.raises(
-        ValueError, match="all 3 videos of .* would show 'sample', by their names: write a metadata.csv"
-    ):
+        write_video(tmp_path / f"{name}-{index:04d}.mp4", ramp(8))
+    told = f"all 3 videos of .* would show '{name}', by their names: write a metadata.csv"
+    with pytest.raises(ValueError, match=told):
         open_samples(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", "\u7ea2\u5706"])
+def test_samples_of_one_prompt_may_be_called_by_it(tmp_path, caplog, prompt):
+    for index in range(3):
+        write_video(tmp_path / f"{prompt}-{index}.mp4", ramp(8))
+    found = open_samples(tmp_path, "m")
+    assert found.captions() == {prompt: 3}
+    assert found.remarks == [f"All 3 videos of m show {prompt!r}, by their names."]
+    assert caplog.text.count(found.remarks[0]) == 1
 
 
 def test_frames_are_read_by_the_numbers_in_their_names(tmp_path):
