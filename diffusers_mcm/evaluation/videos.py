@@ -183,10 +183,9 @@ def _drawn(count: int, files: Sequence[Any] | None, seed: int) -> list[int]:
 def _repeated(name: str, kind: MediaKind, files: Sequence[Any]) -> list[str]:
     """A sentence if some of the files of a reference come several times; none otherwise."""
     count = len(set(files))
-    once = f": --num_videos {count} takes each once" if kind is VIDEOS else ""
     sentence = (
         f"The {len(files)} {kind.name}s of {name} are {count} files, of which some count several times, as in a table"
-        f" with a row for each caption. Distances differ for that{once}."
+        f" with a row for each caption. Distances differ for that: --num_{kind.name}s {count} takes each once."
     )
     return [sentence] if count < len(files) else []
 
