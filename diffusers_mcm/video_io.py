@@ -218,10 +218,7 @@ def read_metadata(path: str | Path) -> dict | None:
         if path.is_dir():
             text = (path / _METADATA_FILE).read_text(encoding="utf-8")
         elif path.suffix.lower() == ".mp4":
-            import av
-
-            with av.open(str(path)) as container:
-                text = container.metadata.get("comment")
+            text = _mp4_comment(path)
         else:
             with Image.open(path) as image:
                 text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(_EXIF_DESCRIPTION)
@@ -229,6 +226,16 @@ def read_metadata(path: str | Path) -> dict | None:
     except (OSError, ValueError):  # missing, damaged, or somebody else's
         return None
     return found if isinstance(found, dict) else None
+
+
+def _mp4_comment(path: Path) -> str | None:
+    import av
+
+    try:
+        with av.open(os.path.join(os.curdir, path)) as container:  # or "red: a-0.mp4" names a protocol
+            return container.metadata.get("comment")
+    except av.error.FFmpegError as error:  # not each of which is an OSError or a ValueError
+        raise ValueError(f"{path} is no mp4: {error}") from error
 
 
 def contact_sheet(video: np.ndarray, columns: int = 8) -> Image.Image:

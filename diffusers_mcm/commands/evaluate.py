@@ -55,12 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
     data("--video_column", help="column of the videos, if not found by itself")
     data("--caption_column", help="column of the captions, if not found by itself")
 
+    images = parser.add_argument_group("images").add_argument
+    images("--image_split", help="of a data set on the Hub, or a subfolder (default: train, or the folder)")
+    images("--image_revision", help="of a data set on the Hub")
+    images("--image_column", help="column of the images, if not found by itself")
+    images("--num_images", type=int, help="chosen by the seed (default: all)")
+
     protocol = parser.add_argument_group("protocol").add_argument
     protocol(
         "--metrics", nargs="+", help="out of fvd kvd clipsim fid kid cmmd motion (default: fvd clipsim fid motion)"
     )
     protocol("--num_videos", type=int, help="of the reference, chosen by the seed (default: all)")
-    protocol("--seed", type=int, default=0, help="chooses videos, captions and random windows (default: 0)")
+    protocol("--seed", type=int, default=0, help="chooses videos, captions, windows and images (default: 0)")
     protocol("--num_frames", type=int, default=16, help="of a clip (default: 16)")
     protocol("--frame_interval", type=int, default=1, help="of the reference: every n-th frame (default: 1)")
     protocol("--fps", type=float, help="of the reference: so many frames per second, instead of every n-th")
@@ -114,6 +120,13 @@ def _data(arguments: argparse.Namespace) -> dict[str, str | None]:
     """How the reference is opened."""
     columns = {"media_column": arguments.video_column, "caption_column": arguments.caption_column}
     return {"split": arguments.split, "revision": arguments.revision, **columns}
+
+
+def _image_data(arguments: argparse.Namespace) -> dict[str, str]:
+    """How the images are opened, as far as flags say it."""
+    names = {"split": "image_split", "revision": "image_revision", "media_column": "image_column"}
+    given = {field: getattr(arguments, name) for field, name in names.items()}
+    return {field: value for field, value in given.items() if value is not None}
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, str]:
@@ -176,6 +189,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             options,
             images=arguments.images,
             data=_data(arguments),
+            image_data=_image_data(arguments),
             processes=processes,
             progress=progress,
             versions={"diffusers_mcm": __version__},

@@ -19,7 +19,8 @@ class MediaKind:
     columns: tuple[str, ...]  # names under which the files are looked for in a table of `datasets`, if none is typed
     extensions: tuple[str, ...]
     needs_caption: bool
-    caption_flag: str  # of the training script; the column of the files has `--{name}_column`
+    caption_flag: str | None  # of the training script, that of files is `--{name}_column`; None: columns have no flags
+    loose: bool = False  # whether archives are left alone, and a row may name a folder of frames
 
     @property
     def file_columns(self) -> tuple[str, ...]:
@@ -82,7 +83,6 @@ class DataRequest:
     caption_column: str | None = None  # likewise
     config_name: str | None = None  # of a Hub data set
     revision: str | None = None  # likewise
-    frame_folders: bool = False  # whether a row may name a folder of frames
     extra_columns: tuple[str, ...] = ()  # of metadata tables, whose values `MediaRows.said` gives as well
 
     def no_media_column(self, name: str, columns: Collection[str]) -> ValueError:
@@ -104,9 +104,11 @@ class DataRequest:
             return ValueError(
                 f"{name} has no caption column {asked!r} of text; its columns are {list(columns)}.{note}"
             )
+        flag = self.kind.caption_flag
+        way = f"Name it with caption_column ({flag})" if flag else "Rename it to one of those: no flag names it here"
         return ValueError(
             f"No caption column found in {name}: looked for {list(CAPTION_COLUMNS)}; its columns are {list(columns)}. "
-            f"Name it with caption_column ({self.kind.caption_flag}).{note}"
+            f"{way}.{note}"
         )
 
 
@@ -124,9 +126,12 @@ def find_file_column(columns: Sequence[str], name: str, request: DataRequest) ->
             f"{name} has no header: its first line is {list(columns)}. Put a line with the names of the columns above "
             "it, such as file_name,caption."
         )
+    way = f"or name it with {kind.ask_for_media}"
+    if kind.caption_flag is None:
+        way = f"or another of {list(kind.file_columns[1:])}: no flag names it here"
     raise ValueError(
         f"{name} has no column that names the {kind.name} files; its columns are {list(columns)}. Call it file_name, "
-        f"or name it with {kind.ask_for_media}."
+        f"{way}."
     )
 
 

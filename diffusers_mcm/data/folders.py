@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from ..text_files import Row, Table, decode_text, find_name, read_table
+from ..text_files import Row, Table, decode_text, find_name, parse_json, read_table
 from ..wording import first_names
-from .columns import CAPTION_COLUMNS, DataRequest, caption_texts, find_caption_column, find_file_column
+from .columns import CAPTION_COLUMNS, DataRequest, MediaKind, caption_texts, find_caption_column, find_file_column
 from .faults import check_own_fault, is_remote
 from .remote import join, open_file
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
@@ -36,7 +36,7 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
     the folder is an address whose files cannot be listed, there are no `files`.
     `ValueError` if nothing there can be used; the message names the file, and the row if it is one.
     """
-    metadata = _tables(request, files) if metadata is None else metadata
+    metadata = _tables(request, folder, files) if metadata is None else metadata
     media = [path for path in files if path.lower().endswith(request.kind.extensions)]
     if not metadata:
         _check_captionless(request, files, media)
@@ -49,28 +49,61 @@ def open_folder(request: DataRequest, folder: str, files: list[str], metadata: l
             raise ValueError(f"{names}: there are columns but no rows. Expected a row for each {request.kind.name}.")
         number = len(reader.skipped)
         raise ValueError(f"None of the {number} rows of {names} can be used, for example{examples(reader.skipped, 1)}")
-    unnamed = [path for path in media if path not in reader.used]
-    if metadata and unnamed:
-        logger.warning(
-            "%d of the %d %s files in %s are not used: no row of the metadata names them (for example %s).",
-            len(unnamed), len(media), request.kind.name, folder, unnamed[0],
-        )  # fmt: skip
-    return FolderRows(request, table, folder, reader.skipped)
+    unnamed = _unnamed(request, folder, files, media, reader.used) if metadata else None
+    if unnamed:
+        logger.warning("%s: %s", folder, unnamed)
+    return FolderRows(request, table, folder, reader.skipped, unnamed)
 
 
-def _tables(request: DataRequest, files: list[str]) -> list[str]:
+def _unnamed(
+    request: DataRequest, folder: str, files: list[str], media: list[str], used: Collection[str]
+) -> str | None:
+    """A sentence on the files and folders of frames that no row names, by a path in the folder or a whole one."""
+    whole = folder if is_remote(folder) else os.path.abspath(folder)
+    there = [*media, *sorted(_frame_folders(request, files))]
+    left = [path for path in there if path not in used]
+    left = [path for path in left if os.path.dirname(path) not in used and join(whole, path) not in used]
+    if not left:
+        return None
+    return (
+        f"{len(left)} of the {len(there)} {request.kind.name} files are not used, for no row of the metadata names "
+        f"them: {first_names(left, 10)}"
+    )
+
+
+def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
     """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video."""
     tables = [path for path in files if is_metadata(path)]
-    if not request.frame_folders:
+    if not request.kind.loose:
         return tables
+    frames = _frame_folders(request, files)
+    tables = [path for path in tables if os.path.dirname(path) not in frames]
+    return [path for path in tables if not holds_settings(join(folder, path), request.kind)]
+
+
+def _frame_folders(request: DataRequest, files: list[str]) -> set[str]:
+    """The folders of frames below a folder, if rows may name such: those that hold pictures, and none of the files."""
+    if not request.kind.loose:
+        return set()
     frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
-    others = {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)}
-    return [path for path in tables if os.path.dirname(path) not in frames - others - {""}]
+    return frames - {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)} - {""}
 
 
 def is_metadata(path: str) -> bool:
     """Whether a file is a metadata table by its name."""
     return os.path.basename(path).lower() in METADATA_FILES
+
+
+def holds_settings(path: str, kind: MediaKind) -> bool:
+    """Whether a `metadata.json` is one object that names no files: what a tool was set to, and no table."""
+    if os.path.basename(path).lower() != "metadata.json":
+        return False
+    with open_file(path) as file, suppress(ValueError):
+        found = parse_json(decode_text(file.read()).content)
+        text = json.dumps(found, ensure_ascii=False).lower()
+        named = [f'{extension}"' in text for extension in kind.extensions]
+        return isinstance(found, dict) and not any(named) and not any(find_name(found, c) for c in kind.file_columns)
+    return False
 
 
 def walk(folder: str) -> list[str]:
@@ -210,7 +243,7 @@ class _MetadataReader:
         found = next((path for path in paths if path in self.listed), None)
         if is_remote(self.folder):
             return found if self.listed else paths[0]  # what cannot be listed is looked for when it is read
-        kinds = (stat.S_IFREG, stat.S_IFDIR) if self.request.frame_folders else (stat.S_IFREG,)
+        kinds = (stat.S_IFREG, stat.S_IFDIR) if self.request.kind.loose else (stat.S_IFREG,)
         return found or next((path for path in paths if _kind(os.path.join(self.folder, path)) in kinds), None)
 
 

@@ -1,6 +1,7 @@
 """Reading one image, and fitting any picture to the size that training wants."""
 
 import io
+import os
 import struct
 import zlib
 from contextlib import suppress
@@ -25,7 +26,7 @@ def media_file(media: dict):
         return io.BytesIO(media["bytes"])
     if (path := open_path(media)) is None:
         raise UnusableItem("the row holds neither a file nor its bytes")
-    return read_whole(path) if is_remote(path) else path
+    return read_whole(path) if is_remote(path) else os.path.join(os.curdir, path)  # "red: a.mp4" names no protocol
 
 
 def open_path(media: dict) -> str | None:

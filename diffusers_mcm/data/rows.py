@@ -48,6 +48,7 @@ class MediaRows:
     `skipped` has name and reason of what was seen on opening to be of no use, and is not among the rows.
     """
 
+    unnamed: str | None = None  # a sentence on files beside those of the rows, if there are any that no row names
     far_captions = False  # whether each caption has to be fetched from another machine
 
     def __init__(self, request: DataRequest, table: Any, skipped: Mapping[str, str] | None = None):
@@ -128,9 +129,11 @@ class FolderRows(MediaRows):
     `said` has the extra columns as JSON, or None.
     """
 
-    def __init__(self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str]):
+    def __init__(
+        self, request: DataRequest, table: Any, folder: str, skipped: Mapping[str, str], unnamed: str | None = None
+    ):
         super().__init__(request, table, skipped)
-        self.folder = folder
+        self.folder, self.unnamed = folder, unnamed
 
     def said(self, item: Mapping) -> dict[str, Any]:
         return json.loads(item["said"] or "{}")

@@ -74,6 +74,8 @@ def _open_local(request: DataRequest) -> MediaRows | None:
     if os.path.isdir(source):
         folder = _split_folder(request)
         files = walk(folder)
+        if request.kind.loose:
+            return open_folder(request, folder, files)
         tars = [os.path.join(folder, path) for path in files if path.lower().endswith(TAR_SUFFIXES)]
         if tars:
             return open_tars(request, tars)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageSequence
 
 from ..data.faults import UnusableItem, unusable
 from ..data.images import BROKEN_FILE, to_rgb
+from .videos import by_numbers
 
 RESOLUTION = {".gif": 10, ".webp": 1}  # what animations are called, and the milliseconds in which they count
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -44,7 +44,7 @@ def frame_files(folder: Path) -> list[Path]:
     except OSError as error:
         raise unusable(error, str(folder), "the video") from error
     pictures = [path for path in paths if path.suffix.lower() in _PICTURES and path.name[0] != "."]
-    return sorted(pictures, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
+    return sorted(pictures, key=lambda path: by_numbers(path.name))
 
 
 def frames_of(path: Path, told: Told) -> list[Image.Image]:

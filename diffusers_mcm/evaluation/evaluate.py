@@ -48,7 +48,8 @@ class Options:
     Attributes:
         metrics: out of `metrics.METRICS`; motion is always measured.
         num_videos: of the reference, chosen by `seed`; None takes all.
-        seed: chooses the reference's videos, their captions and random windows.
+        num_images: of real images, where there are any, likewise.
+        seed: chooses the reference's videos, their captions, random windows and the images.
         num_frames: of a clip.
         frame_interval: of the reference's clips: every how many frames of a file one is taken.
         fps: takes the reference's frames at this rate instead.
@@ -64,6 +65,7 @@ class Options:
 
     metrics: Sequence[str] = DEFAULT
     num_videos: int | None = None
+    num_images: int | None = None
     seed: int = 0
     num_frames: int = 16
     frame_interval: int = 1
@@ -80,7 +82,7 @@ class Options:
 
     def __post_init__(self) -> None:
         bounds: dict[str, float] = {"num_frames": 3, "frame_interval": 1, "num_videos": 2, "seed": 0, "fps": 0.01}
-        for name, least in {**bounds, "resamples": 0, "batch_size": 1}.items():
+        for name, least in {**bounds, "num_images": 2, "resamples": 0, "batch_size": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"expected --{name} of at least {least}, got {value}")
         for name, known in (("window", WINDOWS), ("covariance", COVARIANCES)):
@@ -112,6 +114,7 @@ def evaluate(
     *,
     images: str | None = None,
     data: Mapping[str, Any] | None = None,
+    image_data: Mapping[str, Any] | None = None,
     processes: Processes | None = None,
     progress: Progress = lambda items, name: items,
     versions: Mapping[str, str] | None = None,
@@ -129,6 +132,7 @@ def evaluate(
         options: how it is done.
         images: real images that frames are compared with, instead of the reference's own frames.
         data: how the reference is opened, as fields of `data.columns.DataRequest`: split, columns, revision.
+        image_data: how the images are, likewise.
         processes: for several; only the first one scores, writes results and returns them. The others return `None`
             as soon as all has been measured, and nobody waits for them.
         progress: wraps what takes time, with the name of it.
@@ -140,7 +144,7 @@ def evaluate(
     """
     options, processes = options or Options(), processes or Processes()
     before = Evaluation.read(output)
-    plan = _plan(folders, reference, images, options, data or {})
+    plan = _plan(folders, reference, images, options, data or {}, image_data or {})
     as_written = plan.window._replace(frame_interval=1, fps=None, place="start")
     earlier = _earlier(before, plan, output, as_written, options.seed)
 
@@ -232,14 +236,19 @@ def _plan(
     images: str | None,
     options: Options,
     data: Mapping[str, Any],
+    image_data: Mapping[str, Any],
 ) -> _Plan:
+    if images is None and (options.num_images is not None or image_data):
+        raise ValueError("expected images with --num_images and the other flags on them, got none: give --images")
     video_choices, frame_choices, columns = options.chosen()
     samples = [open_samples(folder, name) for name, folder in folders.items()]
     check_alike(samples)
     size = options.size or size_of(samples)
     window = Window(options.num_frames, options.frame_interval, options.fps, options.window, *size)
     real = open_reference(reference, options.num_videos, options.seed, **data)
-    pictures = open_reference(images, None, options.seed, IMAGES, "(images)") if images else None
+    pictures = None
+    if images is not None:
+        pictures = open_reference(images, options.num_images, options.seed, IMAGES, "(images)", **image_data)
     warn_of_other_captions(samples[0], real)
     measures, networks = load_measures(video_choices, frame_choices, columns, options)
     protocol = {

@@ -12,7 +12,7 @@ from .distances import resampled
 from .measuring import Measured
 from .metrics import Score, difference, draws_of
 from .results import Difference
-from .videos import VideoSet
+from .videos import VideoSet, by_numbers
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -54,7 +54,7 @@ def common(results: Mapping[str, Measured]) -> tuple[dict[str, Measured], int]:
     """All methods' results on the videos that every one of them has, in one order; and how many are left out for that.
 
     A video is compared with that of the same caption and seed. Where a method's seeds are not known, or are others,
-    the k-th video of a caption, by its seed and then its name, is compared with the k-th of another method.
+    the k-th video of a caption, by its seed and then the numbers in its name, is compared with the k-th of another.
     """
     places = _places(results, by_seed=True)
     if len(_shared(places)) < _most_left(results) or any(v.seed is None for m in results.values() for v in m.videos):
@@ -74,9 +74,8 @@ def _places(results: Mapping[str, Measured], by_seed: bool) -> _Places:
     for name, measured in results.items():
         videos, seen = measured.videos, Counter[tuple[str, int]]()
         own = found.setdefault(name, {})
-        for number in sorted(
-            range(len(videos)), key=lambda n: (videos[n].caption, videos[n].seed or 0, videos[n].name)
-        ):
+        keys = [(video.caption, video.seed or 0, by_numbers(video.name)) for video in videos]
+        for number in sorted(range(len(videos)), key=keys.__getitem__):
             of = videos[number].caption, (videos[number].seed or 0) if by_seed else 0
             own[*of, seen[of]] = number
             seen[of] += 1

@@ -26,7 +26,7 @@ class Method:
 
     Attributes:
         source: the folder.
-        num_videos: how many were read; `skipped` names the others, with the reason.
+        num_videos: how many were read; `skipped` names the others, with the reason, but for those that no table names.
         num_captions: how many different ones.
         steps: of sampling, where the samples or the folder's name say it.
         settings: what all samples say of how they were made.

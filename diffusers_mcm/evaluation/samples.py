@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..data.columns import VIDEOS
 from ..data.faults import UnusableItem, unusable
-from ..data.folders import is_metadata
+from ..data.folders import holds_settings, is_metadata
 from ..data.images import fit
 from ..data.remote import file_version
 from ..data.sources import open_rows
@@ -24,16 +25,16 @@ from ..video_io import read_metadata
 from . import animations
 from .animations import Told, frame_files, holds_pictures
 from .records import steps_in_name
-from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window
+from .videos import Video, VideoSet, Window, drawn_caption, normalised, read_window, unnamed_remarks
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (*VIDEOS.extensions, *animations.RESOLUTION)
+_SAMPLES = replace(VIDEOS, extensions=(*VIDEOS.extensions, *animations.RESOLUTION), caption_flag=None, loose=True)
 STEPS = "num_inference_steps"
 # columns of a table beside samples, and what `generate` calls the same in a file's own metadata
 _TOLD = {name: name for name in (STEPS, "seed", "sampler", "timestep_spacing", "guidance_scale", "model", "fps")}
 _TOLD["steps"] = STEPS
-_NUMBERED = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")  # VBench's naming
+_NUMBERED = re.compile(r"(?P<prompt>.+)-\d+")  # VBench's naming
 _WHOLE = re.compile(r"(\d+)(\.0*)?")  # as pandas writes those of a column with gaps
 _Shown = tuple[Path, str, Mapping[str, Any]]  # a video, what it shows, and what is said of how it was made
 
@@ -42,9 +43,10 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
     """The videos of a folder: `diffusers-mcm generate`'s, any tool's beside a `metadata.csv`, or VBench's names.
 
     The prompt is what a table beside the files says, else what the files' own metadata say, else the files' names
-    without `-0` at their ends. Seeds and steps are taken from the same places, the steps else from the number at the
-    end of the name. Folders of frames are read as well. Samples are read from their first frame on, each
-    frame. What cannot be opened at all is skipped, with the reason.
+    without `-0` at their ends, which counts the videos of a prompt. Seeds and steps are taken from the table and the
+    files' metadata, the steps else from the number at the end of the folder's name. Folders of frames are read as
+    well. Samples are read from their first frame on, each frame. What cannot be opened at all is skipped, with the
+    reason.
 
     Raises:
         ValueError: if there are no videos, or some do not say what they show.
@@ -54,21 +56,23 @@ def open_samples(folder: str | os.PathLike, name: str | None = None) -> VideoSet
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"expected a folder of videos, got {str(folder)!r}, which is {found}")
     name = name or folder.name or folder.resolve().name
-    if any(is_metadata(entry.name) and os.path.isfile(entry) for entry in os.scandir(folder)):
+    entries = sorted(folder.iterdir())
+    tables = [path for path in entries if is_metadata(path.name) and os.path.isfile(path)]
+    if not all(holds_settings(str(path), _SAMPLES) for path in tables):
         return _listed_samples(name, folder)
-    paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _holds_frames(path)]
+    paths = [path for path in entries if path.name[0] != "." and _holds_frames(path)]
     if not paths:
-        raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{folder} holds no videos: none of its files ends in {', '.join(_SAMPLES.extensions)}")
     metadata = {path: _own_metadata(path) for path in paths}
     if any("prompt" in found for found in metadata.values()):
         return _own_samples(name, folder, metadata)
-    return _named_samples(name, folder, paths)
+    return _named_samples(name, folder, metadata)
 
 
 def _holds_frames(path: Path) -> bool:
     """Whether a path is a video, by its name, or a folder of frames."""
     if not os.path.isdir(path):
-        return path.suffix.lower() in _SUFFIXES
+        return path.suffix.lower() in _SAMPLES.extensions
     try:
         return bool(frame_files(path))
     except UnusableItem as reason:
@@ -92,7 +96,7 @@ def _own_metadata(path: Path) -> dict[str, Any]:
 
 def _listed_samples(name: str, folder: Path) -> VideoSet:
     """Samples that a table beside them lists."""
-    rows = open_rows(folder, VIDEOS, extra_columns=tuple(_TOLD), frame_folders=True)
+    rows = open_rows(folder, _SAMPLES, extra_columns=tuple(_TOLD))
     shown, skipped = list[_Shown](), dict(rows.skipped)
     for number in range(len(rows)):
         item = rows[number]
@@ -103,7 +107,8 @@ def _listed_samples(name: str, folder: Path) -> VideoSet:
             skipped[str(path)] = str(reason)
         else:
             shown.append((path, caption, {**_own_metadata(path), **_told(rows.said(item))}))
-    return _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
+    found = _described(name, folder, _samples(shown), skipped, [said for _, _, said in shown])
+    return replace(found, remarks=[*unnamed_remarks(name, rows), *found.remarks])
 
 
 def _told(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,24 +191,30 @@ def _rate(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _named_samples(name: str, folder: Path, paths: Sequence[Path]) -> VideoSet:
-    """Samples that are called by their prompts."""
+def _named_samples(name: str, folder: Path, metadata: Mapping[Path, Mapping[str, Any]]) -> VideoSet:
+    """Samples that are called by their prompts. The numbers after these count them, and are no seeds."""
     shown = list[_Shown]()
-    for path in paths:
+    for path, said in metadata.items():
         numbered = _NUMBERED.fullmatch(path.name if os.path.isdir(path) else path.stem)
         if not numbered:
             raise ValueError(
                 f"{path} does not say what it shows: expected a prompt in its metadata, a metadata.csv with file_name"
                 " and caption beside it, or a name such as 'a prompt-0.mp4'"
             )
-        shown.append((path, numbered["prompt"], {"seed": int(numbered["index"])}))
+        shown.append((path, numbered["prompt"], said))
     videos = _samples(shown)
-    if len(videos) > 1 and len({video.caption for video in videos}) == 1:
+    found = _described(name, folder, videos, {}, list(metadata.values()))
+    if len(videos) < 2 or len(found.captions()) > 1:
+        return found
+    (caption,) = found.captions()
+    if caption.isascii() and len(caption.split()) < 2:  # a word such as "sample", where a language has spaces
         raise ValueError(
-            f"all {len(videos)} videos of {folder} would show {videos[0].caption!r}, by their names: write a"
-            " metadata.csv with file_name and caption beside them that says what they show"
+            f"all {len(videos)} videos of {folder} would show {caption!r}, by their names: write a metadata.csv with"
+            " file_name and caption beside them that says what they show"
         )
-    return _described(name, folder, videos, {}, [])
+    remark = f"All {len(videos)} videos of {name} show {caption!r}, by their names."
+    logger.warning(remark)
+    return replace(found, remarks=[remark, *found.remarks])
 
 
 def _samples(shown: Sequence[_Shown]) -> list[Video]:
@@ -274,10 +285,10 @@ def _size(path: Path) -> tuple[int, int]:
     import av
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(os.path.join(os.curdir, path), metadata_errors="ignore") as container:  # no protocol
             stream = container.streams.video[0]
             return stream.height, stream.width
-    except (OSError, IndexError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise unusable(error, str(path), "the video") from error
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def by_numbers(name: str) -> list[str | int]:
+    """A key to sort names by, with the numbers in them as such: `a-2` comes before `a-10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def seeds_of(videos: Sequence[Video]) -> str | None:
     """The seeds of samples in words, by a digest where they are many; None where one is not known."""
     pairs = sorted((video.seed, video.caption) for video in videos if video.seed is not None)
@@ -155,7 +161,12 @@ def open_reference(
     remarks = [] if files is None else _repeated(name, kind, [files[row] for row in taken])
     for remark in remarks:
         logger.warning(remark)
-    return VideoSet(name, str(source), videos, skipped, remarks=remarks)
+    return VideoSet(name, str(source), videos, skipped, remarks=[*unnamed_remarks(name, rows), *remarks])
+
+
+def unnamed_remarks(name: str, rows: MediaRows) -> list[str]:
+    """What a reader has to know of files that no row of a set's table names, of which opening it has warned."""
+    return [f"{name}: {rows.unnamed}."] if rows.unnamed else []
 
 
 def _drawn(count: int, files: Sequence[Any] | None, seed: int) -> list[int]:
@@ -172,10 +183,9 @@ def _drawn(count: int, files: Sequence[Any] | None, seed: int) -> list[int]:
 def _repeated(name: str, kind: MediaKind, files: Sequence[Any]) -> list[str]:
     """A sentence if some of the files of a reference come several times; none otherwise."""
     count = len(set(files))
-    once = f": --num_videos {count} takes each once" if kind is VIDEOS else ""
     sentence = (
         f"The {len(files)} {kind.name}s of {name} are {count} files, of which some count several times, as in a table"
-        f" with a row for each caption. Distances differ for that{once}."
+        f" with a row for each caption. Distances differ for that: --num_{kind.name}s {count} takes each once."
     )
     return [sentence] if count < len(files) else []
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from diffusers_mcm.cli import main
 from diffusers_mcm.commands.evaluate import named_folders
@@ -26,6 +27,35 @@ def test_it_prints_the_table_and_where_the_page_is(samples, flags, tmp_path, cap
     assert "| mcm4 | 4 | 6 |" in printed and "| still | 1 | 6 |" in printed and "evaluation.md" in printed
 
 
+def test_nothing_stray_is_on_stderr_beside_a_table(world, tmp_path, capsys):  # noqa: F811
+    command = ["evaluate", str(world), "--reference", str(world), "--metrics", "motion", "--device", "cpu"]
+    assert main([*command, "-o", str(tmp_path / "results")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_flags_of_the_images(samples, world, tmp_path, capsys):  # noqa: F811
+    for split, count in (("train", 3), ("test", 8)):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (16, 16), (30 * number, 9, 9)).save(tmp_path / "images" / split / f"{number}.png")
+    command = ["evaluate", str(samples / "mcm4"), "--reference", str(world), "--metrics", "fid", "--num_frames", "3"]
+    command += ["--frame_network", "dinov2=mcm-shapes-features", "--device", "cpu"]
+    (tmp_path / "images" / "train" / "metadata.csv").write_text("picture,look\n0.png,1.png\n1.png,2.png\n")
+    command += ["--images", str(tmp_path / "images"), "--image_split"]
+    for flags, count in (["test"], 8), (["test", "--num_images", "5"], 5), (["train", "--image_column", "look"], 2):
+        assert main([*command, *flags, "-o", str(tmp_path / f"results{count}")]) == 0
+        found = json.loads((tmp_path / f"results{count}" / "evaluation.json").read_text())
+        assert found["protocol"]["images"]["num_videos"] == count
+    capsys.readouterr()
+    for flags, message in (
+        (["dev"], "has no subfolder 'dev' for that split"),
+        (["test", "--num_images", "9"], "holds 8 images that can be used, fewer than 9"),
+        (["train"], "Call it file_name, or name it with image_column (--image_column)"),
+    ):
+        assert main([*command, *flags, "-o", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_prompts_are_written_for_generate(world, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "prompts.jsonl"
     assert main(["evaluate", "--reference", str(world), "--num_videos", "3", "--write_prompts", str(path)]) == 0
@@ -44,6 +74,9 @@ def test_prompts_are_written_for_generate(world, tmp_path, capsys):  # noqa: F81
         (["missing", "-o", "results"], "expected a folder of videos, got 'missing', which is not there"),
         (["..=a", "-o", "results"], "of letters, digits and common signs, got '..'"),
         (["a|b=a", "-o", "results"], "of letters, digits and common signs, got 'a|b'"),
+        (["b/a", "-o", "results", "--num_images", "3"], "expected images with --num_images and the other flags"),
+        (["b/a", "-o", "results", "--image_column", "x"], "got none: give --images"),
+        (["b/a", "-o", "results", "--images", "x", "--num_images", "1"], "--num_images of at least 2, got 1"),
         (["a", "-o", "results", "--metrics", "lpips"], "expected metrics out of fvd"),
         (["a", "-o", "results", "--video_network", "i3d"], "give a file, i3d=FILE"),
     ],

@@ -72,7 +72,16 @@ def test_rows_of_no_use_are_skipped_counted_and_warned_of(folder, caplog):
     assert "quotes do not match" in reasons[3]
     assert reasons[4] == "it names no file"
     assert "5 are skipped, 2 are left" in caplog.text
-    assert "2 of the 4 video files" in caplog.text  # b and c, whose rows cannot be read
+    told = "2 of the 4 video files are not used, for no row of the metadata names them: b.mp4, c.mp4"  # are not read
+    assert rows.unnamed == told and f"{folder}: {told}" in caplog.text
+
+
+def test_a_file_that_a_row_names_by_its_whole_path_is_named(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    write(folder, f"file_name,text\n{folder}/a.mp4,one\n./b.mp4,two\n{folder}/../{folder.name}/c.mp4,three\n")
+    rows = open_rows(folder.name, VIDEOS)
+    assert captions(rows) == ["one", "three", "two"]
+    assert rows.unnamed.endswith("1 of the 4 video files are not used, for no row of the metadata names them: d.mp4")
 
 
 def test_what_was_skipped_on_opening_is_among_what_the_data_set_skipped(folder, caplog):

@@ -223,6 +223,20 @@ def test_what_counts_several_times_is_on_the_page(samples, world, tmp_path, opti
     assert "1 of the 7 videos of twice have the caption and the seed of another one" in page
 
 
+def test_videos_that_no_table_names_are_on_the_page(world, tmp_path, options):
+    shutil.copytree(world, tmp_path / "some")
+    lines = (tmp_path / "some" / "metadata.csv").read_text().splitlines()
+    (tmp_path / "some" / "metadata.csv").write_text("\n".join([*lines[:4], "3.mp4,"]))
+    some, results, options = tmp_path / "some", tmp_path / "results", Options(**options | dict(metrics=("motion",)))
+    found = evaluate({"some": some}, str(some), results, options)
+    assert list(found.methods["some"].skipped) == list(found.reference.skipped) == ["3.mp4"]
+    page = (results / "evaluation.md").read_text()
+    assert "Skipped: 1 of the reference, 1 of some." in page and str(tmp_path) not in page
+    for name in ("some", "(reference)"):
+        told = f"{name}: 2 of the 6 video files are not used, for no row of the metadata names them: 4.mp4, 5.mp4."
+        assert told in found.notes and told in page
+
+
 def test_folders_of_other_numbers_are_refused_before_the_work(tmp_path, world, samples):
     few = write_samples(tmp_path / "few", captions=CAPTIONS[:5])
     with pytest.raises(ValueError, match=r"as many videos in every folder, got 6 in .*mcm4 and 5 in .*few"):

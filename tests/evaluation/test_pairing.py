@@ -77,6 +77,16 @@ def test_methods_of_other_seeds_are_compared_in_their_order(seeds):
     assert shared["b"].values["clipsim"].tolist() == [1, 2, 3]
 
 
+def test_videos_of_unknown_seeds_are_in_the_order_of_their_numbers():
+    """`x-2` comes before `x-10`, whatever the other method calls its own."""
+    a, b = (
+        measured([Video(name, "x", None, None, None) for name in names], values)
+        for names, values in ((["x-10.mp4", "x-2.mp4"], [2, 1]), (["0001.mp4", "0002.mp4"], [1, 2]))
+    )
+    shared, _ = common({"a": a, "b": b})
+    assert shared["a"].values["clipsim"].tolist() == shared["b"].values["clipsim"].tolist() == [1, 2]
+
+
 def test_a_caption_with_one_seed_twice_is_no_loss():
     a, b = (measured(videos("x", "x", "y", seeds=(0, 0, 0)), [1, 2, 3]) for _ in range(2))
     shared, left_out = common({"a": a, "b": b})

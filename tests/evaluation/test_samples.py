@@ -122,6 +122,57 @@ def test_a_table_says_the_same_however_it_names_a_file(tmp_path):
     assert found.steps == 4 and not found.skipped
 
 
+@pytest.mark.parametrize("name", ["all.zip", "all.tar", "sub/all.tar.gz"])
+def test_archives_beside_a_table_are_left_alone(ramps, name):
+    (ramps / name).parent.mkdir(exist_ok=True)
+    (ramps / name).write_bytes(b"a copy of the videos")
+    assert [video.caption for video in open_samples(ramps).videos] == ["long", "short"]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("clip,sentence", r"Call it file_name, or another of \[.*'video', .*\]: no flag names it here"),
+        ("video,sentence", r"looked for \['caption', .*\]; .* Rename it to one of those: no flag names it here"),
+    ],
+)
+def test_columns_of_a_table_that_are_not_known(ramps, header, message):
+    (ramps / "metadata.csv").write_text(f"{header}\n0.mp4,long\n")
+    with pytest.raises(ValueError, match=message) as refused:
+        open_samples(ramps)
+    assert "--" not in str(refused.value)
+
+
+SETTINGS = {"model": "x", "seed": 3, "vae": {"dtype": "float16"}}
+
+
+def test_settings_beside_samples_are_no_table(tmp_path):
+    for name in ("a ring", "a dot"):
+        write_video(tmp_path / f"{name}-0.mp4", ramp(8))
+    (tmp_path / "metadata.json").write_text(json.dumps(SETTINGS))
+    assert [video.caption for video in open_samples(tmp_path).videos] == ["a dot", "a ring"]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na ring-0.mp4,one\na dot-0.mp4,two\n")
+    assert [video.caption for video in open_samples(tmp_path).videos] == ["two", "one"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"clip": "a ring-0.mp4", "sentence": "one"},
+        {"a ring-0.mp4": {"prompt": "one"}},
+        {"videos": [{"clip": "A RING-0.MP4"}]},
+        {"file_name": "a ring-0", "text": 7},
+        [SETTINGS],
+    ],
+)
+def test_what_names_a_file_is_a_table_and_refused_where_it_is_none(tmp_path, table):
+    for name in ("a ring", "a dot"):
+        write_video(tmp_path / f"{name}-0.mp4", ramp(8))
+    (tmp_path / "metadata.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="metadata.json"):
+        open_samples(tmp_path)
+
+
 def test_each_row_of_a_table_says_its_own(ramps):
     (ramps / "metadata.csv").write_text("file_name,caption,seed\n0.mp4,long,7\n0.mp4,longer,8\n")
     assert [(video.caption, video.seed) for video in open_samples(ramps).videos] == [("long", 7), ("longer", 8)]
@@ -181,6 +232,17 @@ def test_a_sample_that_a_table_names_twice_is_told(ramps):
     assert told == "1 of the 3 videos of m are the file of another one, and count beside it: 0.mp4 and 0.mp4."
 
 
+def test_what_no_row_of_a_table_names_is_told_once(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4", "c.gif", "d.gif", "sub/e", "sub/f"):
+        write_video(tmp_path / name, ramp(8), metadata={"prompt": "p"})
+    write_video(tmp_path / "sub" / "e" / "preview.gif", ramp(8))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.mp4,one\nc.gif,two\nsub/e,three\n")
+    found = open_samples(tmp_path, "m")
+    told = "3 of the 6 video files are not used, for no row of the metadata names them: b.mp4, d.gif, sub/f"
+    assert found.remarks == [f"m: {told}."] and caplog.text.count(told) == 1
+    assert len(found.videos) == 3 and not found.skipped
+
+
 def test_steps_are_taken_from_the_name_where_nothing_else_says_them(ramps, tmp_path):
     found = open_samples(ramps, "lcm4")
     assert (found.steps, found.steps_by_name) == (4, True)
@@ -209,8 +271,16 @@ def test_vbench_names(tmp_path):
     write_video(tmp_path / "a blue ring-0.mp4", ramp(8))
     for index in range(2):
         write_video(tmp_path / f"a red-hot ring-{index}.mp4", ramp(8))
-    found = [(video.caption, video.seed) for video in open_samples(tmp_path).videos]
-    assert found == [("a blue ring", 0), ("a red-hot ring", 0), ("a red-hot ring", 1)]
+    found = open_samples(tmp_path).videos
+    assert [video.caption for video in found] == ["a blue ring", "a red-hot ring", "a red-hot ring"]
+    assert seeds_of(found) is None  # the numbers count
+
+
+def test_what_files_without_a_prompt_say_counts_beside_their_names(tmp_path):
+    for seed, name in enumerate(("a ring-0", "a ring-1", "a dot-0")):
+        write_video(tmp_path / f"{name}.mp4", ramp(8), metadata={"seed": seed + 5, "num_inference_steps": 4})
+    found = open_samples(tmp_path)
+    assert seeds_of(found.videos) == "5 to 7" and (found.steps, found.steps_by_name) == (4, False)
 
 
 @pytest.mark.parametrize("name", ["a-0.mp4", "a-0.gif", "a-0.webp", "a-0"])
@@ -229,13 +299,23 @@ def test_too_few_pictures(tmp_path, name):
         open_samples(tmp_path).videos[0].read(WINDOW, 0)
 
 
-def test_names_that_only_count_are_no_captions(tmp_path):
+@pytest.mark.parametrize("name", ["sample", "Video", "clip_4"])
+def test_names_that_only_count_are_no_captions(tmp_path, name):
     for index in range(3):
-        write_video(tmp_path / f"sample-{index:04d}.mp4", ramp(8))
-    with pytest.raises(
-        ValueError, match="all 3 videos of .* would show 'sample', by their names: write a metadata.csv"
-    ):
+        write_video(tmp_path / f"{name}-{index:04d}.mp4", ramp(8))
+    told = f"all 3 videos of .* would show '{name}', by their names: write a metadata.csv"
+    with pytest.raises(ValueError, match=told):
         open_samples(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", "\u7ea2\u5706"])
+def test_samples_of_one_prompt_may_be_called_by_it(tmp_path, caplog, prompt):
+    for index in range(3):
+        write_video(tmp_path / f"{prompt}-{index}.mp4", ramp(8))
+    found = open_samples(tmp_path, "m")
+    assert found.captions() == {prompt: 3}
+    assert found.remarks == [f"All 3 videos of m show {prompt!r}, by their names."]
+    assert caplog.text.count(found.remarks[0]) == 1
 
 
 def test_frames_are_read_by_the_numbers_in_their_names(tmp_path):
@@ -280,7 +360,7 @@ def test_the_graph_of_nodes_of_another_tool_is_no_caption(tmp_path, foreign, suf
     for name in ("a cat-0", "a dog-0"):
         write_video(tmp_path / f"{name}.{suffix}", ramp(8), metadata=foreign | {"seed": 5})
     found = open_samples(tmp_path)
-    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", 0), ("a dog", 0)]
+    assert [(video.caption, video.seed) for video in found.videos] == [("a cat", None), ("a dog", None)]
     (tmp_path / "metadata.csv").write_text(f"file_name,caption\na cat-0.{suffix},one\na dog-0.{suffix},two\n")
     assert open_samples(tmp_path).settings == {}
 
@@ -300,6 +380,26 @@ def test_what_cannot_be_opened_is_skipped_where_others_say_their_prompts(tmp_pat
     assert [video.caption for video in found.videos] == [CAPTIONS[0], *CAPTIONS[3:]]
     assert {Path(name).name for name in found.skipped} == {"0002-clip.mp4", "0003-clip.mp4"}
     assert all("cannot be read" in reason for reason in found.skipped.values())
+
+
+@pytest.mark.parametrize("data", [b"no video", b"OggS"])  # of which FFmpeg says that it ends
+def test_what_ffmpeg_cannot_open_in_any_way_is_skipped(tmp_path, data):
+    write_video(tmp_path / "1.mp4", ramp(8), metadata={"prompt": "p"})
+    (tmp_path / "0.mp4").write_bytes(data)
+    found = open_samples(tmp_path)
+    assert [Path(name).name for name in found.skipped] == ["0.mp4"]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.mp4,zero\n1.mp4,one\n")
+    found = open_samples(tmp_path)
+    assert [video.caption for video in found.videos] == ["zero", "one"] and size_of([found]) == (16, 16)
+
+
+def test_a_name_may_begin_as_an_address_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("red: a ring-0.mp4", ramp(8), metadata={"prompt": "red: a ring", "seed": 5})
+    found = open_samples(".")
+    (video,) = found.videos
+    assert (video.caption, video.seed, video.rate()) == ("red: a ring", 5, 8) and size_of([found]) == (16, 16)
+    assert brightness(video.read(WINDOW, 0)) == [0, 1, 2, 3]
 
 
 def test_a_video_without_a_prompt_among_others_that_have_one(tmp_path):

@@ -95,6 +95,13 @@ def test_files_that_count_several_times_are_told(captioned, number, caplog):
     assert told in caplog.text and "--num_videos 4 takes each once" in found.remarks[0]
 
 
+def test_images_that_count_several_times_are_told(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,one\na.png,two\n")
+    (told,) = open_reference(str(tmp_path), None, 0, IMAGES, "(images)").remarks
+    assert "The 2 images of (images) are 1 files" in told and "--num_images 1 takes each once" in told
+
+
 def test_rows_with_files_of_their_own_are_drawn_as_ever(world):
     order = np.random.default_rng([5, 0]).permutation(6)[:4]
     assert [video.caption for video in open_reference(str(world), 4, 5).videos] == [CAPTIONS[n] for n in order]
