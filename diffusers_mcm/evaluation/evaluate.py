@@ -263,9 +263,7 @@ def _plan(
     weights = {choice.row: public_name(choice.source, given=True) for choice in (*video_choices, *frame_choices)}
     if "clipsim" in networks:
         weights["CLIPSIM"] = public_name(options.clip, given=True)
-    opened = {name: value for name, value in data.items() if value is not None}
-    if pictures:
-        opened["images"] = public_name(images, given=True)
+    opened = dict(data) | ({"images": {"source": public_name(images, given=True), **image_data}} if pictures else {})
     return _Plan(samples, real, pictures, window, columns, measures, protocol, weights, opened)
 
 

@@ -186,7 +186,7 @@ def test_images_instead_of_the_frames_of_the_reference(samples, world, tmp_path,
     own = evaluate(one, str(world), tmp_path / "own", Options(**options))
     data = dict(split="train", caption_column="caption", revision=None)
     other = evaluate(one, str(world), tmp_path / "other", Options(**options), images=str(folder), data=data)
-    against = f"| measured against | {world.name}, split train, caption_column caption, images images |"
+    against = f"| measured against | {world.name}, split train, caption_column caption, images.source images |"
     assert against in (tmp_path / "other" / "evaluation.md").read_text()
     assert f"videos of `{world.name}`, " in other.card_table()["about"]
     fid = [found.methods["mcm4"].values["fid.dinov2"] for found in (own, other)]
