@@ -10,7 +10,7 @@ from typing import Any
 from .card_text import sealed
 from .hub import PACKAGED_MODELS, is_local, public_name
 from .location import PEFT_WEIGHTS_NAME, SCHEDULER_NAME, WEIGHTS_NAME, Location
-from .settings import CONFIG_NAME, EXPERTS, HIGH_NOISE, Settings
+from .settings import BOUNDARY, CONFIG_NAME, EXPERTS, HIGH_NOISE, Settings
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD_NAME, SAMPLE_NAME = "README.md", "sample.mp4"
@@ -19,7 +19,6 @@ SCORES_NAMES = ("evaluation.json", "scores.json")
 # Of a student on the flow path, where neither its scheduler nor its training is known: what it is trained with if
 # nobody says otherwise (`consistency.FLOW_SHIFT` and `FLOW_STEPS`, which take torch along).
 FLOW_SHIFT, FLOW_GRID = 5.0, 48
-BOUNDARY = 0.875  # of Wan 2.2 A14B, where a pair does not say where its experts meet
 DEFAULT_PROMPT = "a cat walking through grass"
 TAGS = ("diffusers", "text-to-video", "lora", "motion-consistency-model", "diffusers-mcm")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -16,6 +16,7 @@ from .location import Location
 
 CONFIG_NAME = "mcm_config.json"
 EXPERTS = HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"  # of a base model that has two, the first to act first
+BOUNDARY = 0.875  # the σ where those of Wan 2.2 A14B meet
 _WHERE_KNOWN = ("sample", "expert", "boundary")  # keys that are left out where there is nothing to say
 DEFAULT_STEPS = 4  # where nothing says in how many steps to sample
 # What of a recorded training may be the name of a model or a data set, or a path.

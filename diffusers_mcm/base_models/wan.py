@@ -26,7 +26,7 @@ from ..consistency import FLOW_SHIFT, FLOW_STEPS, FlowPath
 from ..lora import base_layer
 from ..lora.wan_names import wan_module
 from ..scheduler import MCMFlowScheduler
-from ..settings import HIGH_NOISE, LOW_NOISE
+from ..settings import BOUNDARY, HIGH_NOISE, LOW_NOISE
 from .base import BaseModel, component_class
 from .checkpointing import recompute_causal
 from .precision import no_autocast
@@ -109,8 +109,9 @@ class Wan(BaseModel):
         return FlowPath(student.get("shift", config["shift"]), config["num_train_timesteps"])
 
     def student_scheduler(self, config: Mapping[str, Any], *, num_solver_steps: int, **student: Any) -> Any:
+        schedule = {key: config[key] for key in self.noise_schedule_keys if key in config}
         return self.scheduler_class.from_config(
-            config, original_inference_steps=num_solver_steps, stochastic=True, **student
+            schedule, original_inference_steps=num_solver_steps, stochastic=True, **student
         )
 
     def recognises(self, module_names: Iterable[str]) -> bool:
@@ -229,6 +230,7 @@ class WanA14B(Wan):
     sizes = {5120: default_repository}
     experts = {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
     guidance_ranges = {HIGH_NOISE: (2.0, 5.0), LOW_NOISE: (1.0, 4.0)}
+    scheduler_defaults = {**Wan.scheduler_defaults, "boundary": BOUNDARY}
     described_scheduler_keys = ("shift", "boundary", "original_inference_steps")
 
     def check_repository(self, model_index: Mapping[str, Any]) -> None:
@@ -240,7 +242,7 @@ def check_boundary(boundary: Any) -> float:
     """The σ where the two experts of a Wan meet; `ValueError` if a pipeline does not say it."""
     if isinstance(boundary, bool) or not isinstance(boundary, Real) or not 0 < float(boundary) < 1:
         raise ValueError(
-            "Expected a `boundary_ratio` between 0 and 1, where the two experts of this Wan meet (0.875 for"
+            f"Expected a `boundary_ratio` between 0 and 1, where the two experts of this Wan meet ({BOUNDARY} for"
             f" {WanA14B.default_repository}); got {boundary!r}."
         )
     return float(boundary)

@@ -137,7 +137,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="above 1 doubles the network's work (default: the model's, as a rule 1: off)",
     )
-    sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1")
+    sampling("--negative_prompt", help="what to avoid; needs --guidance_scale above 1 (default: the model's own)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # the bar of one video's steps, or that of the list
         pipeline.set_progress_bar_config(disable=len(jobs) > 1)
         settings = settings_of(arguments, pipeline)
+        jobs = [with_negative_prompt(job, pipeline, settings) for job in jobs]
         tell(notice([job.prompt for job in jobs], pipeline.config.get("_name_or_path"), settings["model"]))
 
         pending = [job for job in jobs if arguments.overwrite or not is_made(job, settings)]
@@ -346,6 +347,13 @@ def lora_sha256(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> str |
     place = Location.of(source, **where) if pipeline.motion_model is None else pipeline.motion_model.lora
     path = None if place is None else place.find_lora_file()
     return None if path is None else sha256(path)
+
+
+def with_negative_prompt(job: Job, pipeline: "MCMPipeline", settings: dict[str, Any]) -> Job:
+    """A job that says what its guidance leads away from, where that is the base model's own text."""
+    if job.negative_prompt is None and settings["guidance_scale"] > 1:
+        return job._replace(negative_prompt=pipeline.base_model.negative_prompt or None)
+    return job
 
 
 def recipe(job: Job, settings: dict[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,8 @@ def _complete(lora: LoRA) -> None:
             sampling=SamplingDefaults(DEFAULT_STEPS),
         )
     if lora.scheduler_config is None:
-        scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(None))
+        known = {} if lora.settings.boundary is None else {"boundary": lora.settings.boundary}
+        scheduler = base_model.scheduler_class.from_config(base_model.scheduler_config(known))
         lora.scheduler_config = json.loads(scheduler.to_json_string())
 
 

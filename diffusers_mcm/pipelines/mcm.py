@@ -87,7 +87,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
         for denoiser in self.denoisers.values():
             self.base_model.prepare_denoiser(denoiser)
         self.video_processor = VideoProcessor(do_resize=False)
-        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
+        self._guidance_scale, self._interrupt, self._num_timesteps, self._current_timestep = 1.0, False, 0, None
 
     # --- loading and saving ------------------------------------------------------------------------------------------
     @classmethod
@@ -270,6 +270,7 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
     guidance_scale = property(attrgetter("_guidance_scale"))
     num_timesteps = property(attrgetter("_num_timesteps"))
     interrupt = property(attrgetter("_interrupt"))
+    current_timestep = property(attrgetter("_current_timestep"))  # while sampling, for diffusers' caches; else `None`
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -312,7 +313,8 @@ class MCMPipeline(HubVerbs, Sampling, DiffusionPipeline):
             height, width, num_frames: By default what the LoRA was trained on, or else the base model's.
             num_inference_steps: 1 to 8 as a rule. Defaults to the LoRA's recommendation, or else 4.
             guidance_scale: Above 1, classifier-free guidance, at twice the cost; a consistency model has it built in.
-            negative_prompt: What to avoid. Only with `guidance_scale > 1`.
+            negative_prompt: What to avoid. Only with `guidance_scale > 1`; defaults to the base model's own: for Wan
+                the text that its authors use, for the others the empty one.
             num_videos_per_prompt: The videos of one prompt follow each other in the output.
             generator: One for all videos or one for each.
             latents: The noise to start from, `(B, C, T, H, W)`.

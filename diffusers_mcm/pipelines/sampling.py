@@ -201,11 +201,13 @@ class Sampling(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
+                self._current_timestep = t
                 output = self._predict(latents, t, text, negative, network_options)
                 latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
                 if callback is not None:
                     latents = callback(self, i, t, latents, text, negative)
                 progress_bar.update()
+        self._current_timestep = None
         return latents
 
     def _predict(self, latents, t, text, negative, options: Mapping[str, Any]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_mcm import MCMPipeline, get_base_model
+from diffusers_mcm import MCMFlowScheduler, MCMPipeline, get_base_model
 from diffusers_mcm.base_models import base_model_of, half_named, infer_base_model
 from diffusers_mcm.base_models.wan import FRAME_DECODERS, NEGATIVE_PROMPT, TEXT_LENGTH, place_in_latents
 from diffusers_mcm.lora import LoRA, add_lora
@@ -161,11 +161,12 @@ def test_defaults():
 
 
 def test_the_students_scheduler_has_nothing_of_the_teachers():
-    teachers = wan_components()["scheduler"].config
-    scheduler = WAN.student_scheduler(teachers, num_solver_steps=48, shift=8.0)
-    config = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
     own = dict(num_train_timesteps=1000, shift=8.0, original_inference_steps=48, stochastic=True, boundary=None)
-    assert config == own | dict(trained_timesteps=None)
+    few_step = MCMFlowScheduler(shift=3.0, trained_timesteps=[1000, 757, 522], boundary=0.875, stochastic=False)
+    for teachers in (wan_components()["scheduler"], few_step):
+        scheduler = WAN.student_scheduler(teachers.config, num_solver_steps=48, shift=8.0)
+        config = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+        assert config == own | dict(trained_timesteps=None)
     assert WAN.few_step_scheduler(wan_components()["scheduler"]).config.shift == 5.0  # the teacher's is 3
 
 
