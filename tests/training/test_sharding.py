@@ -14,6 +14,7 @@ from .test_distributed import DOUBLE, ROOT, train_in_two_processes
 from .world import CAPTIONS, SPLIT, assert_same_training, double_precision, flatten, tiny_config
 
 FSDP = ("accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"))
+FSDP += ("--num_processes", "2", "--mixed_precision", "no")
 
 
 def test_frozen_weights_that_are_split_change_nothing(world, tmp_path):
@@ -24,8 +25,7 @@ def test_frozen_weights_that_are_split_change_nothing(world, tmp_path):
         one.train()
     options = dict(train_batch_size=1, checkpointing_steps=1, validation_prompts=(CAPTIONS[0],), validation_steps=1)
     two = tiny_config(world, tmp_path / "two", **options, **SPLIT)
-    launch = (*FSDP, "--num_processes", "2", "--mixed_precision", "no")
-    said = train_in_two_processes(two, tmp_path, DOUBLE, launch=launch)
+    said = train_in_two_processes(two, tmp_path, DOUBLE, launch=FSDP)
     here, whole = re.search(r"are split: (\d+) kB of (\d+) kB are here", said).groups()
     assert int(here) < 0.6 * int(whole)
     state = load_checkpoint(tmp_path / "two" / "checkpoint-2")

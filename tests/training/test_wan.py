@@ -17,7 +17,8 @@ from tests.formats.world import edit_json
 from tests.tiny_wan import save_wan_base, tiny_wan_transformer
 from tests.wan_loras import RANK, as_keys, original_file, random_differences, random_tensors, write
 
-from .test_distributed import DOUBLE, train_in_two_processes
+from .test_distributed import DOUBLE, TORCHRUN, train_in_two_processes
+from .test_sharding import FSDP
 from .world import (
     CAPTIONS,
     SPLIT,
@@ -216,13 +217,15 @@ def test_the_autoencoder_stays_in_float32_whatever_the_network_computes_in(bases
     assert plain[-1].any()
 
 
-def test_two_processes_equal_one_big_batch(wan, tmp_path):
+@pytest.mark.parametrize("launch", [TORCHRUN, FSDP], ids=["whole", "split"])
+def test_two_processes_equal_one_big_batch(wan, tmp_path, launch):
     wan = wan | dict(video_data=str(shutil.copytree(wan["video_data"], tmp_path / "videos")))
     with double_precision():
         one = Trainer(wan_config(wan, tmp_path / "one", **SPLIT))
         start = flatten(one.state())
         one.train()
     two = wan_config(wan, tmp_path / "two", train_batch_size=1, checkpointing_steps=2, **SPLIT)
-    train_in_two_processes(two, tmp_path, DOUBLE)
+    said = train_in_two_processes(two, tmp_path, DOUBLE, launch=launch)
+    assert ("are split: " in said) == (launch == FSDP)
     state = torch.load(tmp_path / "two" / "checkpoint-2" / STATE_FILE, weights_only=True)
     assert_same_training(start, flatten(one.state()), flatten(state), double=True)
