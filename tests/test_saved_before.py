@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_mcm import MCMPipeline, ModelScopeMCMPipeline
 from diffusers_mcm.formats.description import describe
-from tests.tiny import EXACT, NUM_FRAMES, SIZE
+from tests.tiny import NUM_FRAMES, SIZE
 
 FOLDER = Path(__file__).with_name("saved_before")
 ADAPTERS = {"lora": ["mcm"], "peft": ["mcm"], "pipeline": ["mcm", "second"]}
@@ -29,7 +29,8 @@ def test_it_samples_what_it_did(name):
     options = dict(generator=torch.Generator().manual_seed(0), output_type="latent")
     latents = pipe("a red ring", latents=noise, height=SIZE, width=SIZE, **options).frames
     expected = load_file(FOLDER / "latents.safetensors")
-    torch.testing.assert_close(latents, expected[name], **EXACT)
+    # float64 but for diffusers' noise schedule and timestep embedding, whose last bits depend on the processor
+    torch.testing.assert_close(latents, expected[name], rtol=0, atol=4e-6)
     other = next(each for each in expected if not torch.equal(expected[each], expected[name]))
     assert not torch.allclose(latents, expected[other], atol=1e-4)
 
