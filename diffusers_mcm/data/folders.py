@@ -16,7 +16,15 @@ import pyarrow.parquet
 
 from ..text_files import Row, Table, decode_text, find_name, parse_json, read_table
 from ..wording import first_names
-from .columns import CAPTION_COLUMNS, DataRequest, MediaKind, caption_texts, find_caption_column, find_file_column
+from .columns import (
+    CAPTION_COLUMNS,
+    VIDEOS,
+    DataRequest,
+    MediaKind,
+    caption_texts,
+    find_caption_column,
+    find_file_column,
+)
 from .faults import check_own_fault, is_remote
 from .remote import join, open_file
 from .rows import NO_CAPTION, NO_TEXT, FolderRows, examples
@@ -60,7 +68,8 @@ def _unnamed(
 ) -> str | None:
     """A sentence on the files and folders of frames that no row names, by a path in the folder or a whole one."""
     whole = folder if is_remote(folder) else os.path.abspath(folder)
-    there = [*media, *sorted(_frame_folders(request, files))]
+    frames = _frame_folders(request, files)
+    there = [*(path for path in media if os.path.dirname(path) not in frames), *sorted(frames)]
     left = [path for path in there if path not in used]
     left = [path for path in left if os.path.dirname(path) not in used and join(whole, path) not in used]
     if not left:
@@ -82,11 +91,11 @@ def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
 
 
 def _frame_folders(request: DataRequest, files: list[str]) -> set[str]:
-    """The folders of frames below a folder, if rows may name such: those that hold pictures, and none of the files."""
+    """The folders of frames below a folder, if rows may name such: those that hold pictures, and no film."""
     if not request.kind.loose:
         return set()
     frames = {os.path.dirname(path) for path in files if path.lower().endswith(_FRAMES)}
-    return frames - {os.path.dirname(path) for path in files if path.lower().endswith(request.kind.extensions)} - {""}
+    return frames - {os.path.dirname(path) for path in files if path.lower().endswith(VIDEOS.extensions)} - {""}
 
 
 def is_metadata(path: str) -> bool:

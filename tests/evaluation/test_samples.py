@@ -450,3 +450,17 @@ def test_the_size_of_what_cannot_be_read(tmp_path):
     (tmp_path / "a-0.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="none of the 1 videos of .* can be opened"):
         size_of([open_samples(tmp_path)])
+
+
+def test_a_preview_among_frames_makes_them_no_samples(tmp_path):
+    """As a tool writes it beside the frames, with a table of them."""
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(8):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number}.png")
+        Image.new("RGB", (16, 16)).save(folder / "preview.gif")
+        (folder / "metadata.csv").write_text("file_name,caption\n0.png,a picture\n1.png,a picture\n")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na,a red ring\nb,a blue ring\n")
+    found = open_samples(tmp_path, "theirs")
+    assert [Path(video.name).name for video in found.videos] == ["a", "b"] and not found.remarks
