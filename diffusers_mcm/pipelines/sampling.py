@@ -197,17 +197,19 @@ class Sampling(DiffusionPipeline):
         options = {name: value for name, value in given.items() if name in taken and value is not None}
         network_options = {"cross_attention_kwargs": request.attention_options} if request.attention_options else {}
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = t
-                output = self._predict(latents, t, text, negative, network_options)
-                latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
-                if callback is not None:
-                    latents = callback(self, i, t, latents, text, negative)
-                progress_bar.update()
-        self._current_timestep = None
+        try:
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self._interrupt:
+                        break
+                    self._current_timestep = t
+                    output = self._predict(latents, t, text, negative, network_options)
+                    latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
+                    if callback is not None:
+                        latents = callback(self, i, t, latents, text, negative)
+                    progress_bar.update()
+        finally:
+            self._current_timestep = None
         return latents
 
     def _predict(self, latents, t, text, negative, options: Mapping[str, Any]) -> torch.Tensor:

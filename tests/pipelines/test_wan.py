@@ -235,6 +235,9 @@ def test_caches_are_told_the_timestep(pipe):
     pipe.transformer.enable_cache(pyramid)
     assert not torch.allclose(sample(pipe, guidance_scale=3.0, num_inference_steps=4), expected)
     assert list(dict.fromkeys(map(float, seen))) == pipe.scheduler.timesteps.tolist() and pipe.current_timestep is None
+    with pytest.raises(ZeroDivisionError):
+        sample(pipe, callback_on_step_end=lambda *_: 1 // 0)
+    assert pipe.current_timestep is None
 
 
 def test_caches_keep_the_two_halves_of_guidance_apart(pipe):
