@@ -309,10 +309,9 @@ def settings_of(arguments: argparse.Namespace, pipeline: "MCMPipeline") -> dict[
         settings |= {"few_step": row.title, "stochastic": row.stochastic, "shift": row.shift}
         if row.timesteps and settings["num_inference_steps"] == len(row.timesteps):
             settings["timesteps"] = list(row.timesteps)
-    if any(
-        weight != 1 for weight in pipeline.adapter_weights.values()
-    ):  # that a LoRA's makers, or a saved pipeline, say
-        settings["adapter_weights"] = pipeline.adapter_weights
+    weights = pipeline.adapter_weights
+    if any(weight != 1 for weight in weights.values()):  # as a LoRA's makers, or a saved pipeline, say
+        settings["adapter_weights"] = weights
     settings |= sampler_settings(pipeline) | {"lora_sha256": (lora := lora_sha256(arguments, pipeline))}
     return settings | {"base_version": base_version(arguments, pipeline, alone=lora is None)}
 

@@ -98,7 +98,10 @@ class LoRAVerbs(FusingVerbs):
     @property
     def adapter_weights(self) -> dict[str, Weight]:
         """The weights of the adapters that act on the next call, as `set_adapters` takes them."""
-        return {name: self._adapters.weights.get(name, 1.0) for name in self.get_active_adapters()}
+        return self._weights_of(self.get_active_adapters())
+
+    def _weights_of(self, names: Sequence[str]) -> dict[str, Weight]:
+        return {name: self._adapters.weights.get(name, 1.0) for name in names}
 
     @property
     def _switched_on(self) -> list[str]:
@@ -186,7 +189,7 @@ class LoRAVerbs(FusingVerbs):
             self._require_called("load a LoRA", [f"{component}.{module}" for module in lora.modules])
         with self._or_not_at_all(adapter_name):
             enabled = self._lora_enabled
-            active = {name: self._adapters.weights.get(name, 1.0) for name in self._switched_on}
+            active = self._weights_of(self._switched_on)
             for component, lora in loras.items():
                 load_lora_into(
                     networks[component], self._keep_differences(component, lora, adapter_name), adapter_name
@@ -342,7 +345,7 @@ class LoRAVerbs(FusingVerbs):
     def _adapters_state(self) -> dict[str, Any]:
         """How the adapters are set, as it is saved with the pipeline."""
         return {
-            "adapters": {name: self._adapters.weights.get(name, 1.0) for name in self._loaded},
+            "adapters": self._weights_of(self._loaded),
             "active": self._switched_on,
             "enabled": self._lora_enabled,
             "fused": self._adapters.fused,

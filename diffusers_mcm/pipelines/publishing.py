@@ -173,7 +173,7 @@ class HubVerbs(MCMLoRAVerbs):
                 raise ValueError("Other LoRAs are fused into the weights; `unfuse_lora()` first.")
             yield
             return
-        active = {each: self._adapters.weights.get(each, 1.0) for each in self._switched_on}
+        active = self._weights_of(self._switched_on)
         enabled, weight = self._lora_enabled, self._adapters.weights.get(name, 1.0)
         self.enable_lora()
         self.set_adapters(name)
