@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -72,6 +73,10 @@ def _unnamed(
     there = [*(path for path in media if os.path.dirname(path) not in frames), *sorted(frames)]
     left = [path for path in there if path not in used]
     left = [path for path in left if os.path.dirname(path) not in used and join(whole, path) not in used]
+    if left and not is_remote(folder):  # rows may name a file by another way to it
+        really = {os.path.realpath(os.path.join(whole, path)) for path in used}
+        ways = {path: os.path.realpath(os.path.join(whole, path)) for path in left}
+        left = [path for path, way in ways.items() if not {way, os.path.dirname(way)} & really]
     if not left:
         return None
     return (
@@ -81,13 +86,15 @@ def _unnamed(
 
 
 def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
-    """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video."""
-    tables = [path for path in files if is_metadata(path)]
-    if not request.kind.loose:
-        return tables
+    """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video.
+
+    Of settings in a `metadata.json` those that lie beside a table are none; among samples, none at all.
+    """
     frames = _frame_folders(request, files)
-    tables = [path for path in tables if os.path.dirname(path) not in frames]
-    return [path for path in tables if not holds_settings(join(folder, path), request.kind)]
+    tables = [path for path in files if is_metadata(path) and os.path.dirname(path) not in frames]
+    each = Counter(map(os.path.dirname, tables))
+    alone = [path for path in tables if each[os.path.dirname(path)] == 1 and not request.kind.loose]
+    return [path for path in tables if path in alone or not holds_settings(join(folder, path), request.kind)]
 
 
 def _frame_folders(request: DataRequest, files: list[str]) -> set[str]:
@@ -110,8 +117,12 @@ def holds_settings(path: str, kind: MediaKind) -> bool:
     with open_file(path) as file, suppress(ValueError):
         found = parse_json(decode_text(file.read()).content)
         text = json.dumps(found, ensure_ascii=False).lower()
-        named = [f'{extension}"' in text for extension in kind.extensions]
-        return isinstance(found, dict) and not any(named) and not any(find_name(found, c) for c in kind.file_columns)
+        if not isinstance(found, dict) or any(f'{extension}"' in text for extension in kind.extensions):
+            return False
+        columns = (find_name(found, column) for column in kind.file_columns)
+        return all(
+            column is None or found[column] is None or isinstance(found[column], dict) for column in columns
+        )  # a group of settings
     return False
 
 

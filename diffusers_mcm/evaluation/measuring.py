@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,16 +87,18 @@ class Measured:
         videos: those that could be read.
         skipped: the others' names, with the reason.
         values: measure -> (number of videos, ...); `fps` are the clips' rates, NaN where a file does not say it.
+        kept: whether all of it had been computed before.
     """
 
     videos: Sequence[Video]
     skipped: Mapping[str, str]
     values: Mapping[str, np.ndarray]
+    kept: bool = False
 
     def only(self, places: Sequence[int]) -> "Measured":
         """The same of some of the videos, in this order."""
         values = {name: found[list(places)] for name, found in self.values.items()}
-        return Measured([self.videos[place] for place in places], self.skipped, values)
+        return Measured([self.videos[place] for place in places], self.skipped, values, self.kept)
 
     def contents(self) -> dict[str, Any]:
         """How many were read, and a SHA-256 that other pixels under the same names would not have."""
@@ -154,7 +156,7 @@ def measure(
     if processes.index == 0:
         files = {name: [path[name].name for path in paths] for name in measures}
         _write_index(folder / INDEX_NAME, videos, files, _recipe(window, seed, measures))
-    return _gathered(videos, shards, paths, list(measures))
+    return replace(_gathered(videos, shards, paths, list(measures)), kept=not pending)
 
 
 class Kept(NamedTuple):
@@ -166,7 +168,7 @@ class Kept(NamedTuple):
     def read(self) -> Measured:
         """What was computed of the set, its videos under their names within it."""
         shards = _shards(self.videos)
-        return _gathered(self.videos, shards, self.paths, list(self.paths[0]))
+        return replace(_gathered(self.videos, shards, self.paths, list(self.paths[0])), kept=True)
 
 
 def measured_before(folder: Path, window: Window, seed: int, measures: Mapping[str, Measure]) -> Kept | None:
@@ -202,6 +204,7 @@ def _write_index(path: Path, videos: VideoSet, files: Mapping[str, Sequence[str]
         "settings": videos.settings,
         "steps": videos.steps,
         "steps_by_name": videos.steps_by_name,
+        "remarks": list(videos.remarks),
     }
     write_text(path, json.dumps(about) + "\n")
 

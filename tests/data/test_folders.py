@@ -84,6 +84,23 @@ def test_a_file_that_a_row_names_by_its_whole_path_is_named(folder, monkeypatch)
     assert rows.unnamed.endswith("1 of the 4 video files are not used, for no row of the metadata names them: d.mp4")
 
 
+def test_a_file_that_a_row_names_by_another_way_to_it_is_named(folder):
+    (folder.parent / "link").symlink_to(folder)
+    write(folder, f"file_name,text\n../{folder.name}/a.mp4,one\n../link/b.mp4,two\nc.mp4,three\n")
+    rows = open_rows(folder, VIDEOS)
+    assert sorted(captions(rows)) == ["one", "three", "two"]
+    assert rows.unnamed.endswith("1 of the 4 video files are not used, for no row of the metadata names them: d.mp4")
+
+
+def test_settings_beside_a_table_are_none(folder):
+    write(folder, "file_name,text\na.mp4,one\n")
+    write(folder, json.dumps({"video": {"fps": 8}, "seed": 3}), "metadata.json")
+    assert captions(open_rows(folder, VIDEOS)) == ["one"]
+    write(folder, json.dumps({"video": "a.mp4", "text": "two"}), "metadata.json")
+    with pytest.raises(ValueError, match="holds metadata.csv and metadata.json: keep one of them"):
+        open_rows(folder, VIDEOS)
+
+
 def test_what_was_skipped_on_opening_is_among_what_the_data_set_skipped(folder, caplog):
     write(folder, "file_name,text\na.mp4,ok\nnone.mp4,x\n")
     dataset = VideoDataset(folder, num_frames=1, height=8, width=8)

@@ -82,6 +82,11 @@ def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tm
         and "| versions that measured mcm4 | diffusers_mcm 0.8," in page
     )
     assert "versions that measured mcm1" not in page
+    kept = evaluate(folders(samples), str(world), output, Options(**options), versions={"diffusers_mcm": "1.0"})
+    assert {name: method.versions["diffusers_mcm"] for name, method in kept.methods.items()} == {
+        "mcm4": "0.8",
+        "mcm1": "0.9",
+    }  # whose features were all there
     assert "- mcm4: num_inference_steps 4, model mcm-shapes, seeds 0 to 5, 8 frames a second" in page
 
 
@@ -235,6 +240,9 @@ def test_videos_that_no_table_names_are_on_the_page(world, tmp_path, options):
     for name in ("some", "(reference)"):
         told = f"{name}: 2 of the 6 video files are not used, for no row of the metadata names them: 4.mp4, 5.mp4."
         assert told in found.notes and told in page
+    shutil.copytree(some, tmp_path / "others")
+    again = evaluate({"others": tmp_path / "others"}, str(some), results, options)
+    assert [note for note in again.notes if note.startswith("some: 2 of the 6 video files are not used")]
 
 
 def test_folders_of_other_numbers_are_refused_before_the_work(tmp_path, world, samples):

@@ -146,10 +146,11 @@ def test_columns_of_a_table_that_are_not_known(ramps, header, message):
 SETTINGS = {"model": "x", "seed": 3, "vae": {"dtype": "float16"}}
 
 
-def test_settings_beside_samples_are_no_table(tmp_path):
+@pytest.mark.parametrize("settings", [SETTINGS, {"video": {"fps": 8}}, {"file": None, "path": {"weights": "x"}}])
+def test_settings_beside_samples_are_no_table(tmp_path, settings):
     for name in ("a ring", "a dot"):
         write_video(tmp_path / f"{name}-0.mp4", ramp(8))
-    (tmp_path / "metadata.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "metadata.json").write_text(json.dumps(settings))
     assert [video.caption for video in open_samples(tmp_path).videos] == ["a dot", "a ring"]
     (tmp_path / "metadata.csv").write_text("file_name,caption\na ring-0.mp4,one\na dot-0.mp4,two\n")
     assert [video.caption for video in open_samples(tmp_path).videos] == ["two", "one"]
