@@ -119,10 +119,8 @@ def holds_settings(path: str, kind: MediaKind) -> bool:
         text = json.dumps(found, ensure_ascii=False).lower()
         if not isinstance(found, dict) or any(f'{extension}"' in text for extension in kind.extensions):
             return False
-        columns = (find_name(found, column) for column in kind.file_columns)
-        return all(
-            column is None or found[column] is None or isinstance(found[column], dict) for column in columns
-        )  # a group of settings
+        named = [found[name] for column in kind.file_columns if (name := find_name(found, column)) is not None]
+        return all(value is None or isinstance(value, dict) for value in named)  # a group of settings may be called so
     return False
 
 
