@@ -273,22 +273,30 @@ def latent_statistics(vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor,
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
 
-class _FrameByFrame:
-    """The VAE's decoder, one latent frame after the other, which keeps what it needs of those before."""
+_Left = list[Any]  # what the decoder keeps of the latents before, for each of its causal convolutions
 
-    def __init__(self, vae: nn.Module):
-        self.vae = vae
-        self.left: list[Any] = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
-        self.is_first = True
 
-    def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        """The next latent `(B, C, 1, h, w)` to its frames `(B, 3, 1 or 4, H, W)`; gradients reach this one only."""
-        self.left = [each.detach() if isinstance(each, torch.Tensor) else each for each in self.left]
-        latent = self.vae.post_quant_conv(latent)
-        pixels = self.vae.decoder(latent, feat_cache=self.left, feat_idx=[0], first_chunk=self.is_first)
-        self.is_first = False
-        patch = self.vae.config.patch_size
-        return pixels if patch is None else unpatchify(pixels, patch_size=patch)
+def _nothing_left(vae: nn.Module) -> _Left:
+    return [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+
+
+def _together(left: list[_Left]) -> _Left:
+    """What is left of several clips, of which equally many latents are decoded, as of one batch."""
+    whole = (isinstance(rows[0], torch.Tensor) and len(rows) > 1 for rows in zip(*left))
+    return [torch.cat(rows) if each else rows[0] for rows, each in zip(zip(*left), whole)]
+
+
+def _apart(left: _Left, clips: int) -> list[_Left]:
+    """The reverse of `_together`; no gradients lead through what is left."""
+    kept = (each.detach().split(1) if isinstance(each, torch.Tensor) else [each] * clips for each in left)
+    return [list(rows) for rows in zip(*kept)]
+
+
+def _decode_next(vae: nn.Module, latent: torch.Tensor, left: _Left, is_first: bool) -> torch.Tensor:
+    """The next latent of clips `(B, C, 1, h, w)` to its frames `(B, 3, 1 or 4, H, W)`; what is `left` is renewed."""
+    pixels = vae.decoder(vae.post_quant_conv(latent), feat_cache=left, feat_idx=[0], first_chunk=is_first)
+    patch = vae.config.patch_size
+    return pixels if patch is None else unpatchify(pixels, patch_size=patch)
 
 
 Picks = list[list[tuple[int, int]]]  # for each sample its frames, as `place_in_latents` says
@@ -296,24 +304,31 @@ Picks = list[list[tuple[int, int]]]  # for each sample its frames, as `place_in_
 
 def _exact_frames(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
     """The frames of the whole clip: all latents up to the last that is picked are decoded, those between without
-    gradients, so that a picked one costs the memory of one."""
-    frames = []
-    for clip, row in zip(latents.split(1), picks):
-        decode, picked, wanted = _FrameByFrame(vae), {}, {latent for latent, _ in row}
-        for number, latent in enumerate(clip[:, :, : max(wanted) + 1].split(1, dim=2)):
-            with torch.set_grad_enabled(number in wanted and torch.is_grad_enabled()):
-                pixels = decode(latent)
-            if number in wanted:
-                picked[number] = pixels[0]
-        frames += [picked[latent][:, place] for latent, place in row]
-    return torch.stack(frames)
+    gradients, so that a picked one costs the memory of one. Clips of which a latent is picked go together through the
+    decoder, and so do the others."""
+    wanted = [{latent for latent, _ in row} for row in picks]
+    left, frames = [_nothing_left(vae) for _ in picks], dict[tuple[int, int], torch.Tensor]()
+    for number, latent in enumerate(latents[:, :, : max(map(max, wanted)) + 1].split(1, dim=2)):
+        going_on = [clip for clip, each in enumerate(wanted) if number <= max(each)]
+        for is_picked in (True, False):
+            clips = [clip for clip in going_on if (number in wanted[clip]) == is_picked]
+            if not clips:
+                continue
+            before = _together([left[clip] for clip in clips])
+            with torch.set_grad_enabled(is_picked and torch.is_grad_enabled()):
+                pixels = _decode_next(vae, latent[clips], before, number == 0)
+            for place, (clip, after) in enumerate(zip(clips, _apart(before, len(clips)))):
+                left[clip] = after
+                if is_picked:
+                    frames[clip, number] = pixels[place]
+    return torch.stack([frames[clip, latent][:, place] for clip, row in enumerate(picks) for latent, place in row])
 
 
 def _frames_as_images(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
     """Each picked latent decoded as if the clip began with it: that is cheap, for nothing before it is decoded, but of
     any latent but the first it is no frame of the clip."""
     chosen = [clip[:, latent] for clip, row in zip(latents, picks) for latent, _ in row]
-    return _FrameByFrame(vae)(torch.stack(chosen)[:, :, None])[:, :, 0]
+    return _decode_next(vae, torch.stack(chosen)[:, :, None], _nothing_left(vae), True)[:, :, 0]
 
 
 # --frame_decoder: `f(vae, latents in the VAE's own scale (B, C, T, h, w), picks)` to frames (B * l, 3, H, W).
