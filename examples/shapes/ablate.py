@@ -1,5 +1,7 @@
 """Trains what the paper's Tables 1 and 3 to 6 compare, in the world of shapes: one short recipe, three seeds.
 
+What is beyond the paper is trained by the same recipe, where --rows asks for it.
+
     diffusers-mcm shapes build world
     python examples/shapes/ablate.py --world world --output work/ablate
 
@@ -72,6 +74,7 @@ LCM: Flags = dict(video_data="videos", motion="raw", lambda_real=1, lambda_adv=0
 ADVERSARIAL: Flags = LCM | ADVERSARY
 MCD = ADVERSARIAL | dict(motion="learnable")
 MIXED = MCD | dict(lambda_real=0.5)
+CLEAN = MIXED | dict(image_data="images/clean")
 # As many pictures in a step as there are frames in 8 clips, hence at the same cost.
 PICTURES: Flags = LCM | dict(num_frames=1, train_batch_size=128, lora_modules="spatial")
 CLIPS: Flags = LCM | dict(lora_modules="temporal")
@@ -82,7 +85,7 @@ ROWS: dict[str, tuple[Flags, ...]] = {
     "mixed": (MIXED,),
     "mcd": (MCD,),
     "adversarial": (ADVERSARIAL,),
-    "clean": (MIXED | dict(image_data="images/clean"),),
+    "clean": (CLEAN,),
     "two-stage-clean": (PICTURES | dict(video_data="images/clean"), CLIPS),
     "generated": (MCD | dict(lambda_real=0),),
     "diff": (MCD | dict(motion="diff"),),
@@ -91,8 +94,12 @@ ROWS: dict[str, tuple[Flags, ...]] = {
     "corr": (MCD | dict(motion="corr"),),
     "cartoon": (MIXED | dict(image_data="images/cartoon"),),
     "two-stage-cartoon": (PICTURES | dict(video_data="images/cartoon"), CLIPS),
+    "temporal": (CLEAN | dict(lambda_temporal=1),),
+    "change": (CLEAN | dict(lambda_change=ADVERSARY["lambda_adv"]),),
 }
-# The paper's tables by number: what a line of it is called here, and the row that it shows.
+BEYOND = ("temporal", "change")  # rows of which the paper knows nothing
+PAPERS = tuple(row for row in ROWS if row not in BEYOND)
+# The paper's tables by number, and a last one beyond: what a line of it is called here, and the row that it shows.
 TABLES: dict[int, dict[str, str]] = {
     1: {"LCM": "lcm", "MCM, own frames": "mixed", "MCM, clean images": "clean"},
     3: {
@@ -111,6 +118,7 @@ TABLES: dict[int, dict[str, str]] = {
         "learnable": "mcd",
     },
     6: {"λ_real = 1": "mcd", "λ_real = 0.5": "mixed", "λ_real = 0": "generated"},
+    7: {"MCM, clean images": "clean", "+ λ_temporal = 1": "temporal", "+ λ_change = λ_adv": "change"},
 }
 
 
@@ -161,10 +169,11 @@ class Run:
         """The flags by which a stage reads what was encoded before, in a folder for each seed; none without a cache.
 
         Of a video there are as many clips as the training has epochs, so that each sees judged frames of its own.
+        A judge of changes compares with frames that no cache has.
         """
-        if self.cache is None:
-            return {}
         stage = self.stages[number]
+        if self.cache is None or "lambda_change" in stage:
+            return {}
         epochs = math.ceil(self.steps * stage["train_batch_size"] / how_built(self.world)["num_videos"])
         folder = self.cache / f"seed-{self.seed}" / stage["video_data"]
         return dict(cache_latents=folder, windows_per_clip=1 if stage.get("num_frames") == 1 else epochs)
@@ -276,7 +285,7 @@ def train(run: Run, lock: int) -> None:
         if not (run.stage_folder(number) / WEIGHTS_NAME).is_file():  # which is written last
             with (run.folder / "output.txt").open("a") as output:
                 options: dict[str, Any] = dict(check=True, stdout=output, stderr=subprocess.STDOUT)
-                if run.cache is not None:
+                if run.cache is not None and run.cached(number):
                     with one_at_a_time(run.cache):
                         subprocess.run(encoding(run, number), **options)
                 subprocess.run(command(run, number), pass_fds=(lock,), **options)
@@ -296,7 +305,7 @@ def results(run: Run) -> dict[str, Any]:
         seconds=round(sum(row["seconds"] for row in ends), 1),
         losses=losses,
         sha256=sha256(run.folder / WEIGHTS_NAME),
-        cached=run.cache is not None,
+        cached=bool(run.cached(0)),
         versions={name: version(name) for name in ("torch", "diffusers", "peft")},
     )
 
@@ -334,7 +343,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--world", type=Path, required=True, help="what `diffusers-mcm shapes build` made")
     add("--output", type=Path, required=True, help="where the runs are")
-    add("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+    add(
+        "--rows",
+        nargs="+",
+        choices=tuple(ROWS),
+        default=PAPERS,
+        metavar="ROW",
+        help=f"of {', '.join(ROWS)} (default: the paper's)",
+    )
     add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the training (default: 0 1 2)")
     add("--steps", type=int, default=STEPS, help="of each run, its stages together (default: %(default)s)")
     add("--cache", type=Path, help="encode each clip once for all runs of a seed, and keep that in this folder")

@@ -75,10 +75,12 @@ def configs(ablate, row, world=Path("world"), seed=0):
 
 # --- the table -------------------------------------------------------------------------------------------------------
 def test_every_row_stands_in_a_table_and_no_two_are_the_same_configuration(ablate):
-    assert list(ablate.TABLES) == [1, 3, 4, 5, 6]
+    assert list(ablate.TABLES) == [1, 3, 4, 5, 6, 7]
     assert {row for table in ablate.TABLES.values() for row in table.values()} == set(ablate.ROWS)
     made = [json.dumps(stages, sort_keys=True) for stages in ablate.ROWS.values()]
-    assert len(set(made)) == len(made) == 13
+    assert len(set(made)) == len(made) == 15 and len(ablate.PAPERS) == 13
+    in_the_papers = {row for number, table in ablate.TABLES.items() if number < 7 for row in table.values()}
+    assert in_the_papers == set(ablate.PAPERS) == set(ablate.ROWS) - set(ablate.BEYOND)
 
 
 def test_the_rows_are_what_the_papers_tables_compare(ablate):
@@ -95,6 +97,19 @@ def test_the_rows_are_what_the_papers_tables_compare(ablate):
     assert [image for (image,) in read(3, "image_data")] == images
     adversarial = {config for config in read(4, "lambda_adv") + read(5, "lambda_adv") if config != (0.0,)}
     assert len(adversarial) == 1  # one weight for all rows
+
+
+def test_what_is_beyond_the_paper_is_one_flag_more(ablate):
+    (paper,), (temporal,), (change,) = (ablate.ROWS[row] for row in ("clean", *ablate.BEYOND))
+    assert temporal == paper | dict(lambda_temporal=1) and change == paper | dict(lambda_change=paper["lambda_adv"])
+    for row in ablate.BEYOND:
+        assert configs(ablate, row)[0].lambda_temporal + configs(ablate, row)[0].lambda_change > 0
+    assert ablate.parse(["--world", "w", "--output", "o"]).rows == ablate.PAPERS
+
+
+def test_a_judge_of_changes_reads_no_cache(ablate, world, tmp_path):
+    cached = {run.row: run.cached(0) for run in ablate.runs(ablate.BEYOND, [0], tmp_path, world, cache=tmp_path)}
+    assert cached["change"] == {} and cached["temporal"]["cache_latents"] == tmp_path / "seed-0" / "videos"
 
 
 @pytest.mark.parametrize("images", ["clean", "cartoon"])

@@ -73,7 +73,7 @@ def test_each_table_stands_beside_the_papers(tables, folder):
     page = written(tables, folder)
     assert "| ModelScopeT2V: MCM | 526 | 450 | 456 | 503 | 29.81 | 30.63 | 30.55 | 29.58 |" in page
     assert "| AnimateDiff: AnimateLCM | 1578 | 1278 | 824 | 740 | 27.56 | 28.52 | 29.58 | 27.67 |" in page
-    assert page.count("The paper:") == 6 and page.count("Here:") == 5 and "9 of 39 trainings" in page
+    assert page.count("The paper:") == 6 and page.count("Here:") == 6 and "9 of 39 trainings, and 0 of" in page
     assert "stand in `examples/shapes/ablation/protocol.json`; measured with torch 2.13." in page
     assert "Each has 480 videos of 60 held-out captions" in page
 
@@ -178,7 +178,7 @@ def test_what_was_measured_by_another_protocol_is_no_line(tables, folder):
 def test_every_table_of_the_paper_is_shown(tables):
     """Nothing is trained for the one on another data set."""
     paper = json.loads((SCRIPTS / "paper.json").read_text(encoding="utf-8"))
-    assert [*map(str, tables.TABLES)] == [key for key in paper if key != "about"]
+    assert [*map(str, tables.TABLES)] == [*(key for key in paper if key != "about"), "7"]  # the last one is beyond it
     assert tables.TABLES.keys() - tables.LINES.keys() == {2}
 
 
