@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -125,6 +126,12 @@ def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], lis
     return rows, ["guidance", *(metric.title for metric in METRICS.values()), *timed]
 
 
+def score_table(about: str, results: Mapping) -> dict[str, Any]:
+    """`figures.json` -> the table of methods as a model card takes it from `scores.json`."""
+    rows, columns = method_rows(results)
+    return {"about": about, "columns": columns, "rows": [[label, *map(cells.get, columns)] for label, cells in rows]}
+
+
 def _seconds_title(batch_size: str) -> str:
     return "seconds" if batch_size == "1" else f"seconds, {batch_size} at once"
 
@@ -232,8 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = f"{about}\n\n{methods}\n\n{checked}\n"
     write_text(arguments.output / "figures.json", json.dumps(results, indent=2) + "\n")
     write_text(arguments.output / "figures.md", text)
-    rows, columns = method_rows(results)  # for the model card
-    scores = {"about": about, "columns": columns, "rows": [[label, *map(cells.get, columns)] for label, cells in rows]}
+    scores = score_table(about, results)
     write_text(arguments.output / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     if arguments.readme:
         replace_section(arguments.readme, "figures", text)

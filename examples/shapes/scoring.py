@@ -10,7 +10,7 @@ import numpy as np
 from diffusers_mcm.files import write_text
 from diffusers_mcm.scheduler import MCMFlowScheduler
 from diffusers_mcm.shapes.captions import Caption, held_out_captions, spaced, training_captions
-from diffusers_mcm.shapes.figures import Study
+from diffusers_mcm.shapes.figures import Study, score_table
 from diffusers_mcm.shapes.methods import Method, Networks
 from diffusers_mcm.shapes.scores import METRICS, estimates, interval, outcomes, resampled_captions
 
@@ -50,7 +50,7 @@ def scores(study: Study, method: Method, captions: Sequence[Caption], seeds: int
 
 
 def add_scores(file: Path, protocol: Mapping[str, Any], study: Study, methods: Sequence[Method]) -> None:
-    """Write the methods' lines into a JSON file, beside those that are there already.
+    """Write the methods' lines into a JSON file, beside those that are there already, and the table for a model card.
 
     ValueError if those were measured in another way.
     """
@@ -60,8 +60,12 @@ def add_scores(file: Path, protocol: Mapping[str, Any], study: Study, methods: S
             f"expected what {file} was measured with, {record['protocol']}, got {dict(protocol)}: name another file"
         )
     captions = captions_of(protocol["training_captions"])
+    kind = "training" if protocol["training_captions"] else "held-out"
+    about = f"{len(captions)} {kind} captions × {protocol['seeds']} seeds, {WINDOW} frames of each video."
     for method in methods:
         line = record["methods"][method.name] = scores(study, method, captions, protocol["seeds"])
+        timeless = {name: {**line, "seconds": {}} for name, line in record["methods"].items()}
+        record["table"] = score_table(about, {"methods": timeless})
         write_text(file, json.dumps(record, indent=1) + "\n")
         shown = ("all_right", "shape", "motion", "watermark_seen", "displacement", "sharpness", "flicker")
         print(f"{method.label}: " + ", ".join(f"{name} {line[name][0]}" for name in shown), flush=True)

@@ -40,4 +40,5 @@ for method in mcm lcm; do
   fi
 done
 # once more, with the LoRA
-"$python" "$here/package.py" --models "$work/models" --work "$work/logs" --world "$work/world" --output "$work/packaged"
+"$python" "$here/package.py" --models "$work/models" --work "$work/logs" --world "$work/world" --output "$work/packaged" \
+  --scores "$work/scores.json"

@@ -110,6 +110,9 @@ def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_
     record = json.loads(scores.read_text())
     assert list(record["methods"]) == ["flow-euler-1", "adv-0.5"] and record["protocol"]["shift"] == flow.SHIFT
     assert all(len(line["all_right"]) == 3 for line in record["methods"].values())
+    assert record["table"]["about"] == "1 held-out captions × 1 seeds, 16 frames of each video."
+    assert [row[0] for row in record["table"]["rows"]] == ["Euler", "MCM, λ_adv 0.5"]
+    assert len(record["table"]["rows"][0]) == 1 + len(record["table"]["columns"])
     scheduler = json.loads((output / "adv-0.5" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["shift"]) == ("MCMFlowScheduler", flow.SHIFT)
 

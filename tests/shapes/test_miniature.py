@@ -161,10 +161,19 @@ def test_from_files_to_a_miniature_that_samples_as_stock_wan_does(run, tmp_path)
     sampling = dict(num_inference_steps=2, num_frames=17, height=64, width=64, fps=8)
     options = dict(scheduler=MCMFlowScheduler(), sampling=sampling, training={"pretrained_teacher_model": str(folder)})
     save_lora(lora, transformer, wan, repository=str(folder), **options)
-    run("package", models=models, work=logs, world=built, output=tmp_path / "packaged")
+    scores = tmp_path / "scores.json"
+    about = dict(teacher=folder, mcm=lora, lcm=tmp_path / "none", seeds=1, training_captions=1)
+    run("measure_wan", **about, output=tmp_path / "readings", scores=scores)
+    few = {"teacher-4", "teacher-48", "undistilled-1", "undistilled-4", "mcm-1", "mcm-2", "mcm-4", "mcm-8"}
+    assert json.loads(scores.read_text())["methods"].keys() == few
+    run("package", models=models, work=logs, world=built, output=tmp_path / "packaged", scores=scores)
     packaged = tmp_path / "packaged" / "mcm-shapes-wan"
     settings = json.loads((packaged / "mcm_config.json").read_text())
     assert settings["base_model_repository"] == settings["training"]["pretrained_teacher_model"] == folder.name
     assert settings["sample"]["file"] == "sample.mp4" and (packaged / "sample.mp4").is_file()
     card = (packaged / "README.md").read_text()
     assert "mcm-shapes-wan" in card and str(tmp_path) not in card
+    assert (
+        "1 training captions × 1 seeds, 16 frames of each video." in card
+        and "| teacher, Euler, 48 steps | 2 |" in card
+    )
