@@ -1,8 +1,8 @@
 #!/bin/sh
 # Tries what may keep a shape itself, from the packaged LoRA on: sh steady.sh WORLD OUTPUT
 # WORLD is from `diffusers-mcm shapes build`. One after the other: the second stage of distil.sh with as many steps each,
-# as it is (the control), with another λ_adv, and with what is beyond the paper. Started again, it goes on where it
-# stopped. STEPS shortens it.
+# as it is (the control), with another λ_adv, and with both terms beyond the paper. Started again, it goes on where it
+# stopped. STEPS shortens it. Each term alone, from a fresh LoRA, is in ablate.py.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 world=$1 output=$2
@@ -27,11 +27,7 @@ lora() { # NAME [more flags of train_mcm_distill.py]
 measure packaged mcm-shapes
 lora paper
 lora calm --lambda_adv 0.03
-lora calm-temporal --lambda_adv 0.03 --lambda_temporal 1
-lora temporal --lambda_temporal 1
-lora change --lambda_change 0.15
-lora full-rate --lambda_adv 0.3 --lr_scheduler constant_with_warmup
 lora all --lambda_adv 0.3 --lambda_temporal 1 --lambda_change 0.15
-for name in paper calm calm-temporal temporal change full-rate all; do
+for name in paper calm all; do
   measure "$name" "$output/$name" --captions 60 --seeds 4
 done
