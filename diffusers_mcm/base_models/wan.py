@@ -273,28 +273,29 @@ def latent_statistics(vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor,
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
 
-_Left = list[Any]  # what the decoder keeps of the latents before, for each of its causal convolutions
+_Caches = list[Any]  # what each causal convolution of the decoder keeps of the latents before: a tensor, or a word
+GROUP_CELLS = 4096  # latent cells of a frame that go through the decoder at once, if one clip has no more
 
 
-def _nothing_left(vae: nn.Module) -> _Left:
+def _empty_caches(vae: nn.Module) -> _Caches:
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
 
 
-def _together(left: list[_Left]) -> _Left:
-    """What is left of several clips, of which equally many latents are decoded, as of one batch."""
-    whole = (isinstance(rows[0], torch.Tensor) and len(rows) > 1 for rows in zip(*left))
-    return [torch.cat(rows) if each else rows[0] for rows, each in zip(zip(*left), whole)]
+def _joined(clips: list[_Caches]) -> _Caches:
+    """The caches of several clips, of which equally many latents are decoded, as those of one batch."""
+    batched = (isinstance(each[0], torch.Tensor) and len(each) > 1 for each in zip(*clips))
+    return [torch.cat(each) if is_batch else each[0] for each, is_batch in zip(zip(*clips), batched)]
 
 
-def _apart(left: _Left, clips: int) -> list[_Left]:
-    """The reverse of `_together`; no gradients lead through what is left."""
-    kept = (each.detach().split(1) if isinstance(each, torch.Tensor) else [each] * clips for each in left)
+def _split(caches: _Caches, clips: int) -> list[_Caches]:
+    """The reverse of `_joined`; no gradients lead through what is kept."""
+    kept = (each.detach().split(1) if isinstance(each, torch.Tensor) else [each] * clips for each in caches)
     return [list(rows) for rows in zip(*kept)]
 
 
-def _decode_next(vae: nn.Module, latent: torch.Tensor, left: _Left, is_first: bool) -> torch.Tensor:
-    """The next latent of clips `(B, C, 1, h, w)` to its frames `(B, 3, 1 or 4, H, W)`; what is `left` is renewed."""
-    pixels = vae.decoder(vae.post_quant_conv(latent), feat_cache=left, feat_idx=[0], first_chunk=is_first)
+def _decode_next(vae: nn.Module, latent: torch.Tensor, caches: _Caches, is_first: bool) -> torch.Tensor:
+    """The next latent of clips `(B, C, 1, h, w)` to its frames `(B, 3, 1 or 4, H, W)`; the caches are renewed."""
+    pixels = vae.decoder(vae.post_quant_conv(latent), feat_cache=caches, feat_idx=[0], first_chunk=is_first)
     patch = vae.config.patch_size
     return pixels if patch is None else unpatchify(pixels, patch_size=patch)
 
@@ -304,23 +305,30 @@ Picks = list[list[tuple[int, int]]]  # for each sample its frames, as `place_in_
 
 def _exact_frames(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
     """The frames of the whole clip: all latents up to the last that is picked are decoded, those between without
-    gradients, so that a picked one costs the memory of one. Clips of which a latent is picked go together through the
-    decoder, and so do the others."""
+    gradients, so that a picked one costs the memory of one. Small clips go through the decoder in groups, which takes
+    less time and more memory."""
+    size = max(1, GROUP_CELLS // latents[0, 0, 0].numel())
+    groups = (slice(first, first + size) for first in range(0, len(picks), size))
+    return torch.cat([_frames_of_group(vae, latents[group], picks[group]) for group in groups])
+
+
+def _frames_of_group(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> torch.Tensor:
+    """`_exact_frames` where the clips of which a latent is picked are decoded together, and so are the others."""
     wanted = [{latent for latent, _ in row} for row in picks]
-    left, frames = [_nothing_left(vae) for _ in picks], dict[tuple[int, int], torch.Tensor]()
+    caches, frames = dict(enumerate(_empty_caches(vae) for _ in picks)), dict[tuple[int, int], torch.Tensor]()
     for number, latent in enumerate(latents[:, :, : max(map(max, wanted)) + 1].split(1, dim=2)):
         going_on = [clip for clip, each in enumerate(wanted) if number <= max(each)]
         for is_picked in (True, False):
             clips = [clip for clip in going_on if (number in wanted[clip]) == is_picked]
             if not clips:
                 continue
-            before = _together([left[clip] for clip in clips])
+            batch = _joined([caches.pop(clip) for clip in clips])  # popped: what is renewed is not to be kept as well
             with torch.set_grad_enabled(is_picked and torch.is_grad_enabled()):
-                pixels = _decode_next(vae, latent[clips], before, number == 0)
-            for place, (clip, after) in enumerate(zip(clips, _apart(before, len(clips)))):
-                left[clip] = after
-                if is_picked:
-                    frames[clip, number] = pixels[place]
+                pixels = _decode_next(vae, latent[clips], batch, number == 0)
+            caches |= zip(clips, _split(batch, len(clips)))
+            del batch
+            if is_picked:
+                frames |= {(clip, number): pixels[place] for place, clip in enumerate(clips)}
     return torch.stack([frames[clip, latent][:, place] for clip, row in enumerate(picks) for latent, place in row])
 
 
@@ -328,7 +336,7 @@ def _frames_as_images(vae: nn.Module, latents: torch.Tensor, picks: Picks) -> to
     """Each picked latent decoded as if the clip began with it: that is cheap, for nothing before it is decoded, but of
     any latent but the first it is no frame of the clip."""
     chosen = [clip[:, latent] for clip, row in zip(latents, picks) for latent, _ in row]
-    return _decode_next(vae, torch.stack(chosen)[:, :, None], _nothing_left(vae), True)[:, :, 0]
+    return _decode_next(vae, torch.stack(chosen)[:, :, None], _empty_caches(vae), True)[:, :, 0]
 
 
 # --frame_decoder: `f(vae, latents in the VAE's own scale (B, C, T, h, w), picks)` to frames (B * l, 3, H, W).

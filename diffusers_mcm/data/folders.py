@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute
@@ -74,9 +74,11 @@ def _unnamed(
     left = [path for path in there if path not in used]
     left = [path for path in left if os.path.dirname(path) not in used and join(whole, path) not in used]
     if left and not is_remote(folder):  # rows may name a file by another way to it
-        really = {os.path.realpath(os.path.join(whole, path)) for path in used}
-        ways = {path: os.path.realpath(os.path.join(whole, path)) for path in left}
-        left = [path for path, way in ways.items() if not {way, os.path.dirname(way)} & really]
+        really = _Whereabouts(whole)
+        places = {really(path) for path in used}
+        below = {path: os.path.dirname(path) for path in left if request.kind.loose}
+        left = [path for path in left if really(path) not in places]
+        left = [path for path in left if not below.get(path) or really(below[path]) not in places]
     if not left:
         return None
     return (
@@ -85,16 +87,37 @@ def _unnamed(
     )
 
 
+class _Whereabouts:
+    """Where paths in a folder lie when the links to the folders they are in are followed; each is looked up once."""
+
+    def __init__(self, folder: str):
+        self.folder, self.known = folder, dict[str, str]()
+
+    def __call__(self, path: str) -> str:
+        """The path as it came where it can be none of a file."""
+        above, name = os.path.split(os.path.normpath(os.path.join(self.folder, path)))
+        if above not in self.known:
+            try:
+                self.known[above] = os.path.realpath(above)
+            except ValueError:  # of a zero in it, and of what UTF-8 cannot write
+                self.known[above] = above
+        return os.path.join(self.known[above], name)
+
+
 def _tables(request: DataRequest, folder: str, files: list[str]) -> list[str]:
     """The metadata tables in a folder; where it has folders of frames, not what is in these, which is of a video.
 
-    Of settings in a `metadata.json` those that lie beside a table are none; among samples, none at all.
+    A `metadata.json` of settings is left out where another table lies beside it, and always among samples.
     """
     frames = _frame_folders(request, files)
     tables = [path for path in files if is_metadata(path) and os.path.dirname(path) not in frames]
     each = Counter(map(os.path.dirname, tables))
-    alone = [path for path in tables if each[os.path.dirname(path)] == 1 and not request.kind.loose]
-    return [path for path in tables if path in alone or not holds_settings(join(folder, path), request.kind)]
+
+    def is_table(path: str) -> bool:
+        may_be_settings = request.kind.loose or each[os.path.dirname(path)] > 1
+        return not may_be_settings or not holds_settings(join(folder, path), request.kind)
+
+    return list(filter(is_table, tables))
 
 
 def _frame_folders(request: DataRequest, files: list[str]) -> set[str]:
@@ -119,9 +142,18 @@ def holds_settings(path: str, kind: MediaKind) -> bool:
         text = json.dumps(found, ensure_ascii=False).lower()
         if not isinstance(found, dict) or any(f'{extension}"' in text for extension in kind.extensions):
             return False
-        named = [found[name] for column in kind.file_columns if (name := find_name(found, column)) is not None]
-        return all(value is None or isinstance(value, dict) for value in named)  # a group of settings may be called so
+
+        def under(columns: Collection[str]) -> list[Any]:
+            return [found[name] for column in columns if (name := find_name(found, column)) is not None]
+
+        # a group of settings may be called as a column is; one of numbers is a column as pandas writes it
+        groups = [value is None or _is_group(value) for value in under(kind.file_columns)]
+        return all(groups) and not any(isinstance(value, dict) for value in under(CAPTION_COLUMNS))
     return False
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict) and not (value and all(key.isdigit() for key in value))
 
 
 def walk(folder: str) -> list[str]:

@@ -161,9 +161,11 @@ def evaluate(
     results = {name: kept.read() for name, kept in earlier.items()} | results
     found = _scored(plan.beside(earlier), truth, shown, results, options, progress)
     now = {**(versions or {}), **found.versions}
-    old = {name: method.versions for name, method in before.methods.items() if method.versions} if before else {}
-    then = {name: old[name] for name, each in results.items() if each.kept and name in old}
-    methods = {name: replace(method, versions=then.get(name, now)) for name, method in found.methods.items()}
+    earlier_versions = {name: method.versions for name, method in before.methods.items()} if before else {}
+    methods = {
+        name: replace(method, versions=results[name].kept and earlier_versions.get(name) or now)
+        for name, method in found.methods.items()
+    }
     found = replace(found, versions=now, methods=methods).with_others(before, str(output))
     found.write(output)
     for remark in rate_remarks(found.reference, found.methods):

@@ -87,7 +87,7 @@ class Measured:
         videos: those that could be read.
         skipped: the others' names, with the reason.
         values: measure -> (number of videos, ...); `fps` are the clips' rates, NaN where a file does not say it.
-        kept: whether all of it had been computed before.
+        kept: whether nothing of it had to be computed any more.
     """
 
     videos: Sequence[Video]
@@ -149,6 +149,7 @@ def measure(
         for number, shard in enumerate(shards)
     ]
     pending = [number for number in range(len(shards)) if not all(map(_is_settled, paths[number].values()))]
+    before = _written(paths)
     processes.wait()  # nobody writes before everybody has looked, so that all share the same list
     for number in progress(pending[processes.index :: processes.count], videos.name):
         _measure_shard(shards[number], number * SHARD, window, seed, measures, paths[number])
@@ -156,7 +157,13 @@ def measure(
     if processes.index == 0:
         files = {name: [path[name].name for path in paths] for name in measures}
         _write_index(folder / INDEX_NAME, videos, files, _recipe(window, seed, measures))
-    return replace(_gathered(videos, shards, paths, list(measures)), kept=not pending)
+    return replace(_gathered(videos, shards, paths, list(measures)), kept=_written(paths) == before)
+
+
+def _written(paths: Sequence[Mapping[str, Path]]) -> list[int | None]:
+    """When each file of features was written; None where there is none."""
+    files = (path for row in paths for path in row.values())
+    return [path.stat().st_mtime_ns if path.is_file() else None for path in files]
 
 
 class Kept(NamedTuple):

@@ -111,7 +111,7 @@ def time_methods(
 
 
 def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """`figures.json` -> the table of methods: each label with its cells by column, and the columns."""
+    """`figures.json`, or its `methods` alone -> their table: each label with its cells by column, and the columns."""
     rows = []
     for method in results["methods"].values():
         cells = {"guidance": "–" if method["guidance"] is None else f"{method['guidance']:g}"}
@@ -127,7 +127,7 @@ def method_rows(results: Mapping) -> tuple[list[tuple[str, dict[str, str]]], lis
 
 
 def score_table(about: str, results: Mapping) -> dict[str, Any]:
-    """`figures.json` -> the table of methods as a model card takes it from `scores.json`."""
+    """What `method_rows` takes -> the table of methods as a model card takes it from `scores.json`."""
     rows, columns = method_rows(results)
     return {"about": about, "columns": columns, "rows": [[label, *map(cells.get, columns)] for label, cells in rows]}
 

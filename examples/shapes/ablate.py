@@ -8,7 +8,8 @@ What is beyond the paper is trained by the same recipe, where --rows asks for it
 A row that stands in several tables is trained once. Each run is a folder `ROW/seed-N` with its LoRA, its log, and
 `run.json`, which says how it was made; one that was stopped goes on from its checkpoint when it is started again.
 Several calls may work on one folder at the same time: a run that another one is training is passed over.
-With `--cache` what is trained is the same but for the last digits, and a quarter of a step's work is done once.
+With `--cache` what is trained is the same but for the last digits, and a quarter of a step's work is done once, of all
+rows but `change`, which compares with frames that no cache has.
 """
 
 import argparse
@@ -353,7 +354,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the training (default: 0 1 2)")
     add("--steps", type=int, default=STEPS, help="of each run, its stages together (default: %(default)s)")
-    add("--cache", type=Path, help="encode each clip once for all runs of a seed, and keep that in this folder")
+    add("--cache", type=Path, help="keep in this folder what is encoded once for all runs of a seed, but `change`")
     add("--processes", type=int, choices=(1, 2), default=1, help="how many runs are trained side by side")
     add("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     add("--list", action="store_true", help="say what is there and what is missing, and train nothing")

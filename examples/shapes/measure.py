@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ablate import PAPERS, ROWS, SEEDS, TEACHER, runs, weights_of
+from ablate import ROWS, SEEDS, TEACHER, runs, weights_of
 from ablate import STEPS as TRAINED_STEPS
 
 from diffusers_mcm.evaluation.distances import resampled
@@ -197,7 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rows",
         nargs="+",
         choices=(*BASELINES, *ROWS),
-        default=(*BASELINES, *PAPERS),
+        default=(*BASELINES, *ROWS),
         metavar="ROW",
         help="of ablate.py, or teacher-ddim, teacher-dpm",
     )

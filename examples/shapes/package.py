@@ -177,7 +177,11 @@ def main() -> None:
     p.add_argument("--models", type=Path, required=True, help="folder with some of what COMPONENTS and LORAS name")
     p.add_argument("--work", type=Path, required=True, help="folder with the training logs")
     p.add_argument("--world", type=Path, required=True, help="what distillation read: `diffusers-mcm shapes build`")
-    p.add_argument("--scores", type=Path, help="scores.json of `diffusers-mcm shapes figures`, for the card")
+    p.add_argument(
+        "--scores",
+        type=Path,
+        help="scores.json of `diffusers-mcm shapes figures`, or measure_wan.py, for the LoRA's card",
+    )
     p.add_argument("--output", type=Path, default=PACKAGED_FOLDER)
     args = p.parse_args()
     for name, (package, models, logs) in COMPONENTS.items():

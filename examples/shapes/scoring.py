@@ -52,13 +52,15 @@ def scores(study: Study, method: Method, captions: Sequence[Caption], seeds: int
 def add_scores(file: Path, protocol: Mapping[str, Any], study: Study, methods: Sequence[Method]) -> None:
     """Write the methods' lines into a JSON file, beside those that are there already, and the table for a model card.
 
-    ValueError if those were measured in another way.
+    ValueError if those were measured in another way, or lack a metric of today.
     """
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"protocol": protocol, "methods": {}}
     if record["protocol"] != json.loads(json.dumps(protocol)):
         raise ValueError(
             f"expected what {file} was measured with, {record['protocol']}, got {dict(protocol)}: name another file"
         )
+    if lacking := sorted({name for line in record["methods"].values() for name in METRICS if name not in line}):
+        raise ValueError(f"expected all metrics in {file}, of which it lacks {', '.join(lacking)}: name another file")
     captions = captions_of(protocol["training_captions"])
     kind = "training" if protocol["training_captions"] else "held-out"
     about = f"{len(captions)} {kind} captions × {protocol['seeds']} seeds, {WINDOW} frames of each video."

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Tries what may keep a shape itself, from the packaged LoRA on: sh steady.sh WORLD OUTPUT
 # WORLD is from `diffusers-mcm shapes build`. One after the other: the second stage of distil.sh with as many steps each,
-# as it is (the control), with another λ_adv, and with both terms beyond the paper. Started again, it goes on where it
-# stopped. STEPS shortens it. Each term alone, from a fresh LoRA, is in ablate.py.
+# as it is (the control), with another λ_adv, and with a stronger one and both terms beyond the paper. Started again, it
+# goes on where it stopped. STEPS shortens it. Each term alone, from a fresh LoRA, is in ablate.py.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 world=$1 output=$2

@@ -50,7 +50,7 @@ class Ordering(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One table of the paper: what of it should hold here. Its lines, and the rows that they show, are ablate.py's."""
+    """One table of the paper, or of what is beyond it, and what of it should hold here. Its lines are ablate.py's."""
 
     title: str
     measures: tuple[str, str]
@@ -276,7 +276,8 @@ HEAD = """# The paper's tables in miniature
 Each table of the paper beside the same one in the world of shapes, where anybody can run it: the packaged teacher, the
 poor videos, one short recipe (600 steps of batch 8 from a fresh LoRA) for all rows, three trainings of each with other
 seeds. `examples/shapes/ablate.py` trains, `examples/shapes/measure.py` measures, and `make tables` writes this page
-from what there is so far: {trained} of {all} trainings, and {beyond} of what is beyond the paper.
+from what there is so far: {trained} of {all} trainings, and {beyond} of {all_beyond} of what is
+beyond the paper.
 
 FVD is the Fréchet distance on `mcm-shapes-video`, a small video network that was trained to tell motion; FID that on
 `mcm-shapes-features`, CLIPSIM that of `mcm-shapes-clip`. Absolute numbers have nothing to do with the paper's, whose
@@ -331,7 +332,7 @@ def page(results: Results, paper: Mapping[str, Any], findings: Mapping[int, str]
         said += f" measured with {' and with '.join(sorted(results.versions))}."
     trained = sum(results.seeds(row) for row in PAPERS)
     beyond = sum(results.seeds(row) for row in BEYOND)
-    counts = dict(trained=trained, all=len(PAPERS) * len(SEEDS), beyond=beyond)
+    counts = dict(trained=trained, all=len(PAPERS) * len(SEEDS), beyond=beyond, all_beyond=len(BEYOND) * len(SEEDS))
     parts = [HEAD.format(**counts, protocol=said, samplers=samplers).rstrip("\n")]
     for number, which in TABLES.items():
         parts += [f"## {which.title}", *([which.note] if which.note else [])]

@@ -236,8 +236,8 @@ def test_gradients_reach_the_picked_latent_and_no_other(kind, monkeypatch):
     monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)  # theirs rounds to float32
     base, vae = model(kind)
     latents = (0.1 * noise(kind)).requires_grad_()
-    for pick, latent in ((0, 0), (7, 2)):
-        picks = torch.tensor([[pick, 0], [0, 0]])
+    for pick, other, latent in ((0, 0, 0), (7, 0, 2), (8, 3, 2)):  # the last two are of neighbouring latents
+        picks = torch.tensor([[pick, other], [0, 0]])
         frame = base.decode_frames(vae, latents, picks)[0]
         (gradient,) = torch.autograd.grad(frame.square().sum(), latents)
         reached = gradient[0].abs().sum(dim=(0, 2, 3)) > 0
@@ -276,6 +276,21 @@ def test_latents_before_and_after_the_picked_one_leave_no_activations():
 
     # The second chunk keeps less than later ones, whose convolutions in time have one before.
     assert kept([[12]]) == kept([[16]]) == kept([[13, 14]]) < 1.1 * kept([[8]])
+
+
+@KINDS
+def test_clips_are_decoded_in_groups_as_one_by_one(kind, monkeypatch):
+    monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)  # theirs rounds to float32
+    base, vae = model(kind)
+    latents, picks = torch.cat([noise(kind), noise(kind, seed=1)]), torch.tensor([[3, 8], [0, 5], [7, 7], [1, 2]])
+    found, asked = [], latents.requires_grad_()
+    for cells in (1, 2 * latents[0, 0, 0].numel(), 1 << 20):
+        monkeypatch.setattr("diffusers_mcm.base_models.wan.GROUP_CELLS", cells)
+        frames = base.decode_frames(vae, asked, picks)
+        found.append((frames, *torch.autograd.grad(frames.square().sum(), asked)))
+    for frames, gradient in found[1:]:
+        torch.testing.assert_close(frames, found[0][0], **EXACT)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_order_of_the_samples_makes_no_difference():

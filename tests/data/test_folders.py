@@ -92,6 +92,19 @@ def test_a_file_that_a_row_names_by_another_way_to_it_is_named(folder):
     assert rows.unnamed.endswith("1 of the 4 video files are not used, for no row of the metadata names them: d.mp4")
 
 
+@pytest.mark.parametrize("name", ["a\\u0000b.mp4", "\\ud800.mp4"])
+def test_a_name_that_no_file_can_have_is_skipped(folder, name):
+    write(folder, f'{{"file_name": "a.mp4", "text": "x"}}\n{{"file_name": "{name}", "text": "y"}}\n', "metadata.jsonl")
+    rows = open_rows(folder, VIDEOS)
+    assert captions(rows) == ["x"] and len(rows.skipped) == 1 and rows.unnamed.startswith("3 of the 4 video files")
+
+
+@pytest.mark.parametrize("row", [".", "../{}"])
+def test_a_row_that_names_the_folder_itself_hides_no_files(folder, row):
+    write(folder, f"file_name,text\na.mp4,x\n{row.format(folder.name)},y\n")
+    assert open_rows(folder, VIDEOS).unnamed.startswith("3 of the 4 video files are not used")
+
+
 def test_settings_beside_a_table_are_none(folder):
     write(folder, "file_name,text\na.mp4,one\n")
     write(folder, json.dumps({"video": {"fps": 8}, "seed": 3}), "metadata.json")

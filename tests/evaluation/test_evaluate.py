@@ -90,6 +90,15 @@ def test_files_are_written_and_a_further_method_is_put_beside(samples, world, tm
     assert "- mcm4: num_inference_steps 4, model mcm-shapes, seeds 0 to 5, 8 frames a second" in page
 
 
+def test_a_video_that_cannot_be_read_again_makes_no_new_versions(samples, world, tmp_path, options):
+    shutil.copytree(samples / "mcm4", tmp_path / "mcm4")
+    (tmp_path / "mcm4" / "0002-clip.mp4").write_bytes(b"no video")
+    some, output = {"mcm4": tmp_path / "mcm4"}, tmp_path / "results"
+    for version in ("0.8", "0.9"):
+        found = evaluate(some, str(world), output, Options(**options), versions={"diffusers_mcm": version})
+    assert found.methods["mcm4"].num_videos == 5 and found.methods["mcm4"].versions["diffusers_mcm"] == "0.8"
+
+
 def test_what_is_measured_later_is_scored_as_in_one_call(samples, world, tmp_path, options):
     """From the features that are kept: differences, scores and what is said of the samples are the same."""
     together = evaluate(folders(samples), str(world), tmp_path / "together", Options(**options))

@@ -163,6 +163,8 @@ def test_settings_beside_samples_are_no_table(tmp_path, settings):
         {"a ring-0.mp4": {"prompt": "one"}},
         {"videos": [{"clip": "A RING-0.MP4"}]},
         {"file_name": "a ring-0", "text": 7},
+        {"file_name": {"0": "a ring-0", "1": "a dot-0"}},
+        {"file": {"x": "a ring-0"}, "caption": {"x": "one"}},
         [SETTINGS],
     ],
 )

@@ -141,4 +141,8 @@ def test_the_scripts_train_and_measure_and_keep_what_is_there(flow_teacher, tmp_
         flow.main([*flags, "--shift=3"])
     with pytest.raises(ValueError, match=r"expected what .* was measured with, .*: name another file"):
         scoring.add_scores(scores, record["protocol"] | {"seeds": 2}, None, [])
+    of_before = {name: {k: v for k, v in line.items() if k != "wobble"} for name, line in record["methods"].items()}
+    (tmp_path / "before.json").write_text(json.dumps(record | {"methods": of_before}))
+    with pytest.raises(ValueError, match="expected all metrics in .*, of which it lacks wobble: name another file"):
+        scoring.add_scores(tmp_path / "before.json", record["protocol"], None, [])
     assert json.loads(scores.read_text()) == record
