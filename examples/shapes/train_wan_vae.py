@@ -185,7 +185,7 @@ def finish_encoder(model: WithWords, clips: Clips, seed: int, size: int) -> None
 def main() -> None:
     p = parser(__doc__.splitlines()[0], steps=2900, batch=51, lr=1e-3)
     p.add_argument("--picture_steps", type=int, default=300, help="of single pictures, before the clips")
-    p.add_argument("--decoder_steps", type=int, default=1200, help="of the decoder alone, after them")
+    p.add_argument("--decoder_steps", type=int, default=6000, help="of the decoder alone, after them")
     p.add_argument("--watch_every", type=int, default=200)
     p.add_argument("--watched", type=int, default=12, help="rendered clips of each domain that are looked at")
     args = p.parse_args()
